@@ -1,0 +1,9 @@
+"""The one exception that a user's mistake raises."""
+
+
+class InputError(ValueError):
+    """Bad input: a config, a file, a row or a shape that cannot be used.
+
+    The message is one line that says what is wrong, where, and what would be right. The commands print it and exit with
+    code 2; library callers may catch it as a `ValueError`.
+    """
