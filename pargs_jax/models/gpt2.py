@@ -1,0 +1,156 @@
+"""GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, a fused query-key-value projection."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.models.layers import (
+    ACTIVATIONS,
+    CachedPrefix,
+    KeyValues,
+    attention,
+    dropout,
+    make_layers,
+    run_layers,
+    split_heads,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2 model. `dropout` acts on embeddings and residual branches, and only when a key is given."""
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    feedforward: int = 3072
+    activation: str = "gelu_new"
+    norm_epsilon: float = 1e-5
+    scale_attention: bool = True
+    scale_by_layer: bool = False
+    tied_embeddings: bool = True
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def max_positions(self) -> int:
+        return self.context_length
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "GPT2Config":
+        """Reads a `transformers.GPT2Config`."""
+        return cls(
+            vocab_size=hf.vocab_size,
+            context_length=hf.n_positions,
+            width=hf.n_embd,
+            layers=hf.n_layer,
+            heads=hf.n_head,
+            feedforward=hf.n_inner or 4 * hf.n_embd,
+            activation=hf.activation_function,
+            norm_epsilon=hf.layer_norm_epsilon,
+            scale_attention=hf.scale_attn_weights,
+            scale_by_layer=hf.scale_attn_by_inverse_layer_idx,
+            tied_embeddings=hf.tie_word_embeddings,
+            initializer_range=hf.initializer_range,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `transformers.GPT2Config`."""
+        return {
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.context_length,
+            "n_embd": self.width,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "n_inner": self.feedforward,
+            "activation_function": self.activation,
+            "layer_norm_epsilon": self.norm_epsilon,
+            "scale_attn_weights": self.scale_attention,
+            "scale_attn_by_inverse_layer_idx": self.scale_by_layer,
+            "tie_word_embeddings": self.tied_embeddings,
+            "initializer_range": self.initializer_range,
+        }
+
+    def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "GPT2":
+        return GPT2(self, unrolled=unrolled, rngs=rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, std = config.width, config.initializer_range
+        normal = nnx.initializers.normal(std)
+        # Residual projections start smaller, so that the residual stream's variance does not grow with depth.
+        residual = nnx.initializers.normal(std / math.sqrt(2 * config.layers))
+        self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, kernel_init=normal, rngs=rngs)
+        self.out = nnx.Linear(width, width, kernel_init=residual, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.up = nnx.Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
+        self.down = nnx.Linear(config.feedforward, width, kernel_init=residual, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        index: int | Int[Array, ""],
+        mask: Bool[Array, "*B T T"],
+        prefix: CachedPrefix | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        config = self.config
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        q, k, v = (split_heads(part, config.heads) for part in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1))
+        scale: float | Array = config.head_dim**-0.5 if config.scale_attention else 1.0
+        if config.scale_by_layer:
+            scale = scale / (index + 1)
+        mixed = attention(q, KeyValues(k, v), mask, prefix, scale)
+        x = x + dropout(self.out(mixed), config.dropout, attention_key)
+        hidden = ACTIVATIONS[config.activation](self.up(self.norm2(x)))
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), KeyValues(k, v)
+
+
+class GPT2(nnx.Module):
+    """The backbone: token ids to final hidden states."""
+
+    def __init__(self, config: GPT2Config, *, unrolled: bool, rngs: nnx.Rngs) -> None:
+        self.config = config
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.embed = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, rngs=rngs)
+        self.positions = nnx.Embed(config.context_length, config.width, embedding_init=normal, rngs=rngs)
+        self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "*B T T"],
+        cache: Any = None,
+        cache_valid: Bool[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(tokens) + self.positions(positions), self.config.dropout, embed_key)
+
+        def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
+            return block(x, index, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key)
+        return self.norm(x), new

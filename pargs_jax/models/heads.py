@@ -1,0 +1,28 @@
+"""What is read off a backbone's hidden states: next-token logits, or one scalar reward for each position."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class VocabularyHead(nnx.Module):
+    """Next-token logits in fp32, from the head's own matrix or, with tied embeddings, from the embedding table."""
+
+    def __init__(self, width: int, vocab_size: int, tied: bool, std: float, *, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(std)
+        self.linear = None if tied else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=normal, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*B D"], embed: nnx.Embed) -> Float[Array, "*B V"]:
+        logits = embed.attend(hidden) if self.linear is None else self.linear(hidden)
+        return logits.astype(jnp.float32)
+
+
+class RewardHead(nnx.Module):
+    """One linear layer without bias, computed in fp32: the reward of the text up to and including each position."""
+
+    def __init__(self, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        kernel = self.linear.kernel[...].astype(jnp.float32)
+        return (hidden.astype(jnp.float32) @ kernel)[..., 0]

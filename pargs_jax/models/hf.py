@@ -1,0 +1,347 @@
+"""Hugging Face checkpoints, in and out: one table a family says which tensor is which array.
+
+Reads a local folder or a hub id (safetensors, whole or sharded; never pickle), and writes a folder that
+`transformers` loads with equal outputs.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import DTypeLike
+
+from pargs_jax.errors import InputError
+from pargs_jax.models.causal import CausalModel, Head, Params, stack_layers
+from pargs_jax.models.gpt2 import GPT2Config
+from pargs_jax.models.llama import LlamaConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Row(NamedTuple):
+    """One line of a table: a checkpoint tensor, the array it becomes, and whether it is transposed on the way."""
+
+    tensor: str
+    path: str
+    transpose: bool = False
+
+
+class Family(NamedTuple):
+    """What the checkpoints of one architecture look like. `{}` in a row stands for the layer's number."""
+
+    config: type[GPT2Config] | type[LlamaConfig]
+    class_prefix: str
+    backbone_prefix: str
+    rows: tuple[Row, ...]
+    ignored: str
+
+
+def _linear(tensor: str, path: str, transpose: bool = True) -> tuple[Row, Row]:
+    return Row(f"{tensor}.weight", f"{path}.kernel", transpose), Row(f"{tensor}.bias", f"{path}.bias")
+
+
+def _layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{tensor}.weight", f"{path}.scale"), Row(f"{tensor}.bias", f"{path}.bias")
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        GPT2Config,
+        "GPT2",
+        "transformer.",
+        (
+            Row("wte.weight", "embed.embedding"),
+            Row("wpe.weight", "positions.embedding"),
+            *_layer_norm("h.{}.ln_1", "layers.{}.norm1"),
+            # GPT-2 keeps its linear layers as [in, out], which is our order already.
+            *_linear("h.{}.attn.c_attn", "layers.{}.qkv", transpose=False),
+            *_linear("h.{}.attn.c_proj", "layers.{}.out", transpose=False),
+            *_layer_norm("h.{}.ln_2", "layers.{}.norm2"),
+            *_linear("h.{}.mlp.c_fc", "layers.{}.up", transpose=False),
+            *_linear("h.{}.mlp.c_proj", "layers.{}.down", transpose=False),
+            *_layer_norm("ln_f", "norm"),
+        ),
+        ignored=r"h\.\d+\.attn\.(masked_)?bias",
+    ),
+    "llama": Family(
+        LlamaConfig,
+        "Llama",
+        "model.",
+        (
+            Row("embed_tokens.weight", "embed.embedding"),
+            Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
+            *_linear("layers.{}.self_attn.q_proj", "layers.{}.query"),
+            *_linear("layers.{}.self_attn.k_proj", "layers.{}.key"),
+            *_linear("layers.{}.self_attn.v_proj", "layers.{}.value"),
+            *_linear("layers.{}.self_attn.o_proj", "layers.{}.out"),
+            Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale"),
+            *_linear("layers.{}.mlp.gate_proj", "layers.{}.gate"),
+            *_linear("layers.{}.mlp.up_proj", "layers.{}.up"),
+            *_linear("layers.{}.mlp.down_proj", "layers.{}.down"),
+            Row("norm.weight", "norm.scale"),
+        ),
+        ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    ),
+}
+HEAD_TENSOR: dict[Head, str] = {"vocabulary": "lm_head.weight", "reward": "score.weight"}
+HEAD_CLASS: dict[Head, str] = {"vocabulary": "ForCausalLM", "reward": "ForSequenceClassification"}
+HEAD_CLASS_EXCEPTIONS = {("gpt2", "vocabulary"): "LMHeadModel"}
+
+
+class Pretrained(NamedTuple):
+    """A model read from a folder. `new_head` says that its head is random, because the checkpoint has none of the kind."""
+
+    model: CausalModel
+    params: Params
+    new_head: bool
+    special_tokens: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The folder of a local path, or of a hub id (downloaded: safetensors, configs and tokenizer files only)."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1 or folder.exists():
+        raise InputError(f"{source}: no such folder; a model is a Hugging Face folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{source}: neither a local folder nor a model that the hub gives ({reason})") from error
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    head: Head,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    from_scratch: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Loads a GPT-2 or Llama checkpoint as a language model or a reward model, layers stacked.
+
+    A head that the checkpoint lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`,
+    which reads the config alone. Raises InputError for an unknown architecture, a checkpoint that does not match its
+    config, or a classifier with more than one label.
+    """
+    folder = resolve(source)
+    hf = _read_config(folder)
+    family = FAMILIES[hf.model_type]
+    model = CausalModel(family.config.from_hf(hf), head)
+    special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    eos_ids = _eos_ids(folder, special["eos_token_id"])
+    if from_scratch:
+        params = jax.tree.map(lambda x: x.astype(dtype), model.init(jax.random.key(seed)))
+        return Pretrained(model, params, True, special, eos_ids)
+    tensors = _open_tensors(folder, family)
+    if head == "reward" and "score.weight" in tensors and hf.num_labels != 1:
+        raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
+    params, new_head = _import(model, family, tensors, folder, np.dtype(dtype), seed)
+    return Pretrained(model, params, new_head, special, eos_ids)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: CausalModel,
+    params: Params,
+    *,
+    special_tokens: Mapping[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a Hugging Face folder (config.json and safetensors, sharded with an index where large).
+
+    The files are complete before they take their names. A reward model becomes `...ForSequenceClassification` with one
+    label, which transformers reads at the last token that is not padding: give it a `pad_token_id` that is not the
+    end-of-sequence token, or score one text at a time.
+    """
+    import transformers
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.numpy import save_file
+
+    model, params = stack_layers(model, params)
+    fields = model.config.to_hf()
+    name = fields.pop("model_type")
+    suffix = HEAD_CLASS_EXCEPTIONS.get((name, model.head), HEAD_CLASS[model.head])
+    tensors = dict(_export(model, FAMILIES[name], params))
+    extra = {"num_labels": 1} if model.head == "reward" else {}
+    hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
+    hf.architectures = [FAMILIES[name].class_prefix + suffix]
+    hf.dtype = str(next(iter(tensors.values())).dtype)
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    hf.save_pretrained(partial)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda x: x.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for filename, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, partial / filename, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (partial / INDEX).write_text(json.dumps(index, indent=2))
+    for stale in target.glob("model*.safetensors*"):
+        stale.unlink()
+    for file in partial.iterdir():
+        os.replace(file, target / file.name)
+    partial.rmdir()
+
+
+def _read_config(folder: Path) -> Any:
+    import transformers
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; a model is a Hugging Face folder")
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error})") from error
+    if kind not in FAMILIES:
+        raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+
+
+def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
+    """End-of-sequence ids of config.json and generation_config.json (Llama 3 has several)."""
+    found = [eos]
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        found.append(json.loads(generation.read_text()).get("eos_token_id"))
+    flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    return tuple(dict.fromkeys(flat))
+
+
+class _Tensors(dict[str, tuple[Path, str]]):
+    """Where each tensor of a checkpoint lies, by its name without the backbone's prefix; read only when asked for."""
+
+    def read(self, name: str) -> np.ndarray:
+        from safetensors import safe_open
+
+        path, stored = self[name]
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor(stored)
+
+
+def _open_tensors(folder: Path, family: Family) -> _Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file():
+        files = sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    else:
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only")
+    tensors = _Tensors()
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                tensors.update({name.removeprefix(family.backbone_prefix): (path, name) for name in file.keys()})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+    return tensors
+
+
+def _import(
+    model: CausalModel, family: Family, tensors: _Tensors, folder: Path, dtype: np.dtype, seed: int
+) -> tuple[Params, bool]:
+    """Fills the model's parameters from the checkpoint; every mismatch is collected and raised once."""
+    problems: list[str] = []
+    used: set[str] = set()
+
+    def read(name: str, transpose: bool, shape: tuple[int, ...]) -> np.ndarray | None:
+        used.add(name)
+        if name not in tensors:
+            problems.append(f"{name} is missing")
+            return None
+        value = tensors.read(name)
+        value = value.T if transpose else value
+        if value.shape != shape:
+            problems.append(f"{name} has shape {value.shape}, the config needs {shape}")
+            return None
+        return value.astype(dtype)
+
+    def read_array(row: Row, shape: tuple[int, ...]) -> np.ndarray:
+        if "{}" not in row.tensor:
+            value = read(row.tensor, row.transpose, shape)
+            return np.zeros(shape, dtype) if value is None else value
+        stacked = np.zeros(shape, dtype)
+        for layer in range(shape[0]):
+            value = read(row.tensor.format(layer), row.transpose, shape[1:])
+            if value is not None:
+                stacked[layer] = value
+        return stacked
+
+    new_head = False
+    params: Params = {}
+    for path, leaf in _flatten(model.abstract_params()):
+        row = _row(family, model.head, path)
+        if path[0] == "head" and row.tensor not in tensors and model.head == "reward":
+            new_head = True
+            std = model.config.initializer_range
+            value = np.asarray(std * jax.random.normal(jax.random.key(seed), leaf.shape), dtype)
+        else:
+            value = read_array(row, leaf.shape)
+        _set(params, path, value)
+    foreign = {*HEAD_TENSOR.values()} - {HEAD_TENSOR[model.head]} if model.head == "reward" else {*HEAD_TENSOR.values()}
+    unexpected = [n for n in tensors if n not in used | foreign and not re.fullmatch(family.ignored, n)]
+    problems += [f"{name} is not part of this architecture" for name in unexpected]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{folder}: the weights do not match config.json: {'; '.join(problems[:3])}{more}")
+    return jax.tree.map(jnp.asarray, params), new_head
+
+
+def _export(model: CausalModel, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in _flatten(params):
+        row = _row(family, model.head, path)
+        prefix = "" if path[0] == "head" else family.backbone_prefix
+        value = np.asarray(leaf)
+        if "{}" in row.tensor:
+            for layer, single in enumerate(value):
+                yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
+        else:
+            yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
+
+
+def _row(family: Family, head: Head, path: tuple[str, ...]) -> Row:
+    """The table's row for one array of the (stacked) parameters."""
+    if path[0] == "head":
+        return Row(HEAD_TENSOR[head], "head.linear.kernel", transpose=True)
+    wanted = ".".join(path[1:])
+    return next(row for row in family.rows if row.path.replace(".{}", "") == wanted)
+
+
+def _flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

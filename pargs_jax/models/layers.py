@@ -1,0 +1,123 @@
+"""The few primitives that the model families share: attention with a cache, layer stacks, dropout, activations."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one layer, `[B H T D]`; with stacked layers a leading L."""
+
+    keys: Float[Array, "*L B H T D"]
+    values: Float[Array, "*L B H T D"]
+
+
+class CachedPrefix(NamedTuple):
+    """What new tokens attend to beside themselves: one layer's cache, and which of its slots are real."""
+
+    kv: KeyValues
+    valid: Bool[Array, "B S"]
+
+
+def attention(
+    queries: Float[Array, "B Hq T D"],
+    new: KeyValues,
+    mask: Bool[Array, "*B T T"],
+    prefix: CachedPrefix | None,
+    scale: float | Array,
+) -> Float[Array, "B T HqD"]:
+    """Attention of T new tokens over a cached prefix (if any) and over themselves, softmax in fp32.
+
+    `mask[..., t, s]` says whether new token t sees new token s. The prefix is read where it lies: scores over prefix and
+    new tokens are joined, keys and values never are. Grouped queries (Hq a multiple of the key heads) share their head.
+    """
+    batch, query_heads, length, head_dim = queries.shape
+    heads = new.keys.shape[1]
+    group = query_heads // heads
+    grouped = queries.reshape(batch, heads, group * length, head_dim)
+
+    def scores(keys: Array, visible: Array) -> Array:
+        """[B H group T S], with the invisible at fp32's minimum (finite: a row that sees nothing must not be NaN)."""
+        raw = jnp.einsum("bhqd,bhsd->bhqs", grouped, keys, preferred_element_type=jnp.float32) * scale
+        raw = raw.reshape(batch, heads, group, length, keys.shape[2])
+        return jnp.where(visible, raw, jnp.finfo(jnp.float32).min)
+
+    def mix(weights: Array, values: Array) -> Array:
+        flat = weights.astype(values.dtype).reshape(batch, heads, group * length, values.shape[2])
+        return jnp.einsum("bhqs,bhsd->bhqd", flat, values)
+
+    own = scores(new.keys, mask[:, None, None] if mask.ndim == 3 else mask)
+    if prefix is None:
+        mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
+    else:
+        past = scores(prefix.kv.keys, prefix.valid[:, None, None, None, :])
+        weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
+        split = past.shape[-1]
+        mixed = mix(weights[..., :split], prefix.kv.values) + mix(weights[..., split:], new.values)
+    mixed = mixed.reshape(batch, query_heads, length, head_dim)
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim)
+
+
+def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
+    """Inverted dropout; no key or a zero rate means none."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+# A block applied to one layer's inputs: (block, x, layer index, that layer's cache, dropout key) -> x, new keys/values.
+BlockStep = Callable[[Any, Array, Any, KeyValues | None, PRNGKeyArray | None], tuple[Array, KeyValues]]
+
+
+def make_layers(block: Callable[..., nnx.Module], count: int, unrolled: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` blocks: one module whose arrays have a leading L, or, unrolled, a list of modules."""
+    if unrolled:
+        return nnx.List([block(rngs=rngs) for _ in range(count)])
+    return nnx.vmap(lambda keys: block(rngs=keys))(rngs.split(count))
+
+
+def run_layers(
+    layers: nnx.Module, step: BlockStep, x: Array, count: int, cache: Any = None, key: PRNGKeyArray | None = None
+) -> tuple[Array, Any]:
+    """Runs a stack made by `make_layers`: a `lax.scan` if stacked (small programs, one compiled layer), a loop if
+    unrolled (faster where a step is bound by reading weights, since the scan copies each layer's out of the stack).
+
+    `cache` holds `KeyValues` with a leading L if stacked, a tuple of them if unrolled. The new keys and values come
+    back in the same form.
+    """
+    keys = None if key is None else jax.random.split(key, count)
+    if isinstance(layers, nnx.List):
+        new = []
+        for index, block in enumerate(layers):
+            layer_cache = None if cache is None else cache[index]
+            x, kv = step(block, x, index, layer_cache, None if keys is None else keys[index])
+            new.append(kv)
+        return x, tuple(new)
+
+    definition, params = nnx.split(layers)
+
+    def body(x: Array, layer: Any) -> tuple[Array, KeyValues]:
+        layer_params, index, layer_cache, layer_key = layer
+        return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
+
+    return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

@@ -1,0 +1,176 @@
+"""Llama 1, 2 and 3 (Touvron et al., 2023): rotary positions, RMS norms, grouped queries, a gated feed-forward."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.models.layers import (
+    ACTIVATIONS,
+    CachedPrefix,
+    KeyValues,
+    attention,
+    dropout,
+    make_layers,
+    run_layers,
+    split_heads,
+)
+from pargs_jax.models.rotary import Rotary, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama model. `dropout` acts on embeddings and residual branches, and only when a key is given."""
+
+    vocab_size: int = 32000
+    context_length: int = 4096
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    feedforward: int = 11008
+    activation: str = "silu"
+    norm_epsilon: float = 1e-5
+    rotary: Rotary = Rotary()
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+
+    @property
+    def max_positions(self) -> int:
+        return self.rotary.reach(self.context_length)
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "LlamaConfig":
+        """Reads a `transformers.LlamaConfig`; transformers itself translates the older `rope_theta`/`rope_scaling`."""
+        return cls(
+            vocab_size=hf.vocab_size,
+            context_length=hf.max_position_embeddings,
+            width=hf.hidden_size,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            kv_heads=hf.num_key_value_heads,
+            head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+            feedforward=hf.intermediate_size,
+            activation=hf.hidden_act,
+            norm_epsilon=hf.rms_norm_eps,
+            rotary=Rotary.from_hf(hf.rope_parameters),
+            attention_bias=hf.attention_bias,
+            mlp_bias=hf.mlp_bias,
+            tied_embeddings=hf.tie_word_embeddings,
+            initializer_range=hf.initializer_range,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `transformers.LlamaConfig`."""
+        return {
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.feedforward,
+            "hidden_act": self.activation,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_parameters": self.rotary.to_hf(),
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "tie_word_embeddings": self.tied_embeddings,
+            "initializer_range": self.initializer_range,
+        }
+
+    def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Llama":
+        return Llama(self, unrolled=unrolled, rngs=rngs)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in fp32; the scale multiplies after the cast back, as the checkpoints were trained."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype) * self.scale[...]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, query_width, kv_width = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        normal = nnx.initializers.normal(config.initializer_range)
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=normal, rngs=rngs)
+
+        self.norm1 = RMSNorm(width, config.norm_epsilon)
+        self.query = linear(width, query_width, config.attention_bias)
+        self.key = linear(width, kv_width, config.attention_bias)
+        self.value = linear(width, kv_width, config.attention_bias)
+        self.out = linear(query_width, width, config.attention_bias)
+        self.norm2 = RMSNorm(width, config.norm_epsilon)
+        self.gate = linear(width, config.feedforward, config.mlp_bias)
+        self.up = linear(width, config.feedforward, config.mlp_bias)
+        self.down = linear(config.feedforward, width, config.mlp_bias)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos_sin: tuple[Array, Array],
+        mask: Bool[Array, "*B T T"],
+        prefix: CachedPrefix | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        config = self.config
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        normed = self.norm1(x)
+        q = rotate(split_heads(self.query(normed), config.heads), cos_sin)
+        k = rotate(split_heads(self.key(normed), config.kv_heads), cos_sin)
+        v = split_heads(self.value(normed), config.kv_heads)
+        mixed = attention(q, KeyValues(k, v), mask, prefix, config.head_dim**-0.5)
+        x = x + dropout(self.out(mixed), config.dropout, attention_key)
+        normed = self.norm2(x)
+        hidden = ACTIVATIONS[config.activation](self.gate(normed)) * self.up(normed)
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), KeyValues(k, v)
+
+
+class Llama(nnx.Module):
+    """The backbone: token ids to final hidden states."""
+
+    def __init__(self, config: LlamaConfig, *, unrolled: bool, rngs: nnx.Rngs) -> None:
+        self.config = config
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.embed = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, rngs=rngs)
+        self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "*B T T"],
+        cache: Any = None,
+        cache_valid: Bool[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+        x = dropout(self.embed(tokens), self.config.dropout, embed_key)
+        cos_sin = self.config.rotary.cos_sin(positions, self.config.head_dim, self.config.context_length)
+
+        def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
+            return block(x, cos_sin, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key)
+        return self.norm(x), new

@@ -1,0 +1,134 @@
+"""Rotary position embeddings (Su et al., 2021), with every scaling that Llama checkpoints use.
+
+Conventions are those of the Hugging Face checkpoints: the two halves of a head are rotated against each other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.errors import InputError
+
+# The numbers each scaling needs in config.json, beside `rope_type` and `rope_theta`.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """The rotation of one checkpoint: its base, its scaling and the scaling's numbers as config.json has them."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    numbers: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def from_hf(cls, parameters: Mapping[str, Any]) -> "Rotary":
+        """Reads `rope_parameters` of a transformers config. Raises InputError for an unknown or incomplete scaling."""
+        rest = {key: value for key, value in parameters.items() if value is not None}
+        kind = rest.pop("rope_type", rest.pop("type", "default"))
+        if kind not in REQUIRED:
+            raise InputError(f"config.json: RoPE scaling {kind!r} is not known; known are {', '.join(REQUIRED)}")
+        if missing := [key for key in REQUIRED[kind] if key not in rest]:
+            raise InputError(f"config.json: RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
+        if rest.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError("config.json: partial_rotary_factor must be 1 for Llama")
+        theta = float(rest.pop("rope_theta", 10000.0))
+        return cls(theta, kind, tuple(sorted(rest.items())))
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"rope_type": self.kind, "rope_theta": self.theta, **dict(self.numbers)}
+
+    def reach(self, trained_length: int) -> int:
+        """Positions that the model can be asked for: dynamic scaling stretches beyond the trained context."""
+        return int(trained_length * dict(self.numbers)["factor"]) if self.kind == "dynamic" else trained_length
+
+    def cos_sin(
+        self, positions: Int[Array, "B T"], head_dim: int, trained_length: int
+    ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        """Cosine and sine of every position's angles, fp32.
+
+        Dynamic scaling follows the reference: past the trained length the frequencies depend on the longest position
+        of the row in this call, so there (and only there) a cached step differs from a full pass.
+        """
+        if self.kind == "dynamic":
+            frequencies = self._dynamic_frequencies(positions, head_dim, trained_length)
+            amplitude = 1.0
+        else:
+            static, amplitude = self._static_frequencies(head_dim)
+            frequencies = jnp.asarray(static, jnp.float32)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
+
+    def _dynamic_frequencies(self, positions: Array, head_dim: int, trained_length: int) -> Array:
+        factor = dict(self.numbers)["factor"]
+        length = jnp.maximum(positions.max(-1, keepdims=True) + 1, trained_length).astype(jnp.float32)[..., None]
+        base = self.theta * (factor * length / trained_length - (factor - 1)) ** (head_dim / (head_dim - 2))
+        return base ** -jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
+
+    def _static_frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+        frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        numbers = dict(self.numbers)
+        if self.kind == "linear":
+            return frequencies / numbers["factor"], 1.0
+        if self.kind == "llama3":
+            return _llama3(frequencies, numbers), 1.0
+        if self.kind == "yarn":
+            return _yarn(frequencies, numbers, self.theta, head_dim)
+        return frequencies, 1.0
+
+
+def _llama3(frequencies: np.ndarray, numbers: Mapping[str, Any]) -> np.ndarray:
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    turns = numbers["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / numbers["factor"])
+
+
+def _yarn(
+    frequencies: np.ndarray, numbers: Mapping[str, Any], theta: float, head_dim: int
+) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al., 2023): interpolation by the number of turns, and a larger amplitude."""
+    factor = numbers["factor"]
+
+    def dimension_of(turns: float) -> float:
+        length = numbers["original_max_position_embeddings"]
+        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(numbers.get("beta_fast") or 32), dimension_of(numbers.get("beta_slow") or 1)
+    if numbers.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0.001)), 0.0, 1.0)
+    return frequencies * ((1 - ramp) + ramp / factor), _yarn_amplitude(factor, numbers)
+
+
+def _yarn_amplitude(factor: float, numbers: Mapping[str, Any]) -> float:
+    def amplitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if "attention_factor" in numbers:
+        return float(numbers["attention_factor"])
+    if numbers.get("mscale") and numbers.get("mscale_all_dim"):
+        return amplitude(numbers["mscale"]) / amplitude(numbers["mscale_all_dim"])
+    return amplitude(1.0)
+
+
+def rotate(
+    x: Float[Array, "B H T D"], cos_sin: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+) -> Float[Array, "B H T D"]:
+    """Rotates each head's two halves by the positions' angles; computed in fp32, returned in x's dtype."""
+    cos, sin = (part[:, None] for part in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
