@@ -25,4 +25,5 @@ class RewardHead(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         kernel = self.linear.kernel[...].astype(jnp.float32)
-        return (hidden.astype(jnp.float32) @ kernel)[..., 0]
+        # Accelerators multiply fp32 in less by default; rewards are compared by small differences.
+        return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]

@@ -1,0 +1,6 @@
+"""What scores candidates: the contract that every guide keeps, and the guides."""
+
+from pargs_jax.decoding.guides.causal import CausalGuide
+from pargs_jax.decoding.guides.contract import Guide
+
+__all__ = ["CausalGuide", "Guide"]

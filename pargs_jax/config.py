@@ -1,0 +1,342 @@
+"""Every option of training and decoding, as frozen dataclasses.
+
+An option is declared once, here: its default, its meaning, its type and its limits. YAML files, the command line and
+`--help` (`pargs_jax.cli`) are derived from these classes, and `validate()` checks them when they are made from Python.
+Nothing here imports JAX, so `--help` answers at once.
+
+    config = TrainConfig(batch_size=32, objective=ObjectiveConfig(name="bt"))
+    config = dataclasses.replace(config, seed=1)
+    config.validate()
+"""
+# ruff: noqa: RUF009 (option() is dataclasses.field(), a declaration and no shared value)
+
+import json
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pargs_jax.errors import InputError
+
+DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
+
+PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
+MethodName = Literal["greedy", "top_k", "args", "args_stochastic", "pargs_greedy", "pargs"]
+DtypeName = Literal["float32", "bfloat16"]
+
+UNGUIDED_METHODS = ("greedy", "top_k")
+LARGEST_SEED = 2**32 - 1
+
+_COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    unset: str = "none",
+    metavar: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    may_be_empty: bool = False,
+) -> Any:
+    """A dataclass field that is also an option of the command line and of YAML files.
+
+    The field's type hint gives the kind of value: `bool`, `int`, `float`, `str`, a `Literal` of strings (the choices),
+    any of these `| None`, or `tuple[T, ...]` for a list.
+
+    Args:
+        default: the value where none is given.
+        meaning: the line in `--help`: what it is, and its unit.
+        unset: what the default means where it is None or empty, in `--help`.
+        metavar: what stands for the value in `--help`; by default the kind's.
+        at_least, above, at_most, below: limits of a number.
+        may_be_empty: whether the empty string is a value; elsewhere it is more likely an unset shell variable.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    limits = tuple((words, bound) for words, bound in bounds.items() if bound is not None)
+    metadata = {"meaning": meaning, "unset": unset, "metavar": metavar, "limits": limits, "may_be_empty": may_be_empty}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of one option of a config class.
+
+    Attributes:
+        key: its dotted name, as in YAML files: `optim.lr`.
+        scalar: the type of its value, or of each element where `many`: bool, int, float or str.
+        choices: the only values there are; empty for any.
+        nullable: whether None is a value.
+        many: whether it is a list (a tuple, in the dataclass).
+        default, meaning, unset, metavar, limits, may_be_empty: as given to `option`.
+    """
+
+    key: str
+    scalar: type
+    choices: tuple[str, ...]
+    nullable: bool
+    many: bool
+    default: Any
+    meaning: str = ""
+    unset: str = "none"
+    metavar: str = ""
+    limits: tuple[tuple[str, float], ...] = ()
+    may_be_empty: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line: `--optim.weight-decay` for `optim.weight_decay`."""
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def expects(self) -> str:
+        """What a value must be, in words: `a whole number, at least 1, or null`."""
+        words = f"one of {', '.join(self.choices)}" if self.choices else _KINDS[self.scalar]
+        if self.scalar is str and not self.choices and not self.may_be_empty:
+            words = "non-empty " + words
+        if self.limits:
+            words += ", " + " and ".join(f"{comparison} {bound}" for comparison, bound in self.limits)
+        return words + (", one or several" if self.many else "") + (", or null" if self.nullable else "")
+
+    def require(self, value: object, name: str) -> None:
+        """Raises InputError, naming the option `name`, unless `value` has the right type and lies within the limits."""
+        if value is None:
+            accepted = self.nullable
+        elif self.many:
+            accepted = isinstance(value, tuple) and all(map(self._accepts_scalar, value))
+        else:
+            accepted = self._accepts_scalar(value)
+        if not accepted:
+            raise InputError(f"{name}: got {shown(value)}, must be {self.expects}")
+
+    def _accepts_scalar(self, value: object) -> bool:
+        if self.choices:
+            return value in self.choices
+        if self.scalar is bool or isinstance(value, bool):  # a bool is an int to Python, but not to a reader
+            return self.scalar is bool and isinstance(value, bool)
+        if self.scalar is str:
+            return isinstance(value, str) and (value != "" or self.may_be_empty)
+        if not isinstance(value, int | float if self.scalar is float else int):
+            return False
+        return math.isfinite(value) and all(_COMPARISONS[words](value, bound) for words, bound in self.limits)
+
+
+def shown(value: object) -> str:
+    """A value for an error message, as YAML would spell it, on one line and cut if long."""
+    text = json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def sections(config_class: type, prefix: str = "") -> dict[str, type]:
+    """The class of every section of a config by its dotted name; the config itself is the section ""."""
+    found = {prefix: config_class}
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint):
+            found |= sections(hint, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def options(config_class: type) -> Iterator[Option]:
+    """Every option of a config class, section by section. Every field of the class needs a default."""
+    for section, section_class in sections(config_class).items():
+        hints = get_type_hints(section_class)
+        for declared in fields(section_class):
+            if not is_dataclass(hints[declared.name]):
+                key = f"{section}.{declared.name}" if section else declared.name
+                yield _described(key, declared, hints[declared.name])
+
+
+def _described(key: str, declared: Field, hint: Any) -> Option:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    (kind,) = (member for member in members if member is not NoneType)
+    many = get_origin(kind) is tuple
+    if many:
+        kind = get_args(kind)[0]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    scalar = str if choices else kind
+    if scalar not in _KINDS:
+        raise TypeError(f"{key}: an option cannot be of type {hint}")
+    return Option(key, scalar, choices, NoneType in members, many, declared.default, **declared.metadata)
+
+
+def check_each(config: Any) -> None:
+    """Raises InputError for the first option of `config` that has a wrong type or lies outside its limits."""
+    for known in options(type(config)):
+        known.require(operator.attrgetter(known.key)(config), known.flag)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from."""
+
+    init: str = option(
+        DEMO,
+        "the language model that training starts from: 'demo' (comes with the package), a Hugging Face folder, "
+        "or a hub id",
+        metavar="PATH_OR_HUB_ID",
+    )
+    from_scratch: bool = option(False, "start from random weights, in the shape of --model.init's configuration")
+    dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The preference pairs."""
+
+    train: str = option(
+        DEMO,
+        "pairs to train on: 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet file, or a hub id",
+        metavar="FILE_OR_HUB_ID",
+    )
+    eval: str | None = option(
+        None,
+        "held-out pairs to evaluate on",
+        unset="the demo's own with the demo, else no evaluation",
+        metavar="FILE_OR_HUB_ID",
+    )
+    format: PromptFormName = option("plain", "the form that prompts are written in")
+    demo_pairs: int = option(8192, "pairs that the demo task generates for training", at_least=1)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    name: Literal["sft", "bt", "partial_bt"] = option(
+        "partial_bt",
+        "sft: next-token loss on the chosen answers; bt: Bradley-Terry on full answers; "
+        "partial_bt: Bradley-Terry on every prefix of the answers",
+    )
+    prefix_weights: Literal["uniform", "linear"] = option(
+        "uniform", "partial_bt: weight of a prefix in the mean: the same for all, or proportional to its length"
+    )
+    stride: int = option(1, "partial_bt: score every n-th prefix, in tokens", at_least=1)
+    sample: int | None = option(None, "partial_bt: random prefixes scored a pair and step", unset="all", at_least=1)
+    minimum_length: int = option(1, "partial_bt: shortest prefix that is scored, in tokens", at_least=1)
+    margin: float = option(
+        0.0, "subtracted from the difference of rewards, which pushes pairs further apart", at_least=0
+    )
+    centring: float = option(0.0, "weight of the penalty that keeps rewards around zero; 0: none", at_least=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(3e-4, "peak learning rate", above=0)
+    weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
+    b1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
+    b2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
+    eps: float = option(1e-8, "added to the denominator of the update", above=0)
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises from 0", at_least=0, below=1)
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "the learning rate after the warm-up")
+    clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
+    accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
+
+    mesh: str = option("auto", "how devices are used: the name of a mesh preset", metavar="NAME")
+    out: str | None = option(
+        None, "folder of checkpoints, metrics and the exported model", unset="runs/<objective.name>", metavar="DIR"
+    )
+    resume: bool = option(False, "go on from the newest checkpoint in --out")
+    seed: int = option(0, "seed of the weights, the data order and dropout", at_least=0, at_most=LARGEST_SEED)
+    steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1)
+    epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0)
+    dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
+    batch_size: int = option(64, "pairs an optimizer step", at_least=1)
+    max_length: int = option(128, "tokens of prompt and answer together; longer ones are cut", at_least=2)
+    eval_every: int = option(100, "steps between evaluations; 0: only at the end", at_least=0)
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end", at_least=0)
+    keep: int = option(2, "newest checkpoints kept", at_least=1)
+    log_every: int = option(10, "steps between lines of metrics", at_least=1)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @property
+    def output_folder(self) -> Path:
+        """Where the run is written: `out`, or `runs/<objective name>`."""
+        return Path(self.out) if self.out is not None else Path("runs", self.objective.name)
+
+    def validate(self) -> None:
+        """Raises InputError, in the command line's words, for the first option that cannot be used."""
+        check_each(self)
+        if self.batch_size % self.optim.accumulation:
+            raise InputError(
+                f"--batch-size: got {self.batch_size}, must be a multiple of "
+                f"--optim.accumulation ({self.optim.accumulation})"
+            )
+        if self.objective.minimum_length >= self.max_length:
+            raise InputError(
+                f"--objective.minimum-length: got {self.objective.minimum_length}, must be below "
+                f"--max-length ({self.max_length})"
+            )
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Everything that `decode.py` does, of which the defaults compare all methods on the demo task's unseen prompts."""
+
+    lm: str = option(
+        DEMO,
+        "the language model: 'demo' (comes with the package), a Hugging Face folder, or a hub id",
+        metavar="PATH_OR_HUB_ID",
+    )
+    rm: tuple[str, ...] = option((), "reward models that guide it: folders or hub ids", metavar="PATH")
+    method: MethodName | None = option(None, "how the next token is chosen", unset="all are compared, on the demo only")
+    prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
+    prompts: str | None = option(
+        None, "file of prompts to answer", unset="on the demo, its unseen prompts", metavar="FILE"
+    )
+    format: PromptFormName = option("plain", "the form that prompts are written in, as in the reward model's training")
+    out: str | None = option(
+        None, "JSONL file for the answers; a second run goes on after the rows there", metavar="F.jsonl"
+    )
+    k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
+    weight: tuple[float, ...] = option(
+        (), "reward weight: one for all reward models, or one for each", unset="the method's"
+    )
+    temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
+    max_new_tokens: int = option(64, "longest answer, in tokens", at_least=1)
+    batch_size: int = option(16, "prompts decoded together", at_least=1)
+    seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
+    mesh: str = option("auto", "how devices are used: the name of a mesh preset", metavar="NAME")
+    dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
+    limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1)
+
+    def validate(self) -> None:
+        """Raises InputError, in the command line's words, for the first option that cannot be used."""
+        check_each(self)
+        if self.prompt is not None and self.prompts is not None:
+            raise InputError("--prompt and --prompts: got both, must be one of them")
+        if len(self.weight) not in (0, 1, len(self.rm)):
+            raise InputError(
+                f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
+                "must be one for all or one for each"
+            )
+        if self.lm != DEMO:
+            self._validate_without_demo()
+
+    def _validate_without_demo(self) -> None:
+        """Only the demo has prompts, a reward model and a choice of methods of its own."""
+        if self.prompt is None and self.prompts is None:
+            raise InputError(f"--lm {self.lm}: needs prompts to answer; give --prompt TEXT or --prompts FILE")
+        if self.method is None:
+            raise InputError(f"--lm {self.lm}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+        if self.method not in UNGUIDED_METHODS and not self.rm:
+            raise InputError(
+                f"--method {self.method}: needs a reward model; give --rm PATH, "
+                f"or an unguided method ({', '.join(UNGUIDED_METHODS)})"
+            )

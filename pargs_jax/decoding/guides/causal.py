@@ -1,0 +1,33 @@
+"""A causal reward model with the language model's own tokens: one cache of the shared prefix, K queries against it."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.models.causal import Cache, CausalModel, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalGuide:
+    """A GPT-2 or Llama reward model as a guide.
+
+    The K candidates are K queries that see the cached prefix and themselves, so a step reads the model's weights and
+    the cache once, not K times; `commit` writes the winner's keys and values.
+    """
+
+    model: CausalModel
+
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.max_positions
+
+    def prefill(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Cache:
+        return self.model.prefill(params, prompts, lengths, capacity)[1]
+
+    def score(self, params: Params, state: Cache, candidates: Int[Array, "B K"]) -> tuple[Float[Array, "B K"], Any]:
+        hidden, pending = self.model.siblings(params, state, candidates)
+        return self.model.rewards(params, hidden), pending
+
+    def commit(self, params: Params, state: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
+        return self.model.commit(state, pending, choice)

@@ -1,0 +1,208 @@
+"""The decode loop: reward-guided generation for a batch of prompts in one `lax.scan`.
+
+A step takes the language model's k likeliest next tokens, adds the guides' weighted rewards to their scores, and lets a
+rule choose: `score(v) = log p(v | x, y) + sum_j w_j r_j(x, y, v)` (PARGS, Algorithm 1; ARGS, Eq. 1).
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.decoding.guides import Guide
+from pargs_jax.decoding.rules import Rule
+from pargs_jax.errors import InputError
+from pargs_jax.models.causal import Cache, CausalModel, Params
+
+
+class DecodeState(NamedTuple):
+    """What one step hands to the next."""
+
+    step: Int[Array, ""]
+    last: Int[Array, "B"]
+    """The newest token, which the language model has not read yet."""
+    done: Bool[Array, "B"]
+    keys: PRNGKeyArray
+    lm: Cache
+    guides: tuple[Any, ...]
+
+
+class StepRecord(NamedTuple):
+    """What one step wrote, for each row: `pad_id`, 0 and 0 where the row was finished."""
+
+    tokens: Int[Array, "*N B"]
+    log_probs: Float[Array, "*N B"]
+    """log p of the chosen token under the language model (full vocabulary, temperature 1), in nats."""
+    rewards: Float[Array, "*N B J"]
+    """Each guide's reward of the answer up to and including the chosen token."""
+
+
+class Decoded(NamedTuple):
+    """The answers of a batch; `tokens[b, :lengths[b]]` is row b's, with its end-of-sequence token if it `finished`."""
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    finished: Bool[Array, "B"]
+    log_probs: Float[Array, "B N"]
+    rewards: Float[Array, "B N J"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The static parts of a decode: a language model, guides, k, and how scores are based.
+
+    `base` is what rewards are added to: log-probabilities (PARGS) or raw logits (ARGS). The two differ by a constant in
+    each step, so they choose alike; both are here because the recorded scores of the papers differ.
+    """
+
+    lm: CausalModel
+    guides: tuple[Guide, ...] = ()
+    k: int = 10
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    base: Literal["log_probs", "logits"] = "log_probs"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.lm.config.vocab_size:
+            raise InputError(f"k is {self.k}; it must be from 1 to the vocabulary's {self.lm.config.vocab_size} tokens")
+
+    def start(
+        self,
+        params: tuple[Params, tuple[Any, ...]],
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        keys: PRNGKeyArray,
+        max_new_tokens: int,
+    ) -> DecodeState:
+        """Reads the prompts. A row of length 0 is filler: it is finished from the start."""
+        lm_params, guide_params = params
+        if prompts.shape[1] == 1:
+            # The language model reads all but the last token before the loop: leave it something to read.
+            prompts = jnp.pad(prompts, ((0, 0), (1, 0)))
+        width = prompts.shape[1]
+        _, cache = self.lm.prefill(
+            lm_params, prompts[:, :-1], jnp.maximum(lengths - 1, 0), width - 1 + max_new_tokens
+        )
+        states = tuple(
+            guide.prefill(guide_param, prompts, lengths, width + max_new_tokens)
+            for guide, guide_param in zip(self.guides, guide_params, strict=True)
+        )
+        return DecodeState(jnp.zeros((), jnp.int32), prompts[:, -1], lengths == 0, keys, cache, states)
+
+    def advance(
+        self,
+        params: tuple[Params, tuple[Any, ...]],
+        state: DecodeState,
+        weights: Float[Array, "J"],
+        rule: Rule,
+        steps: int,
+    ) -> tuple[DecodeState, StepRecord]:
+        """`steps` more tokens for every unfinished row, as one scan; steps after the last row finished are skipped."""
+
+        def move(state: DecodeState) -> tuple[DecodeState, StepRecord]:
+            return self._step(params, state, weights, rule)
+
+        def skip(state: DecodeState) -> tuple[DecodeState, StepRecord]:
+            return state, self._blank_record(state.last.shape[0])
+
+        def body(state: DecodeState, _: None) -> tuple[DecodeState, StepRecord]:
+            return jax.lax.cond(state.done.all(), skip, move, state)
+
+        return jax.lax.scan(body, state, length=steps)
+
+    def _step(
+        self, params: tuple[Params, tuple[Any, ...]], state: DecodeState, weights: Array, rule: Rule
+    ) -> tuple[DecodeState, StepRecord]:
+        lm_params, guide_params = params
+        batch = state.last.shape[0]
+        hidden, pending = self.lm.siblings(lm_params, state.lm, state.last[:, None])
+        cache = self.lm.commit(state.lm, pending, jnp.zeros(batch, jnp.int32))
+        logits = self.lm.logits(lm_params, hidden[:, 0])
+        top_logits, candidates = jax.lax.top_k(logits, self.k)
+        log_probs = top_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+        guided = [
+            guide.score(guide_param, guide_state, candidates)
+            for guide, guide_param, guide_state in zip(self.guides, guide_params, state.guides, strict=True)
+        ]
+        rewards = jnp.stack([r for r, _ in guided], -1) if guided else jnp.zeros((batch, self.k, 0))
+        scores = (log_probs if self.base == "log_probs" else top_logits) + (rewards * weights).sum(-1)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        choice = rule(scores, keys)
+        states = tuple(
+            guide.commit(guide_param, guide_state, pending, choice)
+            for guide, guide_param, guide_state, (_, pending) in zip(
+                self.guides, guide_params, state.guides, guided, strict=True
+            )
+        )
+
+        chosen = jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
+        record = StepRecord(
+            chosen,
+            jnp.take_along_axis(log_probs, choice[:, None], axis=1)[:, 0],
+            jnp.take_along_axis(rewards, choice[:, None, None], axis=1)[:, 0],
+        )
+        record = jax.tree.map(
+            lambda new, blank: jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), blank, new),
+            record,
+            self._blank_record(batch),
+        )
+        ended = jnp.isin(chosen, jnp.asarray(self.eos_ids, jnp.int32))
+        done = state.done | ended
+        return DecodeState(state.step + 1, record.tokens, done, state.keys, cache, states), record
+
+    def _blank_record(self, batch: int) -> StepRecord:
+        tokens = jnp.full(batch, self.pad_id, jnp.int32)
+        return StepRecord(tokens, jnp.zeros(batch), jnp.zeros((batch, len(self.guides))))
+
+
+def row_keys(seed: int, prompt_ids: Int[Array, "B"]) -> PRNGKeyArray:
+    """One key a row, from the seed and the prompt's id alone, so that an answer does not depend on its batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_ids)
+
+
+start = jax.jit(Decoder.start, static_argnames=("self", "max_new_tokens"))
+advance = jax.jit(Decoder.advance, static_argnames=("self", "steps"), donate_argnames="state")
+
+
+@partial(jax.jit, static_argnames=("decoder", "max_new_tokens"))
+def decode(
+    decoder: Decoder,
+    lm_params: Params,
+    guide_params: tuple[Any, ...],
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    keys: PRNGKeyArray,
+    weights: Float[Array, "J"],
+    rule: Rule,
+    max_new_tokens: int,
+) -> Decoded:
+    """Answers a batch of prompts in one compiled call: prefill, then one scan of `max_new_tokens` steps.
+
+    Args:
+        decoder: the static parts (models, k, end-of-sequence ids).
+        lm_params, guide_params: the arrays of the language model, and of each guide.
+        prompts, lengths: left-padded token ids, and the number of real ones in each row. The longest prompt and
+            `max_new_tokens` together must fit the `max_positions` of every model.
+        keys: one PRNG key a row (`row_keys`).
+        weights: one reward weight a guide (`beta` in the paper's Eq. 6); empty without guides.
+        rule: `Greedy()` or `Sample(temperature)`.
+        max_new_tokens: the longest answer, its end-of-sequence token included.
+    """
+    params = (lm_params, guide_params)
+    state = decoder.start(params, prompts, lengths, keys, max_new_tokens)
+    state, record = decoder.advance(params, state, weights, rule, max_new_tokens)
+    return gather_records(record, decoder.eos_ids, lengths)
+
+
+def gather_records(record: StepRecord, eos_ids: tuple[int, ...], prompt_lengths: Int[Array, "B"]) -> Decoded:
+    """Records of N steps, `[N B ...]`, as answers, `[B N ...]`."""
+    tokens = record.tokens.T
+    count = tokens.shape[1]
+    is_eos = jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32))
+    finished = is_eos.any(axis=1)
+    lengths = jnp.where(finished, is_eos.argmax(axis=1) + 1, count) * (prompt_lengths > 0)
+    return Decoded(tokens, lengths, finished, record.log_probs.T, jnp.moveaxis(record.rewards, 0, 1))

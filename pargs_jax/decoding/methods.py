@@ -1,0 +1,41 @@
+"""The named methods: each is a combination of parts and their defaults, not a code path of its own."""
+
+import dataclasses
+from typing import Literal
+
+from pargs_jax.decoding.rules import Greedy, Rule, Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to decode: how many candidates, what rewards are added to, how one is chosen, and the usual numbers."""
+
+    source: str
+    guided: bool
+    rule: Literal["greedy", "sample"]
+    k: int = 10
+    weight: float = 0.0
+    temperature: float = 1.0
+    base: Literal["log_probs", "logits"] = "log_probs"
+
+    def make_rule(self, temperature: float | None = None) -> Rule:
+        if self.rule == "greedy":
+            return Greedy()
+        return Sample(self.temperature if temperature is None else temperature)
+
+
+METHODS: dict[str, Method] = {
+    "greedy": Method("the likeliest token", guided=False, rule="greedy", k=1),
+    "top_k": Method("top-k sampling (Fan et al., 2018)", guided=False, rule="sample"),
+    "args": Method("ARGS-greedy (Khanov et al., 2024)", guided=True, rule="greedy", weight=1.5, base="logits"),
+    "args_stochastic": Method(
+        "ARGS-stochastic (Khanov et al., 2024)",
+        guided=True,
+        rule="sample",
+        weight=1.5,
+        temperature=0.7,
+        base="logits",
+    ),
+    "pargs_greedy": Method("PARGS-G (Rashid et al., 2024)", guided=True, rule="greedy", weight=1.0),
+    "pargs": Method("PARGS, Algorithm 1 (Rashid et al., 2024)", guided=True, rule="sample", weight=2.0),
+}

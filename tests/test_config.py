@@ -1,0 +1,262 @@
+"""Options: declared once, read from flags and YAML, checked with one line that says what would be right."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pargs_jax.cli import command, from_mapping, parse, to_yaml
+from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, option, options
+from pargs_jax.errors import InputError
+
+
+def train(*argv):
+    return parse(TrainConfig, argv, prog="train.py", description="Trains.")
+
+
+def decode(*argv):
+    return parse(DecodeConfig, argv, prog="decode.py", description="Decodes.")
+
+
+def message(read, *arguments):
+    with pytest.raises(InputError) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    """Writes c.yaml in the current folder, so that messages begin with that short name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        Path("c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return "c.yaml"
+
+    return write
+
+
+def test_flags_win_over_yaml_which_wins_over_defaults(config_file):
+    file = config_file("seed: 1\nbatch_size: 32\noptim: {lr: 1e-4, warmup: 0}\nobjective:\n  # all left out\n")
+    config = train("--config", file, "--batch-size", "8", "--optim.lr", "2e-5", "--objective.name", "bt")
+    assert config == TrainConfig(
+        seed=1, batch_size=8, optim=OptimConfig(lr=2e-5, warmup=0.0), objective=ObjectiveConfig(name="bt")
+    )
+    assert train("--config", config_file("")) == train() == TrainConfig()
+
+
+def test_yaml_scalars_are_read_by_the_type_of_the_field(config_file):
+    config = train("--config", config_file("optim: {lr: 1e-4}\nepochs: 2\nresume: true\nout: null\n"))
+    assert (config.optim.lr, config.epochs, config.resume, config.out) == (1e-4, 2.0, True, None)
+    assert isinstance(config.epochs, float)
+
+
+def test_lists_come_as_several_words_or_repeated_flags(config_file):
+    three = decode("--rm", "a", "--rm", "b", "c", "--weight", "-1", ".5", "2")
+    assert (three.rm, three.weight) == (("a", "b", "c"), (-1.0, 0.5, 2.0))
+    file = config_file("rm: [a, b]\nweight: 1\n")
+    assert decode("--config", file).weight == (1.0,)
+    assert decode("--config", file, "--rm", "c").rm == ("c",)
+
+
+def test_null_on_the_command_line_unsets_an_option(config_file):
+    file = config_file("steps: 10\nobjective: {sample: 4}\n")
+    config = train("--config", file, "--steps", "none", "--objective.sample", "null")
+    assert config.steps is None and config.objective.sample is None
+
+
+def test_switches_and_spellings():
+    assert train("--model.from_scratch", "--batch_size=8").model.from_scratch
+    assert not train("--resume", "--no-resume").resume
+    assert decode("--prompt=--batch_size=3").prompt == "--batch_size=3"  # values keep their underscores
+    assert decode("--prompt", "").prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {lrr: 1}", "c.yaml: optim.lrr: unknown key, got 1; did you mean 'lr' under 'optim'?"),
+        ("lr: 1", "c.yaml: lr: unknown key, got 1; did you mean 'lr' under 'optim'?"),
+        ("optim.lr: 1", "c.yaml: optim.lr: unknown key, got 1; did you mean 'lr' under 'optim'?"),
+        ("batchsize: 1", "c.yaml: batchsize: unknown key, got 1; did you mean 'batch_size'?"),
+        ("qqqq: 1", "c.yaml: qqqq: unknown key, got 1; see --help"),
+        ("optim: 3", "c.yaml: optim: got 3, must be a mapping of options"),
+        ("optim: {lr: fast}", 'c.yaml: optim.lr: got "fast", must be a finite number, above 0'),
+        ("optim: {lr: .inf}", "c.yaml: optim.lr: got Infinity, must be a finite number, above 0"),
+        ("epochs: true", "c.yaml: epochs: got true, must be a finite number, above 0"),
+        ("batch_size: 6.0", "c.yaml: batch_size: got 6.0, must be a whole number, at least 1"),
+        ("batch_size: true", "c.yaml: batch_size: got true, must be a whole number, at least 1"),
+        ("steps: '5'", 'c.yaml: steps: got "5", must be a whole number, at least 1, or null'),
+        ("resume: 1", "c.yaml: resume: got 1, must be true or false"),
+        ("out: 2024", "c.yaml: out: got 2024, must be non-empty text, or null"),
+        ("mesh: null", "c.yaml: mesh: got null, must be non-empty text"),
+        ("data: {format: hhh}", 'c.yaml: data.format: got "hhh", must be one of hh, tldr, shp, saferlhf, chat, plain'),
+        ("[seed]", "c.yaml: got [\"seed\"], must be a mapping of options, such as 'seed: 1'"),
+        ("optim:\n  lr: 1\n  lr: 2", "c.yaml: line 3: not a valid config file (key lr is given twice)"),
+        ("a: b: c", "c.yaml: line 1: not a valid config file (mapping values are not allowed here)"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_line(config_file, text, expected):
+    assert message(train, "--config", config_file(text)) == expected
+
+
+def test_a_config_file_that_cannot_be_read(config_file):
+    assert message(train, "--config", "no.yaml") == "no.yaml: cannot read the config file (No such file or directory)"
+    assert message(train, "--config", config_file(b"\xff\xfe\x00")).startswith("c.yaml: not a valid config file (")
+    assert message(train, "--config", config_file("out: 2024-13-45")).startswith("c.yaml: not a valid config file (")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--bach_size 3", "--bach_size: unknown option; did you mean --batch-size?"),
+        ("--lr=3", "--lr: unknown option; did you mean --optim.lr?"),
+        ("--zzzz", "--zzzz: unknown option; see --help"),
+        ("stray", 'unexpected argument "stray"; options begin with -- (see --help)'),
+        ("--batch 3", "--batch: unknown option; did you mean --batch-size?"),  # no silent abbreviations
+        ("--seed", "--seed: expected one argument"),
+        ("--seed x", '--seed: got "x", must be a whole number, at least 0 and at most 4294967295'),
+        ("--steps 1.5", '--steps: got "1.5", must be a whole number, at least 1, or null'),
+        ("--optim.lr nan", "--optim.lr: got NaN, must be a finite number, above 0"),
+        ("--model.dropout 1", "--model.dropout: got 1.0, must be a finite number, at least 0 and below 1"),
+        ("--model.init=", '--model.init: got "", must be non-empty text'),
+        ("--dtype fp16", '--dtype: got "fp16", must be one of float32, bfloat16'),
+        ("--optim.accumulation 3", "--batch-size: got 64, must be a multiple of --optim.accumulation (3)"),
+        (
+            "--objective.minimum-length 128",
+            "--objective.minimum-length: got 128, must be below --max-length (128)",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
+    assert message(train, *argv.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--prompt a --prompts b", "--prompt and --prompts: got both, must be one of them"),
+        (
+            "--rm a b --weight 1 2 3",
+            "--weight: got 3 weights for 2 reward models (--rm), must be one for all or one for each",
+        ),
+        ("--weight 1 x", '--weight: got [1.0, "x"], must be a finite number, one or several'),
+        ("--temperature 0", "--temperature: got 0.0, must be a finite number, above 0, or null"),
+        ("--lm x", "--lm x: needs prompts to answer; give --prompt TEXT or --prompts FILE"),
+        (
+            "--lm x --prompt a",
+            "--lm x: needs --method NAME, one of greedy, top_k, args, args_stochastic, pargs_greedy, pargs",
+        ),
+        (
+            "--lm x --prompt a --method args",
+            "--method args: needs a reward model; give --rm PATH, or an unguided method (greedy, top_k)",
+        ),
+    ],
+)
+def test_options_of_decoding_that_contradict_each_other(argv, expected):
+    assert message(decode, *argv.split()) == expected
+
+
+def test_configs_made_in_python_are_checked_alike():
+    config = replace(TrainConfig(), batch_size=10, optim=OptimConfig(accumulation=5))
+    config.validate()
+    assert message(replace(config, batch_size="64").validate) == (
+        '--batch-size: got "64", must be a whole number, at least 1'
+    )
+    assert message(DecodeConfig(rm="folder").validate) == '--rm: got "folder", must be non-empty text, one or several'
+    DecodeConfig(lm="x", prompt="", method="greedy").validate()
+
+
+def test_the_output_folder_is_named_after_the_objective():
+    assert TrainConfig(objective=ObjectiveConfig(name="bt")).output_folder == Path("runs/bt")
+    assert TrainConfig(out="there").output_folder == Path("there")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(out="null", steps=3, resume=True, optim=OptimConfig(lr=1e-7, eps=1e-12)),
+        DecodeConfig(rm=("a", "1"), weight=(0.5, 1e-4), prompt="\n\nHuman: né: #1?\n\nAssistant:"),
+    ],
+)
+def test_the_saved_config_loads_back_equal(config):
+    assert from_mapping(type(config), yaml.safe_load(to_yaml(config)), "run.yaml") == config
+    assert from_mapping(type(config), asdict(config), "here") == config
+
+
+def test_a_mapping_with_options_that_contradict_each_other_names_its_place():
+    saved = {"optim": {"accumulation": 7}}
+    assert message(from_mapping, TrainConfig, saved, "run.yaml") == (
+        "run.yaml: --batch-size: got 64, must be a multiple of --optim.accumulation (7)"
+    )
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, DecodeConfig])
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_describes_every_option(config_class, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as caught:
+        parse(config_class, ["--help"], prog="x.py", description="Does " + "a lot " * 40, epilog="examples:\n  x.py")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(len(line) < columns for line in text.splitlines())
+    assert text.endswith("examples:\n  x.py\n")
+    unbroken = "".join(text.split())  # lines break after hyphens too
+    for known in options(config_class):
+        assert known.meaning and "".join(known.meaning.split()) in unbroken
+        assert f"  {known.flag}" in text
+        assert all(choice in unbroken for choice in known.choices)
+
+
+def test_any_dataclass_of_options_gives_a_command_line():
+    @dataclass(frozen=True)
+    class Benchmark:
+        share: float = option(0.5, "50 % of it")
+        rounds: int = 3
+
+        def validate(self):
+            pass
+
+    assert parse(Benchmark, ["--rounds", "5"], prog="b.py", description="") == Benchmark(rounds=5)
+    with pytest.raises(SystemExit):
+        parse(Benchmark, ["--help"], prog="b.py", description="")
+
+
+def test_commands_end_with_one_line_and_the_right_code(capsys):
+    def ends_with(error):
+        def main():
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            command(main)
+        return caught.value.code, capsys.readouterr().err
+
+    assert ends_with(InputError("pairs.jsonl: empty\nfile")) == (2, "error: pairs.jsonl: empty file\n")
+    assert ends_with(KeyboardInterrupt()) == (130, "interrupted\n")
+    with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
+        command(lambda: 1 // 0)
+
+
+def run_python(program):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+
+
+def test_options_are_read_without_importing_the_heavy_libraries():
+    heavy = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
+    result = run_python(f"import sys, pargs_jax.cli; print({heavy} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stdout + result.stderr
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly():
+    result = run_python(
+        "import os, sys; from pargs_jax.cli import command\n"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "command(lambda: print('row'))"
+    )
+    assert (result.returncode, result.stderr) == (141, "")
