@@ -1,0 +1,189 @@
+"""Timing, the machine's ceilings, and result files: what the benchmark scripts share."""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "torch", "transformers", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One quantity measured several times: its median, its extremes, and every value in the order measured."""
+
+    median: float
+    low: float
+    high: float
+    runs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, runs: Iterable[float]) -> "Spread":
+        runs = tuple(runs)
+        return cls(statistics.median(runs), min(runs), max(runs), runs)
+
+    def rate(self, units: float) -> "Spread":
+        """Units per second, where this is seconds for `units` of them (tokens, say)."""
+        return Spread.of(units / seconds for seconds in self.runs)
+
+    def over(self, other: "Spread") -> "Spread":
+        """This divided by `other`, run by run: for contestants that `interleaved` timed in the same rounds."""
+        return Spread.of(mine / theirs for mine, theirs in zip(self.runs, other.runs, strict=True))
+
+    def __str__(self) -> str:
+        return f"{_digits(self.median)} ({_digits(self.low)} to {_digits(self.high)})"
+
+
+def time_it(run: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Spread:
+    """Seconds that `run` takes, after `warmup` calls that are not counted.
+
+    `run` must return only when its result is there: JAX needs `block_until_ready`, torch on a GPU needs `synchronize`.
+    """
+    return interleaved({"only": run}, repeats, warmup)["only"]
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 1
+) -> dict[str, Spread]:
+    """Seconds for each contestant, timed in turns in one process, so that the machine's drift hits all alike.
+
+    Every other round goes through them backwards, so that none always runs after the same neighbour. See `time_it` for
+    what a contestant must do.
+    """
+    for run in contestants.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for _ in range(repeats):
+        for name in order:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+        order.reverse()
+    return {name: Spread.of(runs) for name, runs in seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The best rates seen on one device: bytes read per second, operations per second in large matrix products."""
+
+    bandwidth: float
+    matmul: float
+
+    def least_seconds(self, bytes_read: float, operations: float) -> float:
+        """No program that reads so many bytes and does so many operations is faster, even with both overlapped."""
+        return max(bytes_read / self.bandwidth, operations / self.matmul)
+
+
+def ceilings(dtype: jnp.dtype) -> Ceilings:
+    """Both ceilings of JAX's default device, the products in `dtype`, at sizes that fill it."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    return Ceilings(memory_bandwidth(), matmul_rate(dtype, (size, size, size)))
+
+
+def memory_bandwidth(size: int = 2**30, repeats: int = 10) -> float:
+    """Bytes per second that JAX's default device reads, from summing an array of `size` bytes, far above any cache.
+
+    Reading, not copying: decoding reads weights and caches, and writes next to nothing.
+    """
+    array = jnp.ones(size // 4, jnp.float32)
+    total = jax.jit(jnp.sum)
+    return size / time_it(lambda: total(array).block_until_ready(), repeats).low
+
+
+def matmul_rate(dtype: jnp.dtype, shape: tuple[int, int, int], repeats: int = 10) -> float:
+    """Operations per second of JAX's default device in a product of (m, k) and (k, n) in `dtype`, for `shape` m, k, n.
+
+    A multiplication and an addition count as two. At the precision JAX takes by default on the device.
+    """
+    m, k, n = shape
+    left, right = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * m * k * n / time_it(lambda: product(left, right).block_until_ready(), repeats).low
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the numbers: processor, usable cores, load, devices, versions, date."""
+    devices = jax.devices()
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """A markdown table, its columns the first row's keys; numbers right-aligned, floats in three significant digits."""
+    columns = list(rows[0])
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    numeric = [all(isinstance(row[column], int | float | Spread) for row in rows) for column in columns]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+
+    def line(parts: Sequence[str]) -> str:
+        padded = [
+            part.rjust(width) if right else part.ljust(width)
+            for part, width, right in zip(parts, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(line(parts) for parts in [columns, rule, *cells])
+
+
+def _cell(value: object) -> str:
+    return _digits(value) if isinstance(value, float) else str(value)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent; all digits before the point are kept."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
+
+
+def write_result(name: str, payload: Mapping[str, Any], markdown: str) -> Path:
+    """Write `results/<name>.json` (the payload and the machine) and `results/<name>.md` (the text and the machine).
+
+    Dataclasses in the payload, `Spread` among them, become objects. Returns the path of the markdown.
+    """
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    described = machine()
+    content = json.dumps({"machine": described, **payload}, indent=2, default=dataclasses.asdict)
+    (RESULTS / f"{name}.json").write_text(content + "\n")
+    path = RESULTS / f"{name}.md"
+    facts = "\n".join(f"- {fact}: {value}" for fact, value in described.items() if value is not None)
+    path.write_text(f"{markdown.rstrip()}\n\nMachine:\n\n{facts}\n")
+    return path

@@ -1,0 +1,214 @@
+"""From preferences to batches of token ids: lengths, truncation, and an order that any step can be resumed from."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pargs_jax.data.preferences import Preference
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.errors import InputError
+
+WINDOW = 16
+"""How many batches are filled together from rows sorted by size."""
+
+
+class Batch(NamedTuple):
+    """Rows of one step. What is padding says the lengths alone, never a token id.
+
+    Attributes:
+        prompts: token ids, padded on the left.
+        prompt_lengths: how many of the P are the prompt's; at least 1.
+        answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected) or 1 (chosen).
+        answer_lengths: how many of the R are the answer's; at least 1.
+        weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
+    """
+
+    prompts: Int[np.ndarray, "B P"]
+    prompt_lengths: Int[np.ndarray, "B"]
+    answers: Int[np.ndarray, "B A R"]
+    answer_lengths: Int[np.ndarray, "B A"]
+    weights: Float[np.ndarray, "B"]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Token ids of one prompt and its answers, chosen first, that fit the maximum length together."""
+
+    prompt: Int[np.ndarray, "P"]
+    answers: tuple[Int[np.ndarray, "R"], ...]
+
+
+@dataclass(frozen=True)
+class TruncationReport:
+    """What the maximum length cost.
+
+    Attributes:
+        rows: how many rows there were.
+        prompts_cut: prompts that lost tokens on the left.
+        answers_cut: answers that lost tokens on the right, and so their end-of-sequence token.
+        tokens_lost: tokens cut from prompts and answers together.
+        rows_left_out: rows whose two answers were the same once cut, and so compare nothing.
+    """
+
+    rows: int
+    prompts_cut: int = 0
+    answers_cut: int = 0
+    tokens_lost: int = 0
+    rows_left_out: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
+            f"{self.tokens_lost} tokens lost, {self.rows_left_out} rows left out because their answers became the same"
+        )
+
+
+def tokenise(
+    preferences: Sequence[Preference], tokenizer: TextTokenizer, max_length: int, answers: int = 2
+) -> tuple[list[Example], TruncationReport]:
+    """Tokenises prompts and answers apart and cuts them to fit.
+
+    The end-of-sequence token is part of an answer. Where a prompt and its longest answer exceed `max_length` tokens,
+    the prompt first loses tokens on the left (never BOS, and never so many that less than half of `max_length` is left
+    of it), then answers lose tokens on the right.
+
+    Args:
+        preferences: the rows; with `answers=2` each needs a rejected answer.
+        tokenizer: the model's tokenizer.
+        max_length: the most tokens of prompt and answer together; at least 2.
+        answers: 2 for chosen and rejected, 1 for chosen alone.
+
+    Raises:
+        InputError: if `max_length` is below 2, or cutting left no row.
+    """
+    if max_length < 2:
+        raise InputError(f"max_length is {max_length}: it must be at least 2, a token each of prompt and answer")
+    examples = []
+    prompts_cut = answers_cut = tokens_lost = 0
+    for preference in preferences:
+        whole_prompt = tokenizer.encode_prompt(preference.prompt)
+        whole_answers = [
+            [*tokenizer.encode_answer(text, starts_text=not preference.prompt), tokenizer.eos_id]
+            for text in (preference.chosen, preference.rejected)[:answers]
+        ]
+        prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
+        cut_answers = [ids[: max_length - len(prompt)] for ids in whole_answers]
+        lost = [len(whole) - len(cut) for whole, cut in zip(whole_answers, cut_answers, strict=True)]
+        prompts_cut += len(prompt) < len(whole_prompt)
+        answers_cut += sum(map(bool, lost))
+        tokens_lost += len(whole_prompt) - len(prompt) + sum(lost)
+        if answers == 1 or cut_answers[0] != cut_answers[1]:
+            ids = [np.asarray(answer, np.int32) for answer in cut_answers]
+            examples.append(Example(np.asarray(prompt, np.int32), tuple(ids)))
+    report = TruncationReport(
+        len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
+    )
+    if not examples:
+        raise InputError(f"no row is left at max_length {max_length}; {report}")
+    return examples, report
+
+
+def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id: int | None) -> list[int]:
+    """The prompt less the tokens on its left that `tokenise` takes from it."""
+    excess = len(prompt) + longest_answer - max_length
+    if excess <= 0:
+        return prompt
+    keep = max(len(prompt) - excess, min(len(prompt), max_length // 2))
+    head = prompt[:1] if prompt[0] == bos_id else []
+    return head + prompt[len(prompt) - keep + len(head) :]
+
+
+class Batches:
+    """An endless, shuffled stream of training batches, and the same rows in order for evaluation.
+
+    The stream is one permutation of the rows after another, so that every row comes exactly once in each. It is taken
+    in windows of `WINDOW` batches; within a window, rows are sorted by size before they are cut into batches, which
+    then come in random order: batches hold rows of like size, and little padding.
+
+    P and R are rounded up to a few widths, so that a jitted step compiles for few shapes: multiples of a quarter of the
+    maximum length (of 16, if that is more), and never above the maximum length itself.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, max_length: int, seed: int) -> None:
+        """Makes the stream.
+
+        Args:
+            examples: the rows, all with the same number of answers.
+            batch_size: rows in each batch.
+            max_length: what the examples were cut to, in tokens.
+            seed: decides the order, with the step alone.
+
+        Raises:
+            InputError: if there are no examples, or the batch size or the seed is out of range.
+        """
+        if not examples:
+            raise InputError("no examples to make batches of")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+        if seed < 0:
+            raise InputError(f"seed is {seed}: it must be 0 or more")
+        self._examples = examples
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self._seed = seed
+        self._prompt_lengths = np.array([len(example.prompt) for example in examples])
+        self._answer_widths = np.array([self._width(max(map(len, example.answers))) for example in examples])
+        self._window: tuple[int, list[Int[np.ndarray, "B"]]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every row once, rounded up."""
+        return math.ceil(len(self._examples) / self._batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """The training batch of a step, a pure function of the seed and the step (from 0)."""
+        window, place = divmod(step, WINDOW)
+        if self._window[0] != window:
+            self._window = (window, self._rows_of_window(window))
+        return self._collate(self._window[1][place], self._batch_size)
+
+    def evaluation(self) -> Iterator[Batch]:
+        """Every row once, sorted by size; the last batch is filled up with copies of weight 0."""
+        order = self._by_size(np.arange(len(self._examples)))
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            filled = np.pad(rows, (0, self._batch_size - len(rows)), mode="edge")
+            yield self._collate(filled, real_rows=len(rows))
+
+    def _rows_of_window(self, window: int) -> list[Int[np.ndarray, "B"]]:
+        """Row numbers of each batch in a window."""
+        size = WINDOW * self._batch_size
+        epochs, places = np.divmod(np.arange(window * size, (window + 1) * size), len(self._examples))
+        rows = np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        batches = np.split(self._by_size(rows), WINDOW)
+        order = np.random.default_rng([self._seed, 1, window]).permutation(WINDOW)
+        return [batches[i] for i in order]
+
+    def _by_size(self, rows: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+        """The rows by answer width, then prompt length: by their sum, a batch would come out wide in both P and R."""
+        return rows[np.lexsort((self._prompt_lengths[rows], self._answer_widths[rows]))]
+
+    def _permutation(self, epoch: int) -> Int[np.ndarray, "N"]:
+        return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._examples))
+
+    def _collate(self, rows: Int[np.ndarray, "B"], real_rows: int) -> Batch:
+        """The batch of these rows, of which the first `real_rows` have weight 1."""
+        examples = [self._examples[row] for row in rows]
+        prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
+        answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
+        prompts = np.zeros((len(rows), self._width(prompt_lengths.max())), np.int32)
+        answers = np.zeros((*answer_lengths.shape, self._width(answer_lengths.max())), np.int32)
+        for b, example in enumerate(examples):
+            prompts[b, prompts.shape[1] - len(example.prompt) :] = example.prompt
+            for a, ids in enumerate(example.answers):
+                answers[b, a, : len(ids)] = ids
+        weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
+        return Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+
+    def _width(self, length: int) -> int:
+        bucket = max(16, self._max_length // 4)
+        return min(math.ceil(length / bucket) * bucket, self._max_length)

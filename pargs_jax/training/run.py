@@ -1,0 +1,143 @@
+"""A whole training run, from a config to a folder: what `python train.py` does."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from pargs_jax.cli import from_mapping, read_yaml, to_yaml
+from pargs_jax.config import DEMO, TrainConfig
+from pargs_jax.data import demo
+from pargs_jax.data.batches import Batches, Example, tokenise
+from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
+from pargs_jax.data.prompts import get_form
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.errors import InputError
+from pargs_jax.models.hf import Pretrained, load_model, resolve, save_model
+from pargs_jax.training.checkpoint import Checkpoints
+from pargs_jax.training.loop import run_steps
+from pargs_jax.training.step import Objective, TrainState, make_optimizer, make_train_step
+
+MODEL_FOLDER = "model"
+DEMO_HELD_OUT = 512  # pairs of the demo's evaluation split
+# Options that a resumed run may change; any other would make it a different run.
+FREE_ON_RESUME = ("out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep")
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Trains what the config says and returns the run's folder.
+
+    The folder gets `config.yaml` (the effective config), `metrics.jsonl`, `checkpoints/`, `bad_rows.*.jsonl` where rows
+    were refused, and `model/`: the result as a Hugging Face folder. Raises InputError for anything in the config, the
+    data or the model that cannot be used; nothing of an earlier run is written over.
+    """
+    config.validate()
+    console = console or Console()
+    out = _claim_folder(config)
+    source = resolve(demo.DEMO_LM if config.model.init == DEMO else config.model.init)
+    head = "vocabulary" if config.objective.name == "sft" else "reward"
+    pretrained = load_model(source, head, from_scratch=config.model.from_scratch, seed=config.seed)
+    model = dataclasses.replace(
+        pretrained.model, config=dataclasses.replace(pretrained.model.config, dropout=config.model.dropout)
+    )
+    _check_length(config, model.config.max_positions)
+    tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
+
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    examples = _load_examples(config, config.data.train, "train", tokenizer, console)
+    held_out = _load_held_out(config, tokenizer, console)
+    batches = Batches(examples, config.batch_size, config.max_length, config.seed)
+    total = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
+
+    objective = Objective(model, config.objective, config.dtype)
+    optimizer, schedule = make_optimizer(config.optim, total)
+    step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation)
+    state = TrainState(pretrained.params, jax.jit(optimizer.init)(pretrained.params), jax.numpy.zeros((), "int32"))
+    with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state)
+            console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
+        (out / "config.yaml").write_text(to_yaml(config))
+        if int(state.step) < total:
+            state = run_steps(
+                config, state, step, objective, schedule, batches, held_out, checkpoints, total, console
+            )
+    _export(out / MODEL_FOLDER, pretrained, state, tokenizer)
+    console.print(f"the model is in {out / MODEL_FOLDER}", highlight=False)
+    return out
+
+
+def _claim_folder(config: TrainConfig) -> Path:
+    """Makes the run's folder, or checks that the run in it is the one to go on with."""
+    out = config.output_folder
+    saved = out / "config.yaml"
+    if saved.exists():
+        if not config.resume:
+            raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
+        before = from_mapping(TrainConfig, read_yaml(saved), str(saved))
+        free = {name: getattr(config, name) for name in FREE_ON_RESUME}
+        _check_same(dataclasses.replace(before, **free), config, out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is there already and holds no run; give another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"{out}: cannot be written to; give another --out")
+    return out
+
+
+def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
+    old, new = (to_yaml(c).splitlines() for c in (before, now))
+    for was, becomes in zip(old, new, strict=True):
+        if was != becomes:
+            raise InputError(
+                f"{out}: the run there has '{was.strip()}', this one '{becomes.strip()}'; "
+                "resume with the same options, or give another --out"
+            )
+
+
+def _check_length(config: TrainConfig, positions: int) -> None:
+    if config.max_length > positions:
+        raise InputError(
+            f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
+        )
+
+
+def _load_examples(
+    config: TrainConfig, source: str, split: str, tokenizer: TextTokenizer, console: Console
+) -> list[Example]:
+    """Reads, renders and tokenises one set; says what was refused and what was cut."""
+    form = get_form(config.data.format)
+    is_sft = config.objective.name == "sft"
+    if source == DEMO:
+        size = config.data.demo_pairs if split == "train" else DEMO_HELD_OUT
+        made = demo.sft_rows if is_sft else demo.preferences
+        rows = [Preference(**{"rejected": None, **row}) for row in made(size, seed=config.seed, split=split)]
+    else:
+        loaded = load_preferences(source, form, tokenizer=tokenizer, require_rejected=not is_sft, split=split)
+        rows = loaded.rows
+        if loaded.bad_rows:
+            path = config.output_folder / f"bad_rows.{split}.jsonl"
+            write_bad_rows(path, loaded.bad_rows)
+            console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
+    examples, report = tokenise(rows, tokenizer, config.max_length, answers=1 if is_sft else 2)
+    console.print(f"{source} ({split}): {report}", highlight=False)
+    return examples
+
+
+def _load_held_out(config: TrainConfig, tokenizer: TextTokenizer, console: Console) -> Batches | None:
+    source = config.data.eval or (DEMO if config.data.train == DEMO else None)
+    if source is None:
+        return None
+    examples = _load_examples(config, source, "eval", tokenizer, console)
+    return Batches(examples, config.batch_size, config.max_length, config.seed)
+
+
+def _export(folder: Path, pretrained: Pretrained, state: TrainState, tokenizer: TextTokenizer) -> None:
+    save_model(folder, pretrained.model, state.params, special_tokens=pretrained.special_tokens)
+    tokenizer.save(folder)

@@ -1,0 +1,168 @@
+"""One jitted optimizer step: objective, gradient accumulation, AdamW."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.data.batches import Batch
+from pargs_jax.models.causal import CausalModel, Params
+from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. Randomness and data order follow from the seed and `step`, so this is also all that a
+    resumed run needs."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A model with a loss on batches. Static and hashable; `dtype` is what matrix products compute in."""
+
+    model: CausalModel
+    config: ObjectiveConfig
+    dtype: str = "float32"
+
+    def __call__(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
+        """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
+        dropout_key, sample_key = (None, None) if key is None else jax.random.split(key)
+        params = cast_for_compute(params, self.dtype)
+        if self.config.name == "sft":
+            hidden = answer_states(self.model, params, batch, dropout_key, before=1)[:, 0]
+            logits = self.model.logits(params, hidden)
+            answers, lengths = batch.answers[:, 0], batch.answer_lengths[:, 0]
+            loss, metrics = answer_likelihood(logits, answers, lengths, batch.weights)
+            return loss, (metrics, (lengths * batch.weights).sum())
+        rewards = self.model.rewards(params, answer_states(self.model, params, batch, dropout_key))
+        shared = {"margin": self.config.margin, "centring": self.config.centring}
+        if self.config.name == "bt":
+            loss, metrics = bradley_terry(rewards, batch.answer_lengths, batch.weights, **shared)
+        else:
+            # Without a key (evaluation) every prefix counts.
+            loss, metrics = partial_bradley_terry(
+                rewards,
+                batch.answer_lengths,
+                batch.weights,
+                prefix_weights=self.config.prefix_weights,
+                stride=self.config.stride,
+                sample=None if sample_key is None else self.config.sample,
+                minimum_length=self.config.minimum_length,
+                key=sample_key,
+                **shared,
+            )
+        return loss, (metrics, batch.weights.sum())
+
+
+def answer_states(
+    model: CausalModel, params: Params, batch: Batch, key: PRNGKeyArray | None = None, *, before: int = 0
+) -> Float[Array, "B A R D"]:
+    """Final hidden states at the answers' tokens, all in one causal pass; `before=1` gives those one token earlier,
+    which predict the answers' tokens."""
+    rows, answers, width = batch.answers.shape
+    prompts = jnp.repeat(batch.prompts, answers, axis=0)
+    tokens = jnp.concatenate([prompts, batch.answers.reshape(rows * answers, width)], axis=1)
+    start = jnp.repeat(batch.prompts.shape[1] - batch.prompt_lengths, answers)
+    hidden = model.encode(params, tokens, start, key)
+    first = batch.prompts.shape[1] - before
+    return hidden[:, first : first + width].reshape(rows, answers, width, -1)
+
+
+def cast_for_compute(params: Params, dtype: str) -> Params:
+    """The parameters as matrix products use them; the reward head stays as it is (rewards are fp32)."""
+    return {
+        part: arrays if part == "head" and arrays["linear"]["kernel"].shape[-1] == 1 else _cast(arrays, dtype)
+        for part, arrays in params.items()
+    }
+
+
+def _cast(arrays: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with clipping, and its schedule (learning rate by step). Weight decay spares norms and biases."""
+    warmup = round(config.warmup * steps)
+    ramp = optax.linear_schedule(0.0, config.lr, warmup) if warmup else None
+    falls = {
+        "cosine": optax.cosine_decay_schedule(config.lr, max(steps - warmup, 1)),
+        "linear": optax.linear_schedule(config.lr, 0.0, max(steps - warmup, 1)),
+        "constant": optax.constant_schedule(config.lr),
+    }
+    fall = falls[config.schedule]
+    schedule = optax.join_schedules([ramp, fall], [warmup]) if ramp else fall
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: getattr(path[-1], "key", None) in ("kernel", "embedding"), params
+        )
+
+    adamw = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+    )
+    return (optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw), schedule
+
+
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulation: int = 1
+) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """A jitted `step(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    With `accumulation`, the batch is cut into that many micro-batches, run in a scan; gradients are averaged by their
+    weights, so the step equals that of the whole batch. `key` is the run's; each step folds its number in.
+    """
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def micro_step(params: Params, total: Any, xs: tuple[Batch, PRNGKeyArray]) -> tuple[Any, Metrics]:
+        batch, key = xs
+        (loss, (metrics, weight)), grads = gradient(params, batch, key)
+        summed_grads, summed_weight = total
+        summed_grads = jax.tree.map(lambda s, g: s + weight * g, summed_grads, grads)
+        return (summed_grads, summed_weight + weight), metrics | {"loss": loss, "weight": weight}
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        if accumulation == 1:
+            (loss, (metrics, _)), grads = gradient(state.params, batch, key)
+            metrics = metrics | {"loss": loss}
+        else:
+            micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+            zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+            (grads, total), parts = jax.lax.scan(
+                partial(micro_step, state.params), zero, (micro, jax.random.split(key, accumulation))
+            )
+            grads = jax.tree.map(lambda g: g / total, grads)
+            metrics = merge_metrics(parts, parts.pop("weight"))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return train_step
+
+
+def merge_metrics(parts: dict[str, Float[Array, "N"]], weights: Float[Array, "N"]) -> Metrics:
+    """Metrics of N batches as those of one: weighted means, but extremes for `*_min` and `*_max`."""
+    merged = {}
+    for name, values in parts.items():
+        if name.endswith("_min"):
+            merged[name] = values.min()
+        elif name.endswith("_max"):
+            merged[name] = values.max()
+        else:
+            merged[name] = (values * weights).sum() / weights.sum()
+    return merged

@@ -1,0 +1,178 @@
+"""Truncation, padding, and the order of rows."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pargs_jax.data.batches import WINDOW, Batches, Example, tokenise
+from pargs_jax.data.preferences import Preference
+from pargs_jax.errors import InputError
+
+BOS, EOS = 1, 2
+
+
+class LetterTokenizer:
+    """One token a letter, BOS before prompts."""
+
+    bos_id, eos_id = BOS, EOS
+
+    def encode_prompt(self, text):
+        return [BOS, *map(ord, text)]
+
+    def encode_answer(self, text, *, starts_text=False):
+        return [*([3] if starts_text else []), *map(ord, text)]
+
+
+def letters(ids):
+    return "".join({BOS: "<", EOS: ">", 3: "^"}.get(i) or chr(i) for i in ids)
+
+
+def tokenised(prompt, chosen, rejected, max_length, answers=2):
+    examples, report = tokenise(
+        [Preference("1", prompt, chosen, rejected)], LetterTokenizer(), max_length, answers=answers
+    )
+    return letters(examples[0].prompt), *map(letters, examples[0].answers), report
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "max_length", "expected"),
+    [
+        ("abc", "xy", "z", 8, ("<abc", "xy>", "z>")),  # fits: 4 + 3
+        ("abcdefg", "xy", "z", 8, ("<defg", "xy>", "z>")),  # the prompt's left goes first
+        ("abcdefg", "stuvwx", "z", 8, ("<efg", "stuv", "z>")),  # half is the prompt's, then answers lose their right
+        ("ab", "stuvwx", "z", 8, ("<ab", "stuvw", "z>")),  # a prompt below the half stays whole
+        ("abc", "stuv", "z", 8, ("<abc", "stuv", "z>")),  # the end-of-sequence token alone is cut
+        ("", "xy", "z", 8, ("<", "^xy>", "^z>")),
+        ("abc", "xy", "z", 2, ("<", "x", "z")),
+    ],
+)
+def test_truncation(prompt, chosen, rejected, max_length, expected):
+    *texts, report = tokenised(prompt, chosen, rejected, max_length)
+    assert tuple(texts) == expected
+    whole = len(prompt) + 1 + sum(len(text) + 1 + (not prompt) for text in (chosen, rejected))
+    assert report.tokens_lost == whole - sum(map(len, texts))
+    assert report.prompts_cut == (len(texts[0]) < len(prompt) + 1)
+    assert report.answers_cut == sum(not text.endswith(">") for text in texts[1:])
+
+
+def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
+    rows = [
+        Preference(
+            "1",
+            "abcd",
+            "same-1",
+            "same-2",
+        ),
+        Preference("2", "abcd", "x", "y"),
+    ]
+    examples, report = tokenise(rows, LetterTokenizer(), max_length=8)
+    assert [letters(example.answers[0]) for example in examples] == ["x>"]
+    assert report.rows_left_out == 1
+    assert str(report) == (
+        "2 rows: 1 prompts and 2 answers cut, 7 tokens lost, 1 rows left out because their answers became the same"
+    )
+    with pytest.raises(InputError, match="no row is left at max_length 8"):
+        tokenise(rows[:1], LetterTokenizer(), max_length=8)
+    assert len(tokenise(rows, LetterTokenizer(), max_length=8, answers=1)[0]) == 2
+
+
+def examples_of(count, answers=2, seed=0):
+    """Examples that begin with their own number, so that a row is known again in a batch."""
+    random = np.random.default_rng(seed)
+
+    def ids(number, limit):
+        return np.full(random.integers(1, limit), number, np.int32)
+
+    return [Example(ids(i, 40), tuple(ids(i, 60) for _ in range(answers))) for i in range(count)]
+
+
+def rows_in(batch):
+    return batch.prompts[:, -1].tolist()
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    examples = examples_of(50)
+    in_order = Batches(examples, 4, 100, seed=3)
+    steps = [in_order.batch(step) for step in range(3 * WINDOW)]
+    for step in (40, 2, 17, 40, 0):
+        fresh = Batches(examples, 4, 100, seed=3)
+        for ours, theirs in zip(steps[step], fresh.batch(step), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert [rows_in(batch) for batch in steps] != [
+        rows_in(Batches(examples, 4, 100, seed=4).batch(step)) for step in range(3 * WINDOW)
+    ]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(96, 2), (7, 3), (1, 2), (200, 5)])
+def test_every_row_comes_once_an_epoch_and_none_is_dropped(count, batch_size):
+    batches = Batches(examples_of(count), batch_size, 100, seed=0)
+    seen = Counter()
+    for window in range(8):
+        for step in range(window * WINDOW, (window + 1) * WINDOW):
+            seen.update(rows_in(batches.batch(step)))
+        whole_epochs, begun = divmod((window + 1) * WINDOW * batch_size, count)
+        times = Counter(seen[row] - whole_epochs for row in range(count))
+        assert times == Counter({0: count - begun, 1: begun} if begun else {0: count})
+
+
+def test_epochs_differ_and_lengths_are_alike_within_a_batch():
+    batches = Batches(examples_of(4 * WINDOW), 4, 100, seed=0)
+    assert batches.steps_per_epoch == WINDOW
+    epochs = [[rows_in(batches.batch(epoch * WINDOW + step)) for step in range(WINDOW)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    widths = [batches.batch(step).answers.shape[2] for step in range(WINDOW)]
+    assert widths != sorted(widths)  # the batches of a window come in random order
+    assert np.mean(widths) < 60  # unsorted, nearly every batch would be as wide as the longest answer
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_padding_sides_and_lengths(answers):
+    examples = examples_of(20, answers)
+    batch = Batches(examples, 8, 100, seed=0).batch(0)
+    assert batch.answers.shape[:2] == batch.answer_lengths.shape == (8, answers)
+    assert all(array.dtype == np.int32 for array in batch[:4])
+    assert batch.weights.dtype == np.float32
+    for b, row in enumerate(rows_in(batch)):
+        length = batch.prompt_lengths[b]
+        np.testing.assert_array_equal(batch.prompts[b, batch.prompts.shape[1] - length :], examples[row].prompt)
+        assert not batch.prompts[b, : batch.prompts.shape[1] - length].any()
+        for a in range(answers):
+            length = batch.answer_lengths[b, a]
+            np.testing.assert_array_equal(batch.answers[b, a, :length], examples[row].answers[a])
+            assert not batch.answers[b, a, length:].any()
+    assert batch.weights.tolist() == [1.0] * 8
+
+
+def test_widths_are_a_few_buckets():
+    batches = Batches(examples_of(200), 2, 100, seed=0)
+    shapes = [(batch.prompts.shape[1], batch.answers.shape[2]) for batch in map(batches.batch, range(100))]
+    assert {width for shape in shapes for width in shape} == {25, 50, 75}
+    longest = Example(np.ones(29, np.int32), (np.ones(1, np.int32),))
+    assert Batches([longest], 1, 30, seed=0).batch(0).prompts.shape == (1, 30)
+
+
+def test_evaluation_sees_every_row_once_and_fills_up_with_weight_0():
+    batches = list(Batches(examples_of(21), 8, 100, seed=0).evaluation())
+    weights = np.concatenate([batch.weights for batch in batches])
+    rows = np.concatenate([rows_in(batch) for batch in batches])
+    assert len(batches) == 3
+    assert weights.tolist() == [1.0] * 21 + [0.0] * 3
+    assert sorted(rows[weights == 1]) == list(range(21))
+    widths = [batch.answers.shape[2] for batch in batches]
+    assert widths == sorted(widths)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"examples": []}, "no examples"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_impossible_options_are_errors(options, reason):
+    with pytest.raises(InputError, match=reason):
+        Batches(**{"examples": examples_of(2), "batch_size": 2, "max_length": 100, "seed": 0, **options})
+    with pytest.raises(InputError, match="max_length is 1"):
+        tokenise([], LetterTokenizer(), 1)

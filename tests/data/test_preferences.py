@@ -1,0 +1,203 @@
+"""Sources and row shapes, and what becomes of bad rows."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from pargs_jax.data.preferences import BadRow, load_preferences, load_prompts, write_bad_rows
+from pargs_jax.data.prompts import get_form
+from pargs_jax.errors import InputError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+HH, PLAIN = get_form("hh"), get_form("plain")
+PROMPT = "\n\nHuman: Why?\n\nAssistant:"
+ROW = {"prompt": PROMPT, "chosen": "Because.", "rejected": " No."}
+USER = {"role": "user", "content": "Why?"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Because.", "No."))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load_one(tmp_path, row, form=HH, **options):
+    loaded = load_preferences(write_jsonl(tmp_path / "rows.jsonl", [row]), form, **options)
+    return loaded.rows[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "Why?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ],
+)
+def test_every_row_shape_becomes_the_same_preference(tmp_path, row):
+    preference = load_one(tmp_path, row)
+    assert (preference.id, preference.prompt) == ("1", PROMPT)
+    assert (preference.chosen, preference.rejected) == (" Because.", " No.")
+
+
+def test_an_implicit_prompt_ends_at_the_last_shared_marker(tmp_path):
+    earlier = "\n\nHuman: A\n\nAssistant: B"
+    row = {"chosen": earlier + PROMPT + " No way.", "rejected": earlier + PROMPT + " No."}
+    assert load_one(tmp_path, row).prompt == earlier + PROMPT
+    row = {"chosen": "What is it? A cat.", "rejected": "What is it? A car."}
+    preference = load_one(tmp_path, row, PLAIN)
+    assert (preference.prompt, preference.chosen, preference.rejected) == ("What is it? A", " cat.", " car.")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "response": "Because."},
+        {"prompt": "Why?", "completion": "Because."},
+        {"prompt": "Why?", "chosen": "Because.", "rejected": ""},
+        {"messages": [USER, GOOD]},
+        {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."},
+    ],
+)
+def test_answers_to_imitate_need_no_rejected_one(tmp_path, row):
+    preference = load_one(tmp_path, row, require_rejected=False)
+    assert (preference.prompt, preference.chosen, preference.rejected) == (PROMPT, " Because.", None)
+
+
+def test_a_text_alone_answers_the_empty_prompt(tmp_path):
+    preference = load_one(tmp_path, {"id": "s", "text": "Once upon a time"}, require_rejected=False)
+    assert (preference.id, preference.prompt, preference.chosen) == ("s", "", "Once upon a time")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".data.json", ".csv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, ending):
+    path = tmp_path / f"rows{ending}"
+    rows = [{**ROW, "chosen": 'Because,\n"so" é'}, {**ROW, "chosen": "word " * 40_000}]
+    if ending == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ROW)
+            writer.writeheader()
+            writer.writerows(rows)
+    elif ending == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending.endswith(".json"):
+        path.write_text(json.dumps({"data": rows} if "data" in ending else rows))
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
+    loaded = load_preferences(path, HH)
+    assert [row.chosen for row in loaded.rows] == [" " + row["chosen"] for row in rows]
+    assert loaded.bad_rows == []
+
+
+def test_a_hub_id_goes_to_datasets(monkeypatch):
+    import datasets
+
+    def load_dataset(name, split):
+        if split != "test":
+            raise ValueError(f'Unknown split "{split}".\nmore')
+        return datasets.Dataset.from_list([{"chosen": [USER, GOOD], "rejected": [USER, BAD], "id": name}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_preferences("owner/name", HH, split="test").rows[0].id == "owner/name"
+    with pytest.raises(InputError, match=r"\Adata set 'owner/name', split 'train': Unknown split \"train\".\Z"):
+        load_preferences("owner/name", HH)
+
+
+def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
+    bad = [
+        (b'{"prompt": "Why?", ', "not JSON"),
+        (b'"\xff"', "not UTF-8"),
+        (b"[1]", "type list"),
+        ({"prompt": "Why?", "chosen": "Because."}, "rejected is missing; the row has prompt, chosen"),
+        ({**ROW, "chosen": 3}, "chosen is of type int"),
+        ({**ROW, "prompt": {"a": 1}}, "prompt is of type dict"),
+        ({**ROW, "chosen": " \n"}, "chosen answer is empty"),
+        ({**ROW, "rejected": ""}, "rejected answer is empty"),
+        ({**ROW, "chosen": "No."}, "the same"),
+        ({"chosen": "What? Yes", "rejected": "What? No"}, "no common prompt"),
+        ({"chosen": [USER, GOOD], "rejected": [GOOD, USER, BAD]}, "same prompt"),
+        ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with the assistant's"),
+        ({**ROW, "prompt": [GOOD]}, "must be the user's"),
+        ({**ROW, "chosen": "\ud83d"}, "half a surrogate pair"),
+    ]
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row, _ in bad]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(ROW).encode(), b"", *lines]))
+    loaded = load_preferences(path, HH)
+    assert len(loaded.rows) == 1
+    assert [row.line for row in loaded.bad_rows] == list(range(3, 3 + len(bad)))
+    for row, (_, reason) in zip(loaded.bad_rows, bad, strict=True):
+        assert reason in row.reason
+
+    write_bad_rows(tmp_path / "bad.jsonl", loaded.bad_rows)
+    written = [BadRow(**json.loads(line)) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert written == loaded.bad_rows
+    with pytest.raises(InputError, match="cannot be written"):
+        write_bad_rows(tmp_path, loaded.bad_rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("no/such/place", None, "no such file"),
+        ("rows.txt", b"Why?", "must end in .jsonl"),
+        ("rows.jsonl", b"\n", "no rows"),
+        ("rows.json", b"[]", "no rows"),
+        ("rows.json", b'{"rows": []}', "list called data"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}', "one object a line is .jsonl"),
+        ("rows.jsonl.gz", b"not gzip", "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "cannot be read"),
+        ("rows.parquet", b"PAR0", "not a Parquet file"),
+        ("rows.csv", b"prompt\n\xff", "cannot be read"),
+        ("rows.csv", b"prompt,chosen,rejected\na,b,c,d\n", "more values than there are columns"),
+        ("rows.jsonl", b'{"prompt": "Why?"}\n{}', "none of its 2 rows can be used; line 1: chosen is missing"),
+    ],
+)
+def test_a_source_that_gives_nothing_is_one_line_of_error(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason) as error:
+        load_preferences(tmp_path / name, HH)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_take_their_id_or_their_line(tmp_path):
+    rows = [{"prompt": "Why?", "id": "a"}, {"prompt": [USER]}, {"chosen": PROMPT + " A", "rejected": PROMPT + " A"}]
+    prompts = load_prompts(write_jsonl(tmp_path / "prompts.jsonl", rows), HH)
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [("a", PROMPT), ("2", PROMPT), ("3", PROMPT)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"prompt": "A", "id": 2}, {"prompt": "B"}], "line 2: a row before it has the id '2'"),
+        ([{"prompt": "A"}, {"prompt": 3}], "line 2: prompt is of type int"),
+        ([{"question": "A"}], "line 1: .*missing; the row has question"),
+        ([], "no rows"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_errors(tmp_path, rows, reason):
+    with pytest.raises(InputError, match=reason):
+        load_prompts(write_jsonl(tmp_path / "prompts.jsonl", rows), HH)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data in ../shared")
+def test_hh_as_published_gives_the_rows_of_its_explicit_form():
+    def texts(*names):
+        rows = [row for name in names for row in load_preferences(SHARED / f"{name}.jsonl.gz", HH).rows]
+        return {(row.prompt, row.chosen.strip(), row.rejected.strip()) for row in rows}
+
+    published = texts("hh_rlhf_original_format")
+    assert len(published) == 2308
+    assert published == texts("hh_harmless.train", "hh_harmless.test")

@@ -1,0 +1,95 @@
+"""Prompt forms: the published texts, and texts that are in a form already."""
+
+import dataclasses
+
+import pytest
+
+from pargs_jax.data.prompts import PROMPT_FORMS, get_form
+from pargs_jax.errors import InputError
+
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Why?"},
+]
+EXPECTED = {
+    "hh": "\n\nHuman: Why?\n\nAssistant:",
+    "tldr": "POST: Why?\nTL;DR:",
+    "shp": " Human: Why? Assistant:",
+    "saferlhf": "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:",
+    "plain": "Why?",
+    "chat": "<user>Why?<assistant>",
+}
+
+
+class TemplateTokenizer:
+    """Stands in for a tokenizer with a chat template."""
+
+    def render_chat(self, turns):
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + "<assistant>"
+
+
+@pytest.mark.parametrize("name", PROMPT_FORMS)
+def test_a_question_is_rendered_once(name):
+    form = get_form(name)
+    prompt = form.render_text("Why?", TemplateTokenizer())
+    assert prompt == EXPECTED[name] == form.render(TURNS[-1:], TemplateTokenizer())
+    assert form.render_text(prompt, TemplateTokenizer()) == prompt
+
+
+def test_a_conversation_keeps_its_turns():
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+    assert get_form("hh").render(TURNS) == dialogue == get_form("hh").render_text(dialogue)
+    system = {"role": "system", "content": "Be kind."}
+    assert get_form("hh").render([system, *TURNS]) == "Be kind." + dialogue
+    assert get_form("saferlhf").render([system, TURNS[0]]) == (
+        "BEGINNING OF CONVERSATION: Be kind. USER: Hi ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompt"),
+    [
+        ("hh", "\n\nHuman: Hi\n\nAssistant: ", "\n\nHuman: Hi\n\nAssistant:"),
+        ("hh", "\n\nHuman: Hi", "\n\nHuman: Hi\n\nAssistant:"),
+        (
+            "tldr",
+            "SUBREDDIT: r/cats\nTITLE: Cat\nPOST: It sat.\n",
+            "SUBREDDIT: r/cats\nTITLE: Cat\nPOST: It sat.\nTL;DR:",
+        ),
+        ("plain", "Why? ", "Why? "),
+    ],
+)
+def test_a_text_in_the_form_gets_only_what_it_lacks(name, text, prompt):
+    assert get_form(name).render_text(text) == prompt
+
+
+def test_answers_get_their_prefix_once():
+    assert get_form("hh").begin_answer("Yes") == get_form("hh").begin_answer(" Yes") == " Yes"
+    assert get_form("plain").begin_answer("Yes") == "Yes"
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([], "empty"),
+        (TURNS[:2], "must be the user's"),
+        ([{"role": "bot", "content": "Hi"}], "role 'bot'"),
+        ([{"role": "user", "content": 3}], "turn 1"),
+        (["Hi"], "turn 1"),
+    ],
+)
+def test_malformed_conversations_are_errors(turns, reason):
+    with pytest.raises(InputError, match=reason):
+        get_form("hh").render(turns)
+
+
+def test_forms_say_what_they_need():
+    with pytest.raises(InputError, match="cannot hold a conversation of 3 turns"):
+        get_form("plain").render(TURNS)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        get_form("chat").render(TURNS)
+    with pytest.raises(InputError, match="did you mean 'saferlhf'"):
+        get_form("safe_rlhf")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        get_form("hh").name = "other"

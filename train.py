@@ -1,0 +1,24 @@
+"""Trains a reward model that can score unfinished answers (or a language model): see `python train.py --help`."""
+
+from pargs_jax.cli import command, parse
+from pargs_jax.config import TrainConfig
+
+DESCRIPTION = """Train a reward model that can score unfinished answers, on preference pairs. Without arguments it trains
+one on the built-in demo task."""
+EXAMPLES = """examples:
+  train.py                                          the demo task, into runs/partial_bt
+  train.py --objective.name bt                      the full-sequence reward model to compare with, into runs/bt
+  train.py --config configs/hh.yaml --optim.lr 1e-5 --seed 1
+  train.py --config configs/hh.yaml --seed 1 --resume
+  train.py --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine"""
+
+
+def main() -> None:
+    config = parse(TrainConfig, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
+    from pargs_jax.training.run import train  # after the options are known to be right: it imports jax
+
+    train(config)
+
+
+if __name__ == "__main__":
+    command(main)
