@@ -15,8 +15,11 @@ EXAMPLES = """examples:
 
 def main() -> None:
     config = parse(TrainConfig, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
-    from pargs_jax.training.run import train  # after the options are known to be right: it imports jax
+    # After the options are known to be right: these import jax.
+    from pargs_jax.mesh import use_mesh
+    from pargs_jax.training.run import train
 
+    use_mesh(config.mesh)
     train(config)
 
 

@@ -123,7 +123,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_1min": round(os.getloadavg()[0], 2),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "date": datetime.date.today().isoformat(),

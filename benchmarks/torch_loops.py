@@ -1,9 +1,8 @@
 """PyTorch loops that do what the published codes do: the other side of the benchmarks.
 
-Each loop keeps the published algorithm and drops what is accidental around it: no text round trips, no attention masks
-of ones, the vocabulary's logits at the last position only, everything under `torch.inference_mode`. Nothing leaves the
-device between steps, so the loops measure their models. None stops at an end-of-sequence token: all answers have
-`new_tokens` tokens.
+Each keeps the published algorithm and drops what is accidental around it: no text round trips, no attention masks of
+ones, the vocabulary's logits at the last position only, decoding under `torch.inference_mode`, and no step that waits
+for a value on the host. None stops at an end-of-sequence token: all answers have `new_tokens` tokens.
 
 Models are Hugging Face's, with random weights. Shapes: B batch, P prompt, T tokens so far, N new tokens, K candidates.
 """
@@ -193,11 +192,13 @@ def _prefix_rows_loss(
 ) -> Float[Tensor, ""]:
     rows = torch.tensor([(pair, length) for length in prefix_lengths for pair in range(len(prompt))])
     total = torch.zeros((), device=prompt.device)
-    for pairs, lengths in (part.to(prompt.device).unbind(1) for part in rows.split(micro_batch)):
+    for part in rows.split(micro_batch):
+        longest = int(part[:, 1].max())
+        pairs, lengths = part.to(prompt.device).unbind(1)
         texts, ends = [], []
         for answer in (chosen, rejected):
             # Causal attention hides what lies right of a row's end, so the rest of its answer can stand as padding.
-            padded = pad(answer, (0, int(prefix_lengths[-1]) - answer.shape[1]))[:, : int(lengths.max())]
+            padded = pad(answer, (0, max(0, longest - answer.shape[1])))[:, :longest]
             texts.append(torch.cat([prompt, padded], dim=1)[pairs])
             ends.append(prompt.shape[1] + lengths.clamp(max=answer.shape[1]) - 1)
         hidden = rm.base_model(torch.cat(texts), use_cache=False).last_hidden_state

@@ -1,0 +1,85 @@
+"""Reward-guided text generation in JAX: partial-sequence reward models (PARGS) and decoding with them.
+
+Models are static, hashable descriptions; their arrays are plain dicts that travel beside them. So every function here
+is pure, and the big ones are jitted already:
+
+    import jax, jax.numpy as jnp
+    import pargs_jax as pj
+
+    lm = pj.load_model("meta-llama/Llama-2-7b-hf", "vocabulary", dtype="bfloat16")
+    rm = pj.load_model("runs/partial_bt", "reward")          # same tokenizer; train.py makes these
+
+    decoder = pj.Decoder(lm.model, (pj.CausalGuide(rm.model),), k=10, eos_ids=lm.eos_ids)
+    answers = pj.decode(
+        decoder, lm.params, (rm.params,),
+        prompts, lengths,                                    # Int[B P] left-padded, Int[B]
+        pj.row_keys(0, jnp.arange(len(prompts))),            # a row's answer does not depend on its batch
+        jnp.array([2.0]),                                    # one reward weight a guide: the paper's beta
+        pj.Sample(1.0),                                      # or pj.Greedy()
+        128,
+    )
+    answers.tokens, answers.lengths, answers.rewards         # Int[B N], Int[B], Float[B N J]
+
+The losses are functions of arrays. With a reward model's rewards of every prefix, `Float[B 2 R]`, chosen first:
+
+    hidden = pj.answer_states(rm.model, rm.params, batch)    # one causal pass over both answers
+    rewards = rm.model.rewards(rm.params, hidden)
+    loss, metrics = pj.partial_bradley_terry(rewards, batch.answer_lengths)
+
+`pj.Session` goes from text to text. `pargs_jax.testing` has tiny models to try all this on, without any files.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pargs_jax.config import DecodeConfig, TrainConfig
+    from pargs_jax.data.batches import Batch, Batches, tokenise
+    from pargs_jax.data.preferences import Preference, Prompt, load_preferences
+    from pargs_jax.data.tokenization import TextTokenizer
+    from pargs_jax.decoding.guides import CausalGuide, Guide
+    from pargs_jax.decoding.loop import Decoded, Decoder, advance, decode, row_keys, start
+    from pargs_jax.decoding.methods import METHODS
+    from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.errors import InputError
+    from pargs_jax.generation.session import Answer, Session, Settings
+    from pargs_jax.models.causal import CausalModel, stack_layers, unstack_layers
+    from pargs_jax.models.gpt2 import GPT2Config
+    from pargs_jax.models.hf import load_model, save_model
+    from pargs_jax.models.llama import LlamaConfig
+    from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
+    from pargs_jax.training.run import train
+    from pargs_jax.training.step import Objective, TrainState, answer_states, make_optimizer, make_train_step
+
+# Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
+_HOMES = {
+    "pargs_jax.config": ("DecodeConfig", "TrainConfig"),
+    "pargs_jax.data.batches": ("Batch", "Batches", "tokenise"),
+    "pargs_jax.data.preferences": ("Preference", "Prompt", "load_preferences"),
+    "pargs_jax.data.tokenization": ("TextTokenizer",),
+    "pargs_jax.decoding.guides": ("CausalGuide", "Guide"),
+    "pargs_jax.decoding.loop": ("Decoded", "Decoder", "advance", "decode", "row_keys", "start"),
+    "pargs_jax.decoding.methods": ("METHODS",),
+    "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.errors": ("InputError",),
+    "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
+    "pargs_jax.models.causal": ("CausalModel", "stack_layers", "unstack_layers"),
+    "pargs_jax.models.gpt2": ("GPT2Config",),
+    "pargs_jax.models.hf": ("load_model", "save_model"),
+    "pargs_jax.models.llama": ("LlamaConfig",),
+    "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
+    "pargs_jax.training.run": ("train",),
+    "pargs_jax.training.step": ("Objective", "TrainState", "answer_states", "make_optimizer", "make_train_step"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pargs_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

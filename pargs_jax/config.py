@@ -309,11 +309,14 @@ class DecodeConfig:
         (), "reward weight: one for all reward models, or one for each", unset="the method's"
     )
     temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
-    max_new_tokens: int = option(64, "longest answer, in tokens", at_least=1)
+    max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(16, "prompts decoded together", at_least=1)
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", "how devices are used: the name of a mesh preset", metavar="NAME")
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
+    unroll: Literal["auto", "yes", "no"] = option(
+        "auto", "run layers one by one, not as a scan: faster steps, longer compilation; auto: yes, but not on TPU"
+    )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1)
 
     def validate(self) -> None:

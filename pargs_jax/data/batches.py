@@ -129,7 +129,7 @@ class Batches:
     in windows of `WINDOW` batches; within a window, rows are sorted by size before they are cut into batches, which
     then come in random order: batches hold rows of like size, and little padding.
 
-    P and R are rounded up to a few widths, so that a jitted step compiles for few shapes: multiples of a quarter of the
+    P and R are rounded up to a few widths, so that a jitted step compiles for few shapes: multiples of an eighth of the
     maximum length (of 16, if that is more), and never above the maximum length itself.
     """
 
@@ -210,5 +210,5 @@ class Batches:
         return Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
 
     def _width(self, length: int) -> int:
-        bucket = max(16, self._max_length // 4)
+        bucket = max(16, self._max_length // 8)
         return min(math.ceil(length / bucket) * bucket, self._max_length)

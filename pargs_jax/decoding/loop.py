@@ -83,9 +83,7 @@ class Decoder:
             # The language model reads all but the last token before the loop: leave it something to read.
             prompts = jnp.pad(prompts, ((0, 0), (1, 0)))
         width = prompts.shape[1]
-        _, cache = self.lm.prefill(
-            lm_params, prompts[:, :-1], jnp.maximum(lengths - 1, 0), width - 1 + max_new_tokens
-        )
+        _, cache = self.lm.prefill(lm_params, prompts[:, :-1], jnp.maximum(lengths - 1, 0), width - 1 + max_new_tokens)
         states = tuple(
             guide.prefill(guide_param, prompts, lengths, width + max_new_tokens)
             for guide, guide_param in zip(self.guides, guide_params, strict=True)

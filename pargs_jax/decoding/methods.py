@@ -8,15 +8,23 @@ from pargs_jax.decoding.rules import Greedy, Rule, Sample
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to decode: how many candidates, what rewards are added to, how one is chosen, and the usual numbers."""
+    """A way to decode: how many candidates, what rewards are added to, how one is chosen, and the usual numbers.
+
+    `reward_model` says what the method's reward model is trained on, full answers or all their prefixes; None for a
+    method without one.
+    """
 
     source: str
-    guided: bool
+    reward_model: Literal["full", "partial"] | None
     rule: Literal["greedy", "sample"]
     k: int = 10
     weight: float = 0.0
     temperature: float = 1.0
     base: Literal["log_probs", "logits"] = "log_probs"
+
+    @property
+    def guided(self) -> bool:
+        return self.reward_model is not None
 
     def make_rule(self, temperature: float | None = None) -> Rule:
         if self.rule == "greedy":
@@ -25,17 +33,17 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "greedy": Method("the likeliest token", guided=False, rule="greedy", k=1),
-    "top_k": Method("top-k sampling (Fan et al., 2018)", guided=False, rule="sample"),
-    "args": Method("ARGS-greedy (Khanov et al., 2024)", guided=True, rule="greedy", weight=1.5, base="logits"),
+    "greedy": Method("the likeliest token", None, rule="greedy", k=1),
+    "top_k": Method("top-k sampling (Fan et al., 2018)", None, rule="sample"),
+    "args": Method("ARGS-greedy (Khanov et al., 2024)", "full", rule="greedy", weight=1.5, base="logits"),
     "args_stochastic": Method(
         "ARGS-stochastic (Khanov et al., 2024)",
-        guided=True,
+        "full",
         rule="sample",
         weight=1.5,
         temperature=0.7,
         base="logits",
     ),
-    "pargs_greedy": Method("PARGS-G (Rashid et al., 2024)", guided=True, rule="greedy", weight=1.0),
-    "pargs": Method("PARGS, Algorithm 1 (Rashid et al., 2024)", guided=True, rule="sample", weight=2.0),
+    "pargs_greedy": Method("PARGS-G (Rashid et al., 2024)", "partial", rule="greedy", weight=1.0),
+    "pargs": Method("PARGS, Algorithm 1 (Rashid et al., 2024)", "partial", rule="sample", weight=2.0),
 }

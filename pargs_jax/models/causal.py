@@ -1,8 +1,8 @@
 """The one interface of the causal families: NNX modules used as pure functions over a plain dict of arrays.
 
 A `CausalModel` is static and hashable, so it can be a static argument of `jax.jit`; its arrays travel apart as
-`params`. Beside full passes (`encode`) it has the three moves of decoding against a shared prefix: `prefill` the prompt,
-look at `siblings` (alternative next tokens, each seeing the prefix and itself), and `commit` the one that was chosen.
+`params`. Beside full passes (`encode`) it has the three moves of decoding against a shared prefix: `prefill` the
+prompt, look at `siblings` (alternative next tokens, each seeing the prefix and itself), and `commit` the chosen one.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class CausalModel:
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
     ) -> tuple[Float[Array, "B P D"], Cache]:
         """Reads left-padded prompts into a cache with room for `capacity` tokens; returns their hidden states too."""
-        batch, width = prompts.shape
+        width = prompts.shape[1]
         start = width - lengths
         hidden, new = self._encode(params, prompts, start, None)
         room = [(0, 0), (0, 0), (0, capacity - width), (0, 0)]

@@ -24,6 +24,8 @@ from pargs_jax.models.llama import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EXPORTED = "model"
+"""Where a training run's folder has its result."""
 
 
 class Row(NamedTuple):
@@ -97,7 +99,7 @@ HEAD_CLASS_EXCEPTIONS = {("gpt2", "vocabulary"): "LMHeadModel"}
 
 
 class Pretrained(NamedTuple):
-    """A model read from a folder. `new_head` says that its head is random, because the checkpoint has none of the kind."""
+    """A model read from a folder. `new_head` says that its head is random: the checkpoint has none of the kind."""
 
     model: CausalModel
     params: Params
@@ -107,10 +109,12 @@ class Pretrained(NamedTuple):
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """The folder of a local path, or of a hub id (downloaded: safetensors, configs and tokenizer files only)."""
+    """The folder of a local path, of a training run (its exported model), or of a hub id (downloaded: safetensors,
+    configs and tokenizer files only)."""
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        exported = folder / EXPORTED
+        return exported if exported.is_dir() and not (folder / "config.json").exists() else folder
     if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1 or folder.exists():
         raise InputError(f"{source}: no such folder; a model is a Hugging Face folder or a hub id")
     from huggingface_hub import snapshot_download
@@ -257,7 +261,7 @@ def _open_tensors(folder: Path, family: Family) -> _Tensors:
     for path in files:
         try:
             with safe_open(path, framework="numpy") as file:
-                tensors.update({name.removeprefix(family.backbone_prefix): (path, name) for name in file.keys()})
+                tensors.update({name.removeprefix(family.backbone_prefix): (path, name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
     return tensors

@@ -35,7 +35,7 @@ class LlamaConfig:
     feedforward: int = 11008
     activation: str = "silu"
     norm_epsilon: float = 1e-5
-    rotary: Rotary = Rotary()
+    rotary: Rotary = Rotary()  # noqa: RUF009 (frozen)
     attention_bias: bool = False
     mlp_bias: bool = False
     tied_embeddings: bool = False

@@ -96,9 +96,7 @@ def _llama3(frequencies: np.ndarray, numbers: Mapping[str, Any]) -> np.ndarray:
     return frequencies * (keep + (1 - keep) / numbers["factor"])
 
 
-def _yarn(
-    frequencies: np.ndarray, numbers: Mapping[str, Any], theta: float, head_dim: int
-) -> tuple[np.ndarray, float]:
+def _yarn(frequencies: np.ndarray, numbers: Mapping[str, Any], theta: float, head_dim: int) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al., 2023): interpolation by the number of turns, and a larger amplitude."""
     factor = numbers["factor"]
 

@@ -16,12 +16,11 @@ from pargs_jax.data.preferences import Preference, load_preferences, write_bad_r
 from pargs_jax.data.prompts import get_form
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
-from pargs_jax.models.hf import Pretrained, load_model, resolve, save_model
+from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.step import Objective, TrainState, make_optimizer, make_train_step
 
-MODEL_FOLDER = "model"
 DEMO_HELD_OUT = 512  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
 FREE_ON_RESUME = ("out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep")
@@ -62,11 +61,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
         (out / "config.yaml").write_text(to_yaml(config))
         if int(state.step) < total:
-            state = run_steps(
-                config, state, step, objective, schedule, batches, held_out, checkpoints, total, console
-            )
-    _export(out / MODEL_FOLDER, pretrained, state, tokenizer)
-    console.print(f"the model is in {out / MODEL_FOLDER}", highlight=False)
+            state = run_steps(config, state, step, objective, schedule, batches, held_out, checkpoints, total, console)
+    _export(out / EXPORTED, pretrained, state, tokenizer)
+    console.print(f"the model is in {out / EXPORTED}", highlight=False)
     return out
 
 

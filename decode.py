@@ -1,0 +1,30 @@
+"""Answers prompts with a language model guided by reward models: see `python decode.py --help`."""
+
+from pargs_jax.cli import command, parse
+from pargs_jax.config import DEMO, DecodeConfig
+
+DESCRIPTION = """Answer prompts with a frozen language model whose next token is guided by reward models. Without
+arguments it decodes the demo task's unseen prompts with every method and prints a table."""
+EXAMPLES = """examples:
+  decode.py                                         the demo task, all methods compared
+  decode.py --method pargs --weight 2 --k 10        one method on it
+  decode.py --lm gpt2 --method top_k --prompt "The lighthouse keeper"
+  decode.py --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --format hh --out answers.jsonl"""
+
+
+def main() -> None:
+    config = parse(DecodeConfig, prog="decode.py", description=DESCRIPTION, epilog=EXAMPLES)
+    # After the options are known to be right: these import jax.
+    from pargs_jax.evaluation.comparison import compare_methods
+    from pargs_jax.generation.run import generate
+    from pargs_jax.mesh import use_mesh
+
+    use_mesh(config.mesh)
+    if config.method is None and config.lm == DEMO:
+        compare_methods(config)
+    else:
+        generate(config)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,115 @@
+"""What `python decode.py` does: one prompt, a file of prompts, or the demo."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pargs_jax.cli import to_yaml
+from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.data import demo
+from pargs_jax.data.preferences import Prompt, load_prompts
+from pargs_jax.data.prompts import get_form
+from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.errors import InputError
+from pargs_jax.generation.output import AnswersFile
+from pargs_jax.generation.session import Answer, Session, Settings
+
+DEMO_PROMPTS = 200
+DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
+"""Where `train.py` leaves the demo's reward models, trained on all prefixes and on full answers."""
+
+
+def settings_of(config: DecodeConfig, method: Method) -> Settings:
+    return Settings(
+        method, config.weight, config.k, config.temperature, config.max_new_tokens, config.batch_size, config.seed
+    )
+
+
+def generate(config: DecodeConfig, console: Console | None = None) -> list[Answer]:
+    """Answers the config's prompts with its method; prints the answers, or writes them to `out` with progress.
+
+    The effective config and the progress go to standard error, so that the answers can be piped. Raises InputError for
+    anything that cannot be used, before any decoding.
+    """
+    config.validate()
+    console = console or Console(stderr=True)
+    if config.method is None:
+        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
+    method = METHODS[config.method]
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    is_demo = config.lm == DEMO and method.guided and not config.rm
+    session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
+    prompts = _read_prompts(config, session)
+    if config.out is None:
+        answers = list(decode_all(session, prompts, settings_of(config, method), config.method, console))
+        by_id = {answer.id: answer for answer in answers}
+        for prompt in prompts:
+            print(by_id[prompt.id].response)
+        return answers
+    with AnswersFile(Path(config.out), config) as file:
+        left = [prompt for prompt in prompts if prompt.id not in file.done_ids]
+        if file.done_ids:
+            console.print(f"{config.out}: {len(prompts) - len(left)} of {len(prompts)} prompts are answered already")
+        answers = []
+        for batch in _decode_batches(session, left, settings_of(config, method), config.method, console):
+            file.write(batch)
+            answers += batch
+    console.print(f"{len(answers)} answers written to {config.out}", highlight=False)
+    return answers
+
+
+def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
+    """The config's language model with these reward models."""
+    lm = str(demo.DEMO_LM) if config.lm == DEMO else config.lm
+    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
+    return Session(lm, [str(path) for path in reward_models], dtype=config.dtype, unroll=unroll)
+
+
+def demo_guide(method: Method) -> Path:
+    """The demo's reward model of a guided method. Raises InputError if it was not trained yet."""
+    path = DEMO_GUIDES[method.reward_model]
+    if not path.exists():
+        objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
+        raise InputError(f"{path}: no reward model of the demo there; run 'python train.py{objective}' first")
+    return path
+
+
+def decode_all(
+    session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
+) -> list[Answer]:
+    """All answers, with progress."""
+    return [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+
+
+def _decode_batches(
+    session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
+) -> Iterable[list[Answer]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=len(prompts), note="compiling")
+        tokens = seconds = 0.0
+        for batch in session.answer(prompts, settings):
+            tokens += sum(answer.tokens for answer in batch)
+            seconds += sum(answer.seconds for answer in batch)
+            progress.update(task, advance=len(batch), note=f"{tokens / seconds:,.0f} tokens/s")
+            yield batch
+
+
+def _read_prompts(config: DecodeConfig, session: Session) -> list[Prompt]:
+    form = get_form(config.format)
+    if config.prompt is not None:
+        return [Prompt("0", form.render_text(config.prompt, session.tokenizer))]
+    if config.prompts is not None:
+        return load_prompts(config.prompts, form, session.tokenizer)[: config.limit]
+    return demo_prompts(config)
+
+
+def demo_prompts(config: DecodeConfig) -> list[Prompt]:
+    """Prompts of the demo's test split, which no demo model was trained on."""
+    rows = demo.prompts(config.limit or DEMO_PROMPTS, seed=config.seed, split="test")
+    return [Prompt(row["id"], row["prompt"]) for row in rows]

@@ -1,0 +1,242 @@
+"""A language model and its reward models, loaded and ready to answer prompts in batches."""
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.data.preferences import Prompt
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.decoding.guides import CausalGuide
+from pargs_jax.decoding.loop import Decoded, Decoder, decode, row_keys
+from pargs_jax.decoding.methods import Method
+from pargs_jax.decoding.rules import Rule
+from pargs_jax.errors import InputError
+from pargs_jax.models.causal import CausalModel, Params, unstack_layers
+from pargs_jax.models.hf import Pretrained, load_model, resolve
+
+SMALLEST_WIDTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One prompt's answer.
+
+    `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
+    tokens under the language model, in nats; `guide_rewards` are the reward models' rewards of the whole answer;
+    `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, without compilation.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    finish_reason: str
+    log_probability: float
+    guide_rewards: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode: a method, and what differs from its defaults."""
+
+    method: Method
+    weights: tuple[float, ...] = ()
+    k: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    seed: int = 0
+
+
+class Session:
+    """Loaded models. `answer` may be called many times; each shape compiles once."""
+
+    def __init__(
+        self,
+        lm: str,
+        reward_models: Sequence[str] = (),
+        *,
+        dtype: str = "float32",
+        unroll: bool | None = None,
+    ) -> None:
+        """Loads everything, and checks that the models go together.
+
+        Args:
+            lm, reward_models: Hugging Face folders, hub ids, or folders of runs.
+            dtype: of the parameters and of the computation; softmax and rewards stay float32.
+            unroll: run layers one by one and not as a scan; by default everywhere but on TPU (see `CausalModel`).
+
+        Raises:
+            InputError: if a model cannot be used, or a reward model has another tokenizer.
+        """
+        unroll = jax.default_backend() != "tpu" if unroll is None else unroll
+        folder = resolve(lm)
+        self._lm, self._lm_params, loaded = _prepare(load_model(folder, "vocabulary", dtype=dtype), unroll)
+        self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+        if self.tokenizer.vocab_size > self._lm.config.vocab_size:
+            raise InputError(
+                f"{lm}: its tokenizer has {self.tokenizer.vocab_size} tokens, the model {self._lm.config.vocab_size}"
+            )
+        self.guides: list[tuple[CausalGuide, Params]] = []
+        for path in reward_models:
+            self.guides.append(self._load_guide(lm, path, dtype, unroll))
+        self._compiled: dict[Any, Callable[..., Decoded]] = {}
+
+    def _load_guide(self, lm: str, path: str, dtype: str, unroll: bool) -> tuple[CausalGuide, Params]:
+        folder = resolve(path)
+        model, params, loaded = _prepare(load_model(folder, "reward", dtype=dtype), unroll)
+        if loaded.new_head:
+            raise InputError(
+                f"{path}: has no reward head (score.weight), so it is not a reward model; train.py makes one"
+            )
+        if not self.tokenizer.same_vocabulary(TextTokenizer.load(folder)):
+            raise InputError(
+                f"{path}: its tokenizer is not that of {lm}; a reward model with another vocabulary needs the "
+                "retokenised guide, which this version does not have"
+            )
+        if model.config.vocab_size < self._lm.config.vocab_size:
+            raise InputError(
+                f"{path}: has {model.config.vocab_size} token embeddings, {lm} proposes {self._lm.config.vocab_size}"
+            )
+        return CausalGuide(model), params
+
+    def answer(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer]]:
+        """Answers prompts, shortest first; yields the answers of each batch as it is done.
+
+        Guided methods use all of the session's reward models; with others, the reward models score the finished
+        answers.
+
+        Raises:
+            InputError: before any decoding, if a prompt does not fit or the settings do not suit the models.
+        """
+        encoded = [self.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
+        self._check_lengths(prompts, encoded, settings.max_new_tokens)
+        guides = self.guides if settings.method.guided else []
+        weights = self._weights(settings)
+        decoder = Decoder(
+            self._lm,
+            tuple(guide for guide, _ in guides),
+            k=settings.k or settings.method.k,
+            eos_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.eos_id,
+            base=settings.method.base,
+        )
+        rule = settings.method.make_rule(settings.temperature)
+        params = tuple(guide_params for _, guide_params in guides)
+        order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        batch_rows = min(settings.batch_size, len(prompts))
+        for first in range(0, len(order), batch_rows):
+            rows = order[first : first + batch_rows]
+            ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)
+            numbers = [prompt_number(prompts[i].id) for i in rows] + [0] * (batch_rows - len(rows))
+            keys = row_keys(settings.seed, jnp.asarray(numbers, jnp.uint32))
+            run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
+            began = time.perf_counter()
+            decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
+            seconds = (time.perf_counter() - began) / len(rows)
+            rewards = self._final_rewards(decoded, ids, lengths, settings.method.guided)
+            decoded = jax.device_get(decoded)
+            yield [
+                self._read(prompts[i], encoded[i], decoded, row, rewards[row], seconds) for row, i in enumerate(rows)
+            ]
+
+    def _compile(self, decoder: Decoder, params: Any, ids: Any, lengths: Any, keys: Any, weights: Any, rule: Rule,
+                 max_new_tokens: int) -> Callable[..., Decoded]:  # fmt: skip
+        shape = (decoder, ids.shape, type(rule), max_new_tokens)
+        if shape not in self._compiled:
+            lowered = decode.lower(decoder, self._lm_params, params, ids, lengths, keys, weights, rule, max_new_tokens)
+            self._compiled[shape] = lowered.compile()
+        return self._compiled[shape]
+
+    def _weights(self, settings: Settings) -> Float[Array, "J"]:
+        """One reward weight a guide."""
+        if not settings.method.guided:
+            return jnp.zeros(0)
+        given = settings.weights or (settings.method.weight,)
+        if not self.guides:
+            raise InputError("a guided method needs a reward model; give --rm PATH")
+        if len(given) not in (1, len(self.guides)):
+            raise InputError(f"{len(given)} weights for {len(self.guides)} reward models; give one, or one for each")
+        return jnp.broadcast_to(jnp.asarray(given, jnp.float32), len(self.guides))
+
+    def _check_lengths(self, prompts: Sequence[Prompt], encoded: list[list[int]], max_new_tokens: int) -> None:
+        room = min([self._lm.config.max_positions, *(guide.max_positions for guide, _ in self.guides)])
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) + max_new_tokens > room:
+                raise InputError(
+                    f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more "
+                    f"than the models' context of {room} tokens"
+                )
+            if ids and max(ids) >= self._lm.config.vocab_size:
+                raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
+
+    def _final_rewards(
+        self, decoded: Decoded, ids: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], guided: bool
+    ) -> Float[np.ndarray, "B J"]:
+        """Every reward model's reward of the whole answers."""
+        last = jnp.maximum(decoded.lengths - 1, 0)
+        if guided:
+            return np.asarray(jnp.take_along_axis(decoded.rewards, last[:, None, None], axis=1)[:, 0])
+        scored = [answer_rewards(g.model, p, ids, lengths, decoded.tokens, last) for g, p in self.guides]
+        return np.stack([np.asarray(r) for r in scored], axis=1) if scored else np.zeros((len(ids), 0))
+
+    def _read(
+        self, prompt: Prompt, ids: list[int], decoded: Decoded, row: int, rewards: np.ndarray, seconds: float
+    ) -> Answer:
+        tokens = decoded.tokens[row, : decoded.lengths[row]].tolist()
+        return Answer(
+            prompt.id,
+            prompt.text,
+            self.tokenizer.decode_answer(ids, tokens),
+            "stop" if decoded.finished[row] else "length",
+            float(decoded.log_probs[row].sum()),
+            tuple(float(r) for r in rewards),
+            len(tokens),
+            seconds,
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def answer_rewards(
+    model: CausalModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B N"],
+    last: Int[Array, "B"],
+) -> Float[Array, "B"]:
+    """Rewards of whole answers, read at each answer's token `last`, in one causal pass."""
+    width = prompts.shape[1]
+    hidden = model.encode(params, jnp.concatenate([prompts, answers], axis=1), width - prompt_lengths)
+    return model.rewards(params, jnp.take_along_axis(hidden, (width + last)[:, None, None], axis=1)[:, 0])
+
+
+def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
+    """Left-padded token ids and lengths. P is rounded up to a power of two, so that few shapes compile; missing rows
+    are filler of length 0."""
+    width = max(SMALLEST_WIDTH, 1 << (max(map(len, prompts)) - 1).bit_length())
+    ids = np.zeros((rows, width), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        lengths[row] = len(prompt)
+    return ids, lengths
+
+
+def prompt_number(prompt_id: str) -> int:
+    """A 32-bit number of a prompt's id, for its row's randomness: the same in every batch, file and process."""
+    return zlib.crc32(prompt_id.encode())
+
+
+def _prepare(loaded: Pretrained, unroll: bool) -> tuple[CausalModel, Params, Pretrained]:
+    model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
+    return model, params, loaded
