@@ -3,8 +3,8 @@
 from pargs_jax.cli import command, parse
 from pargs_jax.config import TrainConfig
 
-DESCRIPTION = """Train a reward model that can score unfinished answers, on preference pairs. Without arguments it trains
-one on the built-in demo task."""
+DESCRIPTION = """Train a reward model that can score unfinished answers, on preference pairs. Without arguments it
+trains one on the built-in demo task."""
 EXAMPLES = """examples:
   train.py                                          the demo task, into runs/partial_bt
   train.py --objective.name bt                      the full-sequence reward model to compare with, into runs/bt

@@ -34,42 +34,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pargs_jax.config import DecodeConfig, TrainConfig
-    from pargs_jax.data.batches import Batch, Batches, tokenise
-    from pargs_jax.data.preferences import Preference, Prompt, load_preferences
-    from pargs_jax.data.tokenization import TextTokenizer
-    from pargs_jax.decoding.guides import CausalGuide, Guide
-    from pargs_jax.decoding.loop import Decoded, Decoder, advance, decode, row_keys, start
+    from pargs_jax.data.batches import Batch
+    from pargs_jax.data.preferences import Prompt
+    from pargs_jax.decoding.guides import CausalGuide
+    from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
     from pargs_jax.decoding.rules import Greedy, Sample
     from pargs_jax.errors import InputError
     from pargs_jax.generation.session import Answer, Session, Settings
-    from pargs_jax.models.causal import CausalModel, stack_layers, unstack_layers
-    from pargs_jax.models.gpt2 import GPT2Config
+    from pargs_jax.models.causal import CausalModel, unstack_layers
     from pargs_jax.models.hf import load_model, save_model
-    from pargs_jax.models.llama import LlamaConfig
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
     from pargs_jax.training.run import train
-    from pargs_jax.training.step import Objective, TrainState, answer_states, make_optimizer, make_train_step
+    from pargs_jax.training.step import Objective, answer_states, make_optimizer, make_train_step
 
 # Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
 _HOMES = {
     "pargs_jax.config": ("DecodeConfig", "TrainConfig"),
-    "pargs_jax.data.batches": ("Batch", "Batches", "tokenise"),
-    "pargs_jax.data.preferences": ("Preference", "Prompt", "load_preferences"),
-    "pargs_jax.data.tokenization": ("TextTokenizer",),
-    "pargs_jax.decoding.guides": ("CausalGuide", "Guide"),
-    "pargs_jax.decoding.loop": ("Decoded", "Decoder", "advance", "decode", "row_keys", "start"),
+    "pargs_jax.data.batches": ("Batch",),
+    "pargs_jax.data.preferences": ("Prompt",),
+    "pargs_jax.decoding.guides": ("CausalGuide",),
+    "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
-    "pargs_jax.models.causal": ("CausalModel", "stack_layers", "unstack_layers"),
-    "pargs_jax.models.gpt2": ("GPT2Config",),
+    "pargs_jax.models.causal": ("CausalModel", "unstack_layers"),
     "pargs_jax.models.hf": ("load_model", "save_model"),
-    "pargs_jax.models.llama": ("LlamaConfig",),
     "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
     "pargs_jax.training.run": ("train",),
-    "pargs_jax.training.step": ("Objective", "TrainState", "answer_states", "make_optimizer", "make_train_step"),
+    "pargs_jax.training.step": ("Objective", "answer_states", "make_optimizer", "make_train_step"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -31,7 +31,7 @@ class Answer:
 
     `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
     tokens under the language model, in nats; `guide_rewards` are the reward models' rewards of the whole answer;
-    `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, without compilation.
+    `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out.
     """
 
     id: str

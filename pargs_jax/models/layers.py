@@ -44,7 +44,7 @@ def attention(
     """Attention of T new tokens over a cached prefix (if any) and over themselves, softmax in fp32.
 
     `mask[..., t, s]` says whether new token t sees new token s. The prefix is read where it lies: scores over prefix
-    and new tokens are joined, keys and values never are. Grouped queries (Hq a multiple of the key heads) share their head.
+    and new tokens are joined, keys and values never are. Grouped queries (Hq a multiple of H) share heads.
     """
     batch, query_heads, length, head_dim = queries.shape
     heads = new.keys.shape[1]

@@ -57,6 +57,4 @@ class Checkpoints:
             return TrainState(**self._writer.load(step, target))
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise InputError(
-                f"{self.folder}/{step}: this checkpoint is not of the model of this run ({reason})"
-            ) from error
+            raise InputError(f"{self.folder}/{step}: not a checkpoint of this run's model ({reason})") from error

@@ -22,7 +22,7 @@ StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a report, `{"step", "split", ...}`; a resumed run goes on after its checkpoint's step."""
+    """`metrics.jsonl`: one line a report; a resumed run goes on after its checkpoint's step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
