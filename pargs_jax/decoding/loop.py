@@ -40,6 +40,15 @@ class StepRecord(NamedTuple):
     """Each guide's reward of the answer up to and including the chosen token."""
 
 
+class Proposal(NamedTuple):
+    """What a step computes before anything is written: the choice, its record, and what the models are to commit."""
+
+    choice: Int[Array, "B"]
+    record: StepRecord
+    lm_pending: Any
+    guides_pending: tuple[Any, ...]
+
+
 class Decoded(NamedTuple):
     """The answers of a batch; `tokens[b, :lengths[b]]` is row b's, with its end-of-sequence token if it `finished`."""
 
@@ -100,24 +109,44 @@ class Decoder:
     ) -> tuple[DecodeState, StepRecord]:
         """`steps` more tokens for every unfinished row, as one scan; steps after the last row finished are skipped."""
 
-        def move(state: DecodeState) -> tuple[DecodeState, StepRecord]:
-            return self._step(params, state, weights, rule)
-
-        def skip(state: DecodeState) -> tuple[DecodeState, StepRecord]:
-            return state, self._blank_record(state.last.shape[0])
-
         def body(state: DecodeState, _: None) -> tuple[DecodeState, StepRecord]:
-            return jax.lax.cond(state.done.all(), skip, move, state)
+            return self._step(params, state, weights, rule)
 
         return jax.lax.scan(body, state, length=steps)
 
     def _step(
         self, params: tuple[Params, tuple[Any, ...]], state: DecodeState, weights: Array, rule: Rule
     ) -> tuple[DecodeState, StepRecord]:
+        def move() -> Proposal:
+            return self._propose(params, state, weights, rule)
+
+        def skip() -> Proposal:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(move))
+
+        # The caches are read in the branch and written out of it: a branch that returned them would copy them.
+        proposal = jax.lax.cond(state.done.all(), skip, move)
+        first = jnp.zeros_like(proposal.choice)
+        cache = self.lm.commit(state.lm, proposal.lm_pending, first)
+        guide_states = tuple(
+            guide.commit(guide_params, guide_state, pending, proposal.choice)
+            for guide, guide_params, guide_state, pending in zip(
+                self.guides, params[1], state.guides, proposal.guides_pending, strict=True
+            )
+        )
+        record = jax.tree.map(
+            lambda new, blank: jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), blank, new),
+            proposal.record,
+            self._blank_record(state.done.shape[0]),
+        )
+        done = state.done | jnp.isin(record.tokens, jnp.asarray(self.eos_ids, jnp.int32))
+        return DecodeState(state.step + 1, record.tokens, done, state.keys, cache, guide_states), record
+
+    def _propose(
+        self, params: tuple[Params, tuple[Any, ...]], state: DecodeState, weights: Array, rule: Rule
+    ) -> Proposal:
+        """Candidates, their fused scores, and the rule's choice."""
         lm_params, guide_params = params
-        batch = state.last.shape[0]
-        hidden, pending = self.lm.siblings(lm_params, state.lm, state.last[:, None])
-        cache = self.lm.commit(state.lm, pending, jnp.zeros(batch, jnp.int32))
+        hidden, lm_pending = self.lm.siblings(lm_params, state.lm, state.last[:, None])
         logits = self.lm.logits(lm_params, hidden[:, 0])
         top_logits, candidates = jax.lax.top_k(logits, self.k)
         log_probs = top_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -126,31 +155,17 @@ class Decoder:
             guide.score(guide_param, guide_state, candidates)
             for guide, guide_param, guide_state in zip(self.guides, guide_params, state.guides, strict=True)
         ]
-        rewards = jnp.stack([r for r, _ in guided], -1) if guided else jnp.zeros((batch, self.k, 0))
+        rewards = jnp.stack([r for r, _ in guided], -1) if guided else jnp.zeros((*candidates.shape, 0))
         scores = (log_probs if self.base == "log_probs" else top_logits) + (rewards * weights).sum(-1)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        choice = rule(scores, keys)
-        states = tuple(
-            guide.commit(guide_param, guide_state, pending, choice)
-            for guide, guide_param, guide_state, (_, pending) in zip(
-                self.guides, guide_params, state.guides, guided, strict=True
-            )
-        )
+        choice = rule(scores, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step))
 
-        chosen = jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
+        at = choice[:, None]
         record = StepRecord(
-            chosen,
-            jnp.take_along_axis(log_probs, choice[:, None], axis=1)[:, 0],
-            jnp.take_along_axis(rewards, choice[:, None, None], axis=1)[:, 0],
+            jnp.take_along_axis(candidates, at, axis=1)[:, 0],
+            jnp.take_along_axis(log_probs, at, axis=1)[:, 0],
+            jnp.take_along_axis(rewards, at[..., None], axis=1)[:, 0],
         )
-        record = jax.tree.map(
-            lambda new, blank: jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), blank, new),
-            record,
-            self._blank_record(batch),
-        )
-        ended = jnp.isin(chosen, jnp.asarray(self.eos_ids, jnp.int32))
-        done = state.done | ended
-        return DecodeState(state.step + 1, record.tokens, done, state.keys, cache, states), record
+        return Proposal(choice, record, lm_pending, tuple(pending for _, pending in guided))
 
     def _blank_record(self, batch: int) -> StepRecord:
         tokens = jnp.full(batch, self.pad_id, jnp.int32)
