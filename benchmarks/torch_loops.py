@@ -4,10 +4,9 @@ Each keeps the published algorithm and drops what is accidental around it: no te
 ones, the vocabulary's logits at the last position only, decoding under `torch.inference_mode`, and no step that waits
 for a value on the host. None stops at an end-of-sequence token: all answers have `new_tokens` tokens.
 
-Models are Hugging Face's, with random weights. Shapes: B batch, P prompt, T tokens so far, N new tokens, K candidates.
+Models are Hugging Face's. Shapes: B batch, P prompt, T tokens so far, N new tokens, K candidates.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,13 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DynamicCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 
 class GuidedAnswer(NamedTuple):
@@ -30,28 +23,6 @@ class GuidedAnswer(NamedTuple):
     tokens: Int[Tensor, "1 N"]
     candidates: Int[Tensor, "N K"]
     rewards: Float[Tensor, "N K"]
-
-
-def random_models(
-    config: PretrainedConfig,
-    *,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A language model and a scalar reward model of one size, in evaluation mode, initialised on `device`.
-
-    `config` is a `GPT2Config` or `LlamaConfig`; `attention` is "sdpa" or "eager".
-    """
-    scored = copy.deepcopy(config)
-    scored.num_labels = 1
-    options = {"dtype": dtype, "attn_implementation": attention}
-    torch.manual_seed(seed)
-    with torch.device(device):
-        language_model = AutoModelForCausalLM.from_config(config, **options)
-        reward_model = AutoModelForSequenceClassification.from_config(scored, **options)
-    return language_model.eval(), reward_model.eval()
 
 
 def last_logits(lm: PreTrainedModel, input_ids: Int[Tensor, "B T"], cache: DynamicCache | None) -> Float[Tensor, "B V"]:

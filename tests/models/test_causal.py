@@ -1,0 +1,159 @@
+"""What an output may depend on (the tokens up to its own, nothing else), and that cached and uncached passes agree."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pargs_jax.models.causal import CausalModel, Params, stack_layers, unstack_layers
+from pargs_jax.testing import TINY_CONFIGS, tiny_model
+
+PROMPT, TOTAL = 6, 12
+# At this size compiling takes far longer than running.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+encode = quick_jit(CausalModel.encode, static_argnums=0)
+prefill = quick_jit(CausalModel.prefill, static_argnums=(0, 4))
+siblings = quick_jit(CausalModel.siblings, static_argnums=0)
+
+
+class Tiny(NamedTuple):
+    model: CausalModel
+    params: Params
+
+
+@pytest.fixture(scope="module", params=TINY_CONFIGS)
+def tiny(request):
+    """A reward model with stacked layers, for each family."""
+    return Tiny(*tiny_model(request.param, "reward"))
+
+
+@pytest.fixture(scope="module", params=["stacked", "unrolled"])
+def decoder(request, tiny):
+    """The same reward model in either layout of its layers."""
+    return tiny if request.param == "stacked" else Tiny(*unstack_layers(*tiny))
+
+
+@pytest.fixture(scope="module")
+def prefilled(decoder):
+    """Two prompts of which the second has two tokens of left padding, and the cache that holds them."""
+    prompts = np.random.default_rng(0).integers(0, 61, (2, PROMPT))
+    hidden, cache = prefill(*decoder, prompts, jnp.asarray([PROMPT, PROMPT - 2]), TOTAL)
+    return prompts, hidden, cache
+
+
+def assert_close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+
+
+def test_no_gradient_reaches_padding_later_tokens_or_other_candidates(tiny):
+    padding, count = 2, 3
+    tokens = jnp.arange(10, 10 + PROMPT + count)  # all distinct: a row of the embedding table is one slot
+    prompt, candidates = tokens[None, :PROMPT], tokens[None, PROMPT:]
+
+    def rewards(table):
+        backbone = {**tiny.params["backbone"], "embed": {"embedding": table}}
+        params = {**tiny.params, "backbone": backbone}
+        hidden, cache = tiny.model.prefill(params, prompt, jnp.asarray([PROMPT - padding]), PROMPT + 1)
+        alternatives, _ = tiny.model.siblings(params, cache, candidates)
+        return tiny.model.rewards(params, jnp.concatenate([hidden, alternatives], axis=1))[0]
+
+    gradients = quick_jit(jax.jacrev(rewards))(tiny.params["backbone"]["embed"]["embedding"])
+    depends = np.asarray(gradients[:, tokens] != 0).any(-1)
+
+    expected = np.tri(PROMPT + count, dtype=bool)
+    expected[:, :padding] = False
+    expected[PROMPT:, PROMPT:] = np.eye(count)
+    np.testing.assert_array_equal(depends[padding:], expected[padding:])
+
+
+def test_padding_and_batch_mates_do_not_matter(tiny):
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, 61, 7)
+    alone = encode(*tiny, text[None])[0]
+
+    starts = np.array([0, 2, 5, 0, 1, 4])  # the text in the first three rows, other texts beside it
+    batch = rng.integers(0, 61, (6, TOTAL))
+    for row in range(3):
+        batch[row, starts[row] : starts[row] + 7] = text
+    hidden = encode(*tiny, batch, starts)
+    for row in range(3):
+        assert_close(hidden[row, starts[row] : starts[row] + 7], alone)
+
+
+def test_cached_siblings_equal_separate_uncached_passes(tiny, decoder, prefilled):
+    prompts, hidden, cache = prefilled
+    starts = np.array([0, 2])
+    rng = np.random.default_rng(2)
+    texts = rng.integers(0, 61, (2, 3, TOTAL))  # each candidate's text; right of the candidate is anything
+    texts[:, :, :PROMPT] = prompts[:, None]
+
+    for slot in range(PROMPT, PROMPT + 3):
+        candidates = texts[:, :, slot]
+        alternatives, pending = siblings(*decoder, cache, candidates)
+        uncached = encode(*tiny, texts.reshape(6, TOTAL), starts.repeat(3)).reshape(2, 3, TOTAL, -1)
+        assert_close(alternatives, uncached[:, :, slot])
+        for row in range(2):
+            assert_close(hidden[row, starts[row] :], uncached[row, 0, starts[row] : PROMPT])
+
+        choice = np.array([slot % 3, 2])
+        cache = CausalModel.commit(cache, pending, choice)
+        texts[:, :, slot] = candidates[np.arange(2), choice][:, None]
+    assert int(cache.length) == PROMPT + 3
+
+
+def test_a_changed_candidate_changes_itself_alone(decoder, prefilled):
+    cache = prefilled[2]
+    before, _ = siblings(*decoder, cache, np.array([[3, 4, 5], [6, 7, 8]]))
+    after, _ = siblings(*decoder, cache, np.array([[3, 9, 5], [6, 7, 8]]))
+    same = np.array(before == after).all(-1)
+    np.testing.assert_array_equal(same, [[True, False, True], [True, True, True]])
+
+
+def test_committing_an_only_sibling_equals_choosing_it(decoder, prefilled):
+    cache = prefilled[2]
+    _, pending = siblings(*decoder, cache, np.array([[3, 4, 5], [6, 7, 8]]))
+    only = jax.tree.map(lambda x: x[..., 1:2, :], pending)
+    chosen = CausalModel.commit(cache, pending, np.array([1, 1]))
+    jax.tree.map(np.testing.assert_array_equal, CausalModel.commit(cache, only, np.zeros(2, int)), chosen)
+
+
+def test_layouts_convert_back_and_forth(tiny):
+    unrolled = unstack_layers(*tiny)
+    model, params = stack_layers(*unrolled)
+    assert model == tiny.model
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.params)
+    assert jax.tree.map(jnp.shape, unrolled[1]) == jax.tree.map(jnp.shape, unrolled[0].abstract_params())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_half_precision_reaches_the_cache_and_outputs_stay_single(family, tied):
+    config = dataclasses.replace(TINY_CONFIGS[family], tied_embeddings=tied)
+    for head in ("vocabulary", "reward"):
+        model = CausalModel(config, head)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract_params())
+        prompts, lengths = jnp.zeros((2, PROMPT), int), jnp.ones(2, int)
+        hidden, cache = jax.eval_shape(partial(model.prefill, capacity=TOTAL), params, prompts, lengths)
+        assert hidden.dtype == jnp.bfloat16
+        assert {leaf.dtype for leaf in jax.tree.leaves(cache.kv)} == {jnp.dtype(jnp.bfloat16)}
+        read = model.logits if head == "vocabulary" else model.rewards
+        assert jax.eval_shape(read, params, hidden).dtype == jnp.float32
+
+
+def test_dropout_acts_only_when_a_key_is_given(tiny):
+    dropping = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, dropout=0.5))
+    tokens = np.arange(PROMPT)[None]
+
+    @quick_jit
+    def passes(params, keys):
+        without = [model.encode(params, tokens) for model in (tiny.model, dropping)]
+        return *without, jax.vmap(lambda key: dropping.encode(params, tokens, key=key))(keys)
+
+    plain, without, dropped = passes(tiny.params, jax.random.split(jax.random.key(0), 2))
+    assert_close(without, plain)
+    assert (np.abs(dropped - plain) > 0.01).mean() > 0.5
+    assert (np.abs(dropped[0] - dropped[1]) > 0.01).mean() > 0.5

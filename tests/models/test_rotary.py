@@ -1,0 +1,122 @@
+"""Rotary angles against transformers, and what config.json may say about them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pargs_jax.errors import InputError
+from pargs_jax.models.rotary import Rotary, rotate
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+TRAINED_LENGTH = 64
+# (rope_parameters, head width, longest position): every branch of every scaling.
+CASES = {
+    "default": ({"rope_type": "default", "rope_theta": 500.0}, 8, 40),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 16, 63),
+    "dynamic, within the trained length": ({"rope_type": "dynamic", "factor": 4.0}, 16, 63),
+    "dynamic, one beyond": ({"rope_type": "dynamic", "factor": 4.0}, 16, 64),
+    "dynamic, far beyond": ({"rope_type": "dynamic", "factor": 4.0}, 16, 200),
+    "llama3": (LLAMA3, 128, 200),
+    "llama3, small": ({**LLAMA3, "original_max_position_embeddings": 32}, 16, 100),
+    "yarn": (YARN, 64, 200),
+    "yarn, real sizes": ({**YARN, "factor": 32.0, "original_max_position_embeddings": 4096}, 128, 200),
+    "yarn, not truncated": ({**YARN, "truncate": False}, 64, 100),
+    "yarn, betas": ({**YARN, "beta_fast": 16.0, "beta_slow": 2.0}, 64, 100),
+    "yarn, attention factor": ({**YARN, "attention_factor": 0.75}, 16, 100),
+    "yarn, mscale": ({**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}, 16, 100),
+    "yarn, mscale alone counts for nothing": ({**YARN, "mscale": 1.5}, 16, 100),
+    "yarn, no stretch": ({**YARN, "factor": 1.0}, 16, 60),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_angles_equal_transformers(case):
+    torch = pytest.importorskip("torch", reason="the reference is transformers on torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters, head_dim, last = CASES[case]
+    config = LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=TRAINED_LENGTH,
+        rope_parameters=dict(parameters),
+    )
+    positions = np.arange(last + 1)[None]
+    reference = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+
+    rotary = Rotary.from_hf(config.rope_parameters)
+    ours = rotary.cos_sin(jnp.asarray(positions), head_dim, TRAINED_LENGTH)
+    for mine, theirs in zip(ours, reference, strict=True):
+        # Half the width: the reference repeats every angle for the second half. fp32 angles are good to 1e-7 of 200.
+        np.testing.assert_allclose(mine, theirs[..., : head_dim // 2], rtol=0, atol=5e-5)
+
+
+def test_dynamic_scaling_follows_each_row_of_a_batch():
+    rotary = Rotary.from_hf({"rope_type": "dynamic", "factor": 4.0})
+    short, long = np.arange(12), np.arange(12) + 8
+    together, _ = rotary.cos_sin(jnp.asarray([short, long]), 16, 16)
+    for row, positions in enumerate((short, long)):
+        alone, _ = rotary.cos_sin(jnp.asarray([positions]), 16, 16)
+        np.testing.assert_array_equal(together[row], alone[0])
+    unscaled, _ = Rotary().cos_sin(jnp.asarray([short, long]), 16, 16)
+    np.testing.assert_allclose(together[0], unscaled[0], rtol=0, atol=1e-6)
+    assert np.abs(together[1] - unscaled[1]).max() > 0.01
+
+
+def test_scores_depend_on_distance_alone_and_lengths_stay():
+    query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 16))
+
+    def turned(vector, position):
+        angles = Rotary().cos_sin(jnp.asarray([[position]]), 16, 64)
+        return np.asarray(rotate(jnp.asarray(vector, jnp.float32), angles)).ravel()
+
+    near, far = (turned(query, shift + 5) @ turned(key, shift) for shift in (0, 20))
+    assert near == pytest.approx(far, abs=1e-4)
+    assert near != pytest.approx(turned(query, 6) @ turned(key, 0), abs=1e-2)
+    assert np.linalg.norm(turned(query, 17)) == pytest.approx(np.linalg.norm(query), abs=1e-5)
+
+
+def test_rotation_keeps_the_dtype():
+    angles = Rotary().cos_sin(jnp.arange(3)[None], 4, 8)
+    assert rotate(jnp.ones((1, 2, 3, 4), jnp.bfloat16), angles).dtype == jnp.bfloat16
+    assert angles[0].dtype == angles[1].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("parameters", [LLAMA3, YARN, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}])
+def test_config_fields_come_back(parameters):
+    assert Rotary.from_hf(parameters).to_hf() == {"rope_theta": 10000.0, **parameters}
+
+
+def test_the_older_name_of_the_scaling_is_read():
+    assert Rotary.from_hf({"type": "linear", "factor": 2.0, "attention_factor": None}) == Rotary(
+        10000.0, "linear", (("factor", 2.0),)
+    )
+
+
+def test_only_dynamic_scaling_reaches_beyond_the_trained_length():
+    assert Rotary.from_hf({"rope_type": "dynamic", "factor": 2.5}).reach(100) == 250
+    assert Rotary.from_hf(YARN).reach(100) == 100
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"rope_type": "longrope"}, "'longrope' is not known; known are default, linear, dynamic, llama3, yarn"),
+        ({"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high_freq_factor, original_max_position"),
+        ({"rope_type": "linear", "factor": None}, "needs factor"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+    ],
+)
+def test_scalings_that_cannot_be_used_are_named(parameters, told):
+    with pytest.raises(InputError, match=told) as error:
+        Rotary.from_hf(parameters)
+    assert "\n" not in str(error.value)
