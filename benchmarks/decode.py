@@ -333,7 +333,7 @@ Ratios are taken round by round, between runs that were neighbours in time.
 
 Limit: the least time for the passes of a task, each the greater of bytes / {ceilings.bandwidth / 1e9:.1f} GB/s and
 operations / {ceilings.matmul / 1e9:.0f} GFLOP/s, the rates measured on this device for reading and for large products
-in {args.dtype}. Weights that a cache holds can go beyond it (tiny models).
+in {args.dtype}. Models small enough for the processor's cache can exceed it.
 
 {checks}
 """

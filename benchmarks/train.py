@@ -6,8 +6,7 @@
 On a GPU that both frameworks see:
 
     python benchmarks/train.py --model gpt2-large --dtype bfloat16 --batch 1 8 64 --micro-batch 64
-    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 --skip-rows \
-        --skip-torch
+    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 --skip-rows --skip-torch
 
 What is compared, on the same pairs and the same random weights; every step is loss, gradient, clipping and AdamW:
 
@@ -226,7 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--micro-batch", type=int, default=32, help="pairs of prefix rows that run together")
-    parser.add_argument("--steps", type=int, default=5, help="steps a timed run, but one of prefix rows")
+    parser.add_argument("--steps", type=int, default=3, help="steps a timed run, but one of prefix rows")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of bt and partial_bt")
     parser.add_argument("--row-repeats", type=int, default=2, help="timed runs of prefix rows")
     parser.add_argument("--skip-rows", action="store_true", help="leave out prefix rows (they are slow)")

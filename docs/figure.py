@@ -1,8 +1,8 @@
 """Draws docs/demo.png from the demo's runs and answers (needs matplotlib):
 
-    make demo
-    python decode.py --out runs/demo_answers.jsonl
-    python docs/figure.py runs/demo_answers.jsonl
+make demo
+python decode.py --out runs/demo_answers.jsonl
+python docs/figure.py runs/demo_answers.jsonl
 """
 
 import json

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches
 from pargs_jax.errors import InputError
+from pargs_jax.objectives.bradley_terry import FRACTIONS
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.step import Metrics, Objective, TrainState, merge_metrics
 
@@ -150,5 +151,7 @@ def _diverged(step: int, values: Metrics, checkpoints: Checkpoints) -> InputErro
 
 def _describe_evaluation(values: dict[str, float]) -> str:
     text = f"held out: loss {values['loss']:.4f}, accuracy {values['accuracy']:.3f}"
-    prefixes = [f"{values[name]:.3f}" for name in values if name.startswith("accuracy_")]
-    return text + (f" (at 10/25/50/75/100 % of the answer: {' '.join(prefixes)})" if prefixes else "")
+    if "margin" not in values:
+        return text
+    prefixes = " ".join(f"{values[f'accuracy_{percent}']:.3f}" for percent in FRACTIONS)
+    return f"{text} (at {'/'.join(map(str, FRACTIONS))} % of the answer: {prefixes})"

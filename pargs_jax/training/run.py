@@ -21,7 +21,7 @@ from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.step import Objective, TrainState, make_optimizer, make_train_step
 
-DEMO_HELD_OUT = 512  # pairs of the demo's evaluation split
+DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
 FREE_ON_RESUME = ("out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep")
 

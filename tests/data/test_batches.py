@@ -144,10 +144,14 @@ def test_padding_sides_and_lengths(answers):
     assert batch.weights.tolist() == [1.0] * 8
 
 
-def test_widths_are_a_few_buckets():
-    batches = Batches(examples_of(200), 2, 100, seed=0)
+def test_prompts_and_answers_have_two_widths_each():
+    examples = examples_of(200)
+    batches = Batches(examples, 2, 100, seed=0)
     shapes = [(batch.prompts.shape[1], batch.answers.shape[2]) for batch in map(batches.batch, range(100))]
-    assert {width for shape in shapes for width in shape} == {25, 50, 75}
+    longest = max(len(example.prompt) for example in examples), max(len(a) for e in examples for a in e.answers)
+    for widths, length in zip(map(set, zip(*shapes, strict=True)), longest, strict=True):
+        assert len(widths) == 2
+        assert max(widths) == -(-length // 8) * 8
     longest = Example(np.ones(29, np.int32), (np.ones(1, np.int32),))
     assert Batches([longest], 1, 30, seed=0).batch(0).prompts.shape == (1, 30)
 

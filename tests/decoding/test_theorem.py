@@ -105,8 +105,8 @@ def decoder_conditionals(exact):
     conditionals = []
     for i in range(LENGTH):
         prefixes = tuple(ANSWERS[:, :i].T)
-        by_likelihood = np.argsort(-exact.conditionals[i][prefixes].reshape(len(ANSWERS), VOCABULARY), axis=1)
-        rank_of = np.argsort(by_likelihood, axis=1)
+        likelihoods = np.broadcast_to(exact.conditionals[i][prefixes], (len(ANSWERS), VOCABULARY))
+        rank_of = np.argsort(np.argsort(-likelihoods, axis=1), axis=1)
         ranks = jnp.asarray(np.take_along_axis(rank_of, ANSWERS[:, i : i + 1], axis=1)[:, 0], jnp.int32)
         state, record = advance(exact.decoder, exact.params, state, WEIGHTS, Forced(ranks, seen.append), 1)
         np.testing.assert_array_equal(record.tokens[0], ANSWERS[:, i])  # so the ranks are the decoder's

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,15 +120,20 @@ def test_hopeless_and_perfect_pairs_have_finite_losses_and_gradients(loss):
     ids=str,
 )
 def test_a_sample_is_of_that_many_prefixes_and_right_on_average(sample, options, expected):
-    def gradient(sample=None, key=None):
-        return value_and_gradient(partial_bradley_terry, some_rewards(), sample=sample, key=key, **options)[1]
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.grad, argnums=1)
+    def gradient(sample, rewards, key):
+        arrays = rewards, jnp.asarray(LENGTHS), jnp.asarray(WEIGHTS)
+        return partial_bradley_terry(*arrays, sample=sample, key=key, **options)[0]
 
-    sampled = np.stack([gradient(sample, key) for key in jax.random.split(jax.random.key(0), 100)])
+    keys = jax.random.split(jax.random.key(0), 400)
+    sampled = np.stack([gradient(sample, some_rewards(), key) for key in keys])
     # Every prefix of a pair moves a reward of its own in the longer answer.
     counts = (sampled != 0).sum(axis=-1).max(axis=-1)
     np.testing.assert_array_equal(counts, np.broadcast_to(expected * (WEIGHTS > 0), counts.shape))
     standard_error = sampled.std(axis=0) / math.sqrt(len(sampled))
-    np.testing.assert_array_less(np.abs(sampled.mean(axis=0) - gradient()), 4.5 * standard_error + 1e-5)
+    error = np.abs(sampled.mean(axis=0) - gradient(None, some_rewards(), None))
+    np.testing.assert_array_less(error, 4.5 * standard_error + 1e-5)
 
 
 def test_a_sample_needs_a_key():
