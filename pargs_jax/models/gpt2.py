@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     CachedPrefix,
+    Embedding,
     KeyValues,
     attention,
     dropout,
@@ -130,9 +131,8 @@ class GPT2(nnx.Module):
 
     def __init__(self, config: GPT2Config, *, unrolled: bool, rngs: nnx.Rngs) -> None:
         self.config = config
-        normal = nnx.initializers.normal(config.initializer_range)
-        self.embed = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, rngs=rngs)
-        self.positions = nnx.Embed(config.context_length, config.width, embedding_init=normal, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.width, config.initializer_range, rngs=rngs)
+        self.positions = Embedding(config.context_length, config.width, config.initializer_range, rngs=rngs)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
         self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
 

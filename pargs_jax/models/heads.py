@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pargs_jax.models.layers import Embedding
+
 
 class VocabularyHead(nnx.Module):
     """Next-token logits in fp32, from the head's own matrix or, with tied embeddings, from the embedding table."""
@@ -12,7 +14,7 @@ class VocabularyHead(nnx.Module):
         normal = nnx.initializers.normal(std)
         self.linear = None if tied else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=normal, rngs=rngs)
 
-    def __call__(self, hidden: Float[Array, "*B D"], embed: nnx.Embed) -> Float[Array, "*B V"]:
+    def __call__(self, hidden: Float[Array, "*B D"], embed: Embedding) -> Float[Array, "*B V"]:
         logits = embed.attend(hidden) if self.linear is None else self.linear(hidden)
         return logits.astype(jnp.float32)
 

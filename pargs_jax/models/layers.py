@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -71,6 +71,20 @@ def attention(
         mixed = mix(weights[..., :split], prefix.kv.values) + mix(weights[..., split:], new.values)
     mixed = mixed.reshape(batch, query_heads, length, head_dim)
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, in whatever dtype its parameters have (`nnx.Embed` keeps the one it was made with)."""
+
+    def __init__(self, count: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (count, width)))
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return self.embedding[...][ids]
+
+    def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Products with every row of the table: the logits of tied embeddings."""
+        return hidden @ self.embedding[...].T
 
 
 def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     CachedPrefix,
+    Embedding,
     KeyValues,
     attention,
     dropout,
@@ -150,8 +151,7 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, unrolled: bool, rngs: nnx.Rngs) -> None:
         self.config = config
-        normal = nnx.initializers.normal(config.initializer_range)
-        self.embed = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.width, config.initializer_range, rngs=rngs)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
         self.norm = RMSNorm(config.width, config.norm_epsilon)
 
