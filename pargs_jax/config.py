@@ -202,7 +202,7 @@ class DataConfig:
         metavar="FILE_OR_HUB_ID",
     )
     format: PromptFormName = option("plain", "the form that prompts are written in")
-    demo_pairs: int = option(2048, "pairs that the demo task generates for training", at_least=1)
+    demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = option(1e-3, "peak learning rate", above=0)
+    lr: float = option(2e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
     b1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
     b2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
@@ -254,10 +254,10 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1)
     epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(32, "pairs an optimizer step", at_least=1)
+    batch_size: int = option(8, "pairs an optimizer step", at_least=1)
     max_length: int = option(128, "tokens of prompt and answer together; longer ones are cut", at_least=2)
-    eval_every: int = option(100, "steps between evaluations; 0: only at the end", at_least=0)
-    save_every: int = option(100, "steps between checkpoints; 0: only at the end", at_least=0)
+    eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
+    save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0)
     keep: int = option(2, "newest checkpoints kept", at_least=1)
     log_every: int = option(10, "steps between lines of metrics", at_least=1)
     model: ModelConfig = ModelConfig()

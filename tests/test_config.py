@@ -126,7 +126,7 @@ def test_a_config_file_that_cannot_be_read(config_file):
         ("--model.dropout 1", "--model.dropout: got 1.0, must be a finite number, at least 0 and below 1"),
         ("--model.init=", '--model.init: got "", must be non-empty text'),
         ("--dtype fp16", '--dtype: got "fp16", must be one of float32, bfloat16'),
-        ("--optim.accumulation 3", "--batch-size: got 32, must be a multiple of --optim.accumulation (3)"),
+        ("--optim.accumulation 3", "--batch-size: got 8, must be a multiple of --optim.accumulation (3)"),
         (
             "--objective.minimum-length 128",
             "--objective.minimum-length: got 128, must be below --max-length (128)",
@@ -192,7 +192,7 @@ def test_the_saved_config_loads_back_equal(config):
 def test_a_mapping_with_options_that_contradict_each_other_names_its_place():
     saved = {"optim": {"accumulation": 7}}
     assert message(from_mapping, TrainConfig, saved, "run.yaml") == (
-        "run.yaml: --batch-size: got 32, must be a multiple of --optim.accumulation (7)"
+        "run.yaml: --batch-size: got 8, must be a multiple of --optim.accumulation (7)"
     )
 
 

@@ -175,8 +175,8 @@ def train_tokenizer(folder: str | Path) -> None:
     """Writes `tokenizer.model` and `tokenizer_config.json`, a Llama tokenizer for this task, into `folder`.
 
     512 SentencePiece BPE pieces with byte fallback, trained on 20,000 exchanges; the bytes written are always the same.
-    The tokenizer that comes with the package was trained when more answers named a wrong product (25 %, now 15 %), so it
-    differs from a new one in a few pieces.
+    The tokenizer that comes with the package was trained when more answers named a wrong product (25 %, now 15 %), so
+    it differs from a new one in a few pieces.
     No space is put before the text, so the tokens of a prompt and of its answer join to the tokens of both together.
 
     Raises:
