@@ -141,10 +141,12 @@ def test_samples_have_the_frequencies_of_the_ratio_policies(exact, temperature):
     def chi_square(conditionals):
         sharpened = [normalised(table ** (1 / temperature)) for table in conditionals]
         expected = rows * joint(sharpened)
-        assert expected.min() > 1
-        return ((counts - expected) ** 2 / expected).sum()
+        common = expected >= 5  # the rest are pooled, since chi-square wants counts that are not tiny
+        seen = np.append(counts[common], counts[~common].sum())
+        wanted = np.append(expected[common], expected[~common].sum() + 1e-9)
+        return ((seen - wanted) ** 2 / wanted).sum()
 
-    # 63 degrees of freedom: 110 is exceeded once in about 5000 seeds.
+    # At most 63 degrees of freedom: 110 is exceeded once in about 5000 seeds.
     assert chi_square([exact.ratio_policy(length) for length in range(1, LENGTH + 1)]) < 110
     assert chi_square(exact.conditionals) > 1000
     whole = exact.rlhf_policy(LENGTH)
