@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ class Row:
     method: str
     guide: str
     true_reward: Estimate
-    guide_reward: Estimate | None
+    guide_reward: Estimate
     tokens: Estimate
     tokens_per_second: float
 
@@ -93,18 +94,18 @@ def _summarise(name: str, guide: str, answers: list[Answer]) -> Row:
 
 
 def _table(rows: list[Row], prompts: int) -> Table:
-    table = Table(title=f"{prompts} unseen prompts (mean ± standard error)")
+    table = Table(title=f"{prompts} unseen prompts (mean ± standard error)", box=SIMPLE)
     for heading in ("method", "guided by"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in ("true reward", "guide's reward", "tokens", "tokens/s"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.method,
-            row.guide or "-",
+            " ".join(Path(guide).name for guide in row.guide.split()) or "-",
             str(row.true_reward),
             str(row.guide_reward),
-            str(row.tokens),
+            f"{row.tokens.mean:.1f}",
             f"{row.tokens_per_second:,.0f}",
         )
     return table
