@@ -27,10 +27,10 @@ from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.training import run
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import MetricsFile
+from pargs_jax.training.step import TrainState
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
-SEED_OF_WEIGHTS = 3
 STEPS = 24
 PREFERENCE_METRICS = {
     "loss", "accuracy", "margin", "reward_mean", "reward_min", "reward_max",
@@ -71,7 +71,7 @@ def _compiled_steps_are_reused(tmp_path_factory):
 def lm(tmp_path_factory):
     """A random Llama with the demo's tokenizer, on disk."""
     folder = tmp_path_factory.mktemp("lm")
-    model, params = tiny_model("llama", vocab_size=512, seed=SEED_OF_WEIGHTS)
+    model, params = tiny_model("llama", vocab_size=512)
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     tiny_tokenizer().save(folder)
     return folder
@@ -410,9 +410,11 @@ def test_hh_trains_end_to_end(settings):
 
 
 def test_a_checkpoint_of_another_model_is_not_restored(finished):
-    config, _ = finished
-    with Checkpoints(Path(config.out) / "checkpoints", 2) as checkpoints:
-        state = checkpoints.restore(run.TrainState({"w": jnp.zeros((), jnp.float32)}, (), jnp.zeros((), jnp.int32)))
+    out = Path(finished[0].out)
+    other = TrainState({"w": jnp.zeros(())}, (), jnp.zeros((), jnp.int32))
+    with Checkpoints(out / "checkpoints", 2) as checkpoints, pytest.raises(InputError) as caught:
+        checkpoints.restore(other)
+    assert str(caught.value).startswith(f"{out}/checkpoints/{STEPS}: not a checkpoint of this run's model")
 
 
 def test_the_command_ends_with_one_line_and_code_2_for_a_bad_option(tmp_path):

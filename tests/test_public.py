@@ -1,0 +1,163 @@
+"""The package as a whole: public names, the documented example, what imports what."""
+
+import ast
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pargs_jax as pj
+from pargs_jax.data.batches import Batch
+from pargs_jax.models import hf
+from pargs_jax.testing import TINY_CONFIGS, tiny_model
+
+PACKAGE = Path(pj.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# Which parts of the package each part may import, by the first part of a module's name. Arrows go down only.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "cli": {"config", "errors"},
+    "mesh": {"errors"},
+    "data": {"errors"},
+    "models": {"errors"},
+    "objectives": set(),
+    "decoding": {"models", "errors"},
+    "training": {"objectives", "models", "data", "cli", "config", "errors"},
+    "generation": {"decoding", "models", "data", "cli", "config", "errors"},
+    "evaluation": {"generation", "decoding", "data", "cli", "config", "errors"},
+    "testing": {"data", "models"},
+}
+# Parts of `decoding` that know arrays, never models.
+MAY_IMPORT_WITHIN = {"decoding.rules": set(), "decoding.methods": {"decoding.rules"}}
+WITHOUT_JAX = ("errors", "config", "cli", "data")
+
+
+def imported_modules(path):
+    """Every module that a file imports, at its top or inside functions, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            # `from pargs_jax.data import demo` imports a module of that folder.
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [name for name in submodules if name.removeprefix("pargs_jax.") in FILES]
+            yield from known or [node.module]
+
+
+def package_imports(path):
+    return {name.removeprefix("pargs_jax.") for name in imported_modules(path) if name.startswith("pargs_jax")}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name != "__init__"])
+def test_imports_go_down_only(module):
+    part = module.partition(".")[0]
+    outside = {name.partition(".")[0] for name in package_imports(FILES[module])} - {part}
+    assert outside <= MAY_IMPORT[part]
+    if module in MAY_IMPORT_WITHIN:
+        assert package_imports(FILES[module]) <= MAY_IMPORT_WITHIN[module]
+    if part in WITHOUT_JAX:
+        roots = {name.partition(".")[0] for name in imported_modules(FILES[module])}
+        assert not roots & {"jax", "flax", "optax", "orbax"}
+
+
+def test_no_part_of_the_package_is_without_a_rule():
+    assert {name.partition(".")[0] for name in FILES} == MAY_IMPORT.keys() | {"__init__"}
+
+
+def test_files_stay_short():
+    sources = [*FILES.values(), *(REPOSITORY / "tests").rglob("*.py")]
+    assert [path.name for path in sources if len(path.read_text().splitlines()) > 500] == []
+    doors = [REPOSITORY / "train.py", REPOSITORY / "decode.py"]
+    assert all(len(path.read_text().splitlines()) < 60 for path in doors)
+
+
+@pytest.mark.parametrize("name", pj.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    value = getattr(pj, name)
+    if inspect.isclass(value) or callable(value):
+        written = inspect.getdoc(value) or ""
+        # Dataclasses and named tuples without a docstring get their signature for one.
+        assert written and not written.startswith(f"{name}(")
+    assert name in dir(pj)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'partial_bradley_tarry'"):
+        pj.partial_bradley_tarry  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_are_loaded_on_first_use():
+    tree = ast.parse(FILES["__init__"].read_text())
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name for node in guarded.body for alias in node.names}
+    assert seen == set(pj.__all__)
+
+
+def run_python(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=120
+    )
+
+
+@pytest.mark.parametrize("script", [None, "train.py", "decode.py"])
+def test_importing_and_asking_for_help_import_no_jax(script):
+    use = "import pargs_jax; dir(pargs_jax)"
+    if script is not None:
+        use = f"import runpy; sys.argv = ['{script}', '--help']; runpy.run_path('{script}', run_name='__main__')"
+    ended = run_python("-c", f"import sys, atexit; atexit.register(lambda: print('jax' in sys.modules)); {use}")
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "False"), ended.stderr
+
+
+def test_the_documented_example_works(monkeypatch):
+    """Runs the code in the package's docstring as it stands, on tiny models in the checkpoints' place."""
+    loaded = []
+
+    def load_tiny_model(source, head, **options):
+        config = dataclasses.replace(TINY_CONFIGS["llama"], context_length=256)
+        _, params = tiny_model("llama", head, seed=len(loaded))
+        loaded.append(source)
+        return hf.Pretrained(pj.CausalModel(config, head), params, False, {}, (2,))
+
+    monkeypatch.setattr(hf, "load_model", load_tiny_model)
+    rng = np.random.default_rng(0)
+    scope = {
+        "prompts": rng.integers(0, 61, (3, 5), np.int32),
+        "lengths": np.array([5, 2, 3], np.int32),
+        "batch": Batch(
+            rng.integers(0, 61, (2, 4), np.int32),
+            np.array([4, 2], np.int32),
+            rng.integers(0, 61, (2, 2, 6), np.int32),
+            np.array([[6, 3], [2, 5]], np.int32),
+            np.ones(2, np.float32),
+        ),
+    }
+    paragraphs = pj.__doc__.split("\n\n")
+    code = "\n\n".join(paragraph for paragraph in paragraphs if paragraph.startswith("    "))
+    exec(compile(textwrap.dedent(code), "the example", "exec"), scope)
+
+    assert len(loaded) == 2
+    answers = scope["answers"]
+    assert answers.tokens.shape == (3, 128) and answers.lengths.shape == (3,) and answers.rewards.shape == (3, 128, 1)
+    assert ((answers.lengths == 128) | (answers.tokens[jnp.arange(3), answers.lengths - 1] == 2)).all()
+    # The recorded rewards are those of the reward model on the answers as they came out.
+    rm = scope["rm"]
+    texts = np.concatenate([scope["prompts"], answers.tokens], axis=1)
+    hidden = jax.jit(rm.model.encode)(rm.params, texts, 5 - scope["lengths"])
+    rewards = np.asarray(rm.model.rewards(rm.params, hidden))[:, 5:]
+    real = np.arange(128) < np.asarray(answers.lengths)[:, None]
+    np.testing.assert_allclose(answers.rewards[..., 0][real], rewards[real], atol=1e-4)
+    assert 0 < float(scope["loss"]) < 20 and 0 <= float(scope["metrics"]["accuracy"]) <= 1
+    assert scope["rewards"].shape == (2, 2, 6)
