@@ -6,7 +6,8 @@
 On a GPU that both frameworks see:
 
     python benchmarks/train.py --model gpt2-large --dtype bfloat16 --batch 1 8 64 --micro-batch 64
-    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 --skip-rows --skip-torch
+    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 \\
+        --skip-rows --skip-torch
 
 What is compared, on the same pairs and the same random weights; every step is loss, gradient, clipping and AdamW:
 

@@ -35,7 +35,7 @@ def main() -> None:
     for label, run in RUNS.items():
         values = last_evaluation(run)
         left.plot(FRACTIONS, [values[f"accuracy_{f}"] for f in FRACTIONS], "o-", label=label, color=COLORS[label])
-    left.set(xlabel="% of the answer that is seen", ylabel="held-out pair accuracy", ylim=(0.45, 1))
+    left.set(xlabel="% of the answer that is seen", ylabel="held-out pair accuracy", ylim=(0.4, 0.8))
     left.set_title("reward models, trained on ...", fontsize=10)
     left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     left.legend(frameon=False, fontsize=9)

@@ -34,4 +34,4 @@ def test_a_given_temperature_replaces_that_of_methods_that_sample():
 def test_options_and_registries_have_the_same_names():
     assert get_args(config.MethodName) == tuple(METHODS) == tuple(PUBLISHED)
     assert get_args(config.PromptFormName) == tuple(PROMPT_FORMS)
-    assert config.UNGUIDED_METHODS == tuple(name for name, method in METHODS.items() if not method.guided)
+    assert tuple(name for name, method in METHODS.items() if not method.guided) == config.UNGUIDED_METHODS
