@@ -20,6 +20,7 @@ from jaxtyping import DTypeLike
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel, Head, Params, stack_layers
 from pargs_jax.models.gpt2 import GPT2Config
+from pargs_jax.models.layers import ACTIVATIONS
 from pargs_jax.models.llama import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
@@ -145,6 +146,11 @@ def load_model(
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
     model = CausalModel(family.config.from_hf(hf), head)
+    if model.config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(
+            f"{folder}/config.json: activation {model.config.activation!r} is not known; known are {known}"
+        )
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
     if from_scratch:
@@ -202,10 +208,12 @@ def save_model(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
-    for stale in target.glob("model*.safetensors*"):
-        stale.unlink()
-    for file in partial.iterdir():
-        os.replace(file, target / file.name)
+    written = {file.name for file in partial.iterdir()}
+    for name in sorted(written):
+        os.replace(partial / name, target / name)
+    for old in target.glob("model*.safetensors*"):
+        if old.name not in written:
+            old.unlink()
     partial.rmdir()
 
 
@@ -215,10 +223,7 @@ def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; a model is a Hugging Face folder")
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
+    kind = _read_json(path).get("model_type")
     if kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
     try:
@@ -227,12 +232,22 @@ def _read_config(folder: Path) -> Any:
         raise InputError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON object ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
     """End-of-sequence ids of config.json and generation_config.json (Llama 3 has several)."""
     found = [eos]
     generation = folder / "generation_config.json"
     if generation.is_file():
-        found.append(json.loads(generation.read_text()).get("eos_token_id"))
+        found.append(_read_json(generation).get("eos_token_id"))
     flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))
 
@@ -252,7 +267,10 @@ def _open_tensors(folder: Path, family: Family) -> _Tensors:
     from safetensors import SafetensorError, safe_open
 
     if (folder / INDEX).is_file():
-        files = sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{folder / INDEX}: has no weight_map, which says where each tensor is")
+        files = sorted({folder / name for name in weight_map.values()})
     elif (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     else:

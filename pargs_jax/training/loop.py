@@ -2,8 +2,11 @@
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
         path.write_text("".join(line + "\n" for line in kept))
         self._path = path
 
@@ -103,7 +106,7 @@ def run_steps(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, _interrupts_wait() as asked:
         task = progress.add_task("training", total=total, completed=first, note="compiling")
         try:
             for number in range(first + 1, total + 1):
@@ -123,6 +126,8 @@ def run_steps(
                     evaluated(number)
                 if saves:
                     checkpoints.save(state)
+                if asked:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             if waiting:
                 report(int(state.step))
@@ -130,6 +135,27 @@ def run_steps(
             console.print(f"stopped and saved at step {int(state.step)}; go on with --resume", highlight=False)
             raise
     return state
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[list[int]]:
+    """Collects Ctrl-C in a list, so that a running step ends first (its input is donated: there is nothing to go back
+    to). A second one stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _due(number: int, every: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
-from pargs_jax.config import DEMO, TrainConfig
+from pargs_jax.config import DEMO, TrainConfig, options, shown
 from pargs_jax.data import demo
 from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
@@ -45,6 +46,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     _check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
 
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     examples = _load_examples(config, config.data.train, "train", tokenizer, console)
     held_out = _load_held_out(config, tokenizer, console)
@@ -71,13 +76,17 @@ def _claim_folder(config: TrainConfig) -> Path:
     """Makes the run's folder, or checks that the run in it is the one to go on with."""
     out = config.output_folder
     saved = out / "config.yaml"
-    if saved.exists():
+    try:
+        holds_run = saved.exists()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+    if holds_run:
         if not config.resume:
             raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
         before = from_mapping(TrainConfig, read_yaml(saved), str(saved))
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
         _check_same(dataclasses.replace(before, **free), config, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not p.name.startswith("bad_rows.") for p in out.iterdir())):
         raise InputError(f"{out}: is there already and holds no run; give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,11 +98,11 @@ def _claim_folder(config: TrainConfig) -> Path:
 
 
 def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
-    old, new = (to_yaml(c).splitlines() for c in (before, now))
-    for was, becomes in zip(old, new, strict=True):
+    for option in options(TrainConfig):
+        was, becomes = (operator.attrgetter(option.key)(config) for config in (before, now))
         if was != becomes:
             raise InputError(
-                f"{out}: the run there has '{was.strip()}', this one '{becomes.strip()}'; "
+                f"{out}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
                 "resume with the same options, or give another --out"
             )
 

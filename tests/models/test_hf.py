@@ -35,13 +35,26 @@ def rope(kind, **numbers):
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-UNUSUAL_GPT2 = {"n_inner": 48, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}
+UNUSUAL_GPT2 = {
+    "n_inner": 48,
+    "activation_function": "relu",
+    "layer_norm_epsilon": 0.01,
+    "scale_attn_by_inverse_layer_idx": True,
+    "tie_word_embeddings": False,
+}
+UNUSUAL_LLAMA = {
+    "num_key_value_heads": 2,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "hidden_act": "gelu",
+    "rms_norm_eps": 0.01,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
-    "gpt2 scaled by layer, untied, relu": {**GPT2, **UNUSUAL_GPT2, "tie_word_embeddings": False},
+    "gpt2 scaled by layer, untied": {**GPT2, **UNUSUAL_GPT2},
     "gpt2 unscaled": {**GPT2, "scale_attn_weights": False},
     "llama": LLAMA,
-    "llama grouped queries, biases": {**LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "llama grouped queries, biases": {**LLAMA, **UNUSUAL_LLAMA},
     "llama tied, wide heads, llama3": {**LLAMA, "head_dim": 16, "tie_word_embeddings": True, **LLAMA3},
     "llama linear": {**LLAMA, **rope("linear", factor=4.0)},
     "llama dynamic": {**LLAMA, "max_position_embeddings": 8, **rope("dynamic", factor=4.0)},
