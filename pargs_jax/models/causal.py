@@ -133,7 +133,7 @@ class CausalModel:
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if start is None else start
         slots = jnp.arange(length)
-        positions = jnp.clip(slots - start[:, None], 0, self.config.max_positions - 1)
+        positions = jnp.maximum(slots - start[:, None], 0)
         causal = slots[:, None] >= slots
         mask: Bool[Array, "B T T"] = causal & (slots >= start[:, None])[:, None, :]
         return self.network(params).backbone(tokens, positions, mask, key=key)

@@ -211,7 +211,7 @@ def save_model(
     written = {file.name for file in partial.iterdir()}
     for name in sorted(written):
         os.replace(partial / name, target / name)
-    for old in target.glob("model*.safetensors*"):
+    for old in sorted(target.glob("model*.safetensors*"), reverse=True):  # an index before what it names
         if old.name not in written:
             old.unlink()
     partial.rmdir()
