@@ -1,4 +1,4 @@
-"""Training speed: a step of `partial_bt` against one of `bt`, and against the published way to train on prefixes.
+r"""Training speed: a step of `partial_bt` against one of `bt`, and against the published way to train on prefixes.
 
     python benchmarks/train.py                                     # a small GPT-2, on a CPU: about two minutes
     python benchmarks/train.py --model tiny --answer 16 --steps 1 --repeats 1   # does it run at all? (seconds)
@@ -6,7 +6,7 @@
 On a GPU that both frameworks see:
 
     python benchmarks/train.py --model gpt2-large --dtype bfloat16 --batch 1 8 64 --micro-batch 64
-    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 \\
+    python benchmarks/train.py --model llama-2-7b --dtype bfloat16 --params bfloat16 --batch 1 8 64 \
         --skip-rows --skip-torch
 
 What is compared, on the same pairs and the same random weights; every step is loss, gradient, clipping and AdamW:
