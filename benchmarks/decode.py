@@ -47,7 +47,8 @@ from models import SHAPES, causal_pass, on_device, random_params, reason_without
 from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
-from pargs_jax.models.causal import CausalModel, Params
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

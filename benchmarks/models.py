@@ -3,20 +3,21 @@
 import importlib.util
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jaxtyping import DTypeLike
 
-from pargs_jax.models.causal import CausalConfig, CausalModel, Params, unstack_layers
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.gpt2 import GPT2Config
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.llama import LlamaConfig
+from pargs_jax.models.model import Params, unstack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPES: Mapping[str, CausalConfig] = {
+SHAPES: Mapping[str, Any] = {
     "tiny": GPT2Config(vocab_size=512, context_length=256, width=64, layers=2, heads=4, feedforward=256),
     "small": GPT2Config(vocab_size=1024, context_length=256, width=256, layers=4, heads=4, feedforward=1024),
     "gpt2": GPT2Config(),

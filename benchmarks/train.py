@@ -44,8 +44,10 @@ from models import SHAPES, causal_pass, on_device, random_params, reason_without
 
 from pargs_jax.config import ObjectiveConfig, OptimConfig
 from pargs_jax.data.batches import Batch
-from pargs_jax.models.causal import CausalModel, Params
-from pargs_jax.training.step import Objective, TrainState, make_optimizer, make_train_step
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import Params
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 BT, PARTIAL, ROWS, TORCH_BT, TORCH_ROWS = "bt", "partial_bt", "prefix rows", "torch bt", "torch prefix rows"
 LENGTHS = 8  # different widths of the prefix rows in JAX

@@ -42,11 +42,13 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.rules import Greedy, Sample
     from pargs_jax.errors import InputError
     from pargs_jax.generation.session import Answer, Session, Settings
-    from pargs_jax.models.causal import CausalModel, unstack_layers
+    from pargs_jax.models.causal import CausalModel
     from pargs_jax.models.hf import load_model, save_model
+    from pargs_jax.models.model import unstack_layers
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
+    from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
     from pargs_jax.training.run import train
-    from pargs_jax.training.step import Objective, answer_states, make_optimizer, make_train_step
+    from pargs_jax.training.step import make_optimizer, make_train_step
 
 # Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
 _HOMES = {
@@ -59,11 +61,13 @@ _HOMES = {
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
-    "pargs_jax.models.causal": ("CausalModel", "unstack_layers"),
+    "pargs_jax.models.causal": ("CausalModel",),
     "pargs_jax.models.hf": ("load_model", "save_model"),
+    "pargs_jax.models.model": ("unstack_layers",),
     "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
     "pargs_jax.training.run": ("train",),
-    "pargs_jax.training.step": ("Objective", "answer_states", "make_optimizer", "make_train_step"),
+    "pargs_jax.training.objective": ("Objective", "answer_states", "encoder_rewards"),
+    "pargs_jax.training.step": ("make_optimizer", "make_train_step"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -183,6 +183,12 @@ class ModelConfig:
         metavar="PATH_OR_HUB_ID",
     )
     from_scratch: bool = option(False, "start from random weights, in the shape of --model.init's configuration")
+    attention: Literal["full", "prefix_causal"] | None = option(
+        None,
+        "DeBERTa only: full, where every prefix is read apart, or prefix_causal, where answer tokens see only what is "
+        "before them and one pass reads all prefixes",
+        unset="as the checkpoint says",
+    )
     dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
 
 
@@ -219,6 +225,9 @@ class ObjectiveConfig:
     )
     stride: int = option(1, "partial_bt: score every n-th prefix, in tokens", at_least=1)
     sample: int | None = option(None, "partial_bt: random prefixes scored a pair and step", unset="all", at_least=1)
+    chunk: int = option(
+        8, "models with full attention: prefixes of a pair that are read at once; fewer take less memory", at_least=1
+    )
     minimum_length: int = option(1, "partial_bt: shortest prefix that is scored, in tokens", at_least=1)
     margin: float = option(
         0.0, "subtracted from the difference of rewards, which pushes pairs further apart", at_least=0

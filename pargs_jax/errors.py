@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, and what would be right. The commands print it and exit with
     code 2; library callers may catch it as a `ValueError`.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

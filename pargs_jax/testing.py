@@ -4,21 +4,24 @@ Everything is made in memory in well under a second; nothing is downloaded.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from pargs_jax.data import demo
 from pargs_jax.data.preferences import Preference
 from pargs_jax.data.tokenization import TextTokenizer
-from pargs_jax.models.causal import CausalConfig, CausalModel, Head, Params
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.gpt2 import GPT2Config
 from pargs_jax.models.llama import LlamaConfig
+from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.rotary import Rotary
 
 Family = Literal["gpt2", "llama"]
 
-TINY_CONFIGS: dict[Family, CausalConfig] = {
+TINY_CONFIGS: dict[Family, Any] = {
     "gpt2": GPT2Config(vocab_size=61, context_length=64, width=32, layers=2, heads=4, feedforward=64),
     "llama": LlamaConfig(
         vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
@@ -28,19 +31,22 @@ TINY_CONFIGS: dict[Family, CausalConfig] = {
 
 
 def tiny_model(
-    family: Family = "llama", head: Head = "vocabulary", *, seed: int = 0, scale: float = 5.0, vocab_size: int = 61
+    family: Family = "llama", head: HeadName = "vocabulary", *, seed: int = 0, std: float = 0.1, vocab_size: int = 61
 ) -> tuple[CausalModel, Params]:
     """A random two-layer model with stacked layers and context 64.
 
-    Fresh weights are near zero, which makes all tokens alike; `scale` multiplies matrices so that outputs differ
-    clearly.
+    `std` is that of every matrix: five times the usual, so that outputs differ clearly.
     """
     config = dataclasses.replace(TINY_CONFIGS[family], vocab_size=vocab_size)
     model = CausalModel(config, head)
-    params = model.init(jax.random.key(seed))
-    return model, jax.tree_util.tree_map_with_path(
-        lambda path, x: x * scale if getattr(path[-1], "key", "") in ("kernel", "embedding") else x, params
-    )
+    draws = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key in ("kernel", "embedding"):
+            return jnp.asarray(std * draws.standard_normal(leaf.shape), jnp.float32)
+        return jnp.ones(leaf.shape) if path[-1].key == "scale" else jnp.zeros(leaf.shape)
+
+    return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
 def tiny_tokenizer() -> TextTokenizer:

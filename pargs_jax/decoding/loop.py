@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.decoding.guides import Guide
 from pargs_jax.decoding.rules import Rule
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import Cache, CausalModel, Params
+from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.model import Params
 
 
 class DecodeState(NamedTuple):
@@ -199,7 +200,7 @@ def decode(
         decoder: the static parts (models, k, end-of-sequence ids).
         lm_params, guide_params: the arrays of the language model, and of each guide.
         prompts, lengths: left-padded token ids, and the number of real ones in each row. The longest prompt and
-            `max_new_tokens` together must fit the `max_positions` of every model.
+            `max_new_tokens` together must fit the `max_positions` of every model's config.
         keys: one PRNG key a row (`row_keys`).
         weights: one reward weight a guide (`beta` in the paper's Eq. 6); empty without guides.
         rule: `Greedy()` or `Sample(temperature)`.

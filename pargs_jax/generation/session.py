@@ -4,7 +4,6 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,15 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.data.tokenization import TextTokenizer
-from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoded, Decoder, decode, row_keys
 from pargs_jax.decoding.methods import Method
 from pargs_jax.decoding.rules import Rule
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import CausalModel, Params, unstack_layers
-from pargs_jax.models.hf import Pretrained, load_model, resolve
-
-SMALLEST_WIDTH = 16
+from pargs_jax.generation.reward_models import RewardModel, padded_width
+from pargs_jax.models.hf import load_model, resolve
+from pargs_jax.models.model import unstack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,38 +73,24 @@ class Session:
             unroll: run layers one by one and not as a scan; by default everywhere but on TPU (see `CausalModel`).
 
         Raises:
-            InputError: if a model cannot be used, or a reward model has another tokenizer.
+            InputError: if a model cannot be used.
         """
         unroll = jax.default_backend() != "tpu" if unroll is None else unroll
         folder = resolve(lm)
-        self._lm, self._lm_params, loaded = _prepare(load_model(folder, "vocabulary", dtype=dtype), unroll)
+        loaded = load_model(folder, "vocabulary", dtype=dtype)
+        self._lm, self._lm_params = loaded.model, loaded.params
+        if unroll:
+            self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
         self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         if self.tokenizer.vocab_size > self._lm.config.vocab_size:
             raise InputError(
                 f"{lm}: its tokenizer has {self.tokenizer.vocab_size} tokens, the model {self._lm.config.vocab_size}"
             )
-        self.guides: list[tuple[CausalGuide, Params]] = []
-        for path in reward_models:
-            self.guides.append(self._load_guide(lm, path, dtype, unroll))
+        self.reward_models = [
+            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll)
+            for path in reward_models
+        ]
         self._compiled: dict[Any, Callable[..., Decoded]] = {}
-
-    def _load_guide(self, lm: str, path: str, dtype: str, unroll: bool) -> tuple[CausalGuide, Params]:
-        folder = resolve(path)
-        model, params, loaded = _prepare(load_model(folder, "reward", dtype=dtype), unroll)
-        if loaded.new_head:
-            raise InputError(
-                f"{path}: has no reward head (score.weight), so it is not a reward model; train.py makes one"
-            )
-        if not self.tokenizer.same_vocabulary(TextTokenizer.load(folder)):
-            raise InputError(
-                f"{path}: its tokenizer is not that of {lm}; a reward model with another vocabulary needs the "
-                "retokenised guide, which this version does not have"
-            )
-        if model.config.vocab_size < self._lm.config.vocab_size:
-            raise InputError(
-                f"{path}: has {model.config.vocab_size} token embeddings, {lm} proposes {self._lm.config.vocab_size}"
-            )
-        return CausalGuide(model), params
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer]]:
         """Answers prompts, shortest first; yields the answers of each batch as it is done.
@@ -120,18 +103,10 @@ class Session:
         """
         encoded = [self.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
         self._check_lengths(prompts, encoded, settings.max_new_tokens)
-        guides = self.guides if settings.method.guided else []
+        guiding = self.reward_models if settings.method.guided else []
         weights = self._weights(settings)
-        decoder = Decoder(
-            self._lm,
-            tuple(guide for guide, _ in guides),
-            k=settings.k or settings.method.k,
-            eos_ids=self.tokenizer.eos_ids,
-            pad_id=self.tokenizer.eos_id,
-            base=settings.method.base,
-        )
         rule = settings.method.make_rule(settings.temperature)
-        params = tuple(guide_params for _, guide_params in guides)
+        params = tuple(reward_model.params for reward_model in guiding)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         batch_rows = min(settings.batch_size, len(prompts))
         for first in range(0, len(order), batch_rows):
@@ -139,14 +114,36 @@ class Session:
             ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)
             numbers = [prompt_number(prompts[i].id) for i in rows] + [0] * (batch_rows - len(rows))
             keys = row_keys(settings.seed, jnp.asarray(numbers, jnp.uint32))
+            decoder = Decoder(
+                self._lm,
+                tuple(reward_model.guide(ids, lengths, settings.max_new_tokens) for reward_model in guiding),
+                k=settings.k or settings.method.k,
+                eos_ids=self.tokenizer.eos_ids,
+                pad_id=self.tokenizer.eos_id,
+                base=settings.method.base,
+            )
             run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
             began = time.perf_counter()
             decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
             seconds = (time.perf_counter() - began) / len(rows)
-            rewards = self._final_rewards(decoded, ids, lengths, settings.method.guided)
             decoded = jax.device_get(decoded)
+            texts = [
+                self.tokenizer.decode_answer(encoded[i], decoded.tokens[row, : decoded.lengths[row]].tolist())
+                for row, i in enumerate(rows)
+            ]
+            rewards = self._final_rewards(decoded, ids, lengths, texts, settings.method.guided)
             yield [
-                self._read(prompts[i], encoded[i], decoded, row, rewards[row], seconds) for row, i in enumerate(rows)
+                Answer(
+                    prompts[i].id,
+                    prompts[i].text,
+                    texts[row],
+                    "stop" if decoded.finished[row] else "length",
+                    float(decoded.log_probs[row].sum()),
+                    tuple(map(float, rewards[row])),
+                    int(decoded.lengths[row]),
+                    seconds,
+                )
+                for row, i in enumerate(rows)
             ]
 
     def _compile(self, decoder: Decoder, params: Any, ids: Any, lengths: Any, keys: Any, weights: Any, rule: Rule,
@@ -162,68 +159,47 @@ class Session:
         if not settings.method.guided:
             return jnp.zeros(0)
         given = settings.weights or (settings.method.weight,)
-        if not self.guides:
+        if not self.reward_models:
             raise InputError("a guided method needs a reward model; give --rm PATH")
-        if len(given) not in (1, len(self.guides)):
-            raise InputError(f"{len(given)} weights for {len(self.guides)} reward models; give one, or one for each")
-        return jnp.broadcast_to(jnp.asarray(given, jnp.float32), len(self.guides))
+        if len(given) not in (1, len(self.reward_models)):
+            raise InputError(
+                f"{len(given)} weights for {len(self.reward_models)} reward models; give one, or one for each"
+            )
+        return jnp.broadcast_to(jnp.asarray(given, jnp.float32), len(self.reward_models))
 
     def _check_lengths(self, prompts: Sequence[Prompt], encoded: list[list[int]], max_new_tokens: int) -> None:
-        room = min([self._lm.config.max_positions, *(guide.max_positions for guide, _ in self.guides)])
+        room = self._lm.config.max_positions
         for prompt, ids in zip(prompts, encoded, strict=True):
             if len(ids) + max_new_tokens > room:
                 raise InputError(
                     f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more "
-                    f"than the models' context of {room} tokens"
+                    f"than the language model's context of {room} tokens"
                 )
             if ids and max(ids) >= self._lm.config.vocab_size:
                 raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
+            for reward_model in self.reward_models:
+                reward_model.check_prompt(prompt.id, prompt.text, ids, max_new_tokens)
 
     def _final_rewards(
-        self, decoded: Decoded, ids: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], guided: bool
+        self,
+        decoded: Decoded,
+        ids: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, "B"],
+        texts: Sequence[str],
+        guided: bool,
     ) -> Float[np.ndarray, "B J"]:
         """Every reward model's reward of the whole answers."""
-        last = jnp.maximum(decoded.lengths - 1, 0)
         if guided:
-            return np.asarray(jnp.take_along_axis(decoded.rewards, last[:, None, None], axis=1)[:, 0])
-        scored = [answer_rewards(g.model, p, ids, lengths, decoded.tokens, last) for g, p in self.guides]
-        return np.stack([np.asarray(r) for r in scored], axis=1) if scored else np.zeros((len(ids), 0))
-
-    def _read(
-        self, prompt: Prompt, ids: list[int], decoded: Decoded, row: int, rewards: np.ndarray, seconds: float
-    ) -> Answer:
-        tokens = decoded.tokens[row, : decoded.lengths[row]].tolist()
-        return Answer(
-            prompt.id,
-            prompt.text,
-            self.tokenizer.decode_answer(ids, tokens),
-            "stop" if decoded.finished[row] else "length",
-            float(decoded.log_probs[row].sum()),
-            tuple(float(r) for r in rewards),
-            len(tokens),
-            seconds,
-        )
-
-
-@partial(jax.jit, static_argnums=0)
-def answer_rewards(
-    model: CausalModel,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    answers: Int[Array, "B N"],
-    last: Int[Array, "B"],
-) -> Float[Array, "B"]:
-    """Rewards of whole answers, read at each answer's token `last`, in one causal pass."""
-    width = prompts.shape[1]
-    hidden = model.encode(params, jnp.concatenate([prompts, answers], axis=1), width - prompt_lengths)
-    return model.rewards(params, jnp.take_along_axis(hidden, (width + last)[:, None, None], axis=1)[:, 0])
+            last = np.maximum(decoded.lengths - 1, 0)
+            return np.take_along_axis(decoded.rewards, last[:, None, None], axis=1)[:, 0]
+        finished = decoded.finished[: len(texts)]
+        scored = [m.score(ids, lengths, decoded.tokens, decoded.lengths, texts, finished) for m in self.reward_models]
+        return np.stack(scored, axis=1) if scored else np.zeros((len(ids), 0))
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """Left-padded token ids and lengths. P is rounded up to a power of two, so that few shapes compile; missing rows
-    are filler of length 0."""
-    width = max(SMALLEST_WIDTH, 1 << (max(map(len, prompts)) - 1).bit_length())
+    """Left-padded token ids and lengths. Missing rows are filler of length 0."""
+    width = padded_width(max(map(len, prompts)))
     ids = np.zeros((rows, width), np.int32)
     lengths = np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
@@ -235,8 +211,3 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarra
 def prompt_number(prompt_id: str) -> int:
     """A 32-bit number of a prompt's id, for its row's randomness: the same in every batch, file and process."""
     return zlib.crc32(prompt_id.encode())
-
-
-def _prepare(loaded: Pretrained, unroll: bool) -> tuple[CausalModel, Params, Pretrained]:
-    model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
-    return model, params, loaded

@@ -1,75 +1,44 @@
-"""The one interface of the causal families: NNX modules used as pure functions over a plain dict of arrays.
+"""The one interface of the causal families.
 
-A `CausalModel` is static and hashable, so it can be a static argument of `jax.jit`; its arrays travel apart as
-`params`. Beside full passes (`encode`) it has the three moves of decoding against a shared prefix: `prefill` the
-prompt, look at `siblings` (alternative next tokens, each seeing the prefix and itself), and `commit` the chosen one.
+Beside full passes (`encode`) a `CausalModel` has the moves of decoding against a shared prefix: `prefill` the prompt,
+look at `siblings` (alternative next tokens, each seeing the prefix and itself) and `commit` the chosen one; or, where
+what follows is more than one token, `extend` the cache by several and `append` those that stay.
 """
 
 import dataclasses
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pargs_jax.models.gpt2 import GPT2Config
 from pargs_jax.models.heads import RewardHead, VocabularyHead
-from pargs_jax.models.llama import LlamaConfig
-
-CausalConfig = GPT2Config | LlamaConfig
-Params = dict[str, Any]
-Head = Literal["vocabulary", "reward"]
+from pargs_jax.models.model import Model, Params
 
 
 class Cache(NamedTuple):
-    """Keys and values of a left-padded batch; slots `start[b] <= s < length` are real.
+    """Keys and values of a left-padded batch; slots `start[b] <= s < length` are real. `length` is one number, or one
+    for each row.
 
     `kv` is `KeyValues[L B H S D]` for stacked layers, a tuple of L `KeyValues[B H S D]` for unrolled ones.
     """
 
     kv: Any
     start: Int[Array, "B"]
-    length: Int[Array, ""]
-
-
-class CausalNetwork(nnx.Module):
-    """Backbone and head, under the names that parameters have in the dict."""
-
-    def __init__(self, config: CausalConfig, head: Head, *, unrolled: bool, rngs: nnx.Rngs) -> None:
-        self.backbone = config.make(unrolled=unrolled, rngs=rngs)
-        std = config.initializer_range
-        if head == "vocabulary":
-            self.head = VocabularyHead(config.width, config.vocab_size, config.tied_embeddings, std, rngs=rngs)
-        else:
-            self.head = RewardHead(config.width, std, rngs=rngs)
+    length: Int[Array, "*B"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalModel:
-    """A GPT-2 or Llama with a vocabulary head (a language model) or a scalar head (a reward model).
+class CausalModel(Model):
+    """A GPT-2 or Llama with a vocabulary head (a language model) or a scalar head (a reward model)."""
 
-    `unrolled` says how `params` hold the layers: stacked on a leading axis and run by a scan (False: small programs,
-    quick to compile), or one by one (True: faster decoding where a step is bound by reading weights from memory).
-    `stack_layers` and `unstack_layers` convert.
-    """
-
-    config: CausalConfig
-    head: Head = "vocabulary"
-    unrolled: bool = False
-
-    def init(self, key: PRNGKeyArray) -> Params:
-        """Random fp32 parameters."""
-        network = CausalNetwork(self.config, self.head, unrolled=self.unrolled, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(network))
-
-    def abstract_params(self) -> Params:
-        """The parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`s."""
-        return nnx.to_pure_dict(_abstract(self)[1])
-
-    def network(self, params: Params) -> CausalNetwork:
-        return nnx.merge(_abstract(self)[0], params)
+    def make_head(self, rngs: nnx.Rngs) -> VocabularyHead | RewardHead:
+        config = self.config
+        if self.head == "reward":
+            return RewardHead(config.width, config.initializer_range, rngs=rngs)
+        std = config.initializer_range
+        return VocabularyHead(config.width, config.vocab_size, config.tied_embeddings, std, rngs=rngs)
 
     def encode(
         self,
@@ -77,9 +46,12 @@ class CausalModel:
         tokens: Int[Array, "B T"],
         start: Int[Array, "B"] | None = None,
         key: PRNGKeyArray | None = None,
+        *,
+        prompt_width: int | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of whole texts. `start` is the number of left-padding tokens of each row (default 0);
-        right padding needs no mask, since nothing real comes after it. A key turns dropout on."""
+        right padding needs no mask, since nothing real comes after it. A key turns dropout on. Where the prompt ends,
+        `prompt_width`, makes no difference here; it does to a `PrefixCausalModel`."""
         return self._encode(params, tokens, start, key)[0]
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -107,12 +79,23 @@ class CausalModel:
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states of K alternative next tokens, each seeing the cached prefix and itself, and their pending keys
         and values. The prefix is held and read once for all K."""
-        count = candidates.shape[1]
+        itself = jnp.eye(candidates.shape[1], dtype=bool)
+        return self.extend(params, cache, candidates, jnp.zeros_like(candidates), itself)
+
+    def extend(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Int[Array, "B T"],
+        offsets: Int[Array, "B T"],
+        mask: Bool[Array, "*B T T"],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states of T new tokens that stand `offsets` tokens after the cached prefix, which all of them see;
+        `mask[..., t, s]` says whether token t sees token s. Also their pending keys and values."""
         slots = jnp.arange(_slots(cache))
-        valid = (slots >= cache.start[:, None]) & (slots < cache.length)
-        positions = jnp.broadcast_to((cache.length - cache.start)[:, None], candidates.shape)
-        itself = jnp.eye(count, dtype=bool)
-        return self.network(params).backbone(candidates, positions, itself, cache.kv, valid)
+        valid = (slots >= cache.start[:, None]) & (slots < cache.length[..., None])
+        positions = (cache.length - cache.start)[:, None] + offsets
+        return self.network(params).backbone(tokens, positions, mask, cache.kv, valid)
 
     @staticmethod
     def commit(cache: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
@@ -127,6 +110,19 @@ class CausalModel:
 
         return Cache(jax.tree.map(append, cache.kv, pending), cache.start, cache.length + 1)
 
+    @staticmethod
+    def append(cache: Cache, pending: Any, counts: Int[Array, "B"]) -> Cache:
+        """Appends the first `counts[b]` of each row's T pending tokens. Needs room for all T after the row's end; what
+        is written past the count is overwritten by the next to come. Rows may grow by different numbers."""
+        lengths = jnp.broadcast_to(cache.length, counts.shape)
+        write = jax.vmap(lambda stored, new, at: jax.lax.dynamic_update_slice(stored, new, (0, at, 0)))
+        over_layers = jax.vmap(write, (0, 0, None))
+
+        def extended(stored: Array, new: Array) -> Array:
+            return (over_layers if stored.ndim == 5 else write)(stored, new, lengths)
+
+        return Cache(jax.tree.map(extended, cache.kv, pending), cache.start, lengths + counts)
+
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
     ) -> tuple[Array, Any]:
@@ -139,35 +135,5 @@ class CausalModel:
         return self.network(params).backbone(tokens, positions, mask, key=key)
 
 
-@lru_cache(maxsize=64)
-def _abstract(model: CausalModel) -> tuple[nnx.GraphDef, nnx.State]:
-    def make() -> CausalNetwork:
-        return CausalNetwork(model.config, model.head, unrolled=model.unrolled, rngs=nnx.Rngs(0))
-
-    return nnx.split(nnx.eval_shape(make))
-
-
 def _slots(cache: Cache) -> int:
     return jax.tree.leaves(cache.kv)[0].shape[-2]
-
-
-def unstack_layers(model: CausalModel, params: Params) -> tuple[CausalModel, Params]:
-    """The same model with its layers one by one."""
-    if model.unrolled:
-        return model, params
-    layers = params["backbone"]["layers"]
-    single = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(model.config.layers)}
-    unrolled = {**params, "backbone": {**params["backbone"], "layers": single}}
-    return dataclasses.replace(model, unrolled=True), unrolled
-
-
-def stack_layers(model: CausalModel, params: Params) -> tuple[CausalModel, Params]:
-    """The same model with its layers stacked on a leading axis."""
-    if not model.unrolled:
-        return model, params
-    layers = [params["backbone"]["layers"][i] for i in range(model.config.layers)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    return dataclasses.replace(model, unrolled=False), {
-        **params,
-        "backbone": {**params["backbone"], "layers": stacked},
-    }

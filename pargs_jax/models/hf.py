@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, in and out: one table a family says which tensor is which array.
+"""Hugging Face checkpoints, in and out.
 
 Reads a local folder or a hub id (safetensors, whole or sharded; never pickle), and writes a folder that
 `transformers` loads with equal outputs.
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from pargs_jax.errors import InputError
-from pargs_jax.models.causal import CausalModel, Head, Params, stack_layers
-from pargs_jax.models.gpt2 import GPT2Config
+from pargs_jax.errors import InputError, first_line
 from pargs_jax.models.layers import ACTIVATIONS
-from pargs_jax.models.llama import LlamaConfig
+from pargs_jax.models.model import HeadName, Model, Params, stack_layers
+from pargs_jax.models.tables import FAMILIES, Family, Row
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,80 +29,10 @@ EXPORTED = "model"
 """Where a training run's folder has its result."""
 
 
-class Row(NamedTuple):
-    """One line of a table: a checkpoint tensor, the array it becomes, and whether it is transposed on the way."""
-
-    tensor: str
-    path: str
-    transpose: bool = False
-
-
-class Family(NamedTuple):
-    """What the checkpoints of one architecture look like. `{}` in a row stands for the layer's number."""
-
-    config: type[GPT2Config] | type[LlamaConfig]
-    class_prefix: str
-    backbone_prefix: str
-    rows: tuple[Row, ...]
-    ignored: str
-
-
-def _linear(tensor: str, path: str, transpose: bool = True) -> tuple[Row, Row]:
-    return Row(f"{tensor}.weight", f"{path}.kernel", transpose), Row(f"{tensor}.bias", f"{path}.bias")
-
-
-def _layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
-    return Row(f"{tensor}.weight", f"{path}.scale"), Row(f"{tensor}.bias", f"{path}.bias")
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        GPT2Config,
-        "GPT2",
-        "transformer.",
-        (
-            Row("wte.weight", "embed.embedding"),
-            Row("wpe.weight", "positions.embedding"),
-            *_layer_norm("h.{}.ln_1", "layers.{}.norm1"),
-            # GPT-2 keeps its linear layers as [in, out], which is our order already.
-            *_linear("h.{}.attn.c_attn", "layers.{}.qkv", transpose=False),
-            *_linear("h.{}.attn.c_proj", "layers.{}.out", transpose=False),
-            *_layer_norm("h.{}.ln_2", "layers.{}.norm2"),
-            *_linear("h.{}.mlp.c_fc", "layers.{}.up", transpose=False),
-            *_linear("h.{}.mlp.c_proj", "layers.{}.down", transpose=False),
-            *_layer_norm("ln_f", "norm"),
-        ),
-        ignored=r"h\.\d+\.attn\.(masked_)?bias",
-    ),
-    "llama": Family(
-        LlamaConfig,
-        "Llama",
-        "model.",
-        (
-            Row("embed_tokens.weight", "embed.embedding"),
-            Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
-            *_linear("layers.{}.self_attn.q_proj", "layers.{}.query"),
-            *_linear("layers.{}.self_attn.k_proj", "layers.{}.key"),
-            *_linear("layers.{}.self_attn.v_proj", "layers.{}.value"),
-            *_linear("layers.{}.self_attn.o_proj", "layers.{}.out"),
-            Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale"),
-            *_linear("layers.{}.mlp.gate_proj", "layers.{}.gate"),
-            *_linear("layers.{}.mlp.up_proj", "layers.{}.up"),
-            *_linear("layers.{}.mlp.down_proj", "layers.{}.down"),
-            Row("norm.weight", "norm.scale"),
-        ),
-        ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-    ),
-}
-HEAD_TENSOR: dict[Head, str] = {"vocabulary": "lm_head.weight", "reward": "score.weight"}
-HEAD_CLASS: dict[Head, str] = {"vocabulary": "ForCausalLM", "reward": "ForSequenceClassification"}
-HEAD_CLASS_EXCEPTIONS = {("gpt2", "vocabulary"): "LMHeadModel"}
-
-
 class Pretrained(NamedTuple):
     """A model read from a folder. `new_head` says that its head is random: the checkpoint has none of the kind."""
 
-    model: CausalModel
+    model: Model
     params: Params
     new_head: bool
     special_tokens: dict[str, Any]
@@ -124,19 +54,20 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{source}: neither a local folder nor a model that the hub gives ({reason})") from error
+        raise InputError(
+            f"{source}: neither a local folder nor a model that the hub gives ({first_line(error)})"
+        ) from error
 
 
 def load_model(
     source: str | os.PathLike[str],
-    head: Head,
+    head: HeadName,
     *,
     dtype: DTypeLike = jnp.float32,
     from_scratch: bool = False,
     seed: int = 0,
 ) -> Pretrained:
-    """Loads a GPT-2 or Llama checkpoint as a language model or a reward model, layers stacked.
+    """Loads a checkpoint of a known family as a language model or a reward model, layers stacked.
 
     A head that the checkpoint lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`,
     which reads the config alone. Raises InputError for an unknown architecture, a checkpoint that does not match its
@@ -145,7 +76,9 @@ def load_model(
     folder = resolve(source)
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
-    model = CausalModel(family.config.from_hf(hf), head)
+    if head not in family.heads:
+        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
+    model = family.model(family.config.from_hf(hf), head)
     if model.config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(
@@ -157,15 +90,17 @@ def load_model(
         params = jax.tree.map(lambda x: x.astype(dtype), model.init(jax.random.key(seed)))
         return Pretrained(model, params, True, special, eos_ids)
     tensors = _open_tensors(folder, family)
-    if head == "reward" and "score.weight" in tensors and hf.num_labels != 1:
+    has_head = all(row.tensor in tensors for row in family.heads[head].rows)
+    if head == "reward" and has_head and hf.num_labels != 1:
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
-    params, new_head = _import(model, family, tensors, folder, np.dtype(dtype), seed)
+    new_head = head == "reward" and not has_head
+    params = _import(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     return Pretrained(model, params, new_head, special, eos_ids)
 
 
 def save_model(
     folder: str | os.PathLike[str],
-    model: CausalModel,
+    model: Model,
     params: Params,
     *,
     special_tokens: Mapping[str, Any] | None = None,
@@ -184,11 +119,10 @@ def save_model(
     model, params = stack_layers(model, params)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
-    suffix = HEAD_CLASS_EXCEPTIONS.get((name, model.head), HEAD_CLASS[model.head])
     tensors = dict(_export(model, FAMILIES[name], params))
     extra = {"num_labels": 1} if model.head == "reward" else {}
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
-    hf.architectures = [FAMILIES[name].class_prefix + suffix]
+    hf.architectures = [FAMILIES[name].heads[model.head].class_name]
     hf.dtype = str(next(iter(tensors.values())).dtype)
 
     target = Path(folder)
@@ -229,7 +163,7 @@ def _read_config(folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise InputError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: transformers cannot read it ({first_line(error)})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -281,13 +215,13 @@ def _open_tensors(folder: Path, family: Family) -> _Tensors:
             with safe_open(path, framework="numpy") as file:
                 tensors.update({name.removeprefix(family.backbone_prefix): (path, name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+            raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     return tensors
 
 
 def _import(
-    model: CausalModel, family: Family, tensors: _Tensors, folder: Path, dtype: np.dtype, seed: int
-) -> tuple[Params, bool]:
+    model: Model, family: Family, tensors: _Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
+) -> Params:
     """Fills the model's parameters from the checkpoint; every mismatch is collected and raised once."""
     problems: list[str] = []
     used: set[str] = set()
@@ -315,27 +249,27 @@ def _import(
                 stacked[layer] = value
         return stacked
 
-    new_head = False
     params: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
         row = _row(family, model.head, path)
-        if path[0] == "head" and row.tensor not in tensors and model.head == "reward":
-            new_head = True
-            std = model.config.initializer_range
-            value = np.asarray(std * jax.random.normal(jax.random.key(seed), leaf.shape), dtype)
+        if path[0] == "head" and new_head:
+            std = model.config.initializer_range if path[-1] == "kernel" else 0.0
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
+            value = np.asarray(std * jax.random.normal(key, leaf.shape), dtype)
         else:
             value = read_array(row, leaf.shape)
         _set(params, path, value)
-    foreign = {*HEAD_TENSOR.values()} - {HEAD_TENSOR[model.head]} if model.head == "reward" else {*HEAD_TENSOR.values()}
-    unexpected = [n for n in tensors if n not in used | foreign and not re.fullmatch(family.ignored, n)]
+    # A language model may be read as a reward model and the other way round: the other head is no mistake.
+    used |= {row.tensor for head in family.heads.values() for row in head.rows}
+    unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
     problems += [f"{name} is not part of this architecture" for name in unexpected]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise InputError(f"{folder}: the weights do not match config.json: {'; '.join(problems[:3])}{more}")
-    return jax.tree.map(jnp.asarray, params), new_head
+    return jax.tree.map(jnp.asarray, params)
 
 
-def _export(model: CausalModel, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+def _export(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     for path, leaf in _flatten(params):
         row = _row(family, model.head, path)
         prefix = "" if path[0] == "head" else family.backbone_prefix
@@ -347,12 +281,11 @@ def _export(model: CausalModel, family: Family, params: Params) -> Iterator[tupl
             yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
 
 
-def _row(family: Family, head: Head, path: tuple[str, ...]) -> Row:
+def _row(family: Family, head: HeadName, path: tuple[str, ...]) -> Row:
     """The table's row for one array of the (stacked) parameters."""
-    if path[0] == "head":
-        return Row(HEAD_TENSOR[head], "head.linear.kernel", transpose=True)
+    rows = family.heads[head].rows if path[0] == "head" else family.rows
     wanted = ".".join(path[1:])
-    return next(row for row in family.rows if row.path.replace(".{}", "") == wanted)
+    return next(row for row in rows if row.path.replace(".{}", "") == wanted)
 
 
 def _flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -1,11 +1,31 @@
 """Losses as pure functions of arrays; they know nothing of models."""
 
 from pargs_jax.objectives.bradley_terry import (
+    FRACTIONS,
+    Metrics,
+    Prefixes,
     bradley_terry,
+    choose_prefixes,
     partial_bradley_terry,
     preference_metrics,
+    prefix_length,
+    prefix_loss,
     prefix_rewards,
+    spread,
 )
 from pargs_jax.objectives.likelihood import answer_likelihood
 
-__all__ = ["answer_likelihood", "bradley_terry", "partial_bradley_terry", "preference_metrics", "prefix_rewards"]
+__all__ = [
+    "FRACTIONS",
+    "Metrics",
+    "Prefixes",
+    "answer_likelihood",
+    "bradley_terry",
+    "choose_prefixes",
+    "partial_bradley_terry",
+    "preference_metrics",
+    "prefix_length",
+    "prefix_loss",
+    "prefix_rewards",
+    "spread",
+]

@@ -4,11 +4,12 @@ Rewards come as `[B 2 R]`, chosen first: entry i-1 is the reward of the answer's
 has n prefixes; past its end it stays at its last, as the paper's padding means.
 """
 
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Metrics = dict[str, Array]
 FRACTIONS = (10, 25, 50, 75, 100)
@@ -67,22 +68,77 @@ def partial_bradley_terry(
         minimum_length: leave out prefixes shorter than this, but never the full pair.
         key: randomness for `sample`; required with it.
     """
+    prefixes = choose_prefixes(
+        lengths,
+        rewards.shape[-1],
+        weighting=prefix_weights,
+        stride=stride,
+        sample=sample,
+        minimum_length=minimum_length,
+        key=key,
+    )
+    pairs = jax.vmap(partial(prefix_rewards, rewards, lengths), in_axes=1, out_axes=1)(prefixes.lengths)
     weights = jnp.ones(rewards.shape[0]) if weights is None else weights
-    longest = lengths.max(axis=1)
-    prefixes = jnp.arange(1, rewards.shape[-1] + 1)
+    loss = prefix_loss(pairs, prefixes, weights, margin=margin, centring=centring)
+    return loss, preference_metrics(rewards, lengths, weights)
 
-    def losses_at(prefix: Int[Array, ""]) -> Float[Array, "B"]:
-        return _pair_loss(prefix_rewards(rewards, lengths, prefix), margin, centring)
 
-    losses = jax.vmap(losses_at, out_axes=1)(prefixes)
-    taken = _taken_prefixes(prefixes, longest, stride, minimum_length)
-    if sample is not None:
+class Prefixes(NamedTuple):
+    """The prefixes of each pair that a loss compares, longest first."""
+
+    lengths: Int[Array, "B N"]
+    """In tokens, at least 1; entry n is at most R - n * stride, R being the answers' padded length."""
+    weights: Float[Array, "B N"]
+    """In the mean over a pair's prefixes; 0 for entries that stand for none."""
+
+
+def choose_prefixes(
+    lengths: Int[Array, "B 2"],
+    width: int,
+    *,
+    weighting: Literal["uniform", "linear"] = "uniform",
+    stride: int = 1,
+    sample: int | None = None,
+    minimum_length: int = 1,
+    key: PRNGKeyArray | None = None,
+) -> Prefixes:
+    """Which prefixes of the longer answer are compared; `width` is R, and the options are `partial_bradley_terry`'s.
+
+    N is no more than the options let it be, so that models which read every prefix apart read no others.
+    """
+    longest = lengths.max(axis=1, keepdims=True)
+    chosen = longest - stride * jnp.arange(-(-width // stride))
+    taken = (chosen == longest) | (chosen >= minimum_length)
+    if sample is not None and sample < chosen.shape[1]:
         if key is None:
             raise ValueError("sample needs a key")
-        taken = _sample_prefixes(taken, sample, key)
-    share = taken * (prefixes if prefix_weights == "linear" else jnp.ones_like(prefixes))
-    per_pair = (losses * share).sum(axis=1) / share.sum(axis=1)
-    return _mean(per_pair, weights), preference_metrics(rewards, lengths, weights)
+        draws = jnp.where(taken, jax.random.uniform(key, taken.shape), -1.0)
+        # In order of length: entry n of what is left is still no longer than entry n of all.
+        drawn = jnp.sort(jax.lax.top_k(draws, sample)[1], axis=1)
+        chosen, taken = (jnp.take_along_axis(x, drawn, axis=1) for x in (chosen, taken))
+    chosen = jnp.maximum(chosen, 1)
+    return Prefixes(chosen, taken * (chosen if weighting == "linear" else jnp.ones_like(chosen)).astype(jnp.float32))
+
+
+def prefix_loss(
+    pairs: Float[Array, "B N 2"],
+    prefixes: Prefixes,
+    weights: Float[Array, "B"],
+    *,
+    margin: float = 0.0,
+    centring: float = 0.0,
+) -> Float[Array, ""]:
+    """The Bradley-Terry loss of prefixes whose rewards are given: the mean over a pair's prefixes, then over pairs."""
+    losses = _pair_loss(pairs, margin, centring)
+    per_pair = (losses * prefixes.weights).sum(axis=1) / prefixes.weights.sum(axis=1)
+    return _mean(per_pair, weights)
+
+
+def spread(pairs: Float[Array, "B N 2"], prefixes: Prefixes, width: int) -> Float[Array, "B 2 R"]:
+    """Rewards of every prefix from those of some: each length gets the reward of the chosen prefix nearest to it."""
+    distance = jnp.abs(prefixes.lengths[:, None, :] - jnp.arange(1, width + 1)[:, None])
+    nearest = jnp.where(prefixes.weights[:, None, :] > 0, distance, 2 * width).argmin(axis=-1)
+    return jnp.take_along_axis(pairs, nearest[..., None], axis=1).transpose(0, 2, 1)
 
 
 def prefix_rewards(
@@ -93,10 +149,18 @@ def prefix_rewards(
     return jnp.take_along_axis(rewards, last[..., None], axis=-1)[..., 0]
 
 
+def prefix_length(longest: Int[Array, "B"], percent: int) -> Int[Array, "B"]:
+    """That percentage of the longer answer, in tokens, rounded up."""
+    return (longest * percent + 99) // 100
+
+
 def preference_metrics(
-    rewards: Float[Array, "B 2 R"], lengths: Int[Array, "B 2"], weights: Float[Array, "B"]
+    rewards: Float[Array, "B 2 R"],
+    lengths: Int[Array, "B 2"],
+    weights: Float[Array, "B"],
+    fractions: tuple[int, ...] = FRACTIONS,
 ) -> Metrics:
-    """What is logged of a batch, all fp32 scalars.
+    """What is logged of a batch, all fp32 scalars; `fractions` are percentages, the last of them 100.
 
     `accuracy` (share of pairs whose chosen answer has the higher reward, a tie counting half), `accuracy_10` ..
     `accuracy_100` (the same at that percentage of the longer answer, rounded up; answers that still agree tie),
@@ -104,8 +168,8 @@ def preference_metrics(
     """
     longest = lengths.max(axis=1)
     metrics: Metrics = {}
-    for percent in FRACTIONS:
-        pair = prefix_rewards(rewards, lengths, (longest * percent + 99) // 100)
+    for percent in fractions:
+        pair = prefix_rewards(rewards, lengths, prefix_length(longest, percent))
         metrics[f"accuracy_{percent}"] = _mean(0.5 + 0.5 * jnp.sign(pair[:, 0] - pair[:, 1]), weights)
     full = prefix_rewards(rewards, lengths, longest)
     counted = (weights > 0)[:, None]
@@ -118,24 +182,10 @@ def preference_metrics(
     }
 
 
-def _pair_loss(pair: Float[Array, "B 2"], margin: float, centring: float) -> Float[Array, "B"]:
-    chosen, rejected = pair[:, 0], pair[:, 1]
+def _pair_loss(pair: Float[Array, "*B 2"], margin: float, centring: float) -> Float[Array, "*B"]:
+    chosen, rejected = pair[..., 0], pair[..., 1]
     loss = -jax.nn.log_sigmoid(chosen - rejected - margin)
     return loss + centring * jnp.square(chosen + rejected) if centring else loss
-
-
-def _taken_prefixes(
-    prefixes: Int[Array, "N"], longest: Int[Array, "B"], stride: int, minimum_length: int
-) -> Bool[Array, "B N"]:
-    left = longest[:, None] - prefixes
-    return (left == 0) | ((left > 0) & (left % stride == 0) & (prefixes >= minimum_length))
-
-
-def _sample_prefixes(taken: Bool[Array, "B N"], sample: int, key: PRNGKeyArray) -> Bool[Array, "B N"]:
-    """Keeps `sample` of each row's taken prefixes (all of them, if there are no more)."""
-    draws = jnp.where(taken, jax.random.uniform(key, taken.shape), -1.0)
-    threshold = jnp.sort(draws, axis=1, descending=True)[:, min(sample, taken.shape[1]) - 1]
-    return taken & (draws >= threshold[:, None])
 
 
 def _mean(values: Float[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, ""]:

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches
 from pargs_jax.errors import InputError
-from pargs_jax.objectives.bradley_terry import FRACTIONS
+from pargs_jax.objectives import FRACTIONS, Metrics
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.step import Metrics, Objective, TrainState, merge_metrics
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import TrainState, merge_metrics
 
 StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 

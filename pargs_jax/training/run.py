@@ -20,7 +20,8 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import run_steps
-from pargs_jax.training.step import Objective, TrainState, make_optimizer, make_train_step
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
@@ -39,7 +40,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     out = _claim_folder(config)
     source = resolve(demo.DEMO_LM if config.model.init == DEMO else config.model.init)
     head = "vocabulary" if config.objective.name == "sft" else "reward"
-    pretrained = load_model(source, head, from_scratch=config.model.from_scratch, seed=config.seed)
+    pretrained = load_model(
+        source, head, attention=config.model.attention, from_scratch=config.model.from_scratch, seed=config.seed
+    )
     model = dataclasses.replace(
         pretrained.model, config=dataclasses.replace(pretrained.model.config, dropout=config.model.dropout)
     )
@@ -56,7 +59,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     batches = Batches(examples, config.batch_size, config.max_length, config.seed)
     total = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
 
-    objective = Objective(model, config.objective, config.dtype)
+    objective = Objective(model, config.objective, config.dtype, closing_id=tokenizer.eos_id)
     optimizer, schedule = make_optimizer(config.optim, total)
     step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation)
     state = TrainState(pretrained.params, jax.jit(optimizer.init)(pretrained.params), jax.numpy.zeros((), "int32"))

@@ -1,6 +1,5 @@
-"""One jitted optimizer step: objective, gradient accumulation, AdamW."""
+"""One jitted optimizer step: gradient accumulation, AdamW."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,12 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
-from pargs_jax.models.causal import CausalModel, Params
-from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
-
-Metrics = dict[str, Array]
+from pargs_jax.models.model import Params
+from pargs_jax.objectives import Metrics
+from pargs_jax.training.objective import Objective
 
 
 class TrainState(NamedTuple):
@@ -25,72 +23,6 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     step: Int[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """A model with a loss on batches. Static and hashable; `dtype` is what matrix products compute in."""
-
-    model: CausalModel
-    config: ObjectiveConfig
-    dtype: str = "float32"
-
-    def __call__(
-        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
-        """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
-        dropout_key, sample_key = (None, None) if key is None else jax.random.split(key)
-        params = cast_for_compute(params, self.dtype)
-        if self.config.name == "sft":
-            hidden = answer_states(self.model, params, batch, dropout_key, before=1)[:, 0]
-            logits = self.model.logits(params, hidden)
-            answers, lengths = batch.answers[:, 0], batch.answer_lengths[:, 0]
-            loss, metrics = answer_likelihood(logits, answers, lengths, batch.weights)
-            return loss, (metrics, (lengths * batch.weights).sum())
-        rewards = self.model.rewards(params, answer_states(self.model, params, batch, dropout_key))
-        shared = {"margin": self.config.margin, "centring": self.config.centring}
-        if self.config.name == "bt":
-            loss, metrics = bradley_terry(rewards, batch.answer_lengths, batch.weights, **shared)
-        else:
-            # Without a key (evaluation) every prefix counts.
-            loss, metrics = partial_bradley_terry(
-                rewards,
-                batch.answer_lengths,
-                batch.weights,
-                prefix_weights=self.config.prefix_weights,
-                stride=self.config.stride,
-                sample=None if sample_key is None else self.config.sample,
-                minimum_length=self.config.minimum_length,
-                key=sample_key,
-                **shared,
-            )
-        return loss, (metrics, batch.weights.sum())
-
-
-def answer_states(
-    model: CausalModel, params: Params, batch: Batch, key: PRNGKeyArray | None = None, *, before: int = 0
-) -> Float[Array, "B A R D"]:
-    """Final hidden states at the answers' tokens, all in one causal pass; `before=1` gives those one token earlier,
-    which predict the answers' tokens."""
-    rows, answers, width = batch.answers.shape
-    prompts = jnp.repeat(batch.prompts, answers, axis=0)
-    tokens = jnp.concatenate([prompts, batch.answers.reshape(rows * answers, width)], axis=1)
-    start = jnp.repeat(batch.prompts.shape[1] - batch.prompt_lengths, answers)
-    hidden = model.encode(params, tokens, start, key)
-    first = batch.prompts.shape[1] - before
-    return hidden[:, first : first + width].reshape(rows, answers, width, -1)
-
-
-def cast_for_compute(params: Params, dtype: str) -> Params:
-    """The parameters as matrix products use them; the reward head stays as it is (rewards are fp32)."""
-    return {
-        part: arrays if part == "head" and arrays["linear"]["kernel"].shape[-1] == 1 else _cast(arrays, dtype)
-        for part, arrays in params.items()
-    }
-
-
-def _cast(arrays: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), arrays)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

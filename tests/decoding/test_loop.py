@@ -14,7 +14,8 @@ from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoded, Decoder, advance, decode, gather_records, row_keys, start
 from pargs_jax.decoding.rules import Greedy, Sample
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import CausalModel, unstack_layers
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import unstack_layers
 from pargs_jax.testing import tiny_model
 
 VOCABULARY = 61

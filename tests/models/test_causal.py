@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.models.causal import CausalModel, Params, stack_layers, unstack_layers
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import Params, stack_layers, unstack_layers
 from pargs_jax.testing import TINY_CONFIGS
 
 PROMPT, TOTAL = 6, 12

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from pargs_jax.errors import InputError
 from pargs_jax.models import hf
-from pargs_jax.models.causal import CausalModel, unstack_layers
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.hf import load_model, resolve, save_model
+from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.rotary import Rotary
 from pargs_jax.testing import TINY_CONFIGS
 

@@ -2,5 +2,6 @@
 
 from pargs_jax.decoding.guides.causal import CausalGuide
 from pargs_jax.decoding.guides.contract import Guide
+from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
 
-__all__ = ["CausalGuide", "Guide"]
+__all__ = ["CausalGuide", "EncoderGuide", "Guide", "RetokenisedGuide"]

@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pargs_jax.models.causal import Cache, CausalModel, Params
+from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.model import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,6 @@ class CausalGuide:
     """
 
     model: CausalModel
-
-    @property
-    def max_positions(self) -> int:
-        return self.model.config.max_positions
 
     def prefill(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Cache:
         return self.model.prefill(params, prompts, lengths, capacity)[1]

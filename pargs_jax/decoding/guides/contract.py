@@ -6,13 +6,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Guide(Protocol):
-    """Scores the K candidate continuations of each row. Static and hashable; arrays travel as `params` and `state`.
-
-    `max_positions` is the longest text (tokens of prompt and answer) that it can score.
-    """
-
-    @property
-    def max_positions(self) -> int: ...
+    """Scores the K candidate continuations of each row. Static and hashable; arrays travel as `params` and `state`."""
 
     def prefill(self, params: Any, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Any:
         """Reads left-padded prompts; the state has room for `capacity` tokens of prompt and answer."""

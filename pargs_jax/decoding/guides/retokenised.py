@@ -1,0 +1,289 @@
+"""Guides whose reward model has a tokenizer of its own: what is scored is the text, as that tokenizer splits it.
+
+Once a step, one host callback for the whole batch turns the language model's tokens into the reward model's
+(`Retokeniser`); everything else stays on the device. The rewards are exact: those of the reward model on the decoded
+text of prompt, answer so far and candidate, and of the finished answer where the candidate ends it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.model import Params
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+
+FRESH = 4
+"""Settled tokens that a step can add to the cache; what is left over waits for the next."""
+
+
+class Splits(NamedTuple):
+    """The reward model's tokens of K continuations: those that are already settled, `fresh`, and a tail for each."""
+
+    fresh: Int[Array, "B M"]
+    fresh_lengths: Int[Array, "B"]
+    tails: Int[Array, "B K W"]
+    tail_lengths: Int[Array, "B K"]
+
+
+class Retokeniser(Protocol):
+    """The host's part, in numpy; hashable. See `pargs_jax.data.retokenisation`."""
+
+    def prompts(self, ids: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def candidates(
+        self,
+        prompt_ids: np.ndarray,
+        prompt_lengths: np.ndarray,
+        answer_ids: np.ndarray,
+        count: int,
+        candidates: np.ndarray,
+        settled: np.ndarray,
+        tail_width: int,
+        fresh_width: int,
+    ) -> Any: ...
+
+
+class History(NamedTuple):
+    """The language model's tokens so far; the first `count` of `answers` are written."""
+
+    prompts: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    answers: Int[Array, "B N"]
+    count: Int[Array, ""]
+
+    def followed_by(self, tokens: Int[Array, "B"]) -> "History":
+        answers = jax.lax.dynamic_update_slice(self.answers, tokens[:, None], (0, self.count))
+        return self._replace(answers=answers, count=self.count + 1)
+
+
+class CachedState(NamedTuple):
+    """A cache of what is settled, and the reward of the prompt alone, for candidates that add no text to it."""
+
+    cache: Cache
+    prompt_reward: Float[Array, "B"]
+    settled: Int[Array, "B"]
+    history: History
+
+
+class CachedPending(NamedTuple):
+    """Keys and values of the fresh tokens, which are written whatever is chosen, and the candidates."""
+
+    kv: Any
+    fresh_lengths: Int[Array, "B"]
+    candidates: Int[Array, "B K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RetokenisedGuide:
+    """A causal (or prefix-causal) reward model with a tokenizer of its own.
+
+    The cache holds the tokens that no later text can change; a step reads what follows them, for each candidate, at the
+    least of a few widths that is wide enough.
+
+    Attributes:
+        model: the reward model.
+        retokeniser: turns the language model's tokens into this model's.
+        prompt_width: room for a prompt, in the reward model's tokens; longer ones lose their beginning.
+        answer_width: room for an answer and a candidate. The callback raises if a text needs more.
+    """
+
+    model: CausalModel | PrefixCausalModel
+    retokeniser: Retokeniser
+    prompt_width: int
+    answer_width: int
+
+    def prefill(
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
+    ) -> CachedState:
+        tokens, counts = _retokenise_prompts(self.retokeniser, prompts, lengths, self.prompt_width)
+        room = self.prompt_width + self.answer_width + FRESH
+        hidden, cache = self.model.prefill(params, tokens, counts, room)
+        settled = jnp.zeros_like(counts)
+        cache = cache._replace(length=cache.length + settled)
+        prompt_reward = self.model.rewards(params, hidden[:, -1])
+        return CachedState(cache, prompt_reward, settled, _history(prompts, lengths, capacity))
+
+    def score(
+        self, params: Params, state: CachedState, candidates: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], CachedPending]:
+        splits = _split(self.retokeniser, state.history, candidates, state.settled, self.answer_width)
+        lengths = splits.fresh_lengths[:, None] + splits.tail_lengths
+        rewards, kv = _at_least_width(
+            partial(self._score_at, params, state, splits), lengths.max(), _widths(FRESH, self.answer_width, 4)
+        )
+        rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
+        return rewards, CachedPending(kv, splits.fresh_lengths, candidates)
+
+    def commit(
+        self, params: Params, state: CachedState, pending: CachedPending, choice: Int[Array, "B"]
+    ) -> CachedState:
+        chosen = jnp.take_along_axis(pending.candidates, choice[:, None], axis=1)[:, 0]
+        cache = self.model.append(state.cache, pending.kv, pending.fresh_lengths)
+        return state._replace(
+            cache=cache, settled=state.settled + pending.fresh_lengths, history=state.history.followed_by(chosen)
+        )
+
+    def _score_at(
+        self, params: Params, state: CachedState, splits: Splits, width: int
+    ) -> tuple[Float[Array, "B K"], Any]:
+        """Rewards of candidates whose fresh tokens and tails are at most `width` together, and the fresh ones' keys and
+        values."""
+        tokens, lengths = _join(splits, width)
+        offsets = jnp.broadcast_to(jnp.arange(width), (tokens.shape[0], width))
+        causal = jnp.tril(jnp.ones((width, width), bool))
+
+        def read(tokens: Int[Array, "B W"]) -> tuple[Float[Array, "B W D"], Any]:
+            return self.model.extend(params, state.cache, tokens, offsets, causal)
+
+        hidden, kv = jax.vmap(read, in_axes=1)(tokens)
+        last = jnp.maximum(lengths - 1, 0).T[..., None, None]
+        rewards = self.model.rewards(params, jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]).T
+        return rewards, jax.tree.map(lambda x: x[0, ..., :FRESH, :], kv)
+
+
+class EncoderState(NamedTuple):
+    """The prompts in the encoder's tokens, and what the language model wrote."""
+
+    prompts: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    history: History
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderGuide:
+    """An encoder, which reads every candidate's whole text anew: B * K texts a step, closed as finished ones are.
+
+    Attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. `buckets` is the number
+    of widths that texts are padded to: a step takes the least that holds its longest text.
+    """
+
+    model: EncoderModel
+    retokeniser: Retokeniser
+    prompt_width: int
+    answer_width: int
+    closing_id: int
+    buckets: int = 8
+
+    def prefill(
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
+    ) -> EncoderState:
+        tokens, counts = _retokenise_prompts(self.retokeniser, prompts, lengths, self.prompt_width)
+        return EncoderState(tokens, counts, _history(prompts, lengths, capacity))
+
+    def score(
+        self, params: Params, state: EncoderState, candidates: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+        settled = jnp.zeros_like(state.lengths)
+        splits = _split(self.retokeniser, state.history, candidates, settled, self.answer_width)
+        needed = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
+        step = -(-self.answer_width // self.buckets)
+        widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
+        return _at_least_width(partial(self._score_at, params, state, splits), needed, widths), candidates
+
+    def commit(
+        self, params: Params, state: EncoderState, pending: Int[Array, "B K"], choice: Int[Array, "B"]
+    ) -> EncoderState:
+        chosen = jnp.take_along_axis(pending, choice[:, None], axis=1)[:, 0]
+        return state._replace(history=state.history.followed_by(chosen))
+
+    def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:
+        tokens, lengths = _join(splits, width)
+        batch, count, _ = tokens.shape
+        prompts = jnp.broadcast_to(state.prompts[:, None], (batch, count, self.prompt_width))
+        texts = jnp.concatenate([prompts, tokens, jnp.zeros((batch, count, 1), tokens.dtype)], axis=-1)
+        last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
+        is_closed = (lengths > 0) & (last == self.closing_id)
+        end = self.prompt_width + lengths
+        texts = jnp.where(jnp.arange(texts.shape[-1]) == end[..., None], self.closing_id, texts)
+        start = jnp.repeat(self.prompt_width - state.lengths, count)
+        flat = texts.reshape(batch * count, -1)
+        return self.model.text_rewards(params, flat, start, (end + ~is_closed).reshape(-1)).reshape(batch, count)
+
+
+def _history(prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> History:
+    batch, width = prompts.shape
+    return History(prompts, lengths, jnp.zeros((batch, capacity - width), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _retokenise_prompts(
+    retokeniser: Retokeniser, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], width: int
+) -> tuple[Int[Array, "B Q"], Int[Array, "B"]]:
+    def shapes(batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        return _int_shape(batch, width), _int_shape(batch)
+
+    return _on_host(lambda ids, counts: retokeniser.prompts(ids, counts, width), shapes, prompts, lengths)
+
+
+def _split(
+    retokeniser: Retokeniser,
+    history: History,
+    candidates: Int[Array, "B K"],
+    settled: Int[Array, "B"],
+    width: int,
+) -> Splits:
+    """One host call: what the reward model reads after its settled tokens, for every candidate."""
+    options = candidates.shape[1]
+
+    def shapes(batch: int) -> Splits:
+        return Splits(
+            _int_shape(batch, FRESH), _int_shape(batch), _int_shape(batch, options, width), _int_shape(batch, options)
+        )
+
+    def call(prompts, lengths, answers, candidates, settled, count):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
+        split = retokeniser.candidates(prompts, lengths, answers, int(count), candidates, settled, width, FRESH)
+        return Splits(*split)
+
+    return _on_host(call, shapes, history.prompts, history.lengths, history.answers, candidates, settled, history.count)
+
+
+def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Array) -> Any:
+    """Runs a numpy function of batched arrays on the host; on a mesh, each device's rows in a call of their own."""
+
+    def local(*arrays: Array) -> Any:
+        # Arrays arrive as JAX's: touching JAX inside a callback can deadlock, so they are numpy's before anything else.
+        return jax.pure_callback(
+            lambda *args: call(*map(np.asarray, args)), shapes(arrays[0].shape[0]), *arrays, vmap_method="sequential"
+        )
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.axis_names or mesh.shape["data"] == 1:
+        return local(*arrays)
+    specs = tuple(PartitionSpec("data") if array.ndim else PartitionSpec() for array in arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False)(*arrays)
+
+
+def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "B K"]]:
+    """Fresh tokens and tail of each candidate in one piece, padded to `width`, and the lengths."""
+    fresh = splits.fresh_lengths[:, None, None]
+    slots = jnp.arange(width)
+    from_fresh = jnp.take_along_axis(splits.fresh, jnp.minimum(slots, FRESH - 1)[None], axis=1)[:, None]
+    at = jnp.clip(slots - fresh, 0, splits.tails.shape[-1] - 1)
+    from_tails = jnp.take_along_axis(splits.tails, jnp.broadcast_to(at, (*splits.tails.shape[:2], width)), axis=-1)
+    return jnp.where(slots < fresh, from_fresh, from_tails), splits.fresh_lengths[:, None] + splits.tail_lengths
+
+
+def _widths(smallest: int, largest: int, factor: int) -> list[int]:
+    """Rising by `factor`, from the smallest to the largest."""
+    widths = [smallest]
+    while widths[-1] < largest:
+        widths.append(min(widths[-1] * factor, largest))
+    return widths
+
+
+def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
+    """`run(width=...)` at the first of the widths that holds what is needed."""
+    branches = [partial(run, width=width) for width in widths]
+    return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), needed), branches)

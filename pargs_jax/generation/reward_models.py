@@ -1,0 +1,156 @@
+"""Reward models beside a language model: loaded, matched with its tokenizer, and made into guides."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.data.retokenisation import Retokeniser
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, RetokenisedGuide
+from pargs_jax.errors import InputError
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import load_model, resolve
+from pargs_jax.models.model import Params, unstack_layers
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+
+SMALLEST_WIDTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward model and how it reads what the language model writes: the same tokens, or, with a `retokeniser`, the
+    same text in tokens of its own."""
+
+    source: str
+    model: CausalModel | PrefixCausalModel | EncoderModel
+    params: Params
+    tokenizer: TextTokenizer
+    retokeniser: Retokeniser | None
+
+    @classmethod
+    def load(
+        cls, source: str, lm_tokenizer: TextTokenizer, lm_vocab_size: int, *, dtype: str, unroll: bool
+    ) -> "RewardModel":
+        """Loads from a folder or the hub. Raises InputError if it is no reward model or does not suit its tokenizer."""
+        folder = resolve(source)
+        loaded = load_model(folder, "reward", dtype=dtype)
+        if loaded.new_head:
+            raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
+        model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
+        tokenizer = TextTokenizer.load(folder)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+            )
+        shares_tokens = isinstance(model, CausalModel) and lm_tokenizer.same_vocabulary(tokenizer)
+        if shares_tokens and model.config.vocab_size < lm_vocab_size:
+            raise InputError(
+                f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
+            )
+        return cls(source, model, params, tokenizer, None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer))
+
+    def check_prompt(self, prompt_id: str, text: str, ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises InputError if a prompt with its answer may not fit this model. `ids` are the language model's."""
+        length = len(ids) if self.retokeniser is None else len(self.tokenizer.encode_prompt(text))
+        if length + max_new_tokens > self.model.config.max_positions:
+            raise InputError(
+                f"prompt {prompt_id!r} has {length} tokens of {self.source}; with --max-new-tokens {max_new_tokens} "
+                f"that is more than its context of {self.model.config.max_positions} tokens"
+            )
+
+    def guide(self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int) -> Guide:
+        """The guide for a batch of left-padded prompts, in the language model's tokens."""
+        if self.retokeniser is None:
+            return CausalGuide(self.model)
+        prompt_width = self._own_prompts(prompts, lengths)[0].shape[1]
+        # An answer may take more tokens here than there; twice as many is far from what real text takes.
+        answer_width = min(2 * max_new_tokens + SMALLEST_WIDTH, self.model.config.max_positions)
+        if isinstance(self.model, EncoderModel):
+            return EncoderGuide(self.model, self.retokeniser, prompt_width, answer_width, self.tokenizer.eos_id)
+        return RetokenisedGuide(self.model, self.retokeniser, prompt_width, answer_width)
+
+    def score(
+        self,
+        prompts: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, "B"],
+        tokens: Int[np.ndarray, "B N"],
+        counts: Int[np.ndarray, "B"],
+        texts: Sequence[str],
+        finished: Sequence[bool],
+    ) -> Float[np.ndarray, "B"]:
+        """Rewards of whole answers: `tokens[b, :counts[b]]` in the language model's tokens, of which `texts` are the
+        text, and `finished` says which ended by themselves."""
+        if self.retokeniser is None:
+            return np.asarray(causal_answer_rewards(self.model, self.params, prompts, lengths, tokens, counts))
+        prompts, lengths = self._own_prompts(prompts, lengths)
+        answers = [
+            [*self.tokenizer.encode_answer(text), *([self.tokenizer.eos_id] if ended else [])]
+            for text, ended in zip(texts, finished, strict=True)
+        ]
+        answers += [[]] * (len(prompts) - len(answers))
+        counts = np.array(list(map(len, answers)), np.int32)
+        padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
+        for row, ids in enumerate(answers):
+            padded[row, : len(ids)] = ids
+        if isinstance(self.model, EncoderModel):
+            closing_id = self.tokenizer.eos_id
+            rewards = encoder_answer_rewards(self.model, self.params, prompts, lengths, padded, counts, closing_id)
+        else:
+            rewards = causal_answer_rewards(self.model, self.params, prompts, lengths, padded, counts)
+        return np.asarray(rewards)
+
+    def _own_prompts(
+        self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"]
+    ) -> tuple[Int[np.ndarray, "B Q"], Int[np.ndarray, "B"]]:
+        """Prompts in this model's tokens, left-padded to the least width that holds them."""
+        room = self.model.config.max_positions
+        ids, own_lengths = self.retokeniser.prompts(prompts, lengths, room)
+        width = min(padded_width(own_lengths.max()), room)
+        return ids[:, room - width :], own_lengths
+
+
+@partial(jax.jit, static_argnums=0)
+def causal_answer_rewards(
+    model: CausalModel | PrefixCausalModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B N"],
+    counts: Int[Array, "B"],
+) -> Float[Array, "B"]:
+    """Rewards of whole answers, read at each one's last token, in one pass."""
+    width = prompts.shape[1]
+    texts = jnp.concatenate([prompts, answers], axis=1)
+    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
+    return model.rewards(params, jnp.take_along_axis(hidden, (width + counts - 1)[:, None, None], axis=1)[:, 0])
+
+
+@partial(jax.jit, static_argnums=0)
+def encoder_answer_rewards(
+    model: EncoderModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B N"],
+    counts: Int[Array, "B"],
+    closing_id: int,
+) -> Float[Array, "B"]:
+    """Rewards of whole answers, each closed if it is not already."""
+    width = prompts.shape[1]
+    texts = jnp.concatenate([prompts, answers, jnp.zeros_like(answers[:, :1])], axis=1)
+    end = width + counts
+    last = jnp.take_along_axis(texts, end[:, None] - 1, axis=1)[:, 0]
+    is_closed = (counts > 0) & (last == closing_id)
+    texts = jnp.where(jnp.arange(texts.shape[1]) == end[:, None], closing_id, texts)
+    return model.text_rewards(params, texts, width - prompt_lengths, end + ~is_closed)
+
+
+def padded_width(length: int) -> int:
+    """The next power of two, so that few shapes compile."""
+    return max(SMALLEST_WIDTH, 1 << (int(length) - 1).bit_length())

@@ -1,0 +1,84 @@
+"""What every kind of model here is: NNX modules used as pure functions over a plain dict of arrays.
+
+A `Model` is static and hashable, so it can be a static argument of `jax.jit`; its arrays travel apart as `params`,
+`{"backbone": ..., "head": ...}`.
+"""
+
+import dataclasses
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+Params = dict[str, Any]
+HeadName = Literal["vocabulary", "reward"]
+
+
+class Network(nnx.Module):
+    """Backbone and head, under the names that parameters have in the dict."""
+
+    def __init__(self, model: "Model", *, rngs: nnx.Rngs) -> None:
+        self.backbone = model.config.make(unrolled=model.unrolled, rngs=rngs)
+        self.head = model.make_head(rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A configuration and a kind of head; what it can do is in the classes below it.
+
+    `unrolled` says how `params` hold the layers: stacked on a leading axis and run by a scan (False: small programs,
+    quick to compile), or one by one (True: faster decoding where a step is bound by reading weights from memory).
+    `stack_layers` and `unstack_layers` convert.
+    """
+
+    config: Any
+    head: HeadName = "vocabulary"
+    unrolled: bool = False
+
+    def make_head(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The module that reads logits or rewards off hidden states."""
+        raise NotImplementedError
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Random fp32 parameters."""
+        return nnx.to_pure_dict(nnx.state(Network(self, rngs=nnx.Rngs(key))))
+
+    def abstract_params(self) -> Params:
+        """The parameters' shapes and dtypes, as `jax.ShapeDtypeStruct`s."""
+        return nnx.to_pure_dict(_abstract(self)[1])
+
+    def network(self, params: Params) -> Network:
+        return nnx.merge(_abstract(self)[0], params)
+
+
+M = TypeVar("M", bound=Model)
+
+
+@lru_cache(maxsize=64)
+def _abstract(model: Model) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Network(model, rngs=nnx.Rngs(0))))
+
+
+def unstack_layers(model: M, params: Params) -> tuple[M, Params]:
+    """The same model with its layers one by one."""
+    if model.unrolled:
+        return model, params
+    layers = params["backbone"]["layers"]
+    single = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(model.config.layers)}
+    unrolled = {**params, "backbone": {**params["backbone"], "layers": single}}
+    return dataclasses.replace(model, unrolled=True), unrolled
+
+
+def stack_layers(model: M, params: Params) -> tuple[M, Params]:
+    """The same model with its layers stacked on a leading axis."""
+    if not model.unrolled:
+        return model, params
+    layers = [params["backbone"]["layers"][i] for i in range(model.config.layers)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return dataclasses.replace(model, unrolled=False), {
+        **params,
+        "backbone": {**params["backbone"], "layers": stacked},
+    }

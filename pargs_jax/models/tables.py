@@ -1,0 +1,97 @@
+"""Which tensor of a Hugging Face checkpoint is which array: one table a family."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.gpt2 import GPT2Config
+from pargs_jax.models.llama import LlamaConfig
+from pargs_jax.models.model import HeadName, Model
+
+
+class Row(NamedTuple):
+    """One line of a table: a checkpoint tensor, the array it becomes, and whether it is transposed on the way."""
+
+    tensor: str
+    path: str
+    transpose: bool = False
+
+
+class Head(NamedTuple):
+    """A head as checkpoints know it: the name of their class, and its tensors (paths below `head`)."""
+
+    class_name: str
+    rows: tuple[Row, ...]
+
+
+class Family(NamedTuple):
+    """What the checkpoints of one architecture look like, and the kind of model they make: `model(config, head)`.
+
+    `{}` in a row stands for the layer's number. `ignored` matches the names (without the backbone's prefix) of tensors
+    that checkpoints may have and nothing needs.
+    """
+
+    model: Callable[[Any, HeadName], Model]
+    config: Any
+    backbone_prefix: str
+    rows: tuple[Row, ...]
+    heads: dict[HeadName, Head]
+    ignored: str
+
+
+def linear(tensor: str, path: str, transpose: bool = True) -> tuple[Row, Row]:
+    return Row(f"{tensor}.weight", f"{path}.kernel", transpose), Row(f"{tensor}.bias", f"{path}.bias")
+
+
+def layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{tensor}.weight", f"{path}.scale"), Row(f"{tensor}.bias", f"{path}.bias")
+
+
+def causal_heads(language_model: str, reward_model: str) -> dict[HeadName, Head]:
+    return {
+        "vocabulary": Head(language_model, (Row("lm_head.weight", "linear.kernel", transpose=True),)),
+        "reward": Head(reward_model, (Row("score.weight", "linear.kernel", transpose=True),)),
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        CausalModel,
+        GPT2Config,
+        "transformer.",
+        (
+            Row("wte.weight", "embed.embedding"),
+            Row("wpe.weight", "positions.embedding"),
+            *layer_norm("h.{}.ln_1", "layers.{}.norm1"),
+            # GPT-2 keeps its linear layers as [in, out], which is our order already.
+            *linear("h.{}.attn.c_attn", "layers.{}.qkv", transpose=False),
+            *linear("h.{}.attn.c_proj", "layers.{}.out", transpose=False),
+            *layer_norm("h.{}.ln_2", "layers.{}.norm2"),
+            *linear("h.{}.mlp.c_fc", "layers.{}.up", transpose=False),
+            *linear("h.{}.mlp.c_proj", "layers.{}.down", transpose=False),
+            *layer_norm("ln_f", "norm"),
+        ),
+        causal_heads("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        ignored=r"h\.\d+\.attn\.(masked_)?bias",
+    ),
+    "llama": Family(
+        CausalModel,
+        LlamaConfig,
+        "model.",
+        (
+            Row("embed_tokens.weight", "embed.embedding"),
+            Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
+            *linear("layers.{}.self_attn.q_proj", "layers.{}.query"),
+            *linear("layers.{}.self_attn.k_proj", "layers.{}.key"),
+            *linear("layers.{}.self_attn.v_proj", "layers.{}.value"),
+            *linear("layers.{}.self_attn.o_proj", "layers.{}.out"),
+            Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale"),
+            *linear("layers.{}.mlp.gate_proj", "layers.{}.gate"),
+            *linear("layers.{}.mlp.up_proj", "layers.{}.up"),
+            *linear("layers.{}.mlp.down_proj", "layers.{}.down"),
+            Row("norm.weight", "norm.scale"),
+        ),
+        causal_heads("LlamaForCausalLM", "LlamaForSequenceClassification"),
+        ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    ),
+}

@@ -1,0 +1,198 @@
+"""What a step makes small: a model with a loss on batches."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from pargs_jax.config import ObjectiveConfig
+from pargs_jax.data.batches import Batch
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.model import Params
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.objectives import (
+    FRACTIONS,
+    Metrics,
+    Prefixes,
+    answer_likelihood,
+    bradley_terry,
+    choose_prefixes,
+    partial_bradley_terry,
+    preference_metrics,
+    prefix_length,
+    prefix_loss,
+    spread,
+)
+
+LENGTH_GROUPS = 4
+"""Widths that an encoder's prefixes are padded to in one step; each is a program of its own to compile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A model with a loss on batches. Static and hashable.
+
+    `dtype` is what matrix products compute in; `closing_id` is the token that closes a text, which encoders need to
+    read a prefix as a finished text.
+    """
+
+    model: CausalModel | PrefixCausalModel | EncoderModel
+    config: ObjectiveConfig
+    dtype: str = "float32"
+    closing_id: int | None = None
+
+    def __call__(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
+        """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
+        dropout_key, sample_key = (None, None) if key is None else jax.random.split(key)
+        is_sft = self.config.name == "sft"
+        params = cast_for_compute(params, self.dtype, keep_head=not is_sft)
+        if is_sft:
+            hidden = answer_states(self.model, params, batch, dropout_key, before=1)[:, 0]
+            logits = self.model.logits(params, hidden)
+            answers, lengths = batch.answers[:, 0], batch.answer_lengths[:, 0]
+            loss, metrics = answer_likelihood(logits, answers, lengths, batch.weights)
+            return loss, (metrics, (lengths * batch.weights).sum())
+        if isinstance(self.model, EncoderModel):
+            loss, metrics = self._encoder_loss(params, batch, dropout_key, sample_key)
+            return loss, (metrics, batch.weights.sum())
+        rewards = self.model.rewards(params, answer_states(self.model, params, batch, dropout_key))
+        if self.config.name == "bt":
+            loss, metrics = bradley_terry(rewards, batch.answer_lengths, batch.weights, **self._shape)
+        else:
+            options = self._prefixes(sample_key) | self._shape
+            options["prefix_weights"] = options.pop("weighting")
+            loss, metrics = partial_bradley_terry(rewards, batch.answer_lengths, batch.weights, **options)
+        return loss, (metrics, batch.weights.sum())
+
+    @property
+    def _shape(self) -> dict[str, float]:
+        return {"margin": self.config.margin, "centring": self.config.centring}
+
+    def _prefixes(self, sample_key: PRNGKeyArray | None) -> dict[str, Any]:
+        """Which prefixes count; without a key (evaluation) none is left out by chance."""
+        return {
+            "weighting": self.config.prefix_weights,
+            "stride": self.config.stride,
+            "sample": None if sample_key is None else self.config.sample,
+            "minimum_length": self.config.minimum_length,
+            "key": sample_key,
+        }
+
+    def _encoder_loss(
+        self, params: Params, batch: Batch, dropout_key: PRNGKeyArray | None, sample_key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss of a model that reads every prefix as a text of its own, and so only those that are asked for."""
+        width, longest = batch.answers.shape[-1], batch.answer_lengths.max(axis=1)
+        is_partial = self.config.name == "partial_bt"
+        fractions = FRACTIONS if is_partial or sample_key is None else FRACTIONS[-1:]
+        if is_partial:
+            prefixes = choose_prefixes(batch.answer_lengths, width, **self._prefixes(sample_key))
+        else:
+            lengths = jnp.stack([prefix_length(longest, percent) for percent in reversed(fractions)], axis=1)
+            prefixes = Prefixes(lengths, jnp.ones(lengths.shape))
+        pairs = encoder_rewards(
+            self.model,
+            params,
+            batch,
+            prefixes.lengths,
+            closing_id=self.closing_id,
+            chunk=self.config.chunk,
+            descending=is_partial,
+            key=dropout_key,
+        )
+        metrics = preference_metrics(spread(pairs, prefixes, width), batch.answer_lengths, batch.weights, fractions)
+        if not is_partial:
+            pairs, prefixes = pairs[:, :1], Prefixes(prefixes.lengths[:, :1], prefixes.weights[:, :1])
+        return prefix_loss(pairs, prefixes, batch.weights, **self._shape), metrics
+
+
+def answer_states(
+    model: CausalModel | PrefixCausalModel,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray | None = None,
+    *,
+    before: int = 0,
+) -> Float[Array, "B A R D"]:
+    """Final hidden states at the answers' tokens, all in one pass; `before=1` gives those one token earlier, which
+    predict the answers' tokens."""
+    rows, answers, width = batch.answers.shape
+    prompt_width = batch.prompts.shape[1]
+    start = jnp.repeat(prompt_width - batch.prompt_lengths, answers)
+    hidden = model.encode(params, _texts(batch, width), start, key, prompt_width=prompt_width)
+    first = prompt_width - before
+    return hidden[:, first : first + width].reshape(rows, answers, width, -1)
+
+
+def encoder_rewards(
+    model: EncoderModel,
+    params: Params,
+    batch: Batch,
+    prefixes: Int[Array, "B N"],
+    *,
+    closing_id: int,
+    chunk: int = 8,
+    descending: bool = False,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "B N 2"]:
+    """Rewards of prefixes of both answers, each prefix read as a finished text: what follows is masked, and it ends in
+    the closing token (`[SEP]`), as the whole answer does.
+
+    Prefixes are mapped by `vmap`, `chunk` of them at a time (2 B chunk texts), and nothing but rewards is kept for the
+    backward pass, which reads each chunk again: memory is that of one chunk.
+
+    Args:
+        model, params: an encoder with a reward head.
+        batch: pairs of answers.
+        prefixes: lengths in tokens, at least 1; a shorter answer stays at its last.
+        closing_id: the token that closes a text, and that complete answers end in.
+        chunk: prefixes read together.
+        descending: each row's prefixes grow shorter, no two alike: later ones are then read at smaller widths.
+        key: turns dropout on.
+    """
+    count, width = prefixes.shape[1], batch.answers.shape[-1]
+    rows = batch.answers.shape[0] * 2
+    prompt_width = batch.prompts.shape[1]
+    start = jnp.repeat(prompt_width - batch.prompt_lengths, 2)
+    lengths, answers = batch.answer_lengths.reshape(rows), batch.answers.reshape(rows, width)
+
+    def group_rewards(first: int, last: int) -> Float[Array, "N B 2"]:
+        room = width - first if descending else width
+        texts = jnp.pad(_texts(batch, room), ((0, 0), (0, 1)))
+        slots = jnp.arange(texts.shape[1])
+
+        @jax.checkpoint
+        def one(prefix_and_key: tuple[Int[Array, "B"], PRNGKeyArray | None]) -> Float[Array, "B 2"]:
+            prefix, key = prefix_and_key
+            cut = jnp.minimum(jnp.repeat(prefix, 2), lengths)
+            is_closed = jnp.take_along_axis(answers, cut[:, None] - 1, axis=1)[:, 0] == closing_id
+            end = prompt_width + cut
+            closed = jnp.where(slots == end[:, None], closing_id, texts)
+            return model.text_rewards(params, closed, start, end + ~is_closed, key).reshape(-1, 2)
+
+        keys = None if key is None else jax.random.split(jax.random.fold_in(key, first), last - first)
+        return jax.lax.map(one, (prefixes[:, first:last].T, keys), batch_size=min(chunk, last - first))
+
+    per_group = -(-count // (LENGTH_GROUPS if descending else 1))
+    groups = [group_rewards(first, min(first + per_group, count)) for first in range(0, count, per_group)]
+    return jnp.concatenate(groups).transpose(1, 0, 2)
+
+
+def _texts(batch: Batch, width: int) -> Int[Array, "BA T"]:
+    """Each answer's first `width` slots behind its prompt."""
+    rows, answers, _ = batch.answers.shape
+    prompts = jnp.repeat(batch.prompts, answers, axis=0)
+    return jnp.concatenate([prompts, batch.answers[..., :width].reshape(rows * answers, width)], axis=1)
+
+
+def cast_for_compute(params: Params, dtype: str, *, keep_head: bool) -> Params:
+    """The parameters as matrix products use them; a reward head stays as it is (rewards are fp32)."""
+    return {
+        part: arrays if part == "head" and keep_head else jax.tree.map(lambda x: x.astype(dtype), arrays)
+        for part, arrays in params.items()
+    }
