@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class GuidedAnswer(NamedTuple):
@@ -180,3 +180,30 @@ def _prefix_rows_loss(
         loss.backward()
         total += loss.detach()
     return total
+
+
+@torch.inference_mode()
+def text_guided_loop(
+    lm: PreTrainedModel,
+    rm: PreTrainedModel,
+    lm_tokenizer: PreTrainedTokenizerBase,
+    rm_tokenizer: PreTrainedTokenizerBase,
+    prompt: Int[Tensor, "1 P"],
+    new_tokens: int,
+    k: int,
+    weight: float,
+) -> Int[Tensor, "1 N"]:
+    """PARGS-G with an encoder of another tokenizer, as published: each candidate's text is decoded, split again as a
+    sentence pair with the prompt, and read by the encoder, one by one. Neither model is cached."""
+    question = lm_tokenizer.decode(prompt[0], skip_special_tokens=True)
+    answer: list[int] = []
+    for _ in range(new_tokens):
+        text = torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype, device=prompt.device)], dim=1)
+        top_log_probs, candidates = (row[0] for row in last_logits(lm, text, None).log_softmax(-1).topk(k))
+        rewards = []
+        for candidate in candidates.tolist():
+            continuation = lm_tokenizer.decode([*answer, candidate], skip_special_tokens=True).rstrip("\ufffd")
+            pair = rm_tokenizer(question, continuation, return_tensors="pt").to(prompt.device)
+            rewards.append(rm(**pair).logits[0, 0])
+        answer.append(int(candidates[(top_log_probs + weight * torch.stack(rewards)).argmax()]))
+    return torch.tensor([answer])

@@ -208,6 +208,13 @@ class DataConfig:
         metavar="FILE_OR_HUB_ID",
     )
     format: PromptFormName = option("plain", "the form that prompts are written in")
+    prefix_tokenizer: str | None = option(
+        None,
+        "language model at whose tokens the prefixes of answers end, as they will in decoding; for models with full "
+        "attention",
+        unset="they end at the reward model's own tokens",
+        metavar="PATH_OR_HUB_ID",
+    )
     demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
 
 

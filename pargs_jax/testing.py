@@ -14,18 +14,30 @@ from pargs_jax.data import demo
 from pargs_jax.data.preferences import Preference
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.gpt2 import GPT2Config
 from pargs_jax.models.llama import LlamaConfig
-from pargs_jax.models.model import HeadName, Params
+from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.opt import OPTConfig
 from pargs_jax.models.rotary import Rotary
 
-Family = Literal["gpt2", "llama"]
+Family = Literal["gpt2", "llama", "opt"]
+"""The causal ones."""
 
-TINY_CONFIGS: dict[Family, Any] = {
+TINY_CONFIGS: dict[str, Any] = {
     "gpt2": GPT2Config(vocab_size=61, context_length=64, width=32, layers=2, heads=4, feedforward=64),
     "llama": LlamaConfig(
         vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
         rotary=Rotary(theta=100.0),
+    ),
+    # Like OPT-350m, the one with all that the others lack.
+    "opt": OPTConfig(
+        vocab_size=61, context_length=64, width=32, embedding_width=24, layers=2, heads=4, feedforward=64,
+        norm_first=False,
+    ),
+    "deberta": DebertaConfig(
+        vocab_size=61, context_length=512, width=32, layers=2, heads=4, feedforward=64, position_buckets=8,
+        max_relative_positions=24,
     ),
 }  # fmt: skip
 
@@ -39,6 +51,11 @@ def tiny_model(
     """
     config = dataclasses.replace(TINY_CONFIGS[family], vocab_size=vocab_size)
     model = CausalModel(config, head)
+    return model, random_params(model, seed, std)
+
+
+def random_params(model: Model, seed: int = 0, std: float = 0.1) -> Params:
+    """Random parameters of any model: matrices of that standard deviation, zero biases, norms that change nothing."""
     draws = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -46,7 +63,7 @@ def tiny_model(
             return jnp.asarray(std * draws.standard_normal(leaf.shape), jnp.float32)
         return jnp.ones(leaf.shape) if path[-1].key == "scale" else jnp.zeros(leaf.shape)
 
-    return model, jax.tree_util.tree_map_with_path(draw, model.abstract_params())
+    return jax.tree_util.tree_map_with_path(draw, model.abstract_params())
 
 
 def tiny_tokenizer() -> TextTokenizer:

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "decoding": {"models", "errors"},
     "training": {"objectives", "models", "data", "cli", "config", "errors"},
     "generation": {"decoding", "models", "data", "cli", "config", "errors"},
-    "evaluation": {"generation", "decoding", "data", "cli", "config", "errors"},
+    "evaluation": {"generation", "decoding", "models", "data", "cli", "config", "errors"},
     "testing": {"data", "models"},
 }
 # Parts of `decoding` that know arrays, never models.

@@ -25,6 +25,9 @@ class Batch(NamedTuple):
         answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected) or 1 (chosen).
         answer_lengths: how many of the R are the answer's; at least 1.
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
+        prefixes: where prefixes end at another tokenizer's tokens, each prefix of each answer as ids of its own,
+            shortest first and the whole answer last, padded on the right; `answer_lengths` then counts prefixes.
+        prefix_lengths: tokens of each prefix; at least 0.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -32,14 +35,25 @@ class Batch(NamedTuple):
     answers: Int[np.ndarray, "B A R"]
     answer_lengths: Int[np.ndarray, "B A"]
     weights: Float[np.ndarray, "B"]
+    prefixes: Int[np.ndarray, "B A N R"] | None = None
+    prefix_lengths: Int[np.ndarray, "B A N"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Token ids of one prompt and its answers, chosen first, that fit the maximum length together."""
+    """Token ids of one prompt and its answers, chosen first, that fit the maximum length together.
+
+    `prefixes` are those of each answer, shortest first, where they end at another tokenizer's tokens.
+    """
 
     prompt: Int[np.ndarray, "P"]
     answers: tuple[Int[np.ndarray, "R"], ...]
+    prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prefixes of each answer: as many as it has tokens, unless they are given."""
+        return list(map(len, self.answers if self.prefixes is None else self.prefixes))
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,11 @@ class TruncationReport:
 
 
 def tokenise(
-    preferences: Sequence[Preference], tokenizer: TextTokenizer, max_length: int, answers: int = 2
+    preferences: Sequence[Preference],
+    tokenizer: TextTokenizer,
+    max_length: int,
+    answers: int = 2,
+    prefix_tokenizer: TextTokenizer | None = None,
 ) -> tuple[list[Example], TruncationReport]:
     """Tokenises prompts and answers apart and cuts them to fit.
 
@@ -81,6 +99,8 @@ def tokenise(
         tokenizer: the model's tokenizer.
         max_length: the most tokens of prompt and answer together; at least 2.
         answers: 2 for chosen and rejected, 1 for chosen alone.
+        prefix_tokenizer: that of a language model at whose tokens prefixes are to end; by default they end at the
+            model's own.
 
     Raises:
         InputError: if `max_length` is below 2, or cutting left no row.
@@ -102,8 +122,16 @@ def tokenise(
         answers_cut += sum(map(bool, lost))
         tokens_lost += len(whole_prompt) - len(prompt) + sum(lost)
         if answers == 1 or cut_answers[0] != cut_answers[1]:
-            ids = [np.asarray(answer, np.int32) for answer in cut_answers]
-            examples.append(Example(np.asarray(prompt, np.int32), tuple(ids)))
+            ids = tuple(np.asarray(answer, np.int32) for answer in cut_answers)
+            prefixes = None
+            if prefix_tokenizer is not None:
+                texts = (preference.chosen, preference.rejected)[:answers]
+                room = max_length - len(prompt)
+                prefixes = tuple(
+                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, room), whole)
+                    for text, whole in zip(texts, ids, strict=True)
+                )
+            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes))
     report = TruncationReport(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
@@ -120,6 +148,23 @@ def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id:
     keep = max(len(prompt) - excess, min(len(prompt), max_length // 2))
     head = prompt[:1] if prompt[0] == bos_id else []
     return head + prompt[len(prompt) - keep + len(head) :]
+
+
+def _prefixes_at(
+    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, room: int
+) -> list[Int[np.ndarray, "R"]]:
+    """The model's ids of an answer's beginnings, one for each of the other tokenizer's tokens, while they fit."""
+    starts_text = not prompt
+    prompt_ids = boundaries.encode_prompt(prompt)
+    answer_ids = boundaries.encode_answer(answer, starts_text=starts_text)
+    prefixes = []
+    for end in range(1, len(answer_ids) + 1):
+        text = boundaries.decode_answer(prompt_ids, answer_ids[:end])
+        ids = tokenizer.encode_answer(text, starts_text=starts_text)
+        if len(ids) > room:
+            break
+        prefixes.append(np.asarray(ids, np.int32))
+    return prefixes
 
 
 class Batches:
@@ -156,6 +201,8 @@ class Batches:
         self._seed = seed
         self._prompt_lengths = np.array([len(example.prompt) for example in examples])
         answer_lengths = np.array([max(map(len, example.answers)) for example in examples])
+        counts = np.array([max(example.lengths) for example in examples])
+        self._widths_of_counts = _widths(counts, max(max_length, counts.max()))
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
         self._answer_widths = self._widths_of_answers[np.searchsorted(self._widths_of_answers, answer_lengths)]
@@ -202,6 +249,7 @@ class Batches:
         examples = [self._examples[row] for row in rows]
         prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
         answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
+        counts = np.array([example.lengths for example in examples], np.int32)
         prompts = np.zeros((len(rows), _width(self._widths_of_prompts, prompt_lengths.max())), np.int32)
         answers = np.zeros((*answer_lengths.shape, _width(self._widths_of_answers, answer_lengths.max())), np.int32)
         for b, example in enumerate(examples):
@@ -209,7 +257,18 @@ class Batches:
             for a, ids in enumerate(example.answers):
                 answers[b, a, : len(ids)] = ids
         weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
-        return Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        batch = Batch(prompts, prompt_lengths, answers, counts, weights)
+        if examples[0].prefixes is None:
+            return batch
+        number = _width(self._widths_of_counts, counts.max())
+        prefixes = np.zeros((*counts.shape, number, answers.shape[-1]), np.int32)
+        prefix_lengths = np.zeros((*counts.shape, number), np.int32)
+        for b, example in enumerate(examples):
+            for a, of_answer in enumerate(example.prefixes):
+                for n, ids in enumerate(of_answer):
+                    prefixes[b, a, n, : len(ids)] = ids
+                    prefix_lengths[b, a, n] = len(ids)
+        return batch._replace(prefixes=prefixes, prefix_lengths=prefix_lengths)
 
 
 def _widths(lengths: Int[np.ndarray, "N"], max_length: int) -> Int[np.ndarray, "W"]:

@@ -1,25 +1,35 @@
 """Text to token ids and back, with prompts and answers tokenised apart.
 
 In decoding the prompt's tokens are fixed before the answer's first token exists, so a token never spans the boundary.
-Training has to see the same boundary: `encode_prompt` and `encode_answer` are the only two ways from text to ids in
-this package, and `decode_answer` is the way back.
+Training has to see the same boundary: `encode_prompt` and `encode_answer` (with `encode_parts`, the same for many at
+once) are the only ways from text to ids in this package, and `decode_answer` is the way back.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from pargs_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+Place = Literal["text", "answer", "word"]
+"""Where a part of a text stands: a text of its own, an answer after its prompt, or a word (begins with a space) after
+another word of the same text."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 """What the name of a model or data set on the hub looks like: `name` or `owner/name`."""
 
 _SENTINELS = ("\n", ":", "|", "0")
 """Put in front of an answer to learn its tokens in mid-text; several, as a tokenizer may join one to what follows."""
+
+_FEW = 32
+"""Up to so many short texts, one after the other is faster than waking the tokenizer's threads."""
 
 _PROBES = ("Hello world", " two  spaces", "\n\nHuman: hi\n\nAssistant:", "l'été 42 日本語", "🙂👍🏽", "\tdef f(x):\r\n")
 """Texts that tokenizers with one vocabulary but different normalisers, pre-tokenizers or merges split differently."""
@@ -32,6 +42,8 @@ class TextTokenizer:
         vocab_size: number of tokens, added ones included.
         bos_id: the beginning-of-sequence token, or None.
         eos_ids: the tokens that end an answer, the tokenizer's own first.
+        is_pair_encoder: prompt and answer are a sentence pair, `[CLS] prompt [SEP] answer [SEP]`, as DeBERTa reads
+            them: then `[CLS]` is BOS, `[SEP]` is EOS, and a prompt's ids end in `[SEP]`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", extra_eos_ids: Iterable[int] = ()) -> None:
@@ -45,19 +57,23 @@ class TextTokenizer:
             InputError: if nothing can end an answer.
         """
         self._tokenizer = tokenizer
-        own_eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.vocab_size: int = len(tokenizer)
-        self.bos_id: int | None = tokenizer.bos_token_id
+        pair_ends = _sentence_pair_ends(tokenizer)
+        self.is_pair_encoder: bool = pair_ends is not None
+        self.bos_id: int | None
+        self.bos_id, own_eos_id = pair_ends or (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        own_eos = [] if own_eos_id is None else [own_eos_id]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*own_eos, *extra_eos_ids]))
         if not self.eos_ids:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: set eos_token")
         with_specials = tokenizer.encode("a", add_special_tokens=True)
         self._prepends_bos = self.bos_id is not None and with_specials[0] == self.bos_id
         # SentencePiece tokenizers put a space before a text that has none, which is wrong in mid-text.
-        self._prepends_space = tokenizer.tokenize("a")[0].startswith("▁")
+        # The second text of a pair is a text of its own, so that there the space is right.
+        self._prepends_space = not self.is_pair_encoder and tokenizer.tokenize("a")[0].startswith("▁")
         # One that the tokenizer normalises away would leave the answer at the text's beginning: it must survive.
-        sentinels = [(text, self._encode_raw(text)) for text in _SENTINELS]
-        self._sentinels = [(text, ids) for text, ids in sentinels if self._decode(ids) == text]
+        sentinels = [(text, self._encode_raw(text)) for text in _SENTINELS if self._prepends_space]
+        self._sentinels = [(text, ids) for text, ids in sentinels if self.decode(ids) == text]
 
     @classmethod
     def load(cls, source: str | Path, extra_eos_ids: Iterable[int] = ()) -> "TextTokenizer":
@@ -115,12 +131,15 @@ class TextTokenizer:
         )
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: begins with BOS if this tokenizer adds one, and is never ended by EOS or SEP.
+        """Ids of a prompt: begins with BOS if this tokenizer adds one, and is never ended by EOS.
 
         Special tokens spelled out in the text, such as those of a chat template, become those tokens. An empty prompt
-        is BOS alone, or EOS for tokenizers without BOS, so that a model always has a token to start from.
+        is BOS alone, or EOS for tokenizers without BOS, so that a model always has a token to start from. The first of
+        a sentence pair is `[CLS] prompt [SEP]`, empty or not.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if self.is_pair_encoder:
+            return [self.bos_id, *ids, self.eos_id]
         if self._prepends_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids or [self.eos_id if self.bos_id is None else self.bos_id]
@@ -128,7 +147,8 @@ class TextTokenizer:
     def encode_answer(self, text: str, *, starts_text: bool = False) -> list[int]:
         """Ids of an answer, without BOS and EOS, that continue a prompt's ids: decoded together they are both texts.
 
-        Special tokens spelled out in the text stay text: an answer cannot end itself by quoting EOS.
+        Special tokens spelled out in the text stay text: an answer cannot end itself by quoting EOS. The second of a
+        sentence pair is always encoded as a text of its own.
 
         Args:
             text: the answer.
@@ -146,19 +166,45 @@ class TextTokenizer:
                 return ids[len(sentinel_ids) :]
         raise InputError(f"answer {text[:40]!r} cannot be tokenised apart from its prompt by this tokenizer")
 
+    def encode_parts(self, parts: Sequence[tuple[str, Place]]) -> list[list[int]]:
+        """Ids of many short texts, each with its place, by the fastest way there is; may be called from any thread.
+
+        Args:
+            parts: (text, place): "text" is `encode_answer(text, starts_text=True)`, "answer" is `encode_answer(text)`,
+                and "word" gives the ids of a text that begins with a space, as they are after another word.
+
+        Raises:
+            InputError: as `encode_answer` does.
+        """
+        leads = [self._leads[place] for _, place in parts]
+        encoded = self._encode_literally([lead + text for (text, _), (lead, _) in zip(parts, leads, strict=True)])
+        return [
+            # A sentinel that was joined to the answer: others may not be.
+            ids[len(lead_ids) :] if ids[: len(lead_ids)] == lead_ids else self.encode_answer(text)
+            for ids, (text, _), (_, lead_ids) in zip(encoded, parts, leads, strict=True)
+        ]
+
+    def definition(self) -> dict[str, Any] | None:
+        """The stages, vocabulary and added tokens as the `tokenizers` library's JSON; None if it is not built on it."""
+        return json.loads(self._tokenizer.backend_tokenizer.to_str()) if self._tokenizer.is_fast else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are skipped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def decode_answer(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
         """Text of an answer in its context: what it adds to the text of the prompt.
 
         Special tokens are skipped. A last character of which only some bytes are there is dropped.
         """
         prompt_ids, answer_ids = list(prompt_ids), list(answer_ids)
-        start = len(self._decode(prompt_ids))
-        text = self._decode(prompt_ids + answer_ids)[start:]
+        start = len(self.decode(prompt_ids))
+        text = self.decode(prompt_ids + answer_ids)[start:]
         # An unfinished UTF-8 character has at most three bytes. Cut ids, not text: bytes beside it become U+FFFD too.
         for cut in range(1, min(3, len(answer_ids)) + 1):
             if not text.endswith("\ufffd"):
                 break
-            text = self._decode(prompt_ids + answer_ids[:-cut])[start:]
+            text = self.decode(prompt_ids + answer_ids[:-cut])[start:]
         return text.rstrip("\ufffd")
 
     def render_chat(self, turns: Sequence[dict[str, str]]) -> str:
@@ -178,8 +224,78 @@ class TextTokenizer:
                 f"the chat template rejects the conversation: {''.join(str(error).splitlines()[:1])}"
             ) from error
 
+    @cached_property
+    def _leads(self) -> dict[Place, tuple[str, list[int]]]:
+        """For each place, what to put in front of a text there, and the ids that this adds."""
+        answer = ("", [])
+        if self._prepends_space:
+            no_sentinel = ("", [-1])  # which no ids begin with, so that `encode_answer` is asked, and raises
+            answer = next(iter(self._sentinels), no_sentinel)
+        return {"text": ("", []), "answer": answer, "word": (":", self._encode_raw(":"))}
+
+    @cached_property
+    def _literal(self) -> "Tokenizer | None":
+        """A tokenizer for text in which no special token is to be found; None if not built on `tokenizers`.
+
+        It is a copy: the original's settings change with every call of transformers, in whatever thread.
+        """
+        definition = self.definition()
+        if definition is None:
+            return None
+        from tokenizers import Tokenizer  # slow to import
+
+        if definition["model"]["type"] == "Unigram":
+            _hide_special_tokens(definition)
+        literal = Tokenizer.from_str(json.dumps(definition))
+        literal.encode_special_tokens = True  # as text, that is
+        literal.no_padding()
+        literal.no_truncation()
+        return literal
+
+    def _encode_literally(self, texts: list[str]) -> list[list[int]]:
+        if self._literal is None:
+            return [self._encode_raw(text) for text in texts]
+        if len(texts) <= _FEW:
+            return [self._literal.encode(text, add_special_tokens=False).ids for text in texts]
+        return [encoding.ids for encoding in self._literal.encode_batch_fast(texts, add_special_tokens=False)]
+
     def _encode_raw(self, text: str) -> list[int]:
+        if self._has_unigram_model:
+            return self._encode_literally([text])[0]
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    @property
+    def _has_unigram_model(self) -> bool:
+        return self._tokenizer.is_fast and type(self._tokenizer.backend_tokenizer.model).__name__ == "Unigram"
+
+
+def _sentence_pair_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
+    """The ids of [CLS] and [SEP] of a tokenizer that puts texts as `[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`."""
+    text = tokenizer.encode("a", add_special_tokens=False)
+    single = tokenizer("a")["input_ids"]
+    cls_id, sep_id = single[0], single[-1]
+    if single != [cls_id, *text, sep_id] or tokenizer("a", "a")["input_ids"] != [*single, *text, sep_id]:
+        return None
+    return cls_id, sep_id
+
+
+def _hide_special_tokens(definition: dict[str, Any]) -> None:
+    """Renames the special tokens of a Unigram model, which has them among its pieces and would find them in a text."""
+    hidden = {token["content"] for token in definition["added_tokens"] if token["special"]}
+    # With a space, which no piece of text that reaches the model has: by then it is a "▁".
+    for token in definition["added_tokens"]:
+        if token["content"] in hidden:
+            token["content"] = " " + token["content"]
+    definition["model"]["vocab"] = [
+        (" " + piece if piece in hidden else piece, score) for piece, score in definition["model"]["vocab"]
+    ]
+
+
+def stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The stages of a normaliser, pre-tokenizer or decoder, in order; nested sequences are laid flat."""
+    if stage is None:
+        return []
+    if stage["type"] != "Sequence":
+        return [stage]
+    inner = next(value for key, value in stage.items() if key != "type")
+    return [leaf for part in inner for leaf in stages(part)]

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.decoding.guides import Guide
 from pargs_jax.decoding.rules import Rule
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.cache import Cache, append_choice
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 
 
@@ -127,7 +128,7 @@ class Decoder:
         # The caches are read in the branch and written out of it: a branch that returned them would copy them.
         proposal = jax.lax.cond(state.done.all(), skip, move)
         first = jnp.zeros_like(proposal.choice)
-        cache = self.lm.commit(state.lm, proposal.lm_pending, first)
+        cache = append_choice(state.lm, proposal.lm_pending, first)
         guide_states = tuple(
             guide.commit(guide_params, guide_state, pending, proposal.choice)
             for guide, guide_params, guide_state, pending in zip(

@@ -88,12 +88,12 @@ class RewardModel:
         text, and `finished` says which ended by themselves."""
         if self.retokeniser is None:
             return np.asarray(causal_answer_rewards(self.model, self.params, prompts, lengths, tokens, counts))
+        answers = [[] for _ in prompts]
+        for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
+            prompt_ids = prompts[row, prompts.shape[1] - lengths[row] :].tolist()
+            ids = self.tokenizer.encode_answer(text, starts_text=not self.retokeniser.lm.decode(prompt_ids))
+            answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
         prompts, lengths = self._own_prompts(prompts, lengths)
-        answers = [
-            [*self.tokenizer.encode_answer(text), *([self.tokenizer.eos_id] if ended else [])]
-            for text, ended in zip(texts, finished, strict=True)
-        ]
-        answers += [[]] * (len(prompts) - len(answers))
         counts = np.array(list(map(len, answers)), np.int32)
         padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
         for row, ids in enumerate(answers):
@@ -131,24 +131,7 @@ def causal_answer_rewards(
     return model.rewards(params, jnp.take_along_axis(hidden, (width + counts - 1)[:, None, None], axis=1)[:, 0])
 
 
-@partial(jax.jit, static_argnums=0)
-def encoder_answer_rewards(
-    model: EncoderModel,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    answers: Int[Array, "B N"],
-    counts: Int[Array, "B"],
-    closing_id: int,
-) -> Float[Array, "B"]:
-    """Rewards of whole answers, each closed if it is not already."""
-    width = prompts.shape[1]
-    texts = jnp.concatenate([prompts, answers, jnp.zeros_like(answers[:, :1])], axis=1)
-    end = width + counts
-    last = jnp.take_along_axis(texts, end[:, None] - 1, axis=1)[:, 0]
-    is_closed = (counts > 0) & (last == closing_id)
-    texts = jnp.where(jnp.arange(texts.shape[1]) == end[:, None], closing_id, texts)
-    return model.text_rewards(params, texts, width - prompt_lengths, end + ~is_closed)
+encoder_answer_rewards = jax.jit(EncoderModel.answer_rewards, static_argnums=0)
 
 
 def padded_width(length: int) -> int:

@@ -1,44 +1,32 @@
 """The one interface of the causal families.
 
 Beside full passes (`encode`) a `CausalModel` has the moves of decoding against a shared prefix: `prefill` the prompt,
-look at `siblings` (alternative next tokens, each seeing the prefix and itself) and `commit` the chosen one; or, where
-what follows is more than one token, `extend` the cache by several and `append` those that stay.
+look at `siblings` (alternative next tokens, each seeing the prefix and itself), or, where what follows is more than one
+token, at what `extend`s the prefix; `pargs_jax.models.cache` appends what stays.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.cache import Cache, with_room
 from pargs_jax.models.heads import RewardHead, VocabularyHead
 from pargs_jax.models.model import Model, Params
 
 
-class Cache(NamedTuple):
-    """Keys and values of a left-padded batch; slots `start[b] <= s < length` are real. `length` is one number, or one
-    for each row.
-
-    `kv` is `KeyValues[L B H S D]` for stacked layers, a tuple of L `KeyValues[B H S D]` for unrolled ones.
-    """
-
-    kv: Any
-    start: Int[Array, "B"]
-    length: Int[Array, "*B"]
-
-
 @dataclasses.dataclass(frozen=True)
 class CausalModel(Model):
-    """A GPT-2 or Llama with a vocabulary head (a language model) or a scalar head (a reward model)."""
+    """A GPT-2, Llama or OPT with a vocabulary head (a language model) or a scalar head (a reward model)."""
 
     def make_head(self, rngs: nnx.Rngs) -> VocabularyHead | RewardHead:
         config = self.config
         if self.head == "reward":
-            return RewardHead(config.width, config.initializer_range, rngs=rngs)
+            return RewardHead(config.head_width, config.initializer_range, rngs=rngs)
         std = config.initializer_range
-        return VocabularyHead(config.width, config.vocab_size, config.tied_embeddings, std, rngs=rngs)
+        return VocabularyHead(config.head_width, config.vocab_size, config.tied_embeddings, std, rngs=rngs)
 
     def encode(
         self,
@@ -70,9 +58,7 @@ class CausalModel(Model):
         width = prompts.shape[1]
         start = width - lengths
         hidden, new = self._encode(params, prompts, start, None)
-        room = [(0, 0), (0, 0), (0, capacity - width), (0, 0)]
-        kv = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room), new)
-        return hidden, Cache(kv, start, jnp.asarray(width, jnp.int32))
+        return hidden, Cache(with_room(new, width, capacity), start, jnp.asarray(width, jnp.int32))
 
     def siblings(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]
@@ -92,36 +78,8 @@ class CausalModel(Model):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states of T new tokens that stand `offsets` tokens after the cached prefix, which all of them see;
         `mask[..., t, s]` says whether token t sees token s. Also their pending keys and values."""
-        slots = jnp.arange(_slots(cache))
-        valid = (slots >= cache.start[:, None]) & (slots < cache.length[..., None])
-        positions = (cache.length - cache.start)[:, None] + offsets
-        return self.network(params).backbone(tokens, positions, mask, cache.kv, valid)
-
-    @staticmethod
-    def commit(cache: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
-        """Appends the chosen sibling of each row, `choice[b]` in `0..K-1`, to the cache."""
-
-        def append(stored: Array, new: Array) -> Array:
-            if new.shape[-2] > 1:
-                index = choice.reshape((1,) * (new.ndim - 4) + (-1, 1, 1, 1))
-                new = jnp.take_along_axis(new, index, axis=-2)
-            position = [jnp.zeros((), jnp.int32)] * (stored.ndim - 2) + [cache.length, jnp.zeros((), jnp.int32)]
-            return jax.lax.dynamic_update_slice(stored, new, position)
-
-        return Cache(jax.tree.map(append, cache.kv, pending), cache.start, cache.length + 1)
-
-    @staticmethod
-    def append(cache: Cache, pending: Any, counts: Int[Array, "B"]) -> Cache:
-        """Appends the first `counts[b]` of each row's T pending tokens. Needs room for all T after the row's end; what
-        is written past the count is overwritten by the next to come. Rows may grow by different numbers."""
-        lengths = jnp.broadcast_to(cache.length, counts.shape)
-        write = jax.vmap(lambda stored, new, at: jax.lax.dynamic_update_slice(stored, new, (0, at, 0)))
-        over_layers = jax.vmap(write, (0, 0, None))
-
-        def extended(stored: Array, new: Array) -> Array:
-            return (over_layers if stored.ndim == 5 else write)(stored, new, lengths)
-
-        return Cache(jax.tree.map(extended, cache.kv, pending), cache.start, lengths + counts)
+        positions = cache.next_position[:, None] + offsets
+        return self.network(params).backbone(tokens, positions, mask, cache.kv, cache.valid)
 
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
@@ -133,7 +91,3 @@ class CausalModel(Model):
         causal = slots[:, None] >= slots
         mask: Bool[Array, "B T T"] = causal & (slots >= start[:, None])[:, None, :]
         return self.network(params).backbone(tokens, positions, mask, key=key)
-
-
-def _slots(cache: Cache) -> int:
-    return jax.tree.leaves(cache.kv)[0].shape[-2]

@@ -49,6 +49,10 @@ class GPT2Config:
         return self.width // self.heads
 
     @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
     def max_positions(self) -> int:
         return self.context_length
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pargs_jax.models.layers import Embedding
+from pargs_jax.models.layers import ACTIVATIONS, Embedding
 
 
 class VocabularyHead(nnx.Module):
@@ -26,6 +26,25 @@ class RewardHead(nnx.Module):
         self.linear = nnx.Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        kernel = self.linear.kernel[...].astype(jnp.float32)
-        # Accelerators multiply fp32 in less by default; rewards are compared by small differences.
-        return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
+        return _fp32_linear(self.linear, hidden)[..., 0]
+
+
+class PooledRewardHead(nnx.Module):
+    """DeBERTa's pooler and classifier: a dense layer with its activation, then one number, computed in fp32."""
+
+    def __init__(self, width: int, activation: str, std: float, *, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(std)
+        self.activation = activation
+        self.dense = nnx.Linear(width, width, kernel_init=normal, rngs=rngs)
+        self.linear = nnx.Linear(width, 1, kernel_init=normal, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        pooled = ACTIVATIONS[self.activation](_fp32_linear(self.dense, hidden))
+        return _fp32_linear(self.linear, pooled)[..., 0]
+
+
+def _fp32_linear(linear: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+    """A linear layer in fp32: accelerators multiply fp32 in less by default, and rewards are compared by small
+    differences."""
+    out = jnp.matmul(x.astype(jnp.float32), linear.kernel[...].astype(jnp.float32), precision="highest")
+    return out if linear.bias is None else out + linear.bias[...].astype(jnp.float32)

@@ -4,6 +4,7 @@ Reads a local folder or a hub id (safetensors, whole or sharded; never pickle), 
 `transformers` loads with equal outputs.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,22 +64,29 @@ def load_model(
     source: str | os.PathLike[str],
     head: HeadName,
     *,
+    attention: Literal["full", "prefix_causal"] | None = None,
     dtype: DTypeLike = jnp.float32,
     from_scratch: bool = False,
     seed: int = 0,
 ) -> Pretrained:
     """Loads a checkpoint of a known family as a language model or a reward model, layers stacked.
 
-    A head that the checkpoint lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`,
-    which reads the config alone. Raises InputError for an unknown architecture, a checkpoint that does not match its
-    config, or a classifier with more than one label.
+    `attention` chooses that of a DeBERTa, where it is not to be as the checkpoint says. A head that the checkpoint
+    lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`, which reads the config
+    alone. Raises InputError for an unknown architecture, a checkpoint that does not match its config, or a classifier
+    with more than one label.
     """
     folder = resolve(source)
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
     if head not in family.heads:
         raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
-    model = family.model(family.config.from_hf(hf), head)
+    config = family.config.from_hf(hf)
+    if attention is not None:
+        if not hasattr(config, "attention"):
+            raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
+        config = dataclasses.replace(config, attention=attention)
+    model = family.model(config, head)
     if model.config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise InputError(
@@ -213,7 +221,7 @@ def _open_tensors(folder: Path, family: Family) -> _Tensors:
     for path in files:
         try:
             with safe_open(path, framework="numpy") as file:
-                tensors.update({name.removeprefix(family.backbone_prefix): (path, name) for name in file.keys()})  # noqa: SIM118
+                tensors.update({family.without_prefix(name): (path, name) for name in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
     return tensors

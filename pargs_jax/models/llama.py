@@ -44,6 +44,10 @@ class LlamaConfig:
     dropout: float = 0.0
 
     @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
     def max_positions(self) -> int:
         return self.rotary.reach(self.context_length)
 

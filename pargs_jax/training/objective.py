@@ -87,7 +87,8 @@ class Objective:
         self, params: Params, batch: Batch, dropout_key: PRNGKeyArray | None, sample_key: PRNGKeyArray | None
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss of a model that reads every prefix as a text of its own, and so only those that are asked for."""
-        width, longest = batch.answers.shape[-1], batch.answer_lengths.max(axis=1)
+        longest = batch.answer_lengths.max(axis=1)
+        width = batch.answers.shape[-1] if batch.prefixes is None else batch.prefixes.shape[2]
         is_partial = self.config.name == "partial_bt"
         fractions = FRACTIONS if is_partial or sample_key is None else FRACTIONS[-1:]
         if is_partial:
@@ -140,8 +141,7 @@ def encoder_rewards(
     descending: bool = False,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B N 2"]:
-    """Rewards of prefixes of both answers, each prefix read as a finished text: what follows is masked, and it ends in
-    the closing token (`[SEP]`), as the whole answer does.
+    """Rewards of prefixes of both answers, each prefix read as a finished text (`EncoderModel.answer_rewards`).
 
     Prefixes are mapped by `vmap`, `chunk` of them at a time (2 B chunk texts), and nothing but rewards is kept for the
     backward pass, which reads each chunk again: memory is that of one chunk.
@@ -156,24 +156,18 @@ def encoder_rewards(
         key: turns dropout on.
     """
     count, width = prefixes.shape[1], batch.answers.shape[-1]
-    rows = batch.answers.shape[0] * 2
-    prompt_width = batch.prompts.shape[1]
-    start = jnp.repeat(prompt_width - batch.prompt_lengths, 2)
-    lengths, answers = batch.answer_lengths.reshape(rows), batch.answers.reshape(rows, width)
+    prompts, prompt_lengths = (jnp.repeat(x, 2, axis=0) for x in (batch.prompts, batch.prompt_lengths))
+    descending = descending and batch.prefixes is None
 
     def group_rewards(first: int, last: int) -> Float[Array, "N B 2"]:
         room = width - first if descending else width
-        texts = jnp.pad(_texts(batch, room), ((0, 0), (0, 1)))
-        slots = jnp.arange(texts.shape[1])
 
         @jax.checkpoint
         def one(prefix_and_key: tuple[Int[Array, "B"], PRNGKeyArray | None]) -> Float[Array, "B 2"]:
             prefix, key = prefix_and_key
-            cut = jnp.minimum(jnp.repeat(prefix, 2), lengths)
-            is_closed = jnp.take_along_axis(answers, cut[:, None] - 1, axis=1)[:, 0] == closing_id
-            end = prompt_width + cut
-            closed = jnp.where(slots == end[:, None], closing_id, texts)
-            return model.text_rewards(params, closed, start, end + ~is_closed, key).reshape(-1, 2)
+            answers, lengths = _answers_up_to(batch, prefix, room)
+            rewards = model.answer_rewards(params, prompts, prompt_lengths, answers, lengths, closing_id, key)
+            return rewards.reshape(-1, 2)
 
         keys = None if key is None else jax.random.split(jax.random.fold_in(key, first), last - first)
         return jax.lax.map(one, (prefixes[:, first:last].T, keys), batch_size=min(chunk, last - first))
@@ -181,6 +175,17 @@ def encoder_rewards(
     per_group = -(-count // (LENGTH_GROUPS if descending else 1))
     groups = [group_rewards(first, min(first + per_group, count)) for first in range(0, count, per_group)]
     return jnp.concatenate(groups).transpose(1, 0, 2)
+
+
+def _answers_up_to(batch: Batch, prefix: Int[Array, "B"], room: int) -> tuple[Int[Array, "BA R"], Int[Array, "BA"]]:
+    """Both answers' tokens up to a prefix, and how many these are; what stands behind them is to be masked."""
+    rows = batch.answers.shape[0] * 2
+    cut = jnp.minimum(jnp.repeat(prefix, 2), batch.answer_lengths.reshape(rows))
+    if batch.prefixes is None:
+        return batch.answers[..., :room].reshape(rows, room), cut
+    at = cut[:, None] - 1
+    tokens = jnp.take_along_axis(batch.prefixes.reshape(rows, -1, room), at[..., None], axis=1)[:, 0]
+    return tokens, jnp.take_along_axis(batch.prefix_lengths.reshape(rows, -1), at, axis=1)[:, 0]
 
 
 def _texts(batch: Batch, width: int) -> Int[Array, "BA T"]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from pargs_jax.data.preferences import Preference, load_preferences, write_bad_r
 from pargs_jax.data.prompts import get_form
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
+from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
+from pargs_jax.models.model import Model
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.objective import Objective
@@ -53,9 +56,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         raise InputError(
             f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
+    prefix_tokenizer = _load_prefix_tokenizer(config, model)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    examples = _load_examples(config, config.data.train, "train", tokenizer, console)
-    held_out = _load_held_out(config, tokenizer, console)
+    load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
+    examples = load(config.data.train, "train")
+    eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
+    held_out = None
+    if eval_source is not None:
+        held_out = Batches(load(eval_source, "eval"), config.batch_size, config.max_length, config.seed)
     batches = Batches(examples, config.batch_size, config.max_length, config.seed)
     total = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
 
@@ -117,8 +125,26 @@ def _check_length(config: TrainConfig, positions: int) -> None:
         )
 
 
+def _load_prefix_tokenizer(config: TrainConfig, model: Model) -> TextTokenizer | None:
+    source = config.data.prefix_tokenizer
+    if source is None:
+        return None
+    if not isinstance(model, EncoderModel) or config.objective.name != "partial_bt":
+        raise InputError(
+            "--data.prefix-tokenizer: is for partial_bt and a model with full attention, which reads prefixes apart; "
+            "other models are scored at their own tokens"
+        )
+    return TextTokenizer.load(resolve(demo.DEMO_LM if source == DEMO else source))
+
+
 def _load_examples(
-    config: TrainConfig, source: str, split: str, tokenizer: TextTokenizer, console: Console
+    config: TrainConfig,
+    source: str,
+    split: str,
+    *,
+    tokenizer: TextTokenizer,
+    prefix_tokenizer: TextTokenizer | None,
+    console: Console,
 ) -> list[Example]:
     """Reads, renders and tokenises one set; says what was refused and what was cut."""
     form = get_form(config.data.format)
@@ -134,17 +160,9 @@ def _load_examples(
             path = config.output_folder / f"bad_rows.{split}.jsonl"
             write_bad_rows(path, loaded.bad_rows)
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
-    examples, report = tokenise(rows, tokenizer, config.max_length, answers=1 if is_sft else 2)
+    examples, report = tokenise(rows, tokenizer, config.max_length, 1 if is_sft else 2, prefix_tokenizer)
     console.print(f"{source} ({split}): {report}", highlight=False)
     return examples
-
-
-def _load_held_out(config: TrainConfig, tokenizer: TextTokenizer, console: Console) -> Batches | None:
-    source = config.data.eval or (DEMO if config.data.train == DEMO else None)
-    if source is None:
-        return None
-    examples = _load_examples(config, source, "eval", tokenizer, console)
-    return Batches(examples, config.batch_size, config.max_length, config.seed)
 
 
 def _export(folder: Path, pretrained: Pretrained, state: TrainState, tokenizer: TextTokenizer) -> None:

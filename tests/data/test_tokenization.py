@@ -56,14 +56,43 @@ def test_known_ids(tokenizers):
     assert tokenizers["mistral"].encode_answer("Hello", starts_text=True) == [22557]  # ▁Hello
     assert tokenizers["mistral"].encode_answer(" Hello") == [22557]
     assert tokenizers["mistral"].encode_answer("Hello") == [16230]  # Hello, without the space
-    assert tokenizers["deberta"].encode_answer("Hello") != tokenizers["deberta"].encode_answer(" Hello")
 
 
 def test_prompts_begin_with_bos_once_and_never_end_with_eos(tokenizers):
-    assert [tokenizers[name].encode_prompt("") for name in FOLDERS] == [[1], [50256], [1], [1]]
+    assert [tokenizers[name].encode_prompt("") for name in FOLDERS] == [[1], [50256], [1], [1, 2]]
     assert tokenizers["mistral"].encode_prompt("<s>Hello")[:2].count(1) == 1
-    for tokenizer in tokenizers.values():
-        assert tokenizer.encode_prompt("Hello")[-1] not in tokenizer.eos_ids
+    for name in ("stories", "gpt2", "mistral"):
+        assert not tokenizers[name].is_pair_encoder
+        assert tokenizers[name].encode_prompt("Hello")[-1] not in tokenizers[name].eos_ids
+
+
+@pytest.mark.parametrize("prompt", ["\n\nHuman: hi\n\nAssistant:", "Why? ", "", "[CLS]日本 [SEP]"])
+@pytest.mark.parametrize("answer", ["Hello there", " Hello", "tail \n", "🙂👍🏽 ok", ": 0|"])
+def test_a_sentence_pair_is_what_the_tokenizer_makes_of_one(tokenizers, prompt, answer):
+    tokenizer = tokenizers["deberta"]
+    assert tokenizer.is_pair_encoder and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    ids = [*tokenizer.encode_prompt(prompt), *tokenizer.encode_answer(answer), tokenizer.eos_id]
+    assert ids == tokenizer._tokenizer(prompt, answer)["input_ids"]
+    assert tokenizer.encode_answer(answer) == tokenizer.encode_answer(answer, starts_text=True)
+
+
+def test_the_second_of_a_sentence_pair_cannot_quote_special_tokens(tokenizers):
+    tokenizer = tokenizers["deberta"]
+    ids = tokenizer.encode_answer("so [SEP] it [CLS][MASK] goes [UNK]")
+    assert not {0, 1, 2, 3, 128000} & set(ids)
+    assert "".join(tokenizer._tokenizer.convert_ids_to_tokens(ids)) == "▁so▁[SEP]▁it▁[CLS][MASK]▁goes▁[UNK]"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_parts_are_encoded_as_whole_texts_are(tokenizers, name):
+    tokenizer = tokenizers[name]
+    texts = ["Hello there", " Hello", "", "\n\n1", "</s> [SEP]", "🙂"]
+    parts = [(text, "text") for text in texts] + [(text, "answer") for text in texts]
+    expected = [tokenizer.encode_answer(text, starts_text=place == "text") for text, place in parts]
+    assert tokenizer.encode_parts(parts) == expected
+    assert tokenizer.encode_parts(parts * 5) == expected * 5
+    first, rest = tokenizer.encode_parts([("Why", "answer"), (" not go?", "word")])
+    assert first + rest == tokenizer.encode_answer("Why not go?")
 
 
 def test_an_unfinished_character_is_dropped_and_what_stands_before_it_stays(tokenizers):

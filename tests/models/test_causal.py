@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pargs_jax.models.cache import append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params, stack_layers, unstack_layers
 from pargs_jax.testing import TINY_CONFIGS
@@ -105,7 +106,7 @@ def test_cached_siblings_equal_separate_uncached_passes(tiny, decoder, prefilled
             assert_close(hidden[row, starts[row] :], uncached[row, 0, starts[row] : PROMPT])
 
         choice = np.array([slot % 3, 2])
-        cache = CausalModel.commit(cache, pending, choice)
+        cache = append_choice(cache, pending, choice)
         texts[:, :, slot] = candidates[np.arange(2), choice][:, None]
     assert int(cache.length) == PROMPT + 3
 
@@ -122,8 +123,8 @@ def test_committing_an_only_sibling_equals_choosing_it(decoder, prefilled):
     cache = prefilled[2]
     _, pending = siblings(*decoder, cache, np.array([[3, 4, 5], [6, 7, 8]]))
     only = jax.tree.map(lambda x: x[..., 1:2, :], pending)
-    chosen = CausalModel.commit(cache, pending, np.array([1, 1]))
-    jax.tree.map(np.testing.assert_array_equal, CausalModel.commit(cache, only, np.zeros(2, int)), chosen)
+    chosen = append_choice(cache, pending, np.array([1, 1]))
+    jax.tree.map(np.testing.assert_array_equal, append_choice(cache, only, np.zeros(2, int)), chosen)
 
 
 def test_layouts_convert_back_and_forth(tiny):

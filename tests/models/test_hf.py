@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from pargs_jax.errors import InputError
 from pargs_jax.models import hf
+from pargs_jax.models.cache import append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.hf import load_model, resolve, save_model
 from pargs_jax.models.model import unstack_layers
@@ -25,6 +26,15 @@ LLAMA = {
     "max_position_embeddings": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "ffn_dim": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
@@ -50,6 +60,13 @@ UNUSUAL_LLAMA = {
     "hidden_act": "gelu",
     "rms_norm_eps": 0.01,
 }
+UNUSUAL_OPT = {
+    "enable_bias": False,
+    "layer_norm_elementwise_affine": False,
+    "_remove_final_layer_norm": True,
+    "activation_function": "gelu",
+    "tie_word_embeddings": False,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt2 scaled by layer, untied": {**GPT2, **UNUSUAL_GPT2},
@@ -61,6 +78,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama dynamic": {**LLAMA, "max_position_embeddings": 8, **rope("dynamic", factor=4.0)},
     "llama one key head, yarn": {**LLAMA, "num_key_value_heads": 1, **rope("yarn", **YARN)},
     "llama yarn with mscale": {**LLAMA, **rope("yarn", **YARN, mscale=1.5, mscale_all_dim=0.5)},
+    "opt": OPT,
+    "opt 350m": {**OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+    "opt without biases, learned norms and final norm, untied": {**OPT, **UNUSUAL_OPT},
 }
 PROMPT, TOTAL = 8, 12
 # Left padding of the two texts. The second stays below the 8 positions that dynamic scaling leaves alone.
@@ -127,7 +147,7 @@ def hidden_states(model, params, tokens, candidates, choices):
     def step(cache, candidates):
         hidden, pending = unrolled.siblings(layers, cache, candidates)
         chosen = jnp.take_along_axis(hidden, choices[:, None, None], axis=1)[:, 0]
-        return unrolled.commit(cache, pending, choices), chosen
+        return append_choice(cache, pending, choices), chosen
 
     _, answer = jax.lax.scan(step, cache, candidates)
     return uncached, jnp.concatenate([prompt, answer.transpose(1, 0, 2)], axis=1)
@@ -278,6 +298,7 @@ def test_half_precision_checkpoints_keep_their_bits(tmp_path):
     [
         ("gpt2", "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
         ("llama", "model.", ["layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("opt", "model.", ["decoder.version"]),
     ],
 )
 def test_a_bare_backbone_with_old_buffers_is_read(family, prefix, buffers, checkpoint):
@@ -415,7 +436,7 @@ DAMAGE = {
     "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "other architecture": (
         lambda folder: edit_config(folder, model_type="bert"),
-        "architecture 'bert' is not known; known are gpt2, llama",
+        "architecture 'bert' is not known; known are .*gpt2, llama, opt",
     ),
     "other activation": (lambda folder: edit_config(folder, hidden_act="quick_gelu"), "quick_gelu"),
     "other RoPE scaling": (

@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.cache import Cache, append_choice
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 
 
@@ -27,4 +28,4 @@ class CausalGuide:
         return self.model.rewards(params, hidden), pending
 
     def commit(self, params: Params, state: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
-        return self.model.commit(state, pending, choice)
+        return append_choice(state, pending, choice)

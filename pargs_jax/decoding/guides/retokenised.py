@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pargs_jax.models.causal import Cache, CausalModel
+from pargs_jax.models.cache import Cache, append_several
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
@@ -127,7 +128,7 @@ class RetokenisedGuide:
         self, params: Params, state: CachedState, pending: CachedPending, choice: Int[Array, "B"]
     ) -> CachedState:
         chosen = jnp.take_along_axis(pending.candidates, choice[:, None], axis=1)[:, 0]
-        cache = self.model.append(state.cache, pending.kv, pending.fresh_lengths)
+        cache = append_several(state.cache, pending.kv, pending.fresh_lengths)
         return state._replace(
             cache=cache, settled=state.settled + pending.fresh_lengths, history=state.history.followed_by(chosen)
         )
@@ -198,15 +199,10 @@ class EncoderGuide:
     def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:
         tokens, lengths = _join(splits, width)
         batch, count, _ = tokens.shape
-        prompts = jnp.broadcast_to(state.prompts[:, None], (batch, count, self.prompt_width))
-        texts = jnp.concatenate([prompts, tokens, jnp.zeros((batch, count, 1), tokens.dtype)], axis=-1)
-        last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], axis=-1)[..., 0]
-        is_closed = (lengths > 0) & (last == self.closing_id)
-        end = self.prompt_width + lengths
-        texts = jnp.where(jnp.arange(texts.shape[-1]) == end[..., None], self.closing_id, texts)
-        start = jnp.repeat(self.prompt_width - state.lengths, count)
-        flat = texts.reshape(batch * count, -1)
-        return self.model.text_rewards(params, flat, start, (end + ~is_closed).reshape(-1)).reshape(batch, count)
+        prompts, prompt_lengths = (jnp.repeat(x, count, axis=0) for x in (state.prompts, state.lengths))
+        flat = tokens.reshape(batch * count, width), lengths.reshape(-1)
+        rewards = self.model.answer_rewards(params, prompts, prompt_lengths, *flat, self.closing_id)
+        return rewards.reshape(batch, count)
 
 
 def _history(prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> History:

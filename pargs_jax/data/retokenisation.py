@@ -1,0 +1,291 @@
+"""What a reward model with a tokenizer of its own reads of a language model's tokens: the host side of its guide.
+
+At each step the reward model scores the *text* of prompt, answer so far and candidate, in its own tokens. The text is
+`decode_answer` of the language model's tokens, so that a candidate which ends inside a character is scored on the text
+before that character; a candidate that ends the answer is scored as the answer so far and the reward model's EOS.
+
+Two things keep the cost of a step independent of the answer's length. Its text is kept as it grows. And where it can be
+proved that the reward model's tokenizer never looks across the space between two words (`words_stand_apart`), the
+tokens of all words but the last are *settled*: only what follows them is split again.
+"""
+
+import re
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from pargs_jax.data.answer_text import AnswerText, fastest_reader
+from pargs_jax.data.tokenization import Place, TextTokenizer, stages
+from pargs_jax.errors import InputError
+
+MEMO_ROWS = 2048
+"""Rows of earlier steps that are remembered; at least twice the rows of a step have to be, for any use."""
+
+CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")
+"""Where a text may be cut, before the space: a single one between two ASCII characters that are not white space."""
+
+_KNOWN_SPLITS = frozenset(
+    {
+        # GPT-2's, Llama 3's and Qwen 2's: none has a match with a space in it other than as its first character, or
+        # in a run of white space; and a run before a printable character is never joined to what precedes it.
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+    }
+)
+
+_LOCAL_NORMALISERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Precompiled", "Strip", "Prepend"})
+"""What they do to a character depends on its neighbours only within a grapheme, or at the text's two ends."""
+
+_LOCAL_REPLACEMENTS = (
+    ({"String": " "}, "▁"),
+    ({"Regex": " {2,}"}, " "),
+    ({"Regex": " {2,}"}, "▁"),
+    ({"Regex": r"\s{2,}|[\n\r\t]"}, " "),
+)
+
+_PROBES = (
+    "The cat sat on the mat, didn't it? (No. 42: it's 3.5 kg!)",
+    " def f(x):\n\treturn x  # two  spaces\r\n\r\n if a_b == 'c' : d",
+    "l'été 日本 a 語 🙂 ok 👍🏽 e\u0301 x \u200b y\u00a0z </s> <s> [SEP] [CLS] <|endoftext|> end. ",
+    "aaaa aaaa aaaaaaaa ~ ! \" # $ % & ' ( ) * + , - . / : ; < = > ? @ [ ] ^ _ ` { | } \\ 0 00 000 1e5",
+)
+"""What every tokenizer is tried on, in case one does not do what its definition says."""
+
+
+class Candidates(NamedTuple):
+    """What the reward model reads of K continuations: its settled tokens, then `fresh`, then one of the `tails`.
+
+    `fresh[b, :fresh_lengths[b]]` are settled tokens beyond those that the caller has: whatever is chosen, now and
+    later, the answer's tokens begin with them. `tails[b, k, :tail_lengths[b, k]]` is the rest for candidate k.
+    """
+
+    fresh: Int[np.ndarray, "B M"]
+    fresh_lengths: Int[np.ndarray, "B"]
+    tails: Int[np.ndarray, "B K W"]
+    tail_lengths: Int[np.ndarray, "B K"]
+
+
+class Retokeniser:
+    """From a language model's tokens to a reward model's. Immutable but for a memo, and hashable by identity.
+
+    Attributes:
+        lm: the language model's tokenizer.
+        rm: the reward model's.
+        settles: whether the reward model's tokens can be settled; if not, every step splits the whole answer again.
+            (They are not either where the language model's text has to be decoded as a whole.)
+    """
+
+    def __init__(self, lm: TextTokenizer, rm: TextTokenizer) -> None:
+        self.lm = lm
+        self.rm = rm
+        self.settles: bool = words_stand_apart(rm)
+        self._reader = fastest_reader(lm)
+        self._memo: dict[tuple[bytes, bytes], _Row] = {}
+        self._memo_lock = threading.Lock()
+
+    def prompts(
+        self, ids: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], width: int
+    ) -> tuple[Int[np.ndarray, "B Q"], Int[np.ndarray, "B"]]:
+        """The reward model's ids of left-padded prompts, left-padded to `width` (at least 2), and their lengths.
+
+        A prompt of more than `width` tokens loses tokens on the left, but not BOS. A row of length 0, which is filler,
+        stays one.
+        """
+        own_ids = np.zeros((len(ids), width), np.int32)
+        own_lengths = np.zeros(len(ids), np.int32)
+        for row in np.flatnonzero(lengths):
+            prompt = self.rm.encode_prompt(self.lm.decode(_last(ids[row], lengths[row]).tolist()))
+            kept = int(prompt[0] == self.rm.bos_id)
+            if len(prompt) > width:
+                prompt = prompt[:kept] + prompt[len(prompt) - width + kept :]
+            own_ids[row, width - len(prompt) :] = prompt
+            own_lengths[row] = len(prompt)
+        return own_ids, own_lengths
+
+    def candidates(
+        self,
+        prompt_ids: Int[np.ndarray, "B P"],
+        prompt_lengths: Int[np.ndarray, "B"],
+        answer_ids: Int[np.ndarray, "B N"],
+        count: int,
+        candidates: Int[np.ndarray, "B K"],
+        settled: Int[np.ndarray, "B"],
+        tail_width: int,
+        fresh_width: int,
+    ) -> Candidates:
+        """What the reward model reads of each row's answer so far with each of its candidates.
+
+        The result depends on the arguments alone, whatever was asked before. A candidate that adds no text to an empty
+        answer has a tail of length 0. Rows that are filler or finished get lengths of 0.
+
+        Args:
+            prompt_ids, prompt_lengths: left-padded prompts, in the language model's tokens.
+            answer_ids, count: the answers so far, of which the first `count` columns are written. One that holds an
+                end-of-sequence token is finished.
+            candidates: what each answer may go on with.
+            settled: how many of the reward model's tokens of the answer the caller has, by earlier calls' `fresh`.
+            tail_width: room for a tail. What fits a whole answer fits every tail.
+            fresh_width: room for fresh tokens. Those that do not fit are part of the tails, and fresh later.
+
+        Raises:
+            InputError: if a tail needs more than `tail_width` tokens, or `settled` is more than ever were.
+        """
+        batch, options = candidates.shape
+        split = Candidates(
+            np.zeros((batch, fresh_width), np.int32),
+            np.zeros(batch, np.int32),
+            np.zeros((batch, options, tail_width), np.int32),
+            np.zeros((batch, options), np.int32),
+        )
+        answers = np.ascontiguousarray(answer_ids[:, :count], np.int32)
+        is_live = (prompt_lengths > 0) & ~np.isin(answers, self.lm.eos_ids).any(axis=1)
+        is_end = np.isin(candidates, self.lm.eos_ids)
+
+        keys, rows, cuts = [], [], []
+        parts: list[tuple[str, Place]] = []
+        for b in np.flatnonzero(is_live):
+            prompt = _last(prompt_ids[b], prompt_lengths[b])
+            keys.append((prompt.tobytes(), answers[b].tobytes()))
+            row = self._row(keys[-1], prompt, answers[b])
+            cut = row.last_cut() if self.settles else 0
+            rows.append(row)
+            cuts.append(cut)
+            so_far = row.answer.text
+            parts.append((so_far[row.settled_chars : cut], row.place(row.settled_chars)))
+            for candidate, ends in zip(candidates[b].tolist(), is_end[b].tolist(), strict=True):
+                text = so_far if ends else row.answer.followed_by(candidate).text
+                parts.append((text[cut:], row.place(cut)))
+        encoded = iter(self.rm.encode_parts(parts))
+
+        for b, key, row, cut in zip(np.flatnonzero(is_live), keys, rows, cuts, strict=True):
+            row = row._replace(settled_chars=cut, settled_ids=(*row.settled_ids, *next(encoded)))
+            self._remember(key, row)
+            have = int(settled[b])
+            if have > len(row.settled_ids):
+                raise InputError(f"row {b}: {have} tokens cannot be settled, there are {len(row.settled_ids)}")
+            fresh = row.settled_ids[have : have + fresh_width]
+            waiting = row.settled_ids[have + fresh_width :]
+            split.fresh[b, : len(fresh)] = fresh
+            split.fresh_lengths[b] = len(fresh)
+            for k, ends in enumerate(is_end[b].tolist()):
+                tail = [*waiting, *next(encoded), *([self.rm.eos_id] if ends else [])]
+                if len(tail) > tail_width:
+                    raise InputError(
+                        f"row {b}: candidate {k} has {len(tail)} tokens of the reward model beyond the settled ones, "
+                        f"and there is room for {tail_width}: make the room larger"
+                    )
+                split.tails[b, k, : len(tail)] = tail
+                split.tail_lengths[b, k] = len(tail)
+        return split
+
+    def _row(self, key: tuple[bytes, bytes], prompt: Int[np.ndarray, "P"], answer: Int[np.ndarray, "N"]) -> "_Row":
+        prompt_key, answer_key = key
+        with self._memo_lock:
+            row = self._memo.get(key)
+            before = self._memo.get((prompt_key, answer_key[: -answer.itemsize])) if len(answer) else None
+        if row is not None:
+            return row
+        if before is not None:
+            return before._replace(answer=before.answer.followed_by(int(answer[-1])))
+        text = AnswerText.begin(self._reader, prompt.tolist())
+        for token in answer.tolist():
+            text = text.followed_by(token)
+        return _Row(text, starts_text=not self.lm.decode(prompt.tolist()))
+
+    def _remember(self, key: tuple[bytes, bytes], row: "_Row") -> None:
+        with self._memo_lock:
+            self._memo[key] = row
+            while len(self._memo) > MEMO_ROWS:
+                del self._memo[next(iter(self._memo))]
+
+
+def _last(ids: Int[np.ndarray, "P"], length: int) -> Int[np.ndarray, "Q"]:
+    return np.ascontiguousarray(ids[len(ids) - length :], np.int32)
+
+
+class _Row(NamedTuple):
+    """A row's answer so far, and what of it is settled."""
+
+    answer: AnswerText
+    starts_text: bool
+    """The prompt has no text."""
+    settled_chars: int = 0
+    settled_ids: tuple[int, ...] = ()
+
+    def last_cut(self) -> int:
+        """Where the answer's text is cut: what stands before can be settled."""
+        cuts = CUT.finditer(self.answer.lasting_text, self.settled_chars + 1)
+        return max((match.start() for match in cuts), default=self.settled_chars)
+
+    def place(self, chars: int) -> Place:
+        """Where the text after so many characters stands."""
+        if chars:
+            return "word"
+        return "text" if self.starts_text else "answer"
+
+
+def words_stand_apart(tokenizer: TextTokenizer) -> bool:
+    """Whether a text that is cut where `CUT` matches has the tokens of its two parts, whatever stands around them.
+
+    True only if it follows from the tokenizer's definition and probing texts agree.
+    """
+    definition = tokenizer.definition()
+    return definition is not None and _definition_keeps_words_apart(definition) and _probes_agree(tokenizer)
+
+
+def _definition_keeps_words_apart(definition: dict[str, Any]) -> bool:
+    normalisers = stages(definition["normalizer"])
+    is_local = all(
+        (stage["pattern"], stage["content"]) in _LOCAL_REPLACEMENTS
+        if stage["type"] == "Replace"
+        else stage["type"] in _LOCAL_NORMALISERS
+        for stage in normalisers
+    )
+    if not is_local or definition["model"].get("dropout") or any(map(_may_hold_a_space, definition["added_tokens"])):
+        return False
+    # Spaces are either still spaces when the text is split into words, or already the mark that SentencePiece uses.
+    has_marks = any(stage["type"] == "Replace" and stage["content"] == "▁" for stage in normalisers)
+    splits = stages(definition["pre_tokenizer"])
+    if all(stage["type"] == "Metaspace" and stage["replacement"] == "▁" for stage in splits):
+        if any(stage["split"] for stage in splits):
+            return True
+        return (bool(splits) or has_marks) and _never_joins_words(definition["model"])
+    return not has_marks and _splits_before_words(splits[0]) and all(s["type"] == "ByteLevel" for s in splits[1:])
+
+
+def _may_hold_a_space(added_token: dict[str, Any]) -> bool:
+    takes_spaces = not added_token["special"] and (added_token["lstrip"] or added_token["rstrip"])
+    return takes_spaces or re.search(r"[\s▁]", added_token["content"]) is not None
+
+
+def _splits_before_words(stage: dict[str, Any]) -> bool:
+    if stage["type"] == "ByteLevel":
+        return stage["use_regex"]
+    is_plain_split = stage["type"] == "Split" and stage["behavior"] == "Isolated" and not stage["invert"]
+    return is_plain_split and stage["pattern"].get("Regex") in _KNOWN_SPLITS
+
+
+def _never_joins_words(model: dict[str, Any]) -> bool:
+    """Whether a model that is given whole texts, their spaces marked, has no token across the beginning of a word.
+
+    Then no merge of BPE goes across, and the merges on either side do not depend on the other. The best path of Unigram
+    would not go across either, but ties between paths are broken by rounding, and so by what stands before.
+    """
+    is_plain_bpe = model["type"] == "BPE" and not (
+        model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]
+    )
+    return is_plain_bpe and "▁" in model["vocab"] and not any("▁" in token.lstrip("▁") for token in model["vocab"])
+
+
+def _probes_agree(tokenizer: TextTokenizer) -> bool:
+    for text in _PROBES:
+        for cut in (match.start() for match in CUT.finditer(text)):
+            before, after = tokenizer.encode_parts([(text[:cut], "answer"), (text[cut:], "word")])
+            if before + after != tokenizer.encode_answer(text):
+                return False
+    return True

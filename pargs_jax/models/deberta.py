@@ -1,0 +1,423 @@
+"""DeBERTa v2 and v3 (He et al., 2021): an encoder with disentangled attention, `content to content + content to
+position + position to content`, over log-bucketed relative positions."""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.errors import InputError
+from pargs_jax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    KeyValues,
+    dropout,
+    make_layers,
+    run_layers,
+    split_heads,
+)
+
+MINIMUM = float(jnp.finfo(jnp.float32).min)
+"""The score of what is not to be seen; finite, so that a row which sees nothing is not NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig:
+    """The shape of a DeBERTa v2 or v3 model; the defaults are those of v3-base.
+
+    `dropout` acts on embeddings and residual branches, and only when a key is given. `attention` is not part of the
+    published architecture: see `PrefixCausalModel`.
+    """
+
+    vocab_size: int = 128100
+    context_length: int = 512
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    feedforward: int = 3072
+    embedding_width: int | None = None
+    activation: str = "gelu"
+    pooler_activation: str = "gelu"
+    norm_epsilon: float = 1e-7
+    relative_attention: bool = True
+    position_buckets: int = 256
+    max_relative_positions: int = 512
+    content_to_position: bool = True
+    position_to_content: bool = True
+    share_attention_key: bool = True
+    normalise_positions: bool = True
+    absolute_positions: bool = False
+    segments: int = 0
+    convolution_width: int = 0
+    convolution_groups: int = 1
+    convolution_activation: str = "tanh"
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+    attention: Literal["full", "prefix_causal"] = "full"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def max_positions(self) -> int:
+        return self.context_length
+
+    @property
+    def span(self) -> int:
+        """Distances, or buckets of them, to either side; the table of positions has twice as many rows."""
+        return self.position_buckets if self.position_buckets > 0 else self.max_relative_positions
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "DebertaConfig":
+        """Reads a `transformers.DebertaV2Config`."""
+        types = hf.pos_att_type or ()
+        farthest = hf.max_relative_positions
+        attention = getattr(hf, "pargs_attention", "full")
+        if attention not in ("full", "prefix_causal"):
+            raise InputError(f"config.json: pargs_attention is {attention!r}, must be 'full' or 'prefix_causal'")
+        return cls(
+            vocab_size=hf.vocab_size,
+            context_length=hf.max_position_embeddings,
+            width=hf.hidden_size,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            feedforward=hf.intermediate_size,
+            embedding_width=getattr(hf, "embedding_size", None),
+            activation=hf.hidden_act,
+            pooler_activation=hf.pooler_hidden_act,
+            norm_epsilon=hf.layer_norm_eps,
+            relative_attention=hf.relative_attention,
+            position_buckets=getattr(hf, "position_buckets", -1),
+            max_relative_positions=farthest if farthest > 0 else hf.max_position_embeddings,
+            content_to_position="c2p" in types,
+            position_to_content="p2c" in types,
+            share_attention_key=getattr(hf, "share_att_key", False),
+            normalise_positions="layer_norm" in getattr(hf, "norm_rel_ebd", "none"),
+            absolute_positions=hf.position_biased_input,
+            segments=hf.type_vocab_size,
+            convolution_width=getattr(hf, "conv_kernel_size", 0),
+            convolution_groups=getattr(hf, "conv_groups", 1),
+            convolution_activation=getattr(hf, "conv_act", "tanh"),
+            initializer_range=hf.initializer_range,
+            attention=attention,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `transformers.DebertaV2Config`."""
+        fields = {
+            "model_type": "deberta-v2",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.feedforward,
+            "hidden_act": self.activation,
+            "pooler_hidden_act": self.pooler_activation,
+            "pooler_hidden_size": self.width,
+            "layer_norm_eps": self.norm_epsilon,
+            "relative_attention": self.relative_attention,
+            "position_buckets": self.position_buckets,
+            "max_relative_positions": self.max_relative_positions,
+            "pos_att_type": ["c2p"] * self.content_to_position + ["p2c"] * self.position_to_content,
+            "share_att_key": self.share_attention_key,
+            "norm_rel_ebd": "layer_norm" if self.normalise_positions else "none",
+            "position_biased_input": self.absolute_positions,
+            "type_vocab_size": self.segments,
+            "initializer_range": self.initializer_range,
+            "pargs_attention": self.attention,
+        }
+        if self.embedding_width is not None:
+            fields["embedding_size"] = self.embedding_width
+        if self.convolution_width:
+            fields["conv_kernel_size"] = self.convolution_width
+            fields["conv_groups"] = self.convolution_groups
+            fields["conv_act"] = self.convolution_activation
+        return fields
+
+    def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Deberta":
+        return Deberta(self, unrolled=unrolled, rngs=rngs)
+
+
+def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
+    """The row of the positions' table for each distance (query's slot less key's).
+
+    Distances below half the number of buckets have rows of their own; farther ones share rows, in steps that grow with
+    the logarithm of the distance. The rounding is that of float32, as checkpoints were trained with.
+    """
+    if config.position_buckets > 0:
+        middle = config.position_buckets // 2
+        far = np.maximum(np.abs(distances), middle).astype(np.float32)
+        ratio = np.log(far / np.float32(middle)) / np.log(np.float32((config.max_relative_positions - 1) / middle))
+        buckets = np.ceil(ratio * np.float32(middle - 1)).astype(np.int64) + middle
+        distances = np.where(np.abs(distances) <= middle, distances, np.sign(distances) * buckets)
+    return np.clip(distances + config.span, 0, 2 * config.span - 1)
+
+
+class PositionTable(NamedTuple):
+    """One layer's projections of relative positions: what queries meet, and what keys meet; None where not used."""
+
+    keys: Float[Array, "H N D"] | None
+    queries: Float[Array, "H N D"] | None
+
+    def at(self, rows: Int[np.ndarray, "N"]) -> "PositionTable":
+        return PositionTable(*(None if table is None else table[:, rows] for table in self))
+
+
+class CachedLayer(NamedTuple):
+    """What one layer keeps of texts already read."""
+
+    kv: KeyValues
+    table: PositionTable
+
+
+class Block(nnx.Module):
+    """A post-norm block."""
+
+    def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width = config.width
+        init = nnx.initializers.normal(config.initializer_range)
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+
+        self.query, self.key, self.value = (linear(width, width) for _ in range(3))
+        own_positions = config.relative_attention and not config.share_attention_key
+        self.position_key = linear(width, width) if own_positions and config.content_to_position else None
+        self.position_query = linear(width, width) if own_positions and config.position_to_content else None
+        self.out = linear(width, width)
+        self.norm1 = norm()
+        self.up = linear(width, config.feedforward)
+        self.down = linear(config.feedforward, width)
+        self.norm2 = norm()
+
+    def positions(self, embedded: Float[Array, "N D"] | None) -> PositionTable:
+        """Projects embedded relative positions as this layer's attention needs them."""
+        if embedded is None:
+            return PositionTable(None, None)
+        config = self.config
+        key, query = (self.key, self.query) if config.share_attention_key else (self.position_key, self.position_query)
+
+        def project(linear: nnx.Linear, used: bool) -> Float[Array, "H N D"] | None:
+            return split_heads(linear(embedded)[None], config.heads)[0] if used else None
+
+        return PositionTable(project(key, config.content_to_position), project(query, config.position_to_content))
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B H T D"], KeyValues]:
+        q, k, v = (split_heads(linear(x), self.config.heads) for linear in (self.query, self.key, self.value))
+        return q, KeyValues(k, v)
+
+    def finish(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B H T D"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B T D"]:
+        """What follows attention: output projection and feed-forward, each with its residual and norm."""
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        rate = self.config.dropout
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape)
+        x = self.norm1(x + dropout(self.out(mixed), rate, attention_key))
+        hidden = ACTIVATIONS[self.config.activation](self.up(x))
+        return self.norm2(x + dropout(self.down(hidden), rate, mlp_key))
+
+    @property
+    def scale(self) -> float:
+        config = self.config
+        return (config.head_dim * (1 + config.content_to_position + config.position_to_content)) ** -0.5
+
+
+class Convolution(nnx.Module):
+    """Mixes neighbours' embeddings into the first layer's output (v2-xlarge and larger)."""
+
+    def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.conv = nnx.Conv(
+            config.width,
+            config.width,
+            (config.convolution_width,),
+            padding=[((config.convolution_width - 1) // 2,) * 2],
+            feature_group_count=config.convolution_groups,
+            rngs=rngs,
+        )
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+
+    def __call__(
+        self, embedded: Float[Array, "B T D"], x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        mixed = jnp.where(valid[..., None], self.conv(embedded), 0)
+        return self.norm(x + ACTIVATIONS[self.config.convolution_activation](mixed)) * valid[..., None]
+
+
+class Deberta(nnx.Module):
+    """The backbone: token ids to final hidden states."""
+
+    def __init__(self, config: DebertaConfig, *, unrolled: bool, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, std = config.width, config.initializer_range
+        inner = config.embedding_width or width
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+
+        def embedding(count: int, size: int) -> Embedding | None:
+            return Embedding(count, size, std, rngs=rngs) if count else None
+
+        self.embed = embedding(config.vocab_size, inner)
+        self.positions = embedding(config.context_length * config.absolute_positions, inner)
+        self.segments = embedding(config.segments, inner)
+        init = nnx.initializers.normal(std)
+        projects = inner != width
+        self.embed_out = nnx.Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
+        self.embed_norm = norm()
+        self.relative = embedding(2 * config.span * config.relative_attention, width)
+        self.relative_norm = norm() if config.relative_attention and config.normalise_positions else None
+        self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
+        self.convolution = Convolution(config, rngs=rngs) if config.convolution_width else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T T"],
+        valid: Bool[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states of whole texts, and with `keep` each layer's `CachedLayer`.
+
+        `mask[b, t, s]` says whether token t sees token s; distances are those of slots.
+        """
+        embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+        embedded = self._embed(tokens, positions, segments)
+        embedded = dropout(embedded * valid[..., None].astype(embedded.dtype), self.config.dropout, embed_key)
+        length = tokens.shape[1]
+        rows = position_rows(self.config, np.arange(1 - length, length))
+        relative = self._relative()
+        # The table has a row for each distance: few in short texts, where they are best picked before they are
+        # projected.
+        if relative is not None and not keep and len(rows) < relative.shape[0]:
+            relative, rows = relative[rows], np.arange(len(rows))
+
+        def step(block: Block, x: Array, index: Any, _: Any, key: Any) -> tuple[Array, CachedLayer | None]:
+            q, kv = block.project(x)
+            table = block.positions(relative)
+            scores = (jnp.einsum("bhqd,bhkd->bhqk", q, kv.keys, preferred_element_type=jnp.float32)) + _skewed_scores(
+                q, kv.keys, table.at(rows)
+            )
+            weights = jax.nn.softmax(jnp.where(mask[:, None], scores * block.scale, MINIMUM), axis=-1)
+            mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(kv.values.dtype), kv.values)
+            x = block.finish(x, mixed, key)
+            if self.convolution is not None:
+                x = jax.lax.cond(index == 0, lambda x: self.convolution(embedded, x, valid), lambda x: x, x)
+            return x, CachedLayer(kv, table) if keep else None
+
+        return run_layers(self.layers, step, embedded, self.config.layers, key=layers_key)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "*B T T"],
+        cache: Any,
+        cache_positions: Int[Array, "B S"],
+        cache_valid: Bool[Array, "B S"],
+        segments: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states of new tokens that see a cache and, by `mask`, each other; and their keys and values.
+
+        `cache` holds `CachedLayer`s in the form of `run_layers`.
+        """
+        reach = cache_positions.shape[-1] + tokens.shape[-1]
+        rows_of = jnp.asarray(position_rows(self.config, np.arange(-reach, reach + 1)))
+
+        def rows(others: Int[Array, "B S"]) -> Int[Array, "B T S"]:
+            return rows_of[jnp.clip(positions[:, :, None] - others[:, None], -reach, reach) + reach]
+
+        past_rows, own_rows = rows(cache_positions), rows(positions)
+        own_mask = jnp.broadcast_to(mask, (*tokens.shape, tokens.shape[-1]))[:, None]
+
+        def step(block: Block, x: Array, _: Any, layer: CachedLayer, key: Any) -> tuple[Array, KeyValues]:
+            q, kv = block.project(x)
+            past = _content_and_position_scores(q, layer.kv.keys, past_rows, layer.table)
+            own = _content_and_position_scores(q, kv.keys, own_rows, layer.table)
+            past = jnp.where(cache_valid[:, None, None], past * block.scale, MINIMUM)
+            own = jnp.where(own_mask, own * block.scale, MINIMUM)
+            weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(kv.values.dtype)
+            split = past.shape[-1]
+            mixed = jnp.einsum("bhqk,bhkd->bhqd", weights[..., :split], layer.kv.values)
+            mixed = mixed + jnp.einsum("bhqk,bhkd->bhqd", weights[..., split:], kv.values)
+            return block.finish(x, mixed, key), kv
+
+        embedded = self._embed(tokens, positions, segments)
+        return run_layers(self.layers, step, embedded, self.config.layers, cache)
+
+    def _embed(self, tokens: Array, positions: Array, segments: Array | None) -> Float[Array, "B T D"]:
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.segments is not None:
+            x = x + self.segments(jnp.zeros_like(tokens) if segments is None else segments)
+        return self.embed_norm(x if self.embed_out is None else self.embed_out(x))
+
+    def _relative(self) -> Float[Array, "N D"] | None:
+        if self.relative is None:
+            return None
+        table = self.relative.embedding[...]
+        return table if self.relative_norm is None else self.relative_norm(table)
+
+
+def _skewed_scores(
+    queries: Float[Array, "B H T D"], keys: Float[Array, "B H T D"], table: PositionTable
+) -> Float[Array, "B H T T"] | float:
+    """Scores of contents with positions in a whole text; `table` has a row for each distance 1 - T .. T - 1.
+
+    No gather: every query meets every distance in one product, whose rows are then shifted into place.
+    """
+    scores: Any = 0.0
+    if table.keys is not None:
+        met = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
+        scores = scores + _skew(met)
+    if table.queries is not None:
+        met = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + _skew(met).swapaxes(-1, -2)
+    return scores
+
+
+def _skew(x: Float[Array, "B H T N"]) -> Float[Array, "B H T T"]:
+    """Entry (t, s) of the result is entry (t, s - t + T - 1) of x, which has N = 2 T - 1 columns (Dai et al., 2019)."""
+    *batch, length, columns = x.shape
+    flat = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]).reshape(*batch, length * (columns + 1))
+    flat = flat[..., length - 1 : length - 1 + length * columns]
+    return flat.reshape(*batch, length, columns)[..., :length]
+
+
+def _content_and_position_scores(
+    queries: Float[Array, "B H T D"],
+    keys: Float[Array, "B H S D"],
+    rows: Int[Array, "B T S"],
+    table: PositionTable,
+) -> Float[Array, "B H T S"]:
+    """All scores of a few queries with keys at any distances: `rows` of the table."""
+    scores = jnp.einsum("bhtd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
+    if table.keys is not None:
+        met = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(met, rows[:, None], axis=-1)
+    if table.queries is not None:
+        # The rows that a key needs are few where there are few queries: cheaper than meeting them all.
+        if math.prod(rows.shape[1:2]) <= 16:
+            picked = table.queries[:, rows]
+            scores = scores + jnp.einsum("bhsd,hbtsd->bhts", keys, picked, preferred_element_type=jnp.float32)
+        else:
+            met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
+            scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
+    return scores

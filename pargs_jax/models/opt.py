@@ -1,0 +1,202 @@
+"""OPT (Zhang et al., 2022): learned positions that start at row 2, and, at 350m alone, projections and post-norm blocks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.models.layers import (
+    ACTIVATIONS,
+    CachedPrefix,
+    Embedding,
+    KeyValues,
+    attention,
+    dropout,
+    make_layers,
+    run_layers,
+    split_heads,
+)
+
+POSITION_OFFSET = 2
+"""Checkpoints keep two rows before the first position; no text reaches them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OPTConfig:
+    """The shape of an OPT model. `dropout` acts on residual branches, and only when a key is given.
+
+    Where `embedding_width` is not `width`, one matrix leads from token embeddings into the blocks and another out of
+    them, to the width of the embeddings again, which the heads then see. `norm_first` says where a block's norms are:
+    before attention and feed-forward, or after each residual sum, and then there is no final norm; `final_norm` leaves
+    it out of models with norms before, too. `biases` are those of the linear layers; norms that are not `learned_norms`
+    have neither scale nor bias.
+    """
+
+    vocab_size: int = 50272
+    context_length: int = 2048
+    width: int = 768
+    embedding_width: int = 768
+    layers: int = 12
+    heads: int = 12
+    feedforward: int = 3072
+    activation: str = "relu"
+    norm_first: bool = True
+    final_norm: bool = True
+    biases: bool = True
+    learned_norms: bool = True
+    tied_embeddings: bool = True
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def head_width(self) -> int:
+        return self.embedding_width
+
+    @property
+    def max_positions(self) -> int:
+        return self.context_length
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> "OPTConfig":
+        """Reads a `transformers.OPTConfig`."""
+        return cls(
+            vocab_size=hf.vocab_size,
+            context_length=hf.max_position_embeddings,
+            width=hf.hidden_size,
+            embedding_width=hf.word_embed_proj_dim,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            feedforward=hf.ffn_dim,
+            activation=hf.activation_function,
+            norm_first=hf.do_layer_norm_before,
+            final_norm=not hf._remove_final_layer_norm,
+            biases=hf.enable_bias,
+            learned_norms=hf.layer_norm_elementwise_affine,
+            tied_embeddings=hf.tie_word_embeddings,
+            initializer_range=hf.init_std,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `transformers.OPTConfig`."""
+        return {
+            "model_type": "opt",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "hidden_size": self.width,
+            "word_embed_proj_dim": self.embedding_width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "ffn_dim": self.feedforward,
+            "activation_function": self.activation,
+            "do_layer_norm_before": self.norm_first,
+            "_remove_final_layer_norm": not self.final_norm,
+            "enable_bias": self.biases,
+            "layer_norm_elementwise_affine": self.learned_norms,
+            "tie_word_embeddings": self.tied_embeddings,
+            "init_std": self.initializer_range,
+        }
+
+    def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "OPT":
+        return OPT(self, unrolled=unrolled, rngs=rngs)
+
+
+def _layer_norm(config: OPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    learned = config.learned_norms
+    return nnx.LayerNorm(
+        config.width, epsilon=1e-5, use_scale=learned, use_bias=learned, use_fast_variance=False, rngs=rngs
+    )
+
+
+class Block(nnx.Module):
+    def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width = config.width
+        normal = nnx.initializers.normal(config.initializer_range)
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=config.biases, kernel_init=normal, rngs=rngs)
+
+        self.norm1 = _layer_norm(config, rngs)
+        self.query = linear(width, width)
+        self.key = linear(width, width)
+        self.value = linear(width, width)
+        self.out = linear(width, width)
+        self.norm2 = _layer_norm(config, rngs)
+        self.up = linear(width, config.feedforward)
+        self.down = linear(config.feedforward, width)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "*B T T"],
+        prefix: CachedPrefix | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        config = self.config
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        seen = self.norm1(x) if config.norm_first else x
+        q, k, v = (split_heads(project(seen), config.heads) for project in (self.query, self.key, self.value))
+        mixed = attention(q, KeyValues(k, v), mask, prefix, config.head_dim**-0.5)
+        x = x + dropout(self.out(mixed), config.dropout, attention_key)
+        if not config.norm_first:
+            x = self.norm1(x)
+        seen = self.norm2(x) if config.norm_first else x
+        hidden = ACTIVATIONS[config.activation](self.up(seen))
+        x = x + dropout(self.down(hidden), config.dropout, mlp_key)
+        return x if config.norm_first else self.norm2(x), KeyValues(k, v)
+
+
+class OPT(nnx.Module):
+    """The backbone: token ids to final hidden states, which are as wide as the token embeddings."""
+
+    def __init__(self, config: OPTConfig, *, unrolled: bool, rngs: nnx.Rngs) -> None:
+        self.config = config
+        width, outer, std = config.width, config.embedding_width, config.initializer_range
+        normal = nnx.initializers.normal(std)
+
+        def project(inputs: int, outputs: int) -> nnx.Linear | None:
+            return (
+                None if width == outer else nnx.Linear(inputs, outputs, use_bias=False, kernel_init=normal, rngs=rngs)
+            )
+
+        self.embed = Embedding(config.vocab_size, outer, std, rngs=rngs)
+        self.positions = Embedding(POSITION_OFFSET + config.context_length, width, std, rngs=rngs)
+        self.project_in = project(outer, width)
+        self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
+        self.norm = _layer_norm(config, rngs) if config.norm_first and config.final_norm else None
+        self.project_out = project(width, outer)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "*B T T"],
+        cache: Any = None,
+        cache_valid: Bool[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        x = self.embed(tokens)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        x = x + self.positions(POSITION_OFFSET + positions)
+
+        def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
+            return block(x, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, key)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return x, new

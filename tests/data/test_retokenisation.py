@@ -1,0 +1,317 @@
+"""The retokeniser: always the tokens of the decoded text, and of the whole text no more than needed."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pargs_jax.data import demo_language
+from pargs_jax.data.answer_text import fastest_reader
+from pargs_jax.data.retokenisation import Retokeniser, words_stand_apart
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.errors import InputError
+
+SHARED = Path(__file__).parents[3] / "shared"
+FOLDERS = {
+    "stories": SHARED / "models/stories260k",
+    "gpt2": SHARED / "tokenizers/gpt2",
+    "mistral": SHARED / "tokenizers/mistral_v1",
+    "deberta": SHARED / "tokenizers/deberta_v3",
+    "demo": Path(demo_language.__file__).parents[1] / "assets/demo_lm",
+}
+WIDTH, FRESH = 600, 3
+
+ENGLISH = (
+    " The little girl went to the park with her mother, and saw a big red ball. It wasn't hers; it cost 42 dollars!"
+)
+NASTY = [
+    ENGLISH,
+    " It isn't aaaa aaaaaaaa (a_b) 'll we'll ... 1000 2e5",
+    "👍🏽 ok 🙂🙂 日本語。 中文 a 語 x e\u0301 \u0301 l'été \u00a0 \u200b\u2028z",
+    "\ndef f(x):\n\t return x  # two   spaces \r\n\r\n    if a == 'b' : pass\n",
+    " <|endoftext|> it [SEP] is</s> <s> so [CLS][MASK] <unk> [UNK] <0x41> ▁x ▁ y",
+    "\ufffd \ufffd\ufffd a \ufffd",
+    " ",
+    "   \n \n",
+]
+
+
+def wrapped(backend, **special_tokens):
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens))
+
+
+def trained(backend, trainer):
+    backend.train_from_iterator([ENGLISH, *NASTY] * 4, trainer)
+    return backend
+
+
+def byte_level():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trained(backend, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"]))
+
+
+def metaspace_unigram():
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip(left=True, right=True)])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    specials = ["[UNK]", "[CLS]", "[SEP]"]
+    backend = trained(backend, trainers.UnigramTrainer(vocab_size=300, unk_token="[UNK]", special_tokens=specials))
+    return backend
+
+
+def pair():
+    backend = metaspace_unigram()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return wrapped(backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+
+
+def joining_bpe():
+    """A BPE over whole texts, with merges across spaces."""
+    letters = ["</s>", *sorted({char for text in NASTY for char in text.replace(" ", "▁")} - {" "})]
+    merges = [("d", "▁"), ("d▁", "b"), ("t", "h"), ("r", "▁"), ("r▁", "m"), ("▁", "a")]
+    vocab = {token: index for index, token in enumerate([*letters, *map("".join, merges)])}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+    return wrapped(backend, eos_token="</s>")
+
+
+@cache
+def tokenizer(name):
+    if name in FOLDERS:
+        if not FOLDERS[name].is_dir():
+            pytest.skip("needs the tokenizers in ../shared")
+        return TextTokenizer.load(FOLDERS[name])
+    makers = {
+        "bytes": lambda: wrapped(byte_level(), eos_token="<eos>"),
+        "unigram": lambda: wrapped(metaspace_unigram(), eos_token="[SEP]", unk_token="[UNK]"),
+        "pair": pair,
+        "joining": joining_bpe,
+    }
+    return makers[name]()
+
+
+@cache
+def retokeniser(lm, rm):
+    return Retokeniser(tokenizer(lm), tokenizer(rm))
+
+
+def arrays(prompts, answers):
+    """Prompts left-padded, and answers right-padded to a common count."""
+    width = max(map(len, prompts))
+    padded = np.array([[7] * (width - len(ids)) + ids for ids in prompts], np.int32)
+    lengths = np.array(list(map(len, prompts)), np.int32)
+    written = np.array([[*ids, 5, 5] for ids in answers], np.int32)
+    return padded, lengths, written, len(answers[0])
+
+
+PAIRS = [
+    ("gpt2", "deberta"),
+    ("stories", "deberta"),
+    ("gpt2", "stories"),
+    ("gpt2", "mistral"),
+    ("mistral", "gpt2"),
+    ("demo", "bytes"),
+    ("bytes", "demo"),
+    ("demo", "pair"),
+    ("bytes", "pair"),
+    ("unigram", "demo"),
+    ("demo", "joining"),
+]
+
+
+def nasty_tokens(lm, rng):
+    while True:
+        yield from lm.encode_answer("".join(rng.choices(NASTY, k=2)))
+
+
+@pytest.mark.parametrize(("lm", "rm"), PAIRS, ids=map("-".join, PAIRS))
+def test_tokens_are_those_of_the_whole_decoded_text(lm, rm):
+    retokenise, lm, rm = retokeniser(lm, rm), tokenizer(lm), tokenizer(rm)
+    rng = random.Random(1)
+    upcoming = nasty_tokens(lm, rng)
+    any_token = [token for token in range(lm.vocab_size + 3) if token not in lm.eos_ids]  # models may have more tokens
+    in_a_character = lm.encode_answer("🙂")[:-1] or any_token
+    for prompt in ["", "Why?\n", "日 🙂", " ", "unfinished"]:
+        prompts = [lm.encode_prompt(prompt), [*lm.encode_prompt("Why?"), *in_a_character[:1]]]
+        answers, cached = [[], []], [[], []]
+        for _ in range(42):
+            candidates = [
+                [next(upcoming), lm.eos_id, rng.choice(in_a_character), *rng.choices(any_token, k=2)] for _ in prompts
+            ]
+            settled = np.array(list(map(len, cached)))
+            call = *arrays(prompts, answers), np.array(candidates, np.int32), settled, WIDTH, FRESH
+            split = retokenise.candidates(*call)
+            for b, answer in enumerate(answers):
+                cached[b] += split.fresh[b, : split.fresh_lengths[b]].tolist()
+                for k, candidate in enumerate(candidates[b]):
+                    ends = candidate in lm.eos_ids
+                    text = lm.decode_answer(prompts[b], answer if ends else [*answer, candidate])
+                    expected = rm.encode_answer(text, starts_text=not lm.decode(prompts[b])) + [rm.eos_id] * ends
+                    tail = split.tails[b, k, : split.tail_lengths[b, k]].tolist()
+                    assert cached[b] + tail == expected, (text, candidate)
+                answer.append(candidates[b][rng.choice([0, 0, 0, 0, 2, 3])])
+
+
+def english(lm, rm, steps, fresh_width=FRESH):
+    """Each step's call and result, for two rows that write English."""
+    retokenise, lm = retokeniser(lm, rm), tokenizer(lm)
+    prompts = [lm.encode_prompt("Why?"), lm.encode_prompt("Once upon a time")]
+    tokens = lm.encode_answer(ENGLISH * 9)[:steps]
+    settled = np.zeros(2, np.int32)
+    for count, token in enumerate(tokens):
+        answers = [tokens[:count]] * 2
+        call = *arrays(prompts, answers), np.array([[token, lm.eos_id]] * 2, np.int32), settled, WIDTH, fresh_width
+        split = retokenise.candidates(*call)
+        yield call, split
+        settled = settled + split.fresh_lengths
+
+
+@pytest.mark.parametrize("rm", ["bytes", "pair", "unigram"])
+def test_all_but_the_last_words_of_english_are_settled(rm):
+    assert retokeniser("demo", rm).settles
+    steps = list(english("demo", rm, steps=200))
+    last_words = 20  # tokens
+    assert max(split.tail_lengths.max() for _, split in steps) <= last_words
+    (*_, settled, _, _), _ = steps[-1]
+    assert settled.min() >= 3 * last_words
+
+
+def test_bytes_that_later_ones_may_make_invalid_are_not_settled():
+    retokenise, lm, rm = retokeniser("demo", "bytes"), tokenizer("demo"), tokenizer("bytes")
+    prompt = lm.encode_prompt("Why?")
+    *valid, broken = [lm.definition()["model"]["vocab"][f"<0x{byte:02X}>"] for byte in b" to be or not\xf0"]
+    word = lm.encode_answer(" to")[0]
+    settled = []
+    for answer in (valid, [*valid, broken], [*valid, broken, word]):
+        have = np.array([len(settled)])
+        split = retokenise.candidates(*arrays([prompt], [answer]), np.array([[word]]), have, WIDTH, FRESH)
+        settled += split.fresh[0, : split.fresh_lengths[0]].tolist()
+        tail = split.tails[0, 0, : split.tail_lengths[0, 0]].tolist()
+        assert settled + tail == rm.encode_answer(lm.decode_answer(prompt, [*answer, word]))
+    assert lm.decode_answer(prompt, answer) == "\ufffd" * len([*valid, broken]) + " to"
+
+
+def test_what_was_asked_before_changes_nothing():
+    new = Retokeniser(tokenizer("demo"), tokenizer("pair"))
+    for call, split in list(english("demo", "pair", steps=40))[::13]:
+        for known, unknown in zip(split, new.candidates(*call), strict=True):
+            np.testing.assert_array_equal(known, unknown)
+    assert len({new, retokeniser("demo", "pair")}) == 2
+
+
+def test_settled_tokens_wait_in_the_tails_until_there_is_room():
+    wide = [(call[5] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=60)]
+    narrow = [(call[5] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=1)]
+    assert max(s.fresh_lengths.max() for _, s in wide) > 1 == max(s.fresh_lengths.max() for _, s in narrow)
+    for (had, some), (had_fewer, fewer) in zip(wide, narrow, strict=True):
+        np.testing.assert_array_equal(had[:, None] + some.tail_lengths, had_fewer[:, None] + fewer.tail_lengths)
+
+
+def test_filler_and_finished_rows_are_left_alone():
+    lm, rm = tokenizer("demo"), tokenizer("pair")
+    prompt = lm.encode_prompt("Why?")
+    answers = [lm.encode_answer(" no")] * 2 + [[lm.eos_id, *lm.encode_answer(" no")[1:]]]
+    prompts, lengths, written, count = arrays([prompt] * 3, answers)
+    lengths[0] = 0
+    candidates = np.full((3, 2), lm.encode_answer("x")[-1])
+    split = retokeniser("demo", "pair").candidates(
+        prompts, lengths, written, count, candidates, np.array([9, 0, 9]), WIDTH, FRESH
+    )
+    np.testing.assert_array_equal(split.fresh_lengths, 0)
+    length = len(rm.encode_answer(" nox"))
+    assert split.tail_lengths.tolist() == [[0, 0], [length, length], [0, 0]]
+
+
+def test_a_tail_that_does_not_fit_is_an_error():
+    (prompts, lengths, written, count, candidates, settled, _, _), _ = list(english("demo", "pair", steps=30))[-1]
+    call = prompts, lengths, written, count, candidates
+    with pytest.raises(InputError, match=r"\Arow 0: candidate 0 has \d+ tokens .* room for 1: make the room larger\Z"):
+        retokeniser("demo", "pair").candidates(*call, settled, 1, FRESH)
+    with pytest.raises(InputError, match=r"\Arow 1: 400 tokens cannot be settled, there are \d+\Z"):
+        retokeniser("demo", "pair").candidates(*call, np.array([0, 400]), WIDTH, FRESH)
+
+
+@pytest.mark.parametrize("rm", ["bytes", "pair", "demo"])
+def test_prompts_are_encoded_anew_and_cut_on_the_left(rm):
+    retokenise, lm, rm = retokeniser("demo", rm), tokenizer("demo"), tokenizer(rm)
+    texts = ["Why?", "", "A long prompt, too long by far: 日本 🙂"]
+    prompts, lengths, _, _ = arrays([lm.encode_prompt(text) for text in texts] + [[1]], [[]] * 4)
+    lengths[3] = 0
+    expected = [rm.encode_prompt(text) for text in texts] + [[]]
+    ids, own_lengths = retokenise.prompts(prompts, lengths, 99)
+    assert [row[99 - length :].tolist() for row, length in zip(ids, own_lengths, strict=True)] == expected
+    ids, own_lengths = retokenise.prompts(prompts, lengths, 5)
+    whole = expected[2]
+    begins_with_bos = whole[0] == rm.bos_id
+    assert begins_with_bos == (rm is not tokenizer("bytes"))
+    assert ids[2].tolist() == ([whole[0], *whole[-4:]] if begins_with_bos else whole[-5:])
+    assert own_lengths.tolist() == [min(5, len(ids)) for ids in expected]
+
+
+def redefined(name, change):
+    definition = tokenizer(name).definition()
+    change(definition)
+    return wrapped(Tokenizer.from_str(json.dumps(definition)), eos_token="<eos>")
+
+
+def pre_tokenized_by(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return lambda definition: definition.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]}
+    )
+
+
+def with_added_token(content, **options):
+    token = {"id": 400, "content": content, "special": False, "normalized": False}
+    token |= {"single_word": False, "lstrip": False, "rstrip": False, **options}
+    return lambda definition: definition["added_tokens"].append(token)
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (pre_tokenized_by(LLAMA_3), True),
+        (pre_tokenized_by(r"\w+ \w+|."), False),
+        (with_added_token("dog"), True),
+        (with_added_token("hot dog"), False),
+        (with_added_token("dog", lstrip=True), False),
+        (lambda definition: definition["model"].update(dropout=0.1), False),
+        (
+            lambda definition: definition.update(
+                normalizer={"type": "Replace", "pattern": {"String": "a b"}, "content": "c"}
+            ),
+            False,
+        ),
+    ],
+)
+def test_text_is_cut_only_where_the_definition_allows_it(change, expected):
+    assert words_stand_apart(redefined("bytes", change)) is expected
+
+
+def test_merges_across_spaces_are_found():
+    assert words_stand_apart(tokenizer("demo"))
+    assert not words_stand_apart(tokenizer("joining"))
+
+
+@pytest.mark.parametrize(("name", "is_fast"), [("demo", True), ("bytes", True), ("unigram", False)])
+def test_text_is_looked_up_where_tokens_have_a_text_of_their_own(name, is_fast):
+    assert (type(fastest_reader(tokenizer(name))).__name__ == "_PieceReader") is is_fast

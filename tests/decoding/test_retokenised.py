@@ -1,0 +1,159 @@
+"""Guides with another tokenizer, against a plain loop over decoded texts with Hugging Face's tokenizer and torch."""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pargs_jax.data.demo import DEMO_LM
+from pargs_jax.data.retokenisation import Retokeniser
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.decoding.guides import EncoderGuide, RetokenisedGuide
+from pargs_jax.generation.reward_models import causal_answer_rewards
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import save_model
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.testing import TINY_CONFIGS, random_params
+
+torch = pytest.importorskip("torch")
+SHARED = Path(__file__).parents[2].parent / "shared"
+TOKENIZERS = {
+    "demo": DEMO_LM,
+    "gpt2": SHARED / "tokenizers" / "gpt2",
+    "deberta": SHARED / "tokenizers" / "deberta_v3",
+    "llama": SHARED / "models" / "stories260k",
+}
+STEPS = 40
+CANDIDATES = 4
+PROMPTS = ("", "Hello there", "\n\nHuman: write code, 写 🙂\n\nAssistant:", "x")
+NASTY = (
+    " and", " the", "ing", ".", "\n", "\n\n", "  ", "\t", " def f(x):", "🙂", "👍🏽", " 你好", "世界", "é", "\u0301",
+    "'s", "</s>", "<|endoftext|>", "[SEP]", "0", " 1234", "$%^", "\u200d", "\u00a0", "...", " A", "b",
+)  # fmt: skip
+
+
+@lru_cache
+def tokenizer(name):
+    if not Path(TOKENIZERS[name]).is_dir():
+        pytest.skip(f"needs ../shared: {TOKENIZERS[name]} is not there")
+    return TextTokenizer.load(TOKENIZERS[name])
+
+
+def make_model(kind, vocab_size):
+    if kind == "causal":
+        config = dataclasses.replace(TINY_CONFIGS["llama"], vocab_size=vocab_size, context_length=512)
+        return CausalModel(config, "reward")
+    config = dataclasses.replace(TINY_CONFIGS["deberta"], vocab_size=vocab_size)
+    if kind == "encoder":
+        return EncoderModel(config, "reward")
+    return PrefixCausalModel(dataclasses.replace(config, attention="prefix_causal"), "reward")
+
+
+def torch_rewards(model, params, folder):
+    """ids -> reward, by the exported model in torch, at the last token or as the classifier does it."""
+    from transformers import AutoModelForSequenceClassification
+
+    save_model(folder, model, params)
+    twin = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    def reward(ids):
+        with torch.inference_mode():
+            inputs = torch.tensor([ids])
+            if isinstance(model, EncoderModel):
+                return float(twin(inputs).logits[0, 0])
+            return float(twin.score(twin.base_model(inputs).last_hidden_state[:, -1])[0, 0])
+
+    return reward
+
+
+def own_rewards(model, params):
+    """ids -> reward without a cache, for what torch does not have: prefix-causal attention."""
+
+    def reward(prompt, answer):
+        left = np.zeros((1, 64), np.int32)
+        left[0, 64 - len(prompt) :] = prompt
+        right = np.zeros((1, 256), np.int32)
+        right[0, : len(answer)] = answer
+        counts = np.array([len(prompt)]), np.array([len(answer)])
+        return float(causal_answer_rewards(model, params, left, counts[0], right, counts[1])[0])
+
+    return reward
+
+
+def draw_candidates(lm, rng):
+    """Tokens of nasty texts (all of each, so that characters come in pieces), random ids, and now and then EOS."""
+    pool = [token for text in NASTY for token in lm.encode_answer(text, starts_text=True)]
+    drawn = rng.choice([*pool, *rng.integers(0, lm.vocab_size, len(pool) // 4)], (len(PROMPTS), CANDIDATES))
+    drawn[rng.random(drawn.shape) < 0.1] = lm.eos_id
+    return drawn.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("lm_name", "rm_name", "kind"),
+    [
+        ("gpt2", "deberta", "encoder"),
+        ("llama", "deberta", "encoder"),
+        ("gpt2", "llama", "causal"),
+        ("llama", "gpt2", "causal"),
+        ("gpt2", "deberta", "prefix_causal"),
+        ("demo", "deberta", "prefix_causal"),
+    ],
+)
+def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path):
+    lm, rm = tokenizer(lm_name), tokenizer(rm_name)
+    model = make_model(kind, rm.vocab_size)
+    params = random_params(model, seed=1)
+    retokeniser = Retokeniser(lm, rm)
+    prompt_ids = [lm.encode_prompt(text) for text in PROMPTS]
+    prompt_width = max(map(len, prompt_ids))
+    prompts = np.zeros((len(PROMPTS), prompt_width), np.int32)
+    for row, ids in enumerate(prompt_ids):
+        prompts[row, prompt_width - len(ids) :] = ids
+    lengths = np.array(list(map(len, prompt_ids)), np.int32)
+    if kind == "encoder":
+        guide = EncoderGuide(model, retokeniser, 64, 256, rm.eos_id, buckets=2)
+    else:
+        guide = RetokenisedGuide(model, retokeniser, 64, 256)
+    score, commit = jax.jit(guide.score), jax.jit(guide.commit)
+    state = jax.jit(guide.prefill, static_argnums=3)(params, prompts, lengths, prompt_width + STEPS)
+
+    if kind == "prefix_causal":
+        plain = own_rewards(model, params)
+    else:
+        by_torch = torch_rewards(model, params, tmp_path)
+        closing = [rm.eos_id] if kind == "encoder" else []
+
+        def plain(prompt, answer):
+            return by_torch([*prompt, *answer, *(closing if answer[-1:] != [rm.eos_id] else [])])
+
+    rng = np.random.default_rng(0)
+    answers = [[] for _ in PROMPTS]
+    checked = 0
+    for _ in range(STEPS):
+        candidates = draw_candidates(lm, rng)
+        rewards, pending = score(params, state, candidates)
+        choice = rng.integers(0, CANDIDATES, len(PROMPTS)).astype(np.int32)
+        for row, ids in enumerate(prompt_ids):
+            if lm.eos_id in answers[row]:
+                continue
+            prompt_text = lm.decode(ids)
+            for k in {int(choice[row]), *rng.integers(0, CANDIDATES, 1).tolist()}:
+                token = int(candidates[row, k])
+                ends = token == lm.eos_id
+                text = lm.decode_answer(ids, answers[row] if ends else [*answers[row], token])
+                answer = [*rm.encode_answer(text, starts_text=not prompt_text), *([rm.eos_id] if ends else [])]
+                expected = plain(rm.encode_prompt(prompt_text), answer)
+                assert float(rewards[row, k]) == pytest.approx(expected, abs=1e-4), (text, k)
+                checked += 1
+            # An answer that ended would end the test of its row: go on with another candidate where there is one.
+            going_on = [k for k in range(CANDIDATES) if candidates[row, k] != lm.eos_id]
+            choice[row] = rng.choice(going_on) if going_on else choice[row]
+            answers[row].append(int(candidates[row, choice[row]]))
+        state = commit(params, state, pending, choice)
+    assert checked > STEPS * 3
+    if kind != "encoder" and rm_name != "deberta":
+        assert int(state.settled.max()) > 0  # the cache was used
