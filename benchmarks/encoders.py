@@ -157,10 +157,12 @@ def decode_rows(
         if not without_torch:
             import torch
             import torch_loops
+            from transformers import AutoTokenizer
 
             twins = [torch_twin(lm, lm_host), torch_twin(models["encoder"], rm_host)]
             contestants["torch, one by one"] = partial(
-                torch_loops.text_guided_loop, *twins, lm_tokenizer.pretrained, rm_tokenizer.pretrained,
+                torch_loops.text_guided_loop, *twins,
+                *(AutoTokenizer.from_pretrained(folder) for folder in (args.lm_tokenizer, args.rm_tokenizer)),
                 torch.from_numpy(prompt).long().to(torch_device()), args.tokens, args.k, WEIGHT,
             )  # fmt: skip
         answers = {name: np.asarray(run())[0].tolist() for name, run in contestants.items()}

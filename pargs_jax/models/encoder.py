@@ -69,8 +69,8 @@ class EncoderModel(Model):
     ) -> Float[Array, "B"]:
         """Rewards of answers to left-padded prompts, each read as a finished text: `[CLS] prompt [SEP] answer [SEP]`.
 
-        An answer is closed by `closing_id` unless its last token is that already. One without text is left out,
-        closing token and all, as tokenizers do with an empty second text.
+        An answer is closed by `closing_id` unless its last token is that already; an empty one too, so that it is
+        `[CLS] prompt [SEP] [SEP]`, the template of a pair. (transformers takes an empty string for no second text.)
 
         Args:
             params: the model's.
@@ -82,7 +82,7 @@ class EncoderModel(Model):
         width = prompts.shape[1]
         texts = jnp.concatenate([prompts, answers, jnp.zeros_like(answers[:, :1])], axis=1)
         end = width + lengths
-        is_closed = jnp.take_along_axis(texts, end[:, None] - 1, axis=1)[:, 0] == closing_id
+        last = jnp.take_along_axis(texts, end[:, None] - 1, axis=1)[:, 0]
+        is_closed = (lengths > 0) & (last == closing_id)
         texts = jnp.where(jnp.arange(texts.shape[1]) == end[:, None], closing_id, texts)
-        end = jnp.where(lengths - is_closed > 0, end + ~is_closed, width)
-        return self.text_rewards(params, texts, width - prompt_lengths, end, key, prompt_width=width)
+        return self.text_rewards(params, texts, width - prompt_lengths, end + ~is_closed, key, prompt_width=width)

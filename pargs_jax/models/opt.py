@@ -1,4 +1,4 @@
-"""OPT (Zhang et al., 2022): learned positions that start at row 2, and, at 350m alone, projections and post-norm blocks."""
+"""OPT (Zhang et al., 2022): learned positions that start at row 2; at 350m alone, projections and post-norm blocks."""
 
 import dataclasses
 from typing import Any

@@ -20,6 +20,7 @@ from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_CONFIGS, random_params
 
 torch = pytest.importorskip("torch")
+AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 SHARED = Path(__file__).parents[2].parent / "shared"
 TOKENIZERS = {
     "demo": DEMO_LM,
@@ -70,10 +71,12 @@ def torch_rewards(model, params, folder):
     return reward
 
 
-def own_rewards(model, params):
-    """ids -> reward without a cache, for what torch does not have: prefix-causal attention."""
+def own_rewards(model, params, rm):
+    """Rewards of texts without a cache, for what torch does not have: prefix-causal attention."""
 
-    def reward(prompt, answer):
+    def reward(prompt_text, text, *, ends):
+        prompt = rm.encode_prompt(prompt_text)
+        answer = [*rm.encode_answer(text, starts_text=not prompt_text), *([rm.eos_id] if ends else [])]
         left = np.zeros((1, 64), np.int32)
         left[0, 64 - len(prompt) :] = prompt
         right = np.zeros((1, 256), np.int32)
@@ -122,13 +125,18 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
     state = jax.jit(guide.prefill, static_argnums=3)(params, prompts, lengths, prompt_width + STEPS)
 
     if kind == "prefix_causal":
-        plain = own_rewards(model, params)
+        plain = own_rewards(model, params, rm)
     else:
         by_torch = torch_rewards(model, params, tmp_path)
-        closing = [rm.eos_id] if kind == "encoder" else []
+        original = AutoTokenizer.from_pretrained(TOKENIZERS[rm_name])
 
-        def plain(prompt, answer):
-            return by_torch([*prompt, *answer, *(closing if answer[-1:] != [rm.eos_id] else [])])
+        def plain(prompt_text, text, *, ends):
+            if kind == "encoder" and text and not any(special in text for special in original.all_special_tokens):
+                return by_torch(original(prompt_text, text)["input_ids"])
+            # Special tokens that are spelled out are text: the original would make an end of the text of them.
+            answer = rm.encode_answer(text, starts_text=not prompt_text)
+            closing = [rm.eos_id] if ends or kind == "encoder" else []
+            return by_torch([*rm.encode_prompt(prompt_text), *answer, *closing])
 
     rng = np.random.default_rng(0)
     answers = [[] for _ in PROMPTS]
@@ -145,8 +153,7 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
                 token = int(candidates[row, k])
                 ends = token == lm.eos_id
                 text = lm.decode_answer(ids, answers[row] if ends else [*answers[row], token])
-                answer = [*rm.encode_answer(text, starts_text=not prompt_text), *([rm.eos_id] if ends else [])]
-                expected = plain(rm.encode_prompt(prompt_text), answer)
+                expected = plain(prompt_text, text, ends=ends)
                 assert float(rewards[row, k]) == pytest.approx(expected, abs=1e-4), (text, k)
                 checked += 1
             # An answer that ended would end the test of its row: go on with another candidate where there is one.

@@ -122,7 +122,7 @@ def test_an_encoder_sees_neither_padding_nor_what_follows():
     np.testing.assert_array_equal(others, rewards)
 
 
-def test_a_closed_answer_is_not_closed_again_and_an_empty_one_is_left_out():
+def test_a_closed_answer_is_not_closed_again_and_an_empty_one_is_closed():
     model, params = encoder("v3 small")
     prompts, prompt_lengths, answers, lengths = pairs()
     rewards = answer_rewards(model, params, prompts, prompt_lengths, answers, lengths, SEP)
