@@ -1,9 +1,11 @@
 """A language model and its reward models, loaded and ready to answer prompts in batches."""
 
 import dataclasses
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -124,7 +126,8 @@ class Session:
             )
             run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
             began = time.perf_counter()
-            decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
+            with input_errors_of_callbacks():
+                decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
             seconds = (time.perf_counter() - began) / len(rows)
             decoded = jax.device_get(decoded)
             texts = [
@@ -195,6 +198,18 @@ class Session:
         finished = decoded.finished[: len(texts)]
         scored = [m.score(ids, lengths, decoded.tokens, decoded.lengths, texts, finished) for m in self.reward_models]
         return np.stack(scored, axis=1) if scored else np.zeros((len(ids), 0))
+
+
+@contextmanager
+def input_errors_of_callbacks() -> Iterator[None]:
+    """Raises the InputError of a host callback as itself: XLA knows it as text only."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"InputError: (.*)", str(error))
+        if found is None:
+            raise
+        raise InputError(found[1]) from error
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:

@@ -1,0 +1,128 @@
+"""`decode.py`: files of prompts and answers, going on after an interruption, and what it refuses."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pargs_jax.cli import command
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture
+def decode(monkeypatch, capsys):
+    """Runs the front door in this process; returns exit code, standard output and standard error."""
+    spec = importlib.util.spec_from_file_location("decode_command", REPOSITORY / "decode.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, arguments)])
+        code = 0
+        try:
+            command(module.main)
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": f"My lamp {i} broke."}) + "\n" for i in range(5)))
+    return path
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def common(lm, rm, prompts, out):
+    options = ("--method", "pargs", "--max-new-tokens", 8, "--batch-size", 2, "--k", 4)
+    return "--lm", lm, "--rm", rm, "--prompts", prompts, "--out", out, *options
+
+
+def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prompts, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    options = common(lm, rm, prompts, out)
+    assert decode(*options)[0] == 0
+    whole = rows(out)
+    assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
+    assert set(whole[0]) == {
+        "id", "prompt", "response", "finish_reason", "log_probability", "guide_reward", "tokens", "seconds"
+    }  # fmt: skip
+
+    # Killed in the middle of writing the fourth row.
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:3]) + lines[3][:17])
+    code, _, err = decode(*options)
+    assert code == 0 and "3 of 5 prompts are answered already" in " ".join(err.split())
+    again = rows(out)
+    assert again[:3] == whole[:3]
+    assert {row["id"]: row["response"] for row in again} == {row["id"]: row["response"] for row in whole}
+    assert len(again) == 5
+
+    before = out.read_bytes()
+    assert decode(*options)[0] == 0
+    assert out.read_bytes() == before
+
+    code, _, err = decode(*options, "--seed", 1)
+    assert code == 2 and "other options" in err
+    assert out.read_bytes() == before
+
+
+def test_one_prompt_is_answered_on_standard_output(decode, lm):
+    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--max-new-tokens", 4)
+    assert code == 0 and out.endswith("\n")
+
+
+def test_a_real_model_tells_its_story(decode):
+    lm = SHARED / "models" / "stories260k"
+    if not lm.is_dir():
+        pytest.skip("needs ../shared/models/stories260k")
+    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "", "--max-new-tokens", 24)
+    assert code == 0
+    assert out.strip().startswith("Once upon a time, there was a little girl named Lily.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--prompts", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--prompts", "{tmp}/malformed.jsonl"], "malformed.jsonl"),
+        (["--prompts", "{tmp}/empty.jsonl"], "empty.jsonl"),
+        (["--max-new-tokens", "60"], "more than the language model's context of 64 tokens"),
+        (["--k", "513"], "k is 513"),
+        (["--rm", "{lm}"], "no reward head"),
+        (["--rm", "{tmp}"], "no config.json"),
+        (["--lm", "{tmp}/strange"], "architecture 'rwkv' is not known"),
+        (["--out", "/proc/answers.jsonl"], "cannot be written"),
+        (["--out", "{tmp}/foreign.jsonl"], "was not written by decode.py"),
+        (["--weight", "1", "2"], "--weight: got 2 weights for 1"),
+        (["--mesh", "gpu-77"], "gpu-77"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(decode, lm, rm, prompts, tmp_path, changes, message):
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "rwkv"}')
+    (tmp_path / "foreign.jsonl").write_text('{"mine": 1}\n')
+    changes = [part.format(tmp=tmp_path, lm=lm) for part in changes]
+    code, _, err = decode(*common(lm, rm, prompts, tmp_path / "out.jsonl"), *changes)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and message in last
+    assert (tmp_path / "foreign.jsonl").read_text() == '{"mine": 1}\n'
+    assert not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_text()
+
+
+def test_a_guided_method_needs_a_reward_model(decode, lm):
+    code, _, err = decode("--lm", lm, "--method", "pargs", "--prompt", "Hi")
+    assert code == 2 and "needs a reward model; give --rm PATH" in err

@@ -1,0 +1,112 @@
+"""From prompts to answers: what an answer says of itself is true, and does not depend on its batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pargs_jax.data.preferences import Prompt
+from pargs_jax.decoding.methods import METHODS
+from pargs_jax.generation.session import Session, Settings
+from pargs_jax.models.hf import load_model
+
+PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", "", "Thank you, Eva."))]
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def session(lm, rm):
+    return Session(lm, [rm])
+
+
+def answers(session, prompts=PROMPTS, method="pargs", **changes):
+    settings = Settings(METHODS[method], max_new_tokens=TOKENS, **changes)
+    return {answer.id: answer for batch in session.answer(prompts, settings) for answer in batch}
+
+
+@pytest.fixture(scope="module")
+def guided(session):
+    return answers(session, temperature=3.0)
+
+
+def without_time(answer):
+    return dataclasses.replace(answer, seconds=0.0, log_probability=round(answer.log_probability, 3), guide_rewards=())
+
+
+def test_an_answer_does_not_depend_on_its_batch(session, guided):
+    assert guided.keys() == {"0", "1", "2", "3"}
+    alone = answers(session, PROMPTS[::-1], temperature=3.0, batch_size=1)
+    for prompt_id, answer in guided.items():
+        assert without_time(alone[prompt_id]) == without_time(answer)
+        assert alone[prompt_id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
+    assert answers(session, temperature=3.0, seed=1)["1"].response != guided["1"].response
+    assert len({answer.response for answer in guided.values()}) == 4
+
+
+def test_an_answer_tells_the_truth_about_itself(session, guided, lm, rm):
+    """By another way: greedy answers of the tokens' own models, from one full pass each."""
+    greedy = answers(session, method="greedy")
+    lm_model, lm_params = load_model(lm, "vocabulary")[:2]
+    rm_model, rm_params = load_model(rm, "reward")[:2]
+
+    @jax.jit
+    def next_log_probs(params, tokens):
+        return jax.nn.log_softmax(lm_model.logits(params, lm_model.encode(params, tokens)[0]))
+
+    @jax.jit
+    def rewards(params, tokens):
+        return rm_model.rewards(params, rm_model.encode(params, tokens)[0])
+
+    def padded(tokens):
+        return jnp.asarray([tokens + [0] * (48 - len(tokens))])
+
+    for prompt in PROMPTS:
+        answer = greedy[prompt.id]
+        prompt_ids = session.tokenizer.encode_prompt(prompt.text)
+        tokens, log_probability = list(prompt_ids), 0.0
+        while len(tokens) < len(prompt_ids) + TOKENS and tokens[-1] != session.tokenizer.eos_id:
+            log_probs = next_log_probs(lm_params, padded(tokens))[len(tokens) - 1]
+            tokens.append(int(log_probs.argmax()))
+            log_probability += float(log_probs.max())
+        answer_ids = tokens[len(prompt_ids) :]
+        assert answer.tokens == len(answer_ids)
+        assert answer.response == session.tokenizer.decode_answer(prompt_ids, answer_ids)
+        assert answer.finish_reason == ("stop" if answer_ids[-1] == session.tokenizer.eos_id else "length")
+        assert answer.log_probability == pytest.approx(log_probability, abs=1e-3)
+        reward = rewards(rm_params, padded(tokens))[len(tokens) - 1]
+        assert answer.guide_rewards == pytest.approx([float(reward)], abs=1e-4)
+    assert guided["1"].prompt == PROMPTS[1].text
+
+
+def test_two_reward_models_weigh_in_separately(lm, rm, save_tiny):
+    both = Session(lm, [rm, save_tiny("reward", seed=2)])
+    one = answers(Session(lm, [rm]), weights=(2.0,))
+    with_nothing = answers(both, weights=(2.0, 0.0))
+    assert [a.response for a in with_nothing.values()] == [a.response for a in one.values()]
+    assert all(len(answer.guide_rewards) == 2 for answer in with_nothing.values())
+    assert [a.response for a in answers(both, weights=(2.0, 9.0)).values()] != [a.response for a in one.values()]
+
+
+def test_a_reward_model_with_another_tokenizer_gives_the_same_through_the_text(lm, rm, monkeypatch):
+    """Taken for foreign, the same tokenizer must lead to the same rewards by way of the text."""
+    from pargs_jax.data.tokenization import TextTokenizer
+
+    expected = answers(Session(lm, [rm]), method="args")
+    monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
+    through_text = Session(lm, [rm])
+    assert through_text.reward_models[0].retokeniser is not None
+    found = answers(through_text, method="args")
+    alike = [prompt_id for prompt_id in expected if found[prompt_id].response == expected[prompt_id].response]
+    for prompt_id in alike:
+        scored = through_text.tokenizer.encode_answer(expected[prompt_id].response, starts_text=prompt_id == "2")
+        # Random models write texts that their tokenizer would split otherwise; where not, all must agree.
+        if len(scored) == expected[prompt_id].tokens - (expected[prompt_id].finish_reason == "stop"):
+            assert found[prompt_id].guide_rewards == pytest.approx(expected[prompt_id].guide_rewards, abs=1e-4)
+    unguided = answers(through_text, method="greedy")
+    np.testing.assert_array_equal(
+        [a.response for a in unguided.values()],
+        [a.response for a in answers(Session(lm, [rm]), method="greedy").values()],
+    )
+    assert all(np.isfinite(answer.guide_rewards).all() for answer in unguided.values())
