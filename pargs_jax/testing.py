@@ -22,9 +22,8 @@ from pargs_jax.models.opt import OPTConfig
 from pargs_jax.models.rotary import Rotary
 
 Family = Literal["gpt2", "llama", "opt"]
-"""The causal ones."""
 
-TINY_CONFIGS: dict[str, Any] = {
+TINY_CONFIGS: dict[Family, Any] = {
     "gpt2": GPT2Config(vocab_size=61, context_length=64, width=32, layers=2, heads=4, feedforward=64),
     "llama": LlamaConfig(
         vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
@@ -35,11 +34,12 @@ TINY_CONFIGS: dict[str, Any] = {
         vocab_size=61, context_length=64, width=32, embedding_width=24, layers=2, heads=4, feedforward=64,
         norm_first=False,
     ),
-    "deberta": DebertaConfig(
-        vocab_size=61, context_length=512, width=32, layers=2, heads=4, feedforward=64, position_buckets=8,
-        max_relative_positions=24,
-    ),
 }  # fmt: skip
+
+TINY_DEBERTA = DebertaConfig(
+    vocab_size=61, context_length=512, width=32, layers=2, heads=4, feedforward=64, position_buckets=8,
+    max_relative_positions=24,
+)  # fmt: skip
 
 
 def tiny_model(

@@ -110,7 +110,7 @@ class Session:
         rule = settings.method.make_rule(settings.temperature)
         params = tuple(reward_model.params for reward_model in guiding)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        batch_rows = min(settings.batch_size, len(prompts))
+        batch_rows = max(1, min(settings.batch_size, len(prompts)))
         for first in range(0, len(order), batch_rows):
             rows = order[first : first + batch_rows]
             ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)

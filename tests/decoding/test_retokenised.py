@@ -17,7 +17,7 @@ from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_CONFIGS, random_params
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
 
 torch = pytest.importorskip("torch")
 AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
@@ -48,7 +48,7 @@ def make_model(kind, vocab_size):
     if kind == "causal":
         config = dataclasses.replace(TINY_CONFIGS["llama"], vocab_size=vocab_size, context_length=512)
         return CausalModel(config, "reward")
-    config = dataclasses.replace(TINY_CONFIGS["deberta"], vocab_size=vocab_size)
+    config = dataclasses.replace(TINY_DEBERTA, vocab_size=vocab_size)
     if kind == "encoder":
         return EncoderModel(config, "reward")
     return PrefixCausalModel(dataclasses.replace(config, attention="prefix_causal"), "reward")

@@ -15,19 +15,20 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_CONFIGS, random_params
+from pargs_jax.testing import TINY_DEBERTA, random_params
 
-TINY = TINY_CONFIGS["deberta"]
 VARIANTS = {
-    "v3 small": TINY,
-    "v3 base": dataclasses.replace(TINY, layers=3, width=48, heads=6, position_buckets=16, max_relative_positions=64),
-    "v3 large": dataclasses.replace(TINY, layers=4, heads=2, feedforward=96, pooler_activation="gelu"),
-    "v2 with a convolution": dataclasses.replace(TINY, convolution_width=3, convolution_activation="gelu"),
-    "own position projections": dataclasses.replace(TINY, share_attention_key=False, normalise_positions=False),
-    "content to position only": dataclasses.replace(TINY, position_to_content=False, share_attention_key=False),
-    "no buckets": dataclasses.replace(TINY, position_buckets=-1, max_relative_positions=12),
+    "v3 small": TINY_DEBERTA,
+    "v3 base": dataclasses.replace(
+        TINY_DEBERTA, layers=3, width=48, heads=6, position_buckets=16, max_relative_positions=64
+    ),
+    "v3 large": dataclasses.replace(TINY_DEBERTA, layers=4, heads=2, feedforward=96, pooler_activation="gelu"),
+    "v2 with a convolution": dataclasses.replace(TINY_DEBERTA, convolution_width=3, convolution_activation="gelu"),
+    "own position projections": dataclasses.replace(TINY_DEBERTA, share_attention_key=False, normalise_positions=False),
+    "content to position only": dataclasses.replace(TINY_DEBERTA, position_to_content=False, share_attention_key=False),
+    "no buckets": dataclasses.replace(TINY_DEBERTA, position_buckets=-1, max_relative_positions=12),
     "absolute positions and segments": dataclasses.replace(
-        TINY,
+        TINY_DEBERTA,
         relative_attention=False,
         normalise_positions=False,
         absolute_positions=True,
@@ -54,7 +55,7 @@ def encoder(name):
 
 @lru_cache
 def prefix_causal(unrolled=False):
-    model = PrefixCausalModel(dataclasses.replace(TINY, attention="prefix_causal"))
+    model = PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal"))
     params = shaken(model)
     return unstack_layers(model, params) if unrolled else (model, params)
 
