@@ -26,6 +26,9 @@ The losses are functions of arrays. With a reward model's rewards of every prefi
     rewards = rm.model.rewards(rm.params, hidden)
     loss, metrics = pj.partial_bradley_terry(rewards, batch.answer_lengths)
 
+A `pj.EncoderModel` (DeBERTa) reads each prefix apart: `pj.encoder_rewards`. A reward model with another tokenizer scores
+the text: `pj.RewardModel.load(path, lm_tokenizer, ...)` finds out, and makes the guide that it needs.
+
 `pj.Session` goes from text to text. `pargs_jax.testing` has tiny models to try all this on, without any files.
 """
 
@@ -36,15 +39,20 @@ if TYPE_CHECKING:
     from pargs_jax.config import DecodeConfig, TrainConfig
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
-    from pargs_jax.decoding.guides import CausalGuide
+    from pargs_jax.data.retokenisation import Retokeniser
+    from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, RetokenisedGuide
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
     from pargs_jax.decoding.rules import Greedy, Sample
     from pargs_jax.errors import InputError
+    from pargs_jax.evaluation.cost import step_operations
+    from pargs_jax.generation.reward_models import RewardModel
     from pargs_jax.generation.session import Answer, Session, Settings
     from pargs_jax.models.causal import CausalModel
+    from pargs_jax.models.encoder import EncoderModel
     from pargs_jax.models.hf import load_model, save_model
     from pargs_jax.models.model import unstack_layers
+    from pargs_jax.models.prefix_causal import PrefixCausalModel
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
     from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
     from pargs_jax.training.run import train
@@ -55,15 +63,20 @@ _HOMES = {
     "pargs_jax.config": ("DecodeConfig", "TrainConfig"),
     "pargs_jax.data.batches": ("Batch",),
     "pargs_jax.data.preferences": ("Prompt",),
-    "pargs_jax.decoding.guides": ("CausalGuide",),
+    "pargs_jax.data.retokenisation": ("Retokeniser",),
+    "pargs_jax.decoding.guides": ("CausalGuide", "EncoderGuide", "RetokenisedGuide"),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
     "pargs_jax.errors": ("InputError",),
+    "pargs_jax.evaluation.cost": ("step_operations",),
+    "pargs_jax.generation.reward_models": ("RewardModel",),
     "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
     "pargs_jax.models.causal": ("CausalModel",),
+    "pargs_jax.models.encoder": ("EncoderModel",),
     "pargs_jax.models.hf": ("load_model", "save_model"),
     "pargs_jax.models.model": ("unstack_layers",),
+    "pargs_jax.models.prefix_causal": ("PrefixCausalModel",),
     "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
     "pargs_jax.training.run": ("train",),
     "pargs_jax.training.objective": ("Objective", "answer_states", "encoder_rewards"),
