@@ -26,8 +26,8 @@ The losses are functions of arrays. With a reward model's rewards of every prefi
     rewards = rm.model.rewards(rm.params, hidden)
     loss, metrics = pj.partial_bradley_terry(rewards, batch.answer_lengths)
 
-A `pj.EncoderModel` (DeBERTa) reads each prefix apart: `pj.encoder_rewards`. A reward model with another tokenizer scores
-the text: `pj.RewardModel.load(path, lm_tokenizer, ...)` finds out, and makes the guide that it needs.
+A `pj.EncoderModel` (DeBERTa) reads each prefix apart: `pj.encoder_rewards`. A reward model with another tokenizer
+scores the text: `pj.RewardModel.load(path, lm_tokenizer, ...)` finds out, and makes the guide that it needs.
 
 `pj.Session` goes from text to text. `pargs_jax.testing` has tiny models to try all this on, without any files.
 """
