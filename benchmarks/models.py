@@ -9,6 +9,7 @@ import jax
 from jaxtyping import DTypeLike
 
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.gpt2 import GPT2Config
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.llama import LlamaConfig
@@ -113,5 +114,6 @@ def torch_twin(model: CausalModel, params: Params) -> "PreTrainedModel":
     dtype = getattr(torch, str(jax.tree.leaves(params)[0].dtype))
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model, params)
-        twin = automatic.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        attention = "eager" if isinstance(model.config, DebertaConfig) else "sdpa"  # DeBERTa has no other
+        twin = automatic.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return twin.to(torch_device()).eval()

@@ -1,4 +1,4 @@
-"""What is read off a backbone's hidden states: next-token logits, or one scalar reward for each position."""
+"""What is read off a backbone's hidden states: next-token logits, or one scalar reward for each state."""
 
 import jax.numpy as jnp
 from flax import nnx

@@ -73,8 +73,8 @@ def load_model(
 
     `attention` chooses that of a DeBERTa, where it is not to be as the checkpoint says. A head that the checkpoint
     lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`, which reads the config
-    alone. Raises InputError for an unknown architecture, a checkpoint that does not match its config, or a classifier
-    with more than one label.
+    alone. Raises InputError for an unknown architecture, a head or an attention that it does not have, a checkpoint
+    that does not match its config, or a classifier with more than one label.
     """
     folder = resolve(source)
     hf = _read_config(folder)
@@ -117,8 +117,9 @@ def save_model(
     """Writes a Hugging Face folder (config.json and safetensors, sharded with an index where large).
 
     The files are complete before they take their names. A reward model becomes `...ForSequenceClassification` with one
-    label, which transformers reads at the last token that is not padding: give it a `pad_token_id` that is not the
-    end-of-sequence token, or score one text at a time.
+    label. transformers reads a causal one at the last token that is not padding: give it a `pad_token_id` that is not
+    the end-of-sequence token, or score one text at a time. It knows no prefix-causal attention: a DeBERTa trained so
+    loads there, but attends fully.
     """
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory

@@ -99,8 +99,8 @@ def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
-# A block applied to one layer's inputs: (block, x, layer index, that layer's cache, dropout key) -> x, new keys/values.
-BlockStep = Callable[[Any, Array, Any, KeyValues | None, PRNGKeyArray | None], tuple[Array, KeyValues]]
+# A block applied to one layer's inputs: (block, x, layer index, that layer's cache, dropout key) -> x, what to keep.
+BlockStep = Callable[[Any, Array, Any, Any, PRNGKeyArray | None], tuple[Array, Any]]
 
 
 def make_layers(block: Callable[..., nnx.Module], count: int, unrolled: bool, rngs: nnx.Rngs) -> nnx.Module:
@@ -116,21 +116,21 @@ def run_layers(
     """Runs a stack made by `make_layers`: a `lax.scan` if stacked (small programs, one compiled layer), a loop if
     unrolled (faster where a step is bound by reading weights, since the scan copies each layer's out of the stack).
 
-    `cache` holds `KeyValues` with a leading L if stacked, a tuple of them if unrolled. The new keys and values come
-    back in the same form.
+    `cache` is what `step` takes for one layer (`KeyValues`, say) with a leading L if stacked, a tuple of them if
+    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form.
     """
     keys = None if key is None else jax.random.split(key, count)
     if isinstance(layers, nnx.List):
         new = []
         for index, block in enumerate(layers):
             layer_cache = None if cache is None else cache[index]
-            x, kv = step(block, x, index, layer_cache, None if keys is None else keys[index])
-            new.append(kv)
+            x, kept = step(block, x, index, layer_cache, None if keys is None else keys[index])
+            new.append(kept)
         return x, tuple(new)
 
     definition, params = nnx.split(layers)
 
-    def body(x: Array, layer: Any) -> tuple[Array, KeyValues]:
+    def body(x: Array, layer: Any) -> tuple[Array, Any]:
         layer_params, index, layer_cache, layer_key = layer
         return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
 
