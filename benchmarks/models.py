@@ -69,7 +69,7 @@ def causal_pass(
     """
     config = model.config
     matrices = matrix_parameters(model)
-    head = config.vocab_size * config.width if logits else 0
+    head = config.vocab_size * config.head_width if logits else 0
     cache = 2 * cached * config.layers * config.kv_heads * config.head_dim
     attention = 4 * queries * seen * config.layers * config.heads * config.head_dim
     return Work(itemsize * (matrices + head + cache), 2 * queries * matrices + 2 * logits * head + attention)

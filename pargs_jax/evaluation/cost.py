@@ -48,7 +48,7 @@ def step_operations(
         rm_text: tokens of the same text in the reward model's tokenizer; by default as many.
     """
     rm_text = text if rm_text is None else rm_text
-    logits = 2 * lm.config.vocab_size * lm.config.width
+    logits = 2 * lm.config.vocab_size * lm.config.head_width
     read_again = rm_text + 1 if isinstance(rm, EncoderModel) else 1
     return StepOperations(
         token_operations(lm, seen=text) + logits, k * read_again * token_operations(rm, seen=rm_text + 1)

@@ -99,10 +99,10 @@ def test_the_loss_is_that_of_the_prefixes_rewards(params, alone, options):
 
 def test_gradients_do_not_depend_on_the_chunks(params):
     def gradient(chunk):
-        objective = Objective(MODEL, ObjectiveConfig(chunk=chunk), closing_id=SEP)
+        objective = Objective(MODEL, ObjectiveConfig(chunk=chunk, stride=5), closing_id=SEP)
         return jax.jit(jax.grad(lambda params: objective(params, batch())[0]))(params)
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradient(2), gradient(11))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradient(1), gradient(3))
 
 
 def test_a_sample_reads_only_the_prefixes_that_it_draws(params):
@@ -136,8 +136,8 @@ def test_prefixes_can_end_at_another_tokenizers_tokens(params):
     model = EncoderModel(dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer.vocab_size))
     params = random_params(model)
     rows = [
-        Preference("Customer: Hi.\nAgent:", " I am sorry, Eva.", " No."),
-        Preference("", "It is on its way.", "Bye"),
+        Preference("0", "Customer: Hi.\nAgent:", " I am sorry, Eva.", " No."),
+        Preference("1", "", "It is on its way.", "Bye"),
     ]
     plain, _ = tokenise(rows, tokenizer, 40)
     at_tokens, _ = tokenise(rows, tokenizer, 40, prefix_tokenizer=tokenizer)

@@ -12,7 +12,7 @@ from pargs_jax.models.model import Params
 
 @dataclasses.dataclass(frozen=True)
 class CausalGuide:
-    """A GPT-2 or Llama reward model as a guide.
+    """A causal reward model as a guide.
 
     The K candidates are K queries that see the cached prefix and themselves, so a step reads the model's weights and
     the cache once, not K times; `commit` writes the winner's keys and values.
