@@ -213,9 +213,12 @@ class Block(nnx.Module):
 
         return PositionTable(project(key, config.content_to_position), project(query, config.position_to_content))
 
-    def project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B H T D"], KeyValues]:
-        q, k, v = (split_heads(linear(x), self.config.heads) for linear in (self.query, self.key, self.value))
-        return q, KeyValues(k, v)
+    def project(
+        self, queries_of: Float[Array, "B T D"], x: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B H T D"], KeyValues]:
+        heads = self.config.heads
+        kv = KeyValues(split_heads(self.key(x), heads), split_heads(self.value(x), heads))
+        return split_heads(self.query(queries_of), heads), kv
 
     def finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B H T D"], key: PRNGKeyArray | None
@@ -292,10 +295,12 @@ class Deberta(nnx.Module):
         key: PRNGKeyArray | None = None,
         *,
         keep: bool = False,
+        only: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states of whole texts, and with `keep` each layer's `CachedLayer`.
 
-        `mask[b, t, s]` says whether token t sees token s; distances are those of slots.
+        `mask[b, t, s]` says whether token t sees token s; distances are those of slots. With `only`, T is 1: the state
+        at that slot of each row. Unrolled layers then leave out what the last one would compute for the others.
         """
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         embedded = self._embed(tokens, positions, segments)
@@ -308,20 +313,31 @@ class Deberta(nnx.Module):
         if relative is not None and not keep and len(rows) < relative.shape[0]:
             relative, rows = relative[rows], np.arange(len(rows))
 
+        def pick(x: Array) -> Array:
+            return jnp.take_along_axis(x, only[:, None, None], axis=1)
+
         def step(block: Block, x: Array, index: Any, _: Any, key: Any) -> tuple[Array, CachedLayer | None]:
-            q, kv = block.project(x)
             table = block.positions(relative)
-            scores = (jnp.einsum("bhqd,bhkd->bhqk", q, kv.keys, preferred_element_type=jnp.float32)) + _skewed_scores(
-                q, kv.keys, table.at(rows)
-            )
-            weights = jax.nn.softmax(jnp.where(mask[:, None], scores * block.scale, MINIMUM), axis=-1)
+            is_unrolled = isinstance(self.layers, nnx.List)
+            if only is not None and is_unrolled and 0 < index == self.config.layers - 1:
+                queries_of, visible = pick(x), pick(mask)
+                rows_from_here = jnp.asarray(rows)[only[:, None] - np.arange(length) + length - 1]
+                q, kv = block.project(queries_of, x)
+                scores = _content_and_position_scores(q, kv.keys, rows_from_here[:, None], table)
+            else:
+                queries_of, visible = x, mask
+                q, kv = block.project(x, x)
+                scores = jnp.einsum("bhqd,bhkd->bhqk", q, kv.keys, preferred_element_type=jnp.float32)
+                scores = scores + _skewed_scores(q, kv.keys, table.at(rows))
+            weights = jax.nn.softmax(jnp.where(visible[:, None], scores * block.scale, MINIMUM), axis=-1)
             mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(kv.values.dtype), kv.values)
-            x = block.finish(x, mixed, key)
-            if self.convolution is not None:
+            x = block.finish(queries_of, mixed, key)
+            if self.convolution is not None and x.shape[1] == length:
                 x = jax.lax.cond(index == 0, lambda x: self.convolution(embedded, x, valid), lambda x: x, x)
             return x, CachedLayer(kv, table) if keep else None
 
-        return run_layers(self.layers, step, embedded, self.config.layers, key=layers_key)
+        x, kept = run_layers(self.layers, step, embedded, self.config.layers, key=layers_key)
+        return x if only is None or x.shape[1] == 1 else pick(x), kept
 
     def extend(
         self,
@@ -347,7 +363,7 @@ class Deberta(nnx.Module):
         own_mask = jnp.broadcast_to(mask, (*tokens.shape, tokens.shape[-1]))[:, None]
 
         def step(block: Block, x: Array, _: Any, layer: CachedLayer, key: Any) -> tuple[Array, KeyValues]:
-            q, kv = block.project(x)
+            q, kv = block.project(x, x)
             past = _content_and_position_scores(q, layer.kv.keys, past_rows, layer.table)
             own = _content_and_position_scores(q, kv.keys, own_rows, layer.table)
             past = jnp.where(cache_valid[:, None, None], past * block.scale, MINIMUM)

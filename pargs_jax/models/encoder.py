@@ -35,12 +35,24 @@ class EncoderModel(Model):
         Slots from `prompt_width` on are the second segment, for models that tell segments apart. A key turns dropout
         on.
         """
+        return self._run(params, tokens, start, end, key, prompt_width, None)
+
+    def _run(
+        self,
+        params: Params,
+        tokens: Array,
+        start: Array,
+        end: Array,
+        key: PRNGKeyArray | None,
+        prompt_width: int | None,
+        only: Array | None,
+    ) -> Array:
         slots = jnp.arange(tokens.shape[1])
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         positions = jnp.maximum(slots - start[:, None], 0)
         mask = valid[:, None, :] & valid[:, :, None]
         segments = None if prompt_width is None else jnp.broadcast_to(slots >= prompt_width, tokens.shape).astype(int)
-        return self.network(params).backbone(tokens, positions, mask, valid, segments, key)[0]
+        return self.network(params).backbone(tokens, positions, mask, valid, segments, key, only=only)[0]
 
     def text_rewards(
         self,
@@ -53,9 +65,8 @@ class EncoderModel(Model):
         prompt_width: int | None = None,
     ) -> Float[Array, "B"]:
         """Rewards (fp32) of those texts, read at their first token, `[CLS]`."""
-        hidden = self.encode(params, tokens, start, end, key, prompt_width=prompt_width)
-        first = jnp.take_along_axis(hidden, start[:, None, None], axis=1)[:, 0]
-        return self.network(params).head(first)
+        first = self._run(params, tokens, start, end, key, prompt_width, start)
+        return self.network(params).head(first[:, 0])
 
     def answer_rewards(
         self,
