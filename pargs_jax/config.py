@@ -190,6 +190,7 @@ class ModelConfig:
         unset="as the checkpoint says",
     )
     dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
+    remat: bool = option(False, "compute activations again in the backward pass: a third more work, far less memory")
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ class OptimConfig:
     eps: float = option(1e-8, "added to the denominator of the update", above=0)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises from 0", at_least=0, below=1)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "the learning rate after the warm-up")
+    moment_dtype: DtypeName = option("float32", "number format in which the mean of gradients is kept")
     clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
     accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1)
 

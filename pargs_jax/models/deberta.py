@@ -30,7 +30,8 @@ MINIMUM = float(jnp.finfo(jnp.float32).min)
 class DebertaConfig:
     """The shape of a DeBERTa v2 or v3 model; the defaults are those of v3-base.
 
-    `dropout` acts on embeddings and residual branches, and only when a key is given. `attention` is not part of the
+    `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training:
+    see `run_layers`. `attention` is not part of the
     published architecture: see `PrefixCausalModel`.
     """
 
@@ -58,6 +59,7 @@ class DebertaConfig:
     convolution_activation: str = "tanh"
     initializer_range: float = 0.02
     dropout: float = 0.0
+    remat: bool = False
     attention: Literal["full", "prefix_causal"] = "full"
 
     @property
@@ -336,7 +338,8 @@ class Deberta(nnx.Module):
                 x = jax.lax.cond(index == 0, lambda x: self.convolution(embedded, x, valid), lambda x: x, x)
             return x, CachedLayer(kv, table) if keep else None
 
-        x, kept = run_layers(self.layers, step, embedded, self.config.layers, key=layers_key)
+        config = self.config
+        x, kept = run_layers(self.layers, step, embedded, config.layers, key=layers_key, remat=config.remat)
         return x if only is None or x.shape[1] == 1 else pick(x), kept
 
     def extend(

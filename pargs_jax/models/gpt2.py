@@ -24,7 +24,11 @@ from pargs_jax.models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2 model. `dropout` acts on embeddings and residual branches, and only when a key is given."""
+    """The shape of a GPT-2 model.
+
+    `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training: see
+    `run_layers`.
+    """
 
     vocab_size: int = 50257
     context_length: int = 1024
@@ -39,6 +43,7 @@ class GPT2Config:
     tied_embeddings: bool = True
     initializer_range: float = 0.02
     dropout: float = 0.0
+    remat: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -156,5 +161,5 @@ class GPT2(nnx.Module):
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
             return block(x, index, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
 
-        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key)
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new

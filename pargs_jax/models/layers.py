@@ -111,13 +111,21 @@ def make_layers(block: Callable[..., nnx.Module], count: int, unrolled: bool, rn
 
 
 def run_layers(
-    layers: nnx.Module, step: BlockStep, x: Array, count: int, cache: Any = None, key: PRNGKeyArray | None = None
+    layers: nnx.Module,
+    step: BlockStep,
+    x: Array,
+    count: int,
+    cache: Any = None,
+    key: PRNGKeyArray | None = None,
+    *,
+    remat: bool = False,
 ) -> tuple[Array, Any]:
     """Runs a stack made by `make_layers`: a `lax.scan` if stacked (small programs, one compiled layer), a loop if
     unrolled (faster where a step is bound by reading weights, since the scan copies each layer's out of the stack).
 
     `cache` is what `step` takes for one layer (`KeyValues`, say) with a leading L if stacked, a tuple of them if
-    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form.
+    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form. With `remat`, stacked
+    layers keep nothing but their inputs for a backward pass, which computes the rest again.
     """
     keys = None if key is None else jax.random.split(key, count)
     if isinstance(layers, nnx.List):
@@ -134,4 +142,6 @@ def run_layers(
         layer_params, index, layer_cache, layer_key = layer
         return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
 
+    # In a scan nothing can merge the second computation with the first, which the barriers would be there to prevent.
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
     return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

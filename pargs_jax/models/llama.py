@@ -24,7 +24,11 @@ from pargs_jax.models.rotary import Rotary, rotate
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model. `dropout` acts on embeddings and residual branches, and only when a key is given."""
+    """The shape of a Llama model.
+
+    `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training: see
+    `run_layers`.
+    """
 
     vocab_size: int = 32000
     context_length: int = 4096
@@ -42,6 +46,7 @@ class LlamaConfig:
     tied_embeddings: bool = False
     initializer_range: float = 0.02
     dropout: float = 0.0
+    remat: bool = False
 
     @property
     def head_width(self) -> int:
@@ -176,5 +181,5 @@ class Llama(nnx.Module):
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
             return block(x, cos_sin, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
 
-        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key)
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new

@@ -25,7 +25,9 @@ POSITION_OFFSET = 2
 
 @dataclasses.dataclass(frozen=True)
 class OPTConfig:
-    """The shape of an OPT model. `dropout` acts on residual branches, and only when a key is given.
+    """The shape of an OPT model.
+
+    `dropout` acts on residual branches, and only when a key is given. `remat` is for training: see `run_layers`.
 
     Where `embedding_width` is not `width`, one matrix leads from token embeddings into the blocks and another out of
     them, to the width of the embeddings again, which the heads then see. `norm_first` says where a block's norms are:
@@ -49,6 +51,7 @@ class OPTConfig:
     tied_embeddings: bool = True
     initializer_range: float = 0.02
     dropout: float = 0.0
+    remat: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -194,7 +197,7 @@ class OPT(nnx.Module):
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
             return block(x, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
 
-        x, new = run_layers(self.layers, step, x, self.config.layers, cache, key)
+        x, new = run_layers(self.layers, step, x, self.config.layers, cache, key, remat=self.config.remat)
         if self.norm is not None:
             x = self.norm(x)
         if self.project_out is not None:

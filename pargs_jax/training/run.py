@@ -47,7 +47,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
         source, head, attention=config.model.attention, from_scratch=config.model.from_scratch, seed=config.seed
     )
     model = dataclasses.replace(
-        pretrained.model, config=dataclasses.replace(pretrained.model.config, dropout=config.model.dropout)
+        pretrained.model,
+        config=dataclasses.replace(pretrained.model.config, dropout=config.model.dropout, remat=config.model.remat),
     )
     _check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)

@@ -43,7 +43,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
         )
 
     adamw = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+        mu_dtype=config.moment_dtype,
     )
     return (optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw), schedule
 

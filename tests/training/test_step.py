@@ -287,3 +287,28 @@ def test_dropout_needs_both_a_rate_and_a_key():
     dropped = [loss(0.3, jax.random.key(seed)) for seed in (0, 0, 1)]
     assert dropped[0] == dropped[1] != dropped[2]
     assert abs(dropped[0] - exact) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remat_gives_the_same_gradients_for_less_memory(family):
+    model, params = tiny(family, "reward")
+
+    def compiled(remat):
+        config = dataclasses.replace(model.config, remat=remat)
+        objective = Objective(dataclasses.replace(model, config=config), ObjectiveConfig())
+        batch = some_batch(prompt_width=30, answer_width=30)
+        return jax.jit(jax.grad(lambda params: objective(params, batch)[0])).lower(params).compile()
+
+    plain, again = compiled(False), compiled(True)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), again(params), plain(params))
+    assert again.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
+
+
+def test_the_mean_of_gradients_may_be_kept_in_half():
+    optimizer, _ = make_optimizer(OptimConfig(moment_dtype="bfloat16"), 10)
+    params = {"a": {"kernel": jnp.ones((2, 2))}}
+    state = optimizer.init(params)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state) if x.ndim}
+    assert dtypes == {"bfloat16", "float32"}
+    updates, _ = optimizer.update(params, state, params)
+    assert updates["a"]["kernel"].dtype == jnp.float32
