@@ -2,7 +2,6 @@
 position + position to content`, over log-bucketed relative positions."""
 
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +21,8 @@ from pargs_jax.models.layers import (
     split_heads,
 )
 
+FEW_QUERIES = 16
+"""Up to so many, it is cheaper to pick the positions that they meet than to let them meet all."""
 MINIMUM = float(jnp.finfo(jnp.float32).min)
 """The score of what is not to be seen; finite, so that a row which sees nothing is not NaN."""
 
@@ -426,17 +427,23 @@ def _content_and_position_scores(
     rows: Int[Array, "B T S"],
     table: PositionTable,
 ) -> Float[Array, "B H T S"]:
-    """All scores of a few queries with keys at any distances: `rows` of the table."""
+    """All scores of queries with keys at any distances: `rows` of the table.
+
+    Few queries pick the rows that they and the keys meet; many meet all rows, and pick scores.
+    """
     scores = jnp.einsum("bhtd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
+    if queries.shape[2] <= FEW_QUERIES:
+        if table.keys is not None:
+            picked = table.keys[:, rows]
+            scores = scores + jnp.einsum("bhtd,hbtsd->bhts", queries, picked, preferred_element_type=jnp.float32)
+        if table.queries is not None:
+            picked = table.queries[:, rows].swapaxes(0, 1)
+            scores = scores + (keys[:, :, None] * picked).sum(axis=-1, dtype=jnp.float32)
+        return scores
     if table.keys is not None:
         met = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
         scores = scores + jnp.take_along_axis(met, rows[:, None], axis=-1)
     if table.queries is not None:
-        # The rows that a key needs are few where there are few queries: cheaper than meeting them all.
-        if math.prod(rows.shape[1:2]) <= 16:
-            picked = table.queries[:, rows]
-            scores = scores + jnp.einsum("bhsd,hbtsd->bhts", keys, picked, preferred_element_type=jnp.float32)
-        else:
-            met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
-            scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
+        met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
     return scores

@@ -25,6 +25,10 @@ from pargs_jax.models.prefix_causal import PrefixCausalModel
 FRESH = 4
 """Settled tokens that a step can add to the cache; what is left over waits for the next."""
 
+SHARED_AND_OWN = ((8, 2), (8, 4), (32, 4), (128, 8))
+"""Widths that a step's tokens are padded to: those that all candidates share (the rest of the last word or two, more
+where a text has no spaces), and each one's own. Each pair is a program to compile."""
+
 
 class Splits(NamedTuple):
     """The reward model's tokens of K continuations: those that are already settled, `fresh`, and a tail for each."""
@@ -87,8 +91,8 @@ class CachedPending(NamedTuple):
 class RetokenisedGuide:
     """A causal (or prefix-causal) reward model with a tokenizer of its own.
 
-    The cache holds the tokens that no later text can change; a step reads what follows them, for each candidate, at the
-    least of a few widths that is wide enough.
+    The cache holds the tokens that no later text can change. A step reads what follows them: once what the candidates
+    share, and then each one's own.
 
     Attributes:
         model: the reward model.
@@ -117,10 +121,15 @@ class RetokenisedGuide:
         self, params: Params, state: CachedState, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], CachedPending]:
         splits = _split(self.retokeniser, state.history, candidates, state.settled, self.answer_width)
-        lengths = splits.fresh_lengths[:, None] + splits.tail_lengths
-        rewards, kv = _at_least_width(
-            partial(self._score_at, params, state, splits), lengths.max(), _widths(FRESH, self.answer_width, 4)
-        )
+        tokens, lengths = _join(splits, self.answer_width + FRESH)
+        shared = _shared_beginning(tokens, lengths)
+        # The first of these pairs of widths, for what candidates share and for what they do not, that has room for all.
+        room = [(s, own) for s, own in SHARED_AND_OWN if max(s, own) <= tokens.shape[-1]]
+        fits = [(shared.max() <= s) & ((lengths - shared[:, None]).max() <= own) for s, own in room]
+        branches = [partial(self._score_together, params, state, tokens, lengths, shared, *widths) for widths in room]
+        apart = partial(self._score_apart, params, state, tokens, lengths)
+        first = jnp.argmax(jnp.stack([*fits, jnp.asarray(True)]))
+        rewards, kv = jax.lax.switch(first, [*branches, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
         return rewards, CachedPending(kv, splits.fresh_lengths, candidates)
 
@@ -133,22 +142,54 @@ class RetokenisedGuide:
             cache=cache, settled=state.settled + pending.fresh_lengths, history=state.history.followed_by(chosen)
         )
 
-    def _score_at(
-        self, params: Params, state: CachedState, splits: Splits, width: int
+    def _score_together(
+        self,
+        params: Params,
+        state: CachedState,
+        tokens: Int[Array, "B K W"],
+        lengths: Int[Array, "B K"],
+        shared: Int[Array, "B"],
+        shared_width: int,
+        own_width: int,
     ) -> tuple[Float[Array, "B K"], Any]:
-        """Rewards of candidates whose fresh tokens and tails are at most `width` together, and the fresh ones' keys and
-        values."""
-        tokens, lengths = _join(splits, width)
+        """Rewards, and keys and values of the fresh tokens, by one pass over what the candidates share, read once, and
+        what each has of its own."""
+        batch, count, _ = tokens.shape
+        at = shared[:, None] + jnp.arange(own_width)
+        own = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1)[:, None], axis=-1)
+        new = jnp.concatenate([tokens[:, 0, :shared_width], own.reshape(batch, -1)], axis=1)
+        shared_offsets = jnp.broadcast_to(jnp.arange(shared_width), (batch, shared_width))
+        offsets = jnp.concatenate([shared_offsets, jnp.tile(at, (1, count))], axis=1)
+
+        is_own = jnp.arange(new.shape[1]) >= shared_width
+        candidate = jnp.where(is_own, (jnp.arange(new.shape[1]) - shared_width) // own_width, -1)
+        real = is_own | (offsets < shared[:, None])
+        same_text = ~is_own | (candidate[:, None] == candidate)
+        mask = real[:, None] & same_text & (offsets[:, None] <= offsets[:, :, None])
+
+        hidden, kv = self.model.extend(params, state.cache, new, offsets, mask)
+        own_hidden = hidden[:, shared_width:].reshape(batch, count, own_width, -1)
+        last = jnp.maximum(lengths - shared[:, None] - 1, 0)[..., None, None]
+        rewards = self.model.rewards(params, jnp.take_along_axis(own_hidden, last, axis=2)[:, :, 0])
+        return rewards, jax.tree.map(lambda x: x[..., :FRESH, :], kv)
+
+    def _score_apart(
+        self, params: Params, state: CachedState, tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], Any]:
+        """The same for texts of any length, one candidate after the other."""
+        width = tokens.shape[-1]
         offsets = jnp.broadcast_to(jnp.arange(width), (tokens.shape[0], width))
         causal = jnp.tril(jnp.ones((width, width), bool))
 
-        def read(tokens: Int[Array, "B W"]) -> tuple[Float[Array, "B W D"], Any]:
-            return self.model.extend(params, state.cache, tokens, offsets, causal)
+        def read(text: tuple[Int[Array, "B W"], Int[Array, "B"]]) -> tuple[Float[Array, "B"], Any]:
+            ids, length = text
+            hidden, kv = self.model.extend(params, state.cache, ids, offsets, causal)
+            last = jnp.maximum(length - 1, 0)[:, None, None]
+            reward = self.model.rewards(params, jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+            return reward, jax.tree.map(lambda x: x[..., :FRESH, :], kv)
 
-        hidden, kv = jax.vmap(read, in_axes=1)(tokens)
-        last = jnp.maximum(lengths - 1, 0).T[..., None, None]
-        rewards = self.model.rewards(params, jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]).T
-        return rewards, jax.tree.map(lambda x: x[0, ..., :FRESH, :], kv)
+        rewards, kv = jax.lax.map(read, (tokens.swapaxes(0, 1), lengths.T))
+        return rewards.T, jax.tree.map(lambda x: x[0], kv)
 
 
 class EncoderState(NamedTuple):
@@ -271,12 +312,10 @@ def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "
     return jnp.where(slots < fresh, from_fresh, from_tails), splits.fresh_lengths[:, None] + splits.tail_lengths
 
 
-def _widths(smallest: int, largest: int, factor: int) -> list[int]:
-    """Rising by `factor`, from the smallest to the largest."""
-    widths = [smallest]
-    while widths[-1] < largest:
-        widths.append(min(widths[-1] * factor, largest))
-    return widths
+def _shared_beginning(tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]) -> Int[Array, "B"]:
+    """How many tokens all candidates of a row begin with, the last of each left out."""
+    agree = (tokens == tokens[:, :1]).all(axis=1)
+    return jnp.minimum(jnp.cumprod(agree, axis=-1).sum(axis=-1), jnp.maximum(lengths.min(axis=1) - 1, 0))
 
 
 def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
