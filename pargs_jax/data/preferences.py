@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pargs_jax.data.prompts import PromptForm, Turn
 from pargs_jax.data.tokenization import HUB_ID, TextTokenizer
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, first_line
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
 """Where a row may hold the answer to imitate, first found first."""
@@ -347,7 +347,7 @@ def _parquet_rows(path: Path) -> Iterator[_SourceRow]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file: {''.join(str(error).splitlines()[:1])}") from error
+        raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from error
     yield from map(_SourceRow, itertools.count(1), rows)
 
 
@@ -357,7 +357,7 @@ def _hub_rows(source: str, split: str) -> Iterator[_SourceRow]:
     try:
         rows = datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises OSError, ValueError and its own errors here
-        raise InputError(f"data set {source!r}, split {split!r}: {''.join(str(error).splitlines()[:1])}") from error
+        raise InputError(f"data set {source!r}, split {split!r}: {first_line(error)}") from error
     yield from map(_SourceRow, itertools.count(1), rows)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,7 +97,7 @@ class TextTokenizer:
             reason = (
                 "this folder has no readable tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
                 if is_folder
-                else f"no such folder, and the hub gave none: {''.join(str(error).splitlines()[:1])}"
+                else f"no such folder, and the hub gave none: {first_line(error)}"
             )
             raise InputError(f"tokenizer {str(source)!r}: {reason}") from error
         return cls(tokenizer, extra_eos_ids)
@@ -220,9 +220,7 @@ class TextTokenizer:
         try:
             return self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja2's errors, and whatever the template itself raises
-            raise InputError(
-                f"the chat template rejects the conversation: {''.join(str(error).splitlines()[:1])}"
-            ) from error
+            raise InputError(f"the chat template rejects the conversation: {first_line(error)}") from error
 
     @cached_property
     def _leads(self) -> dict[Place, tuple[str, list[int]]]:

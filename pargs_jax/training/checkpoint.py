@@ -10,7 +10,7 @@ from types import TracebackType
 
 import jax
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, first_line
 from pargs_jax.training.step import TrainState
 
 
@@ -56,5 +56,5 @@ class Checkpoints:
         try:
             return TrainState(**self._writer.load(step, target))
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = first_line(error)[:200]
             raise InputError(f"{self.folder}/{step}: not a checkpoint of this run's model ({reason})") from error

@@ -9,8 +9,11 @@ import pytest
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
-from pargs_jax.generation.session import Session, Settings
-from pargs_jax.models.hf import load_model
+from pargs_jax.generation.session import Session, Settings, left_pad
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import load_model, save_model
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", "", "Thank you, Eva."))]
 TOKENS = 12
@@ -110,3 +113,21 @@ def test_a_reward_model_with_another_tokenizer_gives_the_same_through_the_text(l
         [a.response for a in answers(Session(lm, [rm]), method="greedy").values()],
     )
     assert all(np.isfinite(answer.guide_rewards).all() for answer in unguided.values())
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix_causal"])
+def test_a_deberta_guides_by_the_text(lm, tmp_path, attention):
+    """The rewards of guided answers are those of the finished texts, read in one pass."""
+    tokenizer = tiny_tokenizer()
+    config = dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer.vocab_size, attention=attention)
+    model = (EncoderModel if attention == "full" else PrefixCausalModel)(config)
+    save_model(tmp_path, model, random_params(model))
+    tokenizer.save(tmp_path)
+    session = Session(lm, [str(tmp_path)])
+    (reward_model,) = session.reward_models
+    for prompt_id, answer in answers(session, method="pargs_greedy").items():
+        prompts = left_pad([session.tokenizer.encode_prompt(PROMPTS[int(prompt_id)].text)], 1)
+        ended = answer.finish_reason == "stop"
+        nothing = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+        expected = reward_model.score(*prompts, *nothing, [answer.response], [ended])
+        assert answer.guide_rewards == pytest.approx(expected.tolist(), abs=1e-4)
