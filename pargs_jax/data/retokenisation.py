@@ -129,11 +129,11 @@ class Retokeniser:
                 end-of-sequence token is finished.
             candidates: what each answer may go on with.
             settled: how many of the reward model's tokens of the answer the caller has, by earlier calls' `fresh`.
-            tail_width: room for a tail. What fits a whole answer fits every tail.
+            tail_width: room for an answer with a candidate, of which its tail is a part.
             fresh_width: room for fresh tokens. Those that do not fit are part of the tails, and fresh later.
 
         Raises:
-            InputError: if a tail needs more than `tail_width` tokens, or `settled` is more than ever were.
+            InputError: if an answer needs more than `tail_width` tokens, or `settled` is more than ever were.
         """
         batch, options = candidates.shape
         split = Candidates(
@@ -174,10 +174,11 @@ class Retokeniser:
             split.fresh_lengths[b] = len(fresh)
             for k, ends in enumerate(is_end[b].tolist()):
                 tail = [*waiting, *next(encoded), *([self.rm.eos_id] if ends else [])]
-                if len(tail) > tail_width:
+                needed = have + len(fresh) + len(tail)
+                if needed > tail_width:
                     raise InputError(
-                        f"row {b}: candidate {k} has {len(tail)} tokens of the reward model beyond the settled ones, "
-                        f"and there is room for {tail_width}: make the room larger"
+                        f"row {b}: the answer with candidate {k} is {needed} tokens of the reward model, which has "
+                        f"room for {tail_width}; ask for fewer new tokens, or make the room larger"
                     )
                 split.tails[b, k, : len(tail)] = tail
                 split.tail_lengths[b, k] = len(tail)

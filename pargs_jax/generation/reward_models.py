@@ -68,9 +68,13 @@ class RewardModel:
         """The guide for a batch of left-padded prompts, in the language model's tokens."""
         if self.retokeniser is None:
             return CausalGuide(self.model)
-        prompt_width = self._own_prompts(prompts, lengths)[0].shape[1]
+        own_prompts, own_lengths = self._own_prompts(prompts, lengths)
+        prompt_width = own_prompts.shape[1]
         # An answer may take more tokens here than there; twice as many is far from what real text takes.
-        answer_width = min(2 * max_new_tokens + SMALLEST_WIDTH, self.model.config.max_positions)
+        answer_width = 2 * max_new_tokens + SMALLEST_WIDTH
+        if "positions" in self.model.abstract_params()["backbone"]:
+            # A table of positions has an end; rotary and relative ones only a range that they were trained on.
+            answer_width = min(answer_width, self.model.config.max_positions - int(own_lengths.max()))
         if isinstance(self.model, EncoderModel):
             return EncoderGuide(self.model, self.retokeniser, prompt_width, answer_width, self.tokenizer.eos_id)
         return RetokenisedGuide(self.model, self.retokeniser, prompt_width, answer_width)

@@ -41,14 +41,14 @@ def run(params, prompts, lengths, candidates, choice):
     return first, guide.score(params, state, candidates[:, ::-1])[0]
 
 
-alone = jax.jit(run)(params, prompts, lengths, candidates, choice)
+alone = jax.block_until_ready(jax.jit(run)(params, prompts, lengths, candidates, choice))
 assert set(rows_of_calls) == {8}
 rows_of_calls.clear()
 mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 with jax.set_mesh(mesh):
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     rows = [jax.device_put(x, by_row) for x in (prompts, lengths, candidates, choice)]
-    sharded = jax.jit(run)(params, *rows)
+    sharded = jax.block_until_ready(jax.jit(run)(params, *rows))  # callbacks end before the results are there
 assert set(rows_of_calls) == {2} and len(rows_of_calls) == 8, rows_of_calls
 for one, other in zip(alone, sharded):
     np.testing.assert_allclose(one, other, atol=1e-5)
