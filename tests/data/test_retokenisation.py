@@ -237,7 +237,7 @@ def test_filler_and_finished_rows_are_left_alone():
 def test_an_answer_that_does_not_fit_is_an_error():
     (prompts, lengths, written, count, candidates, settled, _, _), _ = list(english("demo", "pair", steps=30))[-1]
     call = prompts, lengths, written, count, candidates
-    with pytest.raises(InputError, match=r"\Arow 0: the answer with candidate 0 is \d+ tokens .* room for 1; ask for fewer.*\Z"):
+    with pytest.raises(InputError, match=r"\Arow 0: the answer with candidate 0 is \d+ tokens .* room for 1; ask .*\Z"):
         retokeniser("demo", "pair").candidates(*call, settled, 1, FRESH)
     with pytest.raises(InputError, match=r"\Arow 1: 400 tokens cannot be settled, there are \d+\Z"):
         retokeniser("demo", "pair").candidates(*call, np.array([0, 400]), WIDTH, FRESH)
