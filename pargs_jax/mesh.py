@@ -1,23 +1,228 @@
-"""`--mesh`: which device a run uses."""
+"""`--mesh`: which devices a run uses, and how they are arranged.
+
+A mesh has three axes. `data` holds copies of the model, each with rows of its own; `fsdp` splits rows and weights, and
+gathers the weights layer by layer; `tensor` splits the matrices of every layer. What is split how is said in
+`pargs_jax.sharding`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.sharding import AxisType, Mesh
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, first_line
 
-PLATFORMS = {"auto": None, "cpu": "cpu", "gpu-1": "gpu"}
+AXES = ("data", "fsdp", "tensor")
+Task = Literal["train", "decode"]
+
+WIDEST_TENSOR = 8
+"""By default decoding splits matrices no further than this: beyond it, a step waits for messages."""
 
 
-def use_mesh(name: str) -> jax.Device:
-    """Makes one device the default of this process and returns it.
+class TpuGeneration(NamedTuple):
+    """How slices of one kind of TPU are named and built.
 
-    `auto` takes what JAX prefers here. Raises InputError for an unknown name or a device that is not here.
+    Attributes:
+        kind: what JAX calls such a device.
+        cores_per_chip: slices of v4 and v5p are named after their cores, the others after their chips; a device is a
+            chip.
+        dimensions: of the chips' grid.
+        sizes: chips of the slices there are.
     """
-    if name not in PLATFORMS:
-        raise InputError(f"--mesh {name}: not known; known are {', '.join(PLATFORMS)}")
+
+    kind: str
+    cores_per_chip: int
+    dimensions: int
+    sizes: tuple[int, ...]
+
+
+TPUS = {
+    "v4": TpuGeneration("TPU v4", 2, 3, (4, 8, 16, 32, 64, 128, 256)),
+    "v5e": TpuGeneration("TPU v5 lite", 1, 2, (1, 4, 8, 16, 32, 64, 128, 256)),
+    "v5p": TpuGeneration("TPU v5", 2, 3, (4, 8, 16, 32, 64, 128, 256)),
+    "v6e": TpuGeneration("TPU v6 lite", 1, 2, (1, 4, 8, 16, 32, 64, 128, 256)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshRequest:
+    """What `--mesh` asks for.
+
+    Attributes:
+        text: as it was given.
+        platform: `cpu`, `gpu`, `tpu`, or None for what JAX prefers here.
+        devices: how many; None for all (`gpu`: at most that many are taken, the others are slices of that size).
+        tpu: the generation of a TPU slice.
+        axes: the sizes of the axes that were given.
+    """
+
+    text: str
+    platform: str | None = None
+    devices: int | None = None
+    tpu: str | None = None
+    axes: tuple[tuple[str, int], ...] = ()
+
+    def shape(self, devices: int, task: Task) -> tuple[int, int, int]:
+        """The sizes of `AXES` for so many devices.
+
+        By default training gives all to `fsdp`, and decoding as many as a power of two up to `WIDEST_TENSOR` to
+        `tensor` and the rest to `data`. Raises InputError if given axes do not multiply to the number of devices.
+        """
+        if self.axes:
+            sizes = dict(self.axes)
+            asked = math.prod(sizes.values())
+            if asked != devices:
+                product = " x ".join(f"{name}={size}" for name, size in self.axes)
+                raise InputError(f"--mesh {self.text}: {product} is {asked} devices, and there are {devices}")
+            return tuple(sizes.get(axis, 1) for axis in AXES)
+        if task == "train":
+            return 1, devices, 1
+        tensor = math.gcd(devices, WIDEST_TENSOR)
+        return devices // tensor, 1, tensor
+
+
+def presets() -> list[str]:
+    """The names of all presets but those of GPUs and virtual devices in other numbers."""
+    slices = [
+        f"tpu-{name}-{chips * tpu.cores_per_chip}"
+        for name, tpu in TPUS.items()
+        for chips in tpu.sizes
+    ]
+    return ["auto", "cpu", "cpu-4", "gpu-1", "gpu-8", *slices]
+
+
+def parse_mesh(text: str) -> MeshRequest:
+    """Reads `--mesh`: a preset, axes (`data=2,fsdp=2`), or a preset and axes (`tpu-v4-8,fsdp=2,tensor=2`).
+
+    Raises InputError, with the nearest preset, for what is neither.
+    """
+    words = [word.strip() for word in text.split(",")]
+    name = "auto" if "=" in words[0] else words.pop(0)
+    axes: dict[str, int] = {}
+    for word in words:
+        axis, _, size = word.partition("=")
+        if axis not in AXES or not size.isdecimal() or int(size) < 1 or axis in axes:
+            raise InputError(
+                f"--mesh {text}: {word!r} is no axis; axes are {', '.join(AXES)}, each once, such as 'data=2,fsdp=4'"
+            )
+        axes[axis] = int(size)
+    request = MeshRequest(text, axes=tuple(axes.items()))
+    if name == "auto":
+        return request
+    if found := re.fullmatch(r"(cpu|gpu)(?:-([1-9]\d*))?", name):
+        count = int(found[2]) if found[2] else None
+        return dataclasses.replace(request, platform=found[1], devices=count)
+    if name in presets():
+        _, generation, size = name.split("-")
+        chips = int(size) // TPUS[generation].cores_per_chip
+        return dataclasses.replace(request, platform="tpu", devices=chips, tpu=generation)
+    nearest = difflib.get_close_matches(name, presets(), n=1, cutoff=0.0)[0]
+    raise InputError(f"--mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
+
+
+def make_mesh(text: str, task: Task, *, processes: int = 1) -> Mesh:
+    """The mesh that `--mesh` asks for, of devices that are here.
+
+    `cpu-N` makes N virtual devices (of all processes together) if JAX has not looked for devices yet. Raises
+    InputError if the machine is another one.
+    """
+    request = parse_mesh(text)
+    devices = _find_devices(request, processes)
+    return _arranged(request.shape(len(devices), task), devices)
+
+
+def make_topology_mesh(text: str, task: Task) -> Mesh:
+    """The mesh of a TPU slice that is not here, for compiling only. Needs libtpu.
+
+    Raises InputError if the request is no TPU preset, or libtpu is missing or cannot describe it.
+    """
+    request = parse_mesh(text)
+    if request.tpu is None or request.devices is None:
+        raise InputError(f"--mesh {text}: --compile-only needs a TPU slice, such as tpu-v4-8, to compile for")
+    from jax.experimental import topologies
+
+    tpu = TPUS[request.tpu]
+    grid = _grid(request.devices, tpu.dimensions)
+    options: dict[str, Any] = {
+        "chips_per_host_bounds": (*(min(side, 2) for side in grid[:2]), 1),
+        "num_slices": 1,
+        "wrap": (False,) * 3,
+    }
+    if tpu.cores_per_chip == 2:
+        options["chip_config_name"] = "megacore"
     try:
-        device = jax.local_devices(backend=PLATFORMS[name])[0]
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{request.tpu}:{'x'.join(map(str, grid))}", **options
+        )
+    except Exception as error:
+        raise InputError(
+            f"--mesh {text}: libtpu cannot describe it ({first_line(error)}); "
+            "it comes with the extra: pip install 'pargs-jax[tpu]'"
+        ) from error
+    return _arranged(request.shape(len(topology.devices), task), topology.devices)
+
+
+@contextlib.contextmanager
+def some_mesh() -> Iterator[Mesh]:
+    """The mesh that is set (`jax.set_mesh`); where none is, one of a single device is set meanwhile."""
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        yield mesh
+        return
+    with jax.set_mesh(_arranged((1, 1, 1), jax.local_devices()[:1])) as mesh:
+        yield jax.sharding.get_mesh()
+
+
+def _arranged(shape: tuple[int, ...], devices: Any) -> Mesh:
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _grid(chips: int, dimensions: int) -> tuple[int, ...]:
+    """The sides of a slice as they are sold: powers of two, as equal as can be; 2x4 in two dimensions, 2x2x1 in three."""
+    sides = [1] * dimensions
+    while math.prod(sides) < chips:
+        sides[sides.index(min(sides))] *= 2
+    return tuple(sorted(sides, reverse=dimensions == 3 and chips == 4))
+
+
+def _find_devices(request: MeshRequest, processes: int) -> list[jax.Device]:
+    if request.platform == "cpu":
+        _ask_for_virtual_devices(request, processes)
+    try:
+        devices = jax.devices(request.platform)
     except RuntimeError as error:
-        here = ", ".join(sorted({d.platform for d in jax.local_devices()}))
-        raise InputError(f"--mesh {name}: no such device here, only: {here}") from error
-    jax.config.update("jax_default_device", device)
-    return device
+        raise _not_here(request) from error
+    if request.tpu is not None:
+        if len(devices) != request.devices or devices[0].device_kind != TPUS[request.tpu].kind:
+            raise _not_here(request)
+        return devices
+    wanted = request.devices or (math.prod(size for _, size in request.axes) if request.axes else len(devices))
+    if len(devices) < wanted or (processes > 1 and len(devices) != wanted):
+        raise _not_here(request)
+    return devices[:wanted]
+
+
+def _ask_for_virtual_devices(request: MeshRequest, processes: int) -> None:
+    wanted = request.devices or math.prod(size for _, size in request.axes)
+    jax.config.update("jax_platforms", "cpu")
+    # Devices are there already, as many as there will be: _find_devices says whether these are enough.
+    with contextlib.suppress(RuntimeError):
+        if wanted > 1:
+            jax.config.update("jax_num_cpu_devices", -(-wanted // processes))
+
+
+def _not_here(request: MeshRequest) -> InputError:
+    devices = jax.devices()
+    kinds = sorted({device.device_kind for device in devices})
+    here = f"{len(devices)} x {', '.join(kinds)}"
+    if request.tpu is not None:
+        way_out = "run on that slice, on every host of it (--distributed), or look at it with --compile-only"
+    else:
+        way_out = "--mesh auto takes what is here"
+    return InputError(f"--mesh {request.text}: this machine has {here}; {way_out}")

@@ -1,0 +1,204 @@
+"""What lies where on a mesh: rules for parameters, and constraints for what is computed from them.
+
+A rule gives the dimensions of an array names, and each name is split over one axis of the mesh or none. One function
+gives the places of parameters for loading, initialising, restoring and compiling ahead of time (`param_shardings`).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from pargs_jax.errors import InputError
+
+ROWS = ("data", "fsdp")
+"""Rows of a batch are split over both of these axes."""
+
+AXIS_OF = {"vocabulary": "tensor", "heads": "tensor", "feedforward": "tensor", "width": "fsdp"}
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"backbone\.embed\.embedding", ("vocabulary", "width")),
+    (r"backbone\.(positions|segments|relative)\.embedding", (None, "width")),
+    (r"backbone\.(embed_out|project_in)\.kernel", (None, "width")),
+    (r"backbone\.project_out\.kernel", ("width", None)),
+    (r"backbone\.convolution\.conv\.kernel", (None, None, "width")),
+    (r"backbone\.layers\.(qkv|query|key|value|position_query|position_key)\.kernel", ("width", "heads")),
+    (r"backbone\.layers\.(qkv|query|key|value|position_query|position_key)\.bias", ("heads",)),
+    (r"backbone\.layers\.out\.kernel", ("heads", "width")),
+    (r"backbone\.layers\.(gate|up)\.kernel", ("width", "feedforward")),
+    (r"backbone\.layers\.(gate|up)\.bias", ("feedforward",)),
+    (r"backbone\.layers\.down\.kernel", ("feedforward", "width")),
+    (r"backbone\.layers\.\w+\.lora_in", ("width", None)),
+    (r"backbone\.layers\.\w+\.lora_out", (None, "heads")),
+    (r"head\.dense\.kernel", ("width", None)),
+    (r"head\.linear\.kernel", ("width", "vocabulary")),
+    (r".*\.(bias|scale)", ()),
+)
+"""For each kind of array, the names of its last dimensions: the first pattern that matches a path, in which the numbers
+of layers are left out. Dimensions before these (stacked layers), of size 1, or without a name are not split."""
+
+VOCABULARY_MULTIPLE = 128
+"""On a mesh, a vocabulary is padded to a multiple of this, whatever the mesh, so that a checkpoint fits every one.
+Models cut logits to their vocabulary, and export cuts the rest: no padding is ever seen outside."""
+
+Reader = Callable[[tuple[slice, ...]], np.ndarray]
+"""Gives part of an array."""
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh that is set (`jax.set_mesh`), if it is of more than one device or was set by a command; else None."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def dimension_names(path: str, rank: int) -> tuple[str | None, ...]:
+    """What a rule calls each dimension of the array at a dotted path."""
+    plain = re.sub(r"\.\d+(?=\.)", "", path)
+    for pattern, names in RULES:
+        if re.fullmatch(pattern, plain):
+            return (None,) * (rank - len(names)) + names
+    raise ValueError(f"{path}: no rule says where this array lies")
+
+
+def padded_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its vocabulary padded."""
+    names = dimension_names(path, len(shape))
+    return tuple(
+        -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE if name == "vocabulary" and size > 1 else size
+        for size, name in zip(shape, names, strict=True)
+    )
+
+
+def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lies. Raises InputError if a dimension does not divide by its axis."""
+    axes = []
+    for size, name in zip(shape, dimension_names(path, len(shape)), strict=True):
+        axis = AXIS_OF.get(name) if size > 1 else None
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"--mesh: {axis}={mesh.shape[axis]} does not divide the {size} of {path} ({name}); "
+                f"give another size of the axis {axis}"
+            )
+        axes.append(axis)
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader) -> Array:
+    """A parameter on the mesh, every device's part read by itself; without a mesh, whole on the default device."""
+    mesh = current_mesh()
+    if mesh is None:
+        return jnp.asarray(read(tuple(map(slice, shape))), dtype)
+    full = padded_shape(path, shape)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [axis.indices(size) for axis, size in zip(index, full, strict=True)]
+        inside = tuple(slice(min(a, n), min(b, n)) for (a, b, _), n in zip(bounds, shape, strict=True))
+        block = np.asarray(read(inside)).astype(dtype, copy=False)
+        missing = [(0, b - a - size) for (a, b, _), size in zip(bounds, block.shape, strict=True)]
+        return np.pad(block, missing) if any(after for _, after in missing) else block
+
+    return jax.make_array_from_callback(full, param_sharding(mesh, path, full), part)
+
+
+def place_params(params: Any) -> Any:
+    """Parameters that are here already, placed by the rules."""
+    return map_paths(lambda path, x: place_param(path, x.shape, x.dtype, lambda index: np.asarray(x[index])), params)
+
+
+def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
+    """What `place_params` would give, as `jax.ShapeDtypeStruct`s with shardings on a mesh that may not be here."""
+
+    def describe(path: str, x: Any) -> jax.ShapeDtypeStruct:
+        shape = padded_shape(path, x.shape)
+        return jax.ShapeDtypeStruct(shape, dtype or x.dtype, sharding=param_sharding(mesh, path, shape))
+
+    return map_paths(describe, params)
+
+
+def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`jax.tree.map` with each leaf's dotted path."""
+
+    def with_path(path: Iterable[Any], leaf: Any) -> Any:
+        return function(".".join(str(key.key) for key in path), leaf)
+
+    return jax.tree_util.tree_map_with_path(with_path, tree)
+
+
+def shardings_of(tree: Any) -> Any:
+    """Where every array of a tree lies."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Places of an optimizer's state: what belongs to a parameter lies as that does, all else is on every device."""
+    state = jax.eval_shape(optimizer.init, params)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        shardings_of(params),
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def local_rows(mesh: Mesh, count: int) -> range:
+    """Which of `count` rows of a batch this process's devices need."""
+    blocks = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((count,)).values()
+    bounds = [block.indices(count) for (block,) in blocks]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch's rows are split."""
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def place_rows(mesh: Mesh, batch: Any, count: int, first: int = 0) -> Any:
+    """A batch of `count` rows on the mesh; the arrays hold those from row `first` that this process needs."""
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def place(x: np.ndarray) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            return x[start - first : stop - first]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def constrain(x: Float[Array, "..."], *axes: str | tuple[str, ...] | None) -> Array:
+    """Says how an array that is being computed is split, the last dimensions by these axes; nothing without a mesh.
+
+    Axes that do not divide their dimension are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    axes = (None,) * (x.ndim - len(axes)) + axes
+    divides = [
+        axis is not None and size % int(np.prod([mesh.shape[name] for name in np.atleast_1d(axis)])) == 0
+        for axis, size in zip(axes, x.shape, strict=True)
+    ]
+    spec = [axis if divides_it else None for axis, divides_it in zip(axes, divides, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def on_every_device(tree: Any) -> Any:
+    """Says that arrays being computed are whole on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def to_host(x: Array) -> np.ndarray:
+    """A whole array as numpy's, in every process; all must call."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
