@@ -89,11 +89,7 @@ class MeshRequest:
 
 def presets() -> list[str]:
     """The names of all presets but those of GPUs and virtual devices in other numbers."""
-    slices = [
-        f"tpu-{name}-{chips * tpu.cores_per_chip}"
-        for name, tpu in TPUS.items()
-        for chips in tpu.sizes
-    ]
+    slices = [f"tpu-{name}-{chips * tpu.cores_per_chip}" for name, tpu in TPUS.items() for chips in tpu.sizes]
     return ["auto", "cpu", "cpu-4", "gpu-1", "gpu-8", *slices]
 
 
@@ -184,7 +180,7 @@ def _arranged(shape: tuple[int, ...], devices: Any) -> Mesh:
 
 
 def _grid(chips: int, dimensions: int) -> tuple[int, ...]:
-    """The sides of a slice as they are sold: powers of two, as equal as can be; 2x4 in two dimensions, 2x2x1 in three."""
+    """The sides of a slice as they are sold: powers of two, as equal as can be."""
     sides = [1] * dimensions
     while math.prod(sides) < chips:
         sides[sides.index(min(sides))] *= 2

@@ -121,13 +121,31 @@ def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
     return map_paths(describe, params)
 
 
-def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`jax.tree.map` with each leaf's dotted path."""
+def place_computed(function: Callable[..., Any], seed: int) -> Any:
+    """Parameters that a function draws from a PRNG key, each device computing its own part; the values are the same on
+    every mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return function(jax.random.key(seed))
+    wanted = abstract_params(mesh, jax.eval_shape(function, jax.random.key(0)))
 
-    def with_path(path: Iterable[Any], leaf: Any) -> Any:
-        return function(".".join(str(key.key) for key in path), leaf)
+    def draw() -> Any:
+        return jax.tree.map(
+            lambda x, like: jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, like.shape, strict=True)]),
+            function(jax.random.key(seed)),
+            wanted,
+        )
 
-    return jax.tree_util.tree_map_with_path(with_path, tree)
+    return jax.jit(draw, out_shardings=shardings_of(wanted))()
+
+
+def map_paths(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` of `function(path, leaf, ...)`, where a path is `backbone.embed.embedding`."""
+
+    def with_path(path: Iterable[Any], *leaves: Any) -> Any:
+        return function(".".join(str(key.key) for key in path), *leaves)
+
+    return jax.tree_util.tree_map_with_path(with_path, tree, *others)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -147,30 +165,20 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, me
     )
 
 
-def local_rows(mesh: Mesh, count: int) -> range:
-    """Which of `count` rows of a batch this process's devices need."""
-    blocks = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((count,)).values()
-    bounds = [block.indices(count) for (block,) in blocks]
-    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
-
-
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts a batch's rows are split."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
-def place_rows(mesh: Mesh, batch: Any, count: int, first: int = 0) -> Any:
-    """A batch of `count` rows on the mesh; the arrays hold those from row `first` that this process needs."""
+def place_rows(mesh: Mesh, batch: Any) -> Any:
+    """A batch on the mesh; each process sends its own devices their rows."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
-    def place(x: np.ndarray) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)
-            return x[start - first : stop - first]
 
-        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
-
-    return jax.tree.map(place, batch)
+def place_whole(mesh: Mesh, make: Callable[[], Any]) -> Any:
+    """Whatever a function of nothing computes, whole on every device."""
+    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
 def constrain(x: Float[Array, "..."], *axes: str | tuple[str, ...] | None) -> Array:

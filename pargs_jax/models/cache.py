@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pargs_jax.sharding import ROWS, constrain
+
 
 class Cache(NamedTuple):
     """Keys and values of a left-padded batch; slots `start[b] <= s < length` are real. `length` is one number, or one
@@ -40,7 +42,8 @@ class Cache(NamedTuple):
 def with_room(new: Any, width: int, capacity: int) -> Any:
     """Keys and values of prompts, `[... B H P D]`, padded to `capacity` slots."""
     room = [(0, 0), (0, 0), (0, capacity - width), (0, 0)]
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room), new)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room), new)
+    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor", None, None), padded)
 
 
 def append_choice(cache: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:

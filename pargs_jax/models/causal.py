@@ -45,7 +45,7 @@ class CausalModel(Model):
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits (fp32) of a model with a vocabulary head."""
         network = self.network(params)
-        return network.head(hidden, network.backbone.embed)
+        return network.head(hidden, network.backbone.embed)[..., : self.config.vocab_size]
 
     def rewards(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """Rewards (fp32) of the texts that end at each hidden state, for a model with a reward head."""

@@ -15,6 +15,8 @@ from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
     KeyValues,
+    Linear,
+    Remat,
     dropout,
     make_layers,
     run_layers,
@@ -60,7 +62,7 @@ class DebertaConfig:
     convolution_activation: str = "tanh"
     initializer_range: float = 0.02
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
     attention: Literal["full", "prefix_causal"] = "full"
 
     @property
@@ -188,8 +190,8 @@ class Block(nnx.Module):
         width = config.width
         init = nnx.initializers.normal(config.initializer_range)
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, kernel_init=init, rngs=rngs)
 
         def norm() -> nnx.LayerNorm:
             return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
@@ -211,7 +213,7 @@ class Block(nnx.Module):
         config = self.config
         key, query = (self.key, self.query) if config.share_attention_key else (self.position_key, self.position_query)
 
-        def project(linear: nnx.Linear, used: bool) -> Float[Array, "H N D"] | None:
+        def project(linear: Linear, used: bool) -> Float[Array, "H N D"] | None:
             return split_heads(linear(embedded)[None], config.heads)[0] if used else None
 
         return PositionTable(project(key, config.content_to_position), project(query, config.position_to_content))
@@ -281,7 +283,7 @@ class Deberta(nnx.Module):
         self.segments = embedding(config.segments, inner)
         init = nnx.initializers.normal(std)
         projects = inner != width
-        self.embed_out = nnx.Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
+        self.embed_out = Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
         self.embed_norm = norm()
         self.relative = embedding(2 * config.span * config.relative_attention, width)
         self.relative_norm = norm() if config.relative_attention and config.normalise_positions else None

@@ -14,6 +14,8 @@ from pargs_jax.models.layers import (
     CachedPrefix,
     Embedding,
     KeyValues,
+    Linear,
+    Remat,
     attention,
     dropout,
     make_layers,
@@ -43,7 +45,7 @@ class GPT2Config:
     tied_embeddings: bool = True
     initializer_range: float = 0.02
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def kv_heads(self) -> int:
@@ -109,11 +111,11 @@ class Block(nnx.Module):
         # Residual projections start smaller, so that the residual stream's variance does not grow with depth.
         residual = nnx.initializers.normal(std / math.sqrt(2 * config.layers))
         self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=normal, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=residual, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, kernel_init=normal, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=residual, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.up = nnx.Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
-        self.down = nnx.Linear(config.feedforward, width, kernel_init=residual, rngs=rngs)
+        self.up = Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
+        self.down = Linear(config.feedforward, width, kernel_init=residual, rngs=rngs)
 
     def __call__(
         self,

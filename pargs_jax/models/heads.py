@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pargs_jax.models.layers import ACTIVATIONS, Embedding
+from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
 
 
 class VocabularyHead(nnx.Module):
@@ -12,7 +12,7 @@ class VocabularyHead(nnx.Module):
 
     def __init__(self, width: int, vocab_size: int, tied: bool, std: float, *, rngs: nnx.Rngs) -> None:
         normal = nnx.initializers.normal(std)
-        self.linear = None if tied else nnx.Linear(width, vocab_size, use_bias=False, kernel_init=normal, rngs=rngs)
+        self.linear = None if tied else Linear(width, vocab_size, use_bias=False, kernel_init=normal, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"], embed: Embedding) -> Float[Array, "*B V"]:
         logits = embed.attend(hidden) if self.linear is None else self.linear(hidden)
@@ -23,7 +23,7 @@ class RewardHead(nnx.Module):
     """One linear layer without bias, computed in fp32: the reward of the text up to and including each position."""
 
     def __init__(self, width: int, std: float, *, rngs: nnx.Rngs) -> None:
-        self.linear = nnx.Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+        self.linear = Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         return _fp32_linear(self.linear, hidden)[..., 0]
@@ -35,15 +35,15 @@ class PooledRewardHead(nnx.Module):
     def __init__(self, width: int, activation: str, std: float, *, rngs: nnx.Rngs) -> None:
         normal = nnx.initializers.normal(std)
         self.activation = activation
-        self.dense = nnx.Linear(width, width, kernel_init=normal, rngs=rngs)
-        self.linear = nnx.Linear(width, 1, kernel_init=normal, rngs=rngs)
+        self.dense = Linear(width, width, kernel_init=normal, rngs=rngs)
+        self.linear = Linear(width, 1, kernel_init=normal, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         pooled = ACTIVATIONS[self.activation](_fp32_linear(self.dense, hidden))
         return _fp32_linear(self.linear, pooled)[..., 0]
 
 
-def _fp32_linear(linear: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     """A linear layer in fp32: accelerators multiply fp32 in less by default, and rewards are compared by small
     differences."""
     out = jnp.matmul(x.astype(jnp.float32), linear.kernel[...].astype(jnp.float32), precision="highest")

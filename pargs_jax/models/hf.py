@@ -11,6 +11,8 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +25,7 @@ from pargs_jax.errors import InputError, first_line
 from pargs_jax.models.layers import ACTIVATIONS
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.tables import FAMILIES, Family, Row
+from pargs_jax.sharding import map_paths, place_computed, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,7 +98,7 @@ def load_model(
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
     if from_scratch:
-        params = jax.tree.map(lambda x: x.astype(dtype), model.init(jax.random.key(seed)))
+        params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = _open_tensors(folder, family)
     has_head = all(row.tensor in tensors for row in family.heads[head].rows)
@@ -129,6 +132,8 @@ def save_model(
     fields = model.config.to_hf()
     name = fields.pop("model_type")
     tensors = dict(_export(model, FAMILIES[name], params))
+    if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one writes
+        return
     extra = {"num_labels": 1} if model.head == "reward" else {}
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
     hf.architectures = [FAMILIES[name].heads[model.head].class_name]
@@ -198,12 +203,25 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
 class _Tensors(dict[str, tuple[Path, str]]):
     """Where each tensor of a checkpoint lies, by its name without the backbone's prefix; read only when asked for."""
 
-    def read(self, name: str) -> np.ndarray:
+    def shape(self, name: str, transposed: bool) -> tuple[int, ...]:
+        with self._open(name) as (file, stored):
+            shape = tuple(file.get_slice(stored).get_shape())
+            return shape[::-1] if transposed else shape
+
+    def read(self, name: str, transposed: bool, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of a tensor, transposed if so, that an index gives; nothing else is read."""
+        with self._open(name) as (file, stored):
+            if transposed:
+                return file.get_slice(stored)[index[::-1]].T
+            return file.get_slice(stored)[index]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[Any, str]]:
         from safetensors import safe_open
 
         path, stored = self[name]
         with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(stored)
+            yield file, stored
 
 
 def _open_tensors(folder: Path, family: Family) -> _Tensors:
@@ -231,43 +249,38 @@ def _open_tensors(folder: Path, family: Family) -> _Tensors:
 def _import(
     model: Model, family: Family, tensors: _Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
 ) -> Params:
-    """Fills the model's parameters from the checkpoint; every mismatch is collected and raised once."""
+    """Fills the model's parameters from the checkpoint, each read where it is to lie; every mismatch is collected and
+    raised once, before any is read."""
     problems: list[str] = []
     used: set[str] = set()
 
-    def read(name: str, transpose: bool, shape: tuple[int, ...]) -> np.ndarray | None:
+    def check(name: str, transpose: bool, shape: tuple[int, ...]) -> None:
         used.add(name)
         if name not in tensors:
             problems.append(f"{name} is missing")
-            return None
-        value = tensors.read(name)
-        value = value.T if transpose else value
-        if value.shape != shape:
-            problems.append(f"{name} has shape {value.shape}, the config needs {shape}")
-            return None
-        return value.astype(dtype)
+        elif (stored := tensors.shape(name, transpose)) != shape:
+            problems.append(f"{name} has shape {stored}, the config needs {shape}")
 
-    def read_array(row: Row, shape: tuple[int, ...]) -> np.ndarray:
+    def read(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in row.tensor:
-            value = read(row.tensor, row.transpose, shape)
-            return np.zeros(shape, dtype) if value is None else value
-        stacked = np.zeros(shape, dtype)
-        for layer in range(shape[0]):
-            value = read(row.tensor.format(layer), row.transpose, shape[1:])
-            if value is not None:
-                stacked[layer] = value
-        return stacked
+            return tensors.read(row.tensor, row.transpose, index)
+        layers = range(model.config.layers)[index[0]]
+        return np.stack([tensors.read(row.tensor.format(layer), row.transpose, index[1:]) for layer in layers])
 
-    params: Params = {}
+    readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
         row = _row(family, model.head, path)
         if path[0] == "head" and new_head:
             std = model.config.initializer_range if path[-1] == "kernel" else 0.0
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
-            value = np.asarray(std * jax.random.normal(key, leaf.shape), dtype)
+            _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
+            continue
+        if "{}" in row.tensor:
+            for layer in range(leaf.shape[0]):
+                check(row.tensor.format(layer), row.transpose, leaf.shape[1:])
         else:
-            value = read_array(row, leaf.shape)
-        _set(params, path, value)
+            check(row.tensor, row.transpose, leaf.shape)
+        _set(readers, path, partial(read, row))
     # A language model may be read as a reward model and the other way round: the other head is no mistake.
     used |= {row.tensor for head in family.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
@@ -275,14 +288,17 @@ def _import(
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise InputError(f"{folder}: the weights do not match config.json: {'; '.join(problems[:3])}{more}")
-    return jax.tree.map(jnp.asarray, params)
+    return map_paths(
+        lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
+    )
 
 
 def _export(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
     for path, leaf in _flatten(params):
         row = _row(family, model.head, path)
         prefix = "" if path[0] == "head" else family.backbone_prefix
-        value = np.asarray(leaf)
+        value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
         if "{}" in row.tensor:
             for layer, single in enumerate(value):
                 yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)

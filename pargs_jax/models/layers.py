@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.sharding import ROWS, constrain
+
+Remat = Literal["none", "products", "layers"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -73,6 +77,31 @@ def attention(
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim)
 
 
+class Linear(nnx.Module):
+    """A linear layer. `pargs_jax.models.lora` gives it a low-rank addition to its matrix."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel_init: nnx.initializers.Initializer,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
+        self.lora_in: nnx.Param | None = nnx.data(None)
+        self.lora_out: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        out = x @ self.kernel[...]
+        if self.lora_in is not None:
+            out = out + self.lora_scale * (x @ self.lora_in[...] @ self.lora_out[...])
+        return out if self.bias is None else out + self.bias[...]
+
+
 class Embedding(nnx.Module):
     """A table of vectors, in whatever dtype its parameters have (`nnx.Embed` keeps the one it was made with)."""
 
@@ -118,19 +147,21 @@ def run_layers(
     cache: Any = None,
     key: PRNGKeyArray | None = None,
     *,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[Array, Any]:
     """Runs a stack made by `make_layers`: a `lax.scan` if stacked (small programs, one compiled layer), a loop if
     unrolled (faster where a step is bound by reading weights, since the scan copies each layer's out of the stack).
 
     `cache` is what `step` takes for one layer (`KeyValues`, say) with a leading L if stacked, a tuple of them if
-    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form. With `remat`, stacked
-    layers keep nothing but their inputs for a backward pass, which computes the rest again.
+    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form. `remat` says what
+    stacked layers keep for a backward pass, which computes the rest again: everything (`none`), the results of matrix
+    products with weights (`products`), or their inputs alone (`layers`).
     """
     keys = None if key is None else jax.random.split(key, count)
     if isinstance(layers, nnx.List):
         new = []
         for index, block in enumerate(layers):
+            x = constrain(x, ROWS, None, None)
             layer_cache = None if cache is None else cache[index]
             x, kept = step(block, x, index, layer_cache, None if keys is None else keys[index])
             new.append(kept)
@@ -140,8 +171,11 @@ def run_layers(
 
     def body(x: Array, layer: Any) -> tuple[Array, Any]:
         layer_params, index, layer_cache, layer_key = layer
+        x = constrain(x, ROWS, None, None)
         return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
 
-    # In a scan nothing can merge the second computation with the first, which the barriers would be there to prevent.
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    if remat != "none":
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        # In a scan nothing can merge the second computation with the first, which barriers would be there to prevent.
+        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

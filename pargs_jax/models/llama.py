@@ -13,6 +13,8 @@ from pargs_jax.models.layers import (
     CachedPrefix,
     Embedding,
     KeyValues,
+    Linear,
+    Remat,
     attention,
     dropout,
     make_layers,
@@ -46,7 +48,7 @@ class LlamaConfig:
     tied_embeddings: bool = False
     initializer_range: float = 0.02
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def head_width(self) -> int:
@@ -121,8 +123,8 @@ class Block(nnx.Module):
         width, query_width, kv_width = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
         normal = nnx.initializers.normal(config.initializer_range)
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=normal, rngs=rngs)
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, use_bias=bias, kernel_init=normal, rngs=rngs)
 
         self.norm1 = RMSNorm(width, config.norm_epsilon)
         self.query = linear(width, query_width, config.attention_bias)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from pargs_jax.models.lora import Lora
+
 Params = dict[str, Any]
 HeadName = Literal["vocabulary", "reward"]
 
@@ -22,6 +24,10 @@ class Network(nnx.Module):
 
     def __init__(self, model: "Model", *, rngs: nnx.Rngs) -> None:
         self.backbone = model.config.make(unrolled=model.unrolled, rngs=rngs)
+        if model.lora is not None:
+            layers = self.backbone.layers
+            for block in layers if model.unrolled else [layers]:
+                model.lora.adapt(block)
         self.head = model.make_head(rngs)
 
 
@@ -31,12 +37,13 @@ class Model:
 
     `unrolled` says how `params` hold the layers: stacked on a leading axis and run by a scan (False: small programs,
     quick to compile), or one by one (True: faster decoding where a step is bound by reading weights from memory).
-    `stack_layers` and `unstack_layers` convert.
+    `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions.
     """
 
     config: Any
     head: HeadName = "vocabulary"
     unrolled: bool = False
+    lora: Lora | None = None
 
     def make_head(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module that reads logits or rewards off hidden states."""

@@ -12,6 +12,8 @@ from pargs_jax.models.layers import (
     CachedPrefix,
     Embedding,
     KeyValues,
+    Linear,
+    Remat,
     attention,
     dropout,
     make_layers,
@@ -51,7 +53,7 @@ class OPTConfig:
     tied_embeddings: bool = True
     initializer_range: float = 0.02
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
 
     @property
     def kv_heads(self) -> int:
@@ -126,8 +128,8 @@ class Block(nnx.Module):
         width = config.width
         normal = nnx.initializers.normal(config.initializer_range)
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=config.biases, kernel_init=normal, rngs=rngs)
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, use_bias=config.biases, kernel_init=normal, rngs=rngs)
 
         self.norm1 = _layer_norm(config, rngs)
         self.query = linear(width, width)
@@ -167,10 +169,8 @@ class OPT(nnx.Module):
         width, outer, std = config.width, config.embedding_width, config.initializer_range
         normal = nnx.initializers.normal(std)
 
-        def project(inputs: int, outputs: int) -> nnx.Linear | None:
-            return (
-                None if width == outer else nnx.Linear(inputs, outputs, use_bias=False, kernel_init=normal, rngs=rngs)
-            )
+        def project(inputs: int, outputs: int) -> Linear | None:
+            return None if width == outer else Linear(inputs, outputs, use_bias=False, kernel_init=normal, rngs=rngs)
 
         self.embed = Embedding(config.vocab_size, outer, std, rngs=rngs)
         self.positions = Embedding(POSITION_OFFSET + config.context_length, width, std, rngs=rngs)
