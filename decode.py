@@ -15,15 +15,17 @@ EXAMPLES = """examples:
 def main() -> None:
     config = parse(DecodeConfig, prog="decode.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
+    import jax
+
     from pargs_jax.evaluation.comparison import compare_methods
     from pargs_jax.generation.run import generate
-    from pargs_jax.mesh import use_mesh
+    from pargs_jax.mesh import make_mesh
 
-    use_mesh(config.mesh)
-    if config.method is None and config.lm == DEMO:
-        compare_methods(config)
-    else:
-        generate(config)
+    with jax.set_mesh(make_mesh(config.mesh, "decode")):
+        if config.method is None and config.lm == DEMO:
+            compare_methods(config)
+        else:
+            generate(config)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ EXAMPLES = """examples:
 def main() -> None:
     config = parse(TrainConfig, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
-    from pargs_jax.mesh import use_mesh
+    import jax
+
+    from pargs_jax.mesh import make_mesh
     from pargs_jax.training.run import train
 
-    use_mesh(config.mesh)
-    train(config)
+    with jax.set_mesh(make_mesh(config.mesh, "train")):
+        train(config)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Nothing here imports JAX, so `--help` answers at once.
 import json
 import math
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -190,7 +191,11 @@ class ModelConfig:
         unset="as the checkpoint says",
     )
     dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
-    remat: bool = option(False, "compute activations again in the backward pass: a third more work, far less memory")
+    remat: Literal["none", "products", "layers"] = option(
+        "none",
+        "what layers keep for the backward pass, which computes the rest again: all (none), products with weights, or "
+        "their inputs alone (layers: a third more work, least memory)",
+    )
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,26 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation: the model stays frozen but for small additions to its matrices, and a reward head."""
+
+    rank: int = option(0, "rank of the additions, usually 16; 0: the whole model is trained", at_least=0)
+    alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
+    layers: str = option(
+        ".*",
+        "regular expression for the names of the layers that are adapted, such as 'query|value'",
+        metavar="REGEX",
+    )
+
+    def validate(self) -> None:
+        """Raises InputError if the pattern is none."""
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise InputError(f"--lora.layers: {self.layers!r} is no regular expression ({error})") from None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
@@ -282,6 +307,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
 
     @property
     def output_folder(self) -> Path:
@@ -291,6 +317,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
+        self.lora.validate()
         if self.batch_size % self.optim.accumulation:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches
 from pargs_jax.errors import InputError
+from pargs_jax.models.lora import join_params
+from pargs_jax.models.model import Params
 from pargs_jax.objectives import FRACTIONS, Metrics
+from pargs_jax.sharding import current_mesh, place_rows, place_whole
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.objective import Objective
-from pargs_jax.training.step import TrainState, merge_metrics
-
-StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+from pargs_jax.training.step import StepFunction, TrainState, merge_metrics
 
 
 class MetricsFile:
@@ -45,11 +46,11 @@ def count_tokens(batch: Batch) -> int:
     return int(batch.prompt_lengths.sum()) * batch.answers.shape[1] + int(batch.answer_lengths.sum())
 
 
-def evaluate(objective: Objective, params: Any, batches: Batches) -> dict[str, float]:
+def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str, float]:
     """Loss and metrics over every row of an evaluation set."""
     parts, weights = [], []
     for batch in batches.evaluation():
-        loss, (metrics, weight) = _evaluation_step(objective, params, batch)
+        loss, (metrics, weight) = _evaluation_step(objective, params, place(batch))
         parts.append(jax.device_get(metrics | {"loss": loss}))
         weights.append(float(weight))
     stacked = {name: np.array([part[name] for part in parts]) for name in parts[0]}
@@ -59,9 +60,16 @@ def evaluate(objective: Objective, params: Any, batches: Batches) -> dict[str, f
 _evaluation_step = jax.jit(Objective.__call__, static_argnums=0)
 
 
+def place(batch: Batch) -> Batch:
+    """The batch on the mesh, if one is set."""
+    mesh = current_mesh()
+    return batch if mesh is None else place_rows(mesh, batch)
+
+
 def run_steps(
     config: TrainConfig,
     state: TrainState,
+    frozen: Params,
     step: StepFunction,
     objective: Objective,
     schedule: Callable[[int], Any],
@@ -75,7 +83,8 @@ def run_steps(
     with the checkpoints left as they were."""
     first = int(state.step)
     metrics_file = MetricsFile(config.output_folder / "metrics.jsonl", first)
-    key = jax.random.key(config.seed)
+    mesh = current_mesh()
+    key = jax.random.key(config.seed) if mesh is None else place_whole(mesh, lambda: jax.random.key(config.seed))
     waiting: list[Metrics] = []
     tokens, since = 0, time.perf_counter()
 
@@ -98,7 +107,7 @@ def run_steps(
     def evaluated(number: int) -> None:
         nonlocal since
         paused = time.perf_counter()
-        values = evaluate(objective, state.params, held_out)
+        values = evaluate(objective, join_params(state.params, frozen), held_out)
         metrics_file.write(number, "eval", values)
         console.print(f"step {number}: {_describe_evaluation(values)}", highlight=False)
         since += time.perf_counter() - paused
@@ -112,7 +121,7 @@ def run_steps(
         try:
             for number in range(first + 1, total + 1):
                 batch = batches.batch(number - 1)
-                state, metrics = step(state, batch, key)
+                state, metrics = step(state, place(batch), key, frozen)
                 waiting.append(metrics)
                 tokens += count_tokens(batch)
                 is_last = number == total

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
@@ -18,13 +19,17 @@ from pargs_jax.data.preferences import Preference, load_preferences, write_bad_r
 from pargs_jax.data.prompts import get_form
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
+from pargs_jax.mesh import some_mesh
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
-from pargs_jax.models.model import Model
+from pargs_jax.models.hf import EXPORTED, load_model, resolve, save_model
+from pargs_jax.models.lora import NAMES as LORA_NAMES
+from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
+from pargs_jax.models.model import M, Model
+from pargs_jax.sharding import place_computed, row_shards, shardings_of
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.objective import Objective
-from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
+from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
@@ -39,17 +44,25 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     data or the model that cannot be used; nothing of an earlier run is written over.
     """
     config.validate()
-    console = console or Console()
+    with some_mesh() as mesh:
+        return _train(config, console or Console(quiet=jax.process_index() > 0), mesh)
+
+
+def _train(config: TrainConfig, console: Console, mesh: Mesh) -> Path:
+    _check_rows(config, mesh)
     out = _claim_folder(config)
     source = resolve(demo.DEMO_LM if config.model.init == DEMO else config.model.init)
     head = "vocabulary" if config.objective.name == "sft" else "reward"
+    lora = make_lora(config)
     pretrained = load_model(
-        source, head, attention=config.model.attention, from_scratch=config.model.from_scratch, seed=config.seed
+        source,
+        head,
+        attention=config.model.attention,
+        dtype=config.dtype if lora else "float32",
+        from_scratch=config.model.from_scratch,
+        seed=config.seed,
     )
-    model = dataclasses.replace(
-        pretrained.model,
-        config=dataclasses.replace(pretrained.model.config, dropout=config.model.dropout, remat=config.model.remat),
-    )
+    model = model_to_train(config, pretrained.model)
     _check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
 
@@ -70,18 +83,56 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
 
     objective = Objective(model, config.objective, config.dtype, closing_id=tokenizer.eos_id)
     optimizer, schedule = make_optimizer(config.optim, total)
-    step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation)
-    state = TrainState(pretrained.params, jax.jit(optimizer.init)(pretrained.params), jax.numpy.zeros((), "int32"))
+    params, frozen = pretrained.params, {}
+    if lora:
+        heads, frozen = split_params(params, trained_names(model))
+        params = join_params(
+            place_computed(lambda key: draw_lora(model.abstract_params(), key), config.seed),
+            jax.tree.map(lambda x: x.astype("float32"), heads),
+        )
+    state = begin(optimizer, params)
+    step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
     with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
         (out / "config.yaml").write_text(to_yaml(config))
         if int(state.step) < total:
-            state = run_steps(config, state, step, objective, schedule, batches, held_out, checkpoints, total, console)
-    _export(out / EXPORTED, pretrained, state, tokenizer)
+            state = run_steps(
+                config, state, frozen, step, objective, schedule, batches, held_out, checkpoints, total, console
+            )
+    params = join_params(state.params, frozen)
+    if lora:
+        params = jax.jit(partial(merge_lora, lora))(params)
+    save_model(out / EXPORTED, pretrained.model, params, special_tokens=pretrained.special_tokens)
+    if jax.process_index() == 0:
+        tokenizer.save(out / EXPORTED)
     console.print(f"the model is in {out / EXPORTED}", highlight=False)
     return out
+
+
+def model_to_train(config: TrainConfig, model: M) -> M:
+    """The model as training runs it: with the config's dropout, rematerialisation and low-rank additions."""
+    shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
+    return dataclasses.replace(model, config=shape, lora=make_lora(config))
+
+
+def make_lora(config: TrainConfig) -> Lora | None:
+    return Lora(config.lora.rank, config.lora.alpha, config.lora.layers) if config.lora.rank else None
+
+
+def trained_names(model: Model) -> tuple[str, ...]:
+    """What is trained beside a frozen model: the additions, and a reward head, which is new."""
+    return ("head", *LORA_NAMES) if model.head == "reward" else LORA_NAMES
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    shards, rows = row_shards(mesh), config.batch_size // config.optim.accumulation
+    if rows % shards:
+        raise InputError(
+            f"--batch-size: {config.batch_size} in {config.optim.accumulation} micro-batches (--optim.accumulation) is "
+            f"{rows} pairs at once, which the mesh's {shards} row shards (data x fsdp) cannot share; make it a multiple"
+        )
 
 
 def _claim_folder(config: TrainConfig) -> Path:
@@ -164,8 +215,3 @@ def _load_examples(
     examples, report = tokenise(rows, tokenizer, config.max_length, 1 if is_sft else 2, prefix_tokenizer)
     console.print(f"{source} ({split}): {report}", highlight=False)
     return examples
-
-
-def _export(folder: Path, pretrained: Pretrained, state: TrainState, tokenizer: TextTokenizer) -> None:
-    save_model(folder, pretrained.model, state.params, special_tokens=pretrained.special_tokens)
-    tokenizer.save(folder)

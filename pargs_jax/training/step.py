@@ -11,14 +11,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
+from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives import Metrics
+from pargs_jax.sharding import ROWS, constrain, current_mesh, optimizer_shardings, place_whole
 from pargs_jax.training.objective import Objective
 
 
 class TrainState(NamedTuple):
     """All that a step changes. Randomness and data order follow from the seed and `step`, so this is also all that a
-    resumed run needs."""
+    resumed run needs. `params` are those that are trained; frozen ones travel apart."""
 
     params: Params
     opt_state: optax.OptState
@@ -54,34 +56,65 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     return (optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw), schedule
 
 
+StepFunction = Callable[..., tuple[TrainState, Metrics]]
+
+
+def begin(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state before the first step; what the optimizer keeps of a parameter lies where that does."""
+    mesh = current_mesh()
+    if mesh is None:
+        return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    init = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, params, mesh))
+    return TrainState(params, init(params), place_whole(mesh, lambda: jnp.zeros((), jnp.int32)))
+
+
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, *, accumulation: int = 1
-) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """A jitted `step(state, batch, key) -> (state, metrics)`; the state is donated.
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    places: TrainState | None = None,
+) -> StepFunction:
+    """A jitted `step(state, batch, key, frozen=None) -> (state, metrics)`; the state is donated.
 
-    With `accumulation`, the batch is cut into that many micro-batches, run in a scan; gradients are averaged by their
-    weights, so the step equals that of the whole batch. `key` is the run's; each step folds its number in.
+    Args:
+        objective: the loss; gradients are those of `state.params`, which `frozen` makes up to the model's parameters
+            where not all of them are trained.
+        optimizer: what makes updates of gradients.
+        accumulation: the micro-batches that a batch is cut into, run in a scan. Gradients are averaged by their
+            weights, so the step equals that of the whole batch.
+        places: the shardings of the state, which the new one keeps.
+
+    `key` is the run's; each step folds its number in.
     """
-    gradient = jax.value_and_grad(objective, has_aux=True)
 
-    def micro_step(params: Params, total: Any, xs: tuple[Batch, PRNGKeyArray]) -> tuple[Any, Metrics]:
+    def loss_of(params: Params, frozen: Params | None, batch: Batch, key: PRNGKeyArray) -> Any:
+        return objective(join_params(params, frozen or {}), batch, key)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def micro_step(
+        params: Params, frozen: Params | None, total: Any, xs: tuple[Batch, PRNGKeyArray]
+    ) -> tuple[Any, Metrics]:
         batch, key = xs
-        (loss, (metrics, weight)), grads = gradient(params, batch, key)
+        (loss, (metrics, weight)), grads = gradient(params, frozen, batch, key)
         summed_grads, summed_weight = total
         summed_grads = jax.tree.map(lambda s, g: s + weight * g, summed_grads, grads)
         return (summed_grads, summed_weight + weight), metrics | {"loss": loss, "weight": weight}
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if places is None else (places, None))
+    def train_step(
+        state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         if accumulation == 1:
-            (loss, (metrics, _)), grads = gradient(state.params, batch, key)
+            (loss, (metrics, _)), grads = gradient(state.params, frozen, batch, key)
             metrics = metrics | {"loss": loss}
         else:
-            micro = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+            micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
             zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
             (grads, total), parts = jax.lax.scan(
-                partial(micro_step, state.params), zero, (micro, jax.random.split(key, accumulation))
+                partial(micro_step, state.params, frozen), zero, (micro, jax.random.split(key, accumulation))
             )
             grads = jax.tree.map(lambda g: g / total, grads)
             metrics = merge_metrics(parts, parts.pop("weight"))
@@ -91,6 +124,11 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return train_step
+
+
+def _cut(x: Array, parts: int) -> Array:
+    """Rows in so many parts, each of which is spread over the mesh as all were."""
+    return constrain(x.reshape(parts, -1, *x.shape[1:]), None, ROWS, *(None,) * (x.ndim - 1))
 
 
 def merge_metrics(parts: dict[str, Float[Array, "N"]], weights: Float[Array, "N"]) -> Metrics:

@@ -248,9 +248,9 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(settings, monkeypatch):
     def make_interrupted(*args, **options):
         step = make(*args, **options)
 
-        def interrupted(state, batch, key):
+        def interrupted(state, *rest):
             number = int(state.step) + 1
-            result = step(state, batch, key)
+            result = step(state, *rest)
             if number == 5:
                 signal.raise_signal(signal.SIGINT)
             return result

@@ -1,0 +1,96 @@
+"""Low-rank adaptation (LoRA; Hu et al., 2022): the matrices of chosen layers stay frozen, each with a trained addition
+`scale * lora_in @ lora_out` of small rank. Merged, the model has its usual shape again."""
+
+import dataclasses
+import re
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from pargs_jax.errors import InputError
+from pargs_jax.models.layers import Linear
+
+NAMES = ("lora_in", "lora_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which linear layers of the blocks are adapted, and how.
+
+    Attributes:
+        rank: of the additions.
+        alpha: the additions are scaled by `alpha / rank`.
+        layers: a regular expression that a layer's whole name matches: `query|value`, `.*` for every one.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layers: str = ".*"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapt(self, block: nnx.Module) -> None:
+        """Gives a block's chosen layers their additions, all zero. `block` may be a stack of blocks."""
+        linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
+        chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
+        if not chosen:
+            raise InputError(f"--lora.layers {self.layers}: matches none of {', '.join(linears)}")
+        for linear in chosen:
+            *stack, inputs, outputs = linear.kernel.shape
+            linear.lora_in = nnx.Param(jnp.zeros((*stack, inputs, self.rank)))
+            linear.lora_out = nnx.Param(jnp.zeros((*stack, self.rank, outputs)))
+            linear.lora_scale = self.scale
+
+
+def draw_lora(abstract: Any, key: PRNGKeyArray) -> Any:
+    """First values of the additions among a model's abstract parameters, as a dict of these alone: `lora_in` is normal
+    with a variance of one over its inputs, `lora_out` zero, so that training starts from the model as it was."""
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "lora_out":
+            return jnp.zeros(leaf.shape)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return jax.random.normal(own_key, leaf.shape) * leaf.shape[-2] ** -0.5
+
+    return jax.tree_util.tree_map_with_path(draw, split_params(abstract, NAMES)[0])
+
+
+def merge_lora(lora: Lora, params: Any) -> Any:
+    """The parameters with every addition added to its matrix, and nothing else left of it. Computed in fp32."""
+    if not isinstance(params, dict):
+        return params
+    if "lora_in" not in params:
+        return {name: merge_lora(lora, part) for name, part in params.items()}
+    rest, kernel = {name: part for name, part in params.items() if name not in NAMES}, params["kernel"]
+    addition = jnp.matmul(params["lora_in"], params["lora_out"], precision="highest") * lora.scale
+    return rest | {"kernel": (kernel.astype(jnp.float32) + addition).astype(kernel.dtype)}
+
+
+def split_params(params: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
+    """Two dicts: what lies below or at one of the names, and the rest. `join_params` puts them together again."""
+    chosen: dict[Any, Any] = {}
+    rest: dict[Any, Any] = {}
+    for name, part in params.items():
+        if name in names:
+            chosen[name] = part
+        elif isinstance(part, dict):
+            inner, outer = split_params(part, names)
+            chosen |= {name: inner} if inner else {}
+            rest |= {name: outer} if outer else {}
+        else:
+            rest[name] = part
+    return chosen, rest
+
+
+def join_params(one: Any, other: Any) -> Any:
+    """One dict of all that two have; they share no leaf."""
+    both = {**one, **other}
+    for name in one.keys() & other.keys():
+        both[name] = join_params(one[name], other[name])
+    return both

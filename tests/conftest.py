@@ -1,0 +1,6 @@
+"""Four virtual devices for every test; what sets no mesh runs on the first of them."""
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)

@@ -1,0 +1,112 @@
+"""Four devices train as one does: losses, parameters, and where things lie."""
+
+import dataclasses
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.data.batches import Batch
+from pargs_jax.mesh import make_mesh
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.lora import Lora, split_params
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.sharding import map_paths, place_params, place_rows, shardings_of
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import begin, make_optimizer, make_train_step
+
+MESHES = ("cpu-4,data=4", "cpu-4", "cpu-4,tensor=4")
+MIXED = ("cpu-4,data=2,tensor=2", "cpu-4,fsdp=2,tensor=2")
+MODELS = {
+    **{family: CausalModel(config, "reward") for family, config in TINY_CONFIGS.items()},
+    "deberta": EncoderModel(TINY_DEBERTA),
+    "prefix_causal": PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal")),
+    "language model": CausalModel(TINY_CONFIGS["gpt2"], "vocabulary"),
+}
+STEPS = 3
+
+
+def objective_of(model):
+    name = "sft" if model.head == "vocabulary" else "partial_bt"
+    return Objective(model, ObjectiveConfig(name=name, sample=2, chunk=1), closing_id=2)
+
+
+def some_batch():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 5, (8, 2)).astype(np.int32)
+    tokens = (rng.integers(0, 61, shape, np.int32) for shape in ((8, 6), (8, 2, 4)))
+    prompts, answers = tokens
+    return Batch(prompts, rng.integers(1, 7, 8).astype(np.int32), answers, lengths, np.ones(8, np.float32))
+
+
+def trained(name, mesh, **options):
+    """Losses of a few steps, and the state after them, of a step that is made as `train` makes it."""
+    model = dataclasses.replace(MODELS[name], **options)
+    params, frozen = random_params(model), {}
+    # A key's bias has no gradient but rounding, which Adam would blow up if its epsilon were smaller.
+    optimizer, _ = make_optimizer(OptimConfig(lr=1e-2, weight_decay=0.1, warmup=0.0, eps=1e-3), 10)
+    with jax.set_mesh(make_mesh(mesh, "train")):
+        mesh = jax.sharding.get_mesh()
+        params = place_params(params)
+        if model.lora:
+            params, frozen = split_params(params, ("head", "lora_in", "lora_out"))
+        state = begin(optimizer, params)
+        step = make_train_step(objective_of(model), optimizer, accumulation=2, places=shardings_of(state))
+        losses = []
+        for _ in range(STEPS):
+            state, metrics = step(state, place_rows(mesh, some_batch()), jax.random.key(0), frozen)
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+alone = lru_cache(lambda name: trained(name, "cpu-1"))
+
+
+def close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), jax.device_get(one), jax.device_get(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("llama", mesh) for mesh in MESHES] + [(name, mesh) for name in MODELS for mesh in MIXED]
+)
+def test_four_devices_equal_one(name, mesh):
+    losses, state = trained(name, mesh)
+    expected_losses, expected = alone(name)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    close(state.params, expected.params)
+    assert np.ptp(losses) > 1e-4
+
+
+def test_moments_lie_where_their_parameters_do():
+    _, state = trained("llama", "cpu-4,fsdp=2,tensor=2")
+    places = shardings_of(state.params)
+    assert places["backbone"]["layers"]["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
+    moments = [part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))]
+    found = [shardings_of(part) for part in moments if isinstance(part, dict)]
+    assert len(found) == 2
+    assert all(place == places for place in found)
+
+
+def test_the_padding_of_a_vocabulary_stays_zero():
+    _, state = trained("language model", "cpu-4,tensor=4")
+    table = np.asarray(state.params["backbone"]["embed"]["embedding"])
+    assert table.shape == (128, 32)
+    assert not table[61:].any()
+    assert table[:61].any(axis=1).all()
+
+
+def test_only_additions_and_the_head_are_trained():
+    lora = Lora(rank=2, layers="query|down")
+    losses, state = trained("llama", "cpu-4,fsdp=2,tensor=2", lora=lora)
+    expected_losses, expected = trained("llama", "cpu-1", lora=lora)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    close(state.params, expected.params)
+    paths = set()
+    map_paths(lambda path, _: paths.add(path), state.params)
+    additions = {f"backbone.layers.{layer}.lora_{end}" for layer in ("query", "down") for end in ("in", "out")}
+    assert paths == additions | {"head.linear.kernel"}
