@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from pargs_jax.errors import InputError
@@ -165,9 +165,14 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, me
     )
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Into how many parts a batch's rows are split."""
-    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def row_spec(mesh: Mesh | AbstractMesh, count: int) -> PartitionSpec:
+    """How so many rows are split: over `ROWS`, or not at all where that does not divide them."""
+    return PartitionSpec() if count % row_shards(mesh) else PartitionSpec(ROWS)
 
 
 def place_rows(mesh: Mesh, batch: Any) -> Any:

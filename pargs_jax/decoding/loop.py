@@ -18,6 +18,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache, append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
+from pargs_jax.sharding import ROWS, constrain, on_every_device
 
 
 class DecodeState(NamedTuple):
@@ -90,6 +91,7 @@ class Decoder:
     ) -> DecodeState:
         """Reads the prompts. A row of length 0 is filler: it is finished from the start."""
         lm_params, guide_params = params
+        prompts = constrain(prompts, ROWS, None)
         if prompts.shape[1] == 1:
             # The language model reads all but the last token before the loop: leave it something to read.
             prompts = jnp.pad(prompts, ((0, 0), (1, 0)))
@@ -210,7 +212,7 @@ def decode(
     params = (lm_params, guide_params)
     state = decoder.start(params, prompts, lengths, keys, max_new_tokens)
     state, record = decoder.advance(params, state, weights, rule, max_new_tokens)
-    return gather_records(record, decoder.eos_ids, lengths)
+    return on_every_device(gather_records(record, decoder.eos_ids, lengths))
 
 
 def gather_records(record: StepRecord, eos_ids: tuple[int, ...], prompt_lengths: Int[Array, "B"]) -> Decoded:

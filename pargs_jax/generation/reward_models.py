@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import Params, unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.sharding import on_every_device
 
 SMALLEST_WIDTH = 16
 
@@ -135,10 +137,14 @@ def causal_answer_rewards(
     width = prompts.shape[1]
     texts = jnp.concatenate([prompts, answers], axis=1)
     hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
-    return model.rewards(params, jnp.take_along_axis(hidden, (width + counts - 1)[:, None, None], axis=1)[:, 0])
+    last = jnp.take_along_axis(hidden, (width + counts - 1)[:, None, None], axis=1)[:, 0]
+    return on_every_device(model.rewards(params, last))
 
 
-encoder_answer_rewards = jax.jit(EncoderModel.answer_rewards, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def encoder_answer_rewards(model: EncoderModel, params: Params, *texts: Any) -> Float[Array, "B"]:
+    """`EncoderModel.answer_rewards`, compiled."""
+    return on_every_device(model.answer_rewards(params, *texts))
 
 
 def padded_width(length: int) -> int:

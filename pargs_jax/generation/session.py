@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.data.tokenization import TextTokenizer
@@ -22,6 +21,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import RewardModel, padded_width
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unstack_layers
+from pargs_jax.sharding import current_mesh, on_every_device, row_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,13 @@ class Session:
         rule = settings.method.make_rule(settings.temperature)
         params = tuple(reward_model.params for reward_model in guiding)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        batch_rows = max(1, min(settings.batch_size, len(prompts)))
+        shards = row_shards(current_mesh())
+        batch_rows = -(-max(1, min(settings.batch_size, len(prompts))) // shards) * shards
         for first in range(0, len(order), batch_rows):
             rows = order[first : first + batch_rows]
             ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)
             numbers = [prompt_number(prompts[i].id) for i in rows] + [0] * (batch_rows - len(rows))
-            keys = row_keys(settings.seed, jnp.asarray(numbers, jnp.uint32))
+            keys = _row_keys(settings.seed, np.array(numbers, np.uint32))
             decoder = Decoder(
                 self._lm,
                 tuple(reward_model.guide(ids, lengths, settings.max_new_tokens) for reward_model in guiding),
@@ -157,10 +158,10 @@ class Session:
             self._compiled[shape] = lowered.compile()
         return self._compiled[shape]
 
-    def _weights(self, settings: Settings) -> Float[Array, "J"]:
+    def _weights(self, settings: Settings) -> Float[np.ndarray, "J"]:
         """One reward weight a guide."""
         if not settings.method.guided:
-            return jnp.zeros(0)
+            return np.zeros(0, np.float32)
         given = settings.weights or (settings.method.weight,)
         if not self.reward_models:
             raise InputError("a guided method needs a reward model; give --rm PATH")
@@ -168,7 +169,7 @@ class Session:
             raise InputError(
                 f"{len(given)} weights for {len(self.reward_models)} reward models; give one, or one for each"
             )
-        return jnp.broadcast_to(jnp.asarray(given, jnp.float32), len(self.reward_models))
+        return np.broadcast_to(np.asarray(given, np.float32), len(self.reward_models))
 
     def _check_lengths(self, prompts: Sequence[Prompt], encoded: list[list[int]], max_new_tokens: int) -> None:
         room = self._lm.config.max_positions
@@ -210,6 +211,11 @@ def input_errors_of_callbacks() -> Iterator[None]:
         if found is None:
             raise
         raise InputError(found[1]) from error
+
+
+@jax.jit
+def _row_keys(seed: int, numbers: Int[Array, "B"]) -> PRNGKeyArray:
+    return on_every_device(row_keys(seed, numbers))
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:

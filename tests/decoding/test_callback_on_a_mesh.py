@@ -6,9 +6,10 @@ import sys
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.decoding.guides import RetokenisedGuide
+from pargs_jax.mesh import make_mesh
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 assert len(jax.devices()) == 4
@@ -44,7 +45,7 @@ def run(params, prompts, lengths, candidates, choice):
 alone = jax.block_until_ready(jax.jit(run)(params, prompts, lengths, candidates, choice))
 assert set(rows_of_calls) == {8}
 rows_of_calls.clear()
-mesh = jax.make_mesh((4, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+mesh = make_mesh("cpu-4,data=4", "decode")
 with jax.set_mesh(mesh):
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     rows = [jax.device_put(x, by_row) for x in (prompts, lengths, candidates, choice)]

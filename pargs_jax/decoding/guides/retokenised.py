@@ -21,6 +21,7 @@ from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.sharding import row_spec
 
 FRESH = 4
 """Settled tokens that a step can add to the cache; what is left over waits for the next."""
@@ -296,10 +297,11 @@ def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Ar
         )
 
     mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.axis_names or mesh.shape["data"] == 1:
+    if mesh.empty or mesh.size == 1:
         return local(*arrays)
-    specs = tuple(PartitionSpec("data") if array.ndim else PartitionSpec() for array in arrays)
-    return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False)(*arrays)
+    rows = row_spec(mesh, arrays[0].shape[0])
+    specs = tuple(rows if array.ndim else PartitionSpec() for array in arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)
 
 
 def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "B K"]]:

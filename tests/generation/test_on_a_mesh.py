@@ -1,0 +1,72 @@
+"""Four devices answer as one does, whatever lies where."""
+
+import dataclasses
+from functools import lru_cache
+
+import jax
+import pytest
+
+from pargs_jax.data.preferences import Prompt
+from pargs_jax.decoding.methods import METHODS
+from pargs_jax.generation.session import Session, Settings
+from pargs_jax.mesh import make_mesh
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import save_model
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
+
+# Three prompts: a mesh with four copies of the model has to fill up its rows.
+PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", ""))]
+GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",)}
+
+
+@pytest.fixture(scope="module")
+def folders(save_tiny, tmp_path_factory):
+    """Folders of a language model, and of its reward models, by family."""
+
+    def reward_model(kind):
+        if kind in GUIDES:
+            return save_tiny("reward", family=kind, seed=1)
+        config = dataclasses.replace(TINY_DEBERTA, vocab_size=tiny_tokenizer().vocab_size, attention=kind)
+        model = (EncoderModel if kind == "full" else PrefixCausalModel)(config)
+        folder = tmp_path_factory.mktemp(kind)
+        save_model(folder, model, random_params(model))
+        tiny_tokenizer().save(folder)
+        return str(folder)
+
+    return lru_cache(
+        lambda family: (save_tiny("vocabulary", family=family), [reward_model(kind) for kind in GUIDES[family]])
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(folders):
+    @lru_cache
+    def answer(family, mesh):
+        with jax.set_mesh(make_mesh(mesh, "decode")):
+            session = Session(*folders(family))
+            settings = Settings(METHODS["pargs"], max_new_tokens=8, temperature=3.0)
+            return {answer.id: answer for batch in session.answer(PROMPTS, settings) for answer in batch}
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [
+        ("llama", "cpu-4"),
+        ("llama", "cpu-4,data=4"),
+        ("llama", "cpu-4,fsdp=4"),
+        ("llama", "cpu-4,data=2,tensor=2"),
+        ("gpt2", "cpu-4,data=2,tensor=2"),
+        ("opt", "cpu-4,fsdp=2,tensor=2"),
+    ],
+)
+def test_four_devices_equal_one(answers, family, mesh):
+    expected, found = answers(family, "cpu-1"), answers(family, mesh)
+    assert found.keys() == expected.keys() == {"0", "1", "2"}
+    for prompt_id, answer in expected.items():
+        assert found[prompt_id].response == answer.response
+        assert found[prompt_id].tokens == answer.tokens
+        assert found[prompt_id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
+        assert found[prompt_id].log_probability == pytest.approx(answer.log_probability, abs=1e-3)
