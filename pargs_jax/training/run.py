@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
 from pargs_jax.data.prompts import get_form
 from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.durable_files import hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
@@ -28,7 +30,12 @@ from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
-FREE_ON_RESUME = ("out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep")
+FREE_ON_RESUME = (
+    "out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep",
+    "keep_best", "best_metric",
+)  # fmt: skip
+# What a command leaves that ended before its run began.
+BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -40,7 +47,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """
     config.validate()
     console = console or Console()
-    out = _claim_folder(config)
+    with _claimed_folder(config) as out:
+        _train(config, out, console)
+    return out
+
+
+def _train(config: TrainConfig, out: Path, console: Console) -> None:
     source = resolve(demo.DEMO_LM if config.model.init == DEMO else config.model.init)
     head = "vocabulary" if config.objective.name == "sft" else "reward"
     pretrained = load_model(
@@ -72,41 +84,47 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     optimizer, schedule = make_optimizer(config.optim, total)
     step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation)
     state = TrainState(pretrained.params, jax.jit(optimizer.init)(pretrained.params), jax.numpy.zeros((), "int32"))
-    with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
+    with write_failures_named(out, "give another --out"):
+        write_whole(out / "config.yaml", to_yaml(config))
+    with Checkpoints(out / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(state)
+            state = checkpoints.restore(state, partial(console.print, style="yellow", highlight=False))
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
-        (out / "config.yaml").write_text(to_yaml(config))
         if int(state.step) < total:
             state = run_steps(config, state, step, objective, schedule, batches, held_out, checkpoints, total, console)
     _export(out / EXPORTED, pretrained, state, tokenizer)
     console.print(f"the model is in {out / EXPORTED}", highlight=False)
-    return out
 
 
-def _claim_folder(config: TrainConfig) -> Path:
-    """Makes the run's folder, or checks that the run in it is the one to go on with."""
+@contextmanager
+def _claimed_folder(config: TrainConfig) -> Iterator[Path]:
+    """Makes the run's folder, or checks that the run in it is the one to go on with, and keeps other runs out."""
     out = config.output_folder
+    _check_folder(config, out)
+    with write_failures_named(out, "give another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("ab")
+    with lock:
+        hold(lock, f"{out}: another run is writing there; wait for it to end, or give another --out")
+        _check_folder(config, out)  # again: a run may have come and gone before the lock was ours
+        yield out
+
+
+def _check_folder(config: TrainConfig, out: Path) -> None:
+    """Raises InputError unless the folder is new, or holds the run to go on with."""
     saved = out / "config.yaml"
     try:
         holds_run = saved.exists()
     except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+        raise InputError(f"{out}: cannot be read ({error.strerror}); give another --out") from error
     if holds_run:
         if not config.resume:
             raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
         before = from_mapping(TrainConfig, read_yaml(saved), str(saved))
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
         _check_same(dataclasses.replace(before, **free), config, out)
-    elif out.exists() and (not out.is_dir() or any(not p.name.startswith("bad_rows.") for p in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(BEFORE_A_RUN) for p in out.iterdir())):
         raise InputError(f"{out}: is there already and holds no run; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"{out}: cannot be written to; give another --out")
-    return out
 
 
 def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
@@ -159,7 +177,8 @@ def _load_examples(
         rows = loaded.rows
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
-            write_bad_rows(path, loaded.bad_rows)
+            with write_failures_named(path, "give another --out"):
+                write_bad_rows(path, loaded.bad_rows)
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
     examples, report = tokenise(rows, tokenizer, config.max_length, 1 if is_sft else 2, prefix_tokenizer)
     console.print(f"{source} ({split}): {report}", highlight=False)
@@ -167,5 +186,6 @@ def _load_examples(
 
 
 def _export(folder: Path, pretrained: Pretrained, state: TrainState, tokenizer: TextTokenizer) -> None:
-    save_model(folder, pretrained.model, state.params, special_tokens=pretrained.special_tokens)
-    tokenizer.save(folder)
+    with write_failures_named(folder, "the checkpoints are kept; mend that, then go on with --resume"):
+        save_model(folder, pretrained.model, state.params, special_tokens=pretrained.special_tokens)
+        tokenizer.save(folder)
