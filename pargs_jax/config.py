@@ -260,6 +260,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl in --out."""
+
+    tensorboard: bool = option(False, "write them for TensorBoard too, into --out/tensorboard; needs that extra")
+    wandb: str | None = option(
+        None, "send them to this project of Weights & Biases too; needs the extra wandb", metavar="PROJECT"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
@@ -290,6 +300,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def output_folder(self) -> Path:

@@ -23,6 +23,8 @@ from pargs_jax.durable_files import write_failure, write_failures_named
 from pargs_jax.errors import InputError
 from pargs_jax.training.step import TrainState
 
+MEND_AND_RESUME = "the checkpoints are kept; mend that, then go on with --resume"
+
 
 class Checkpoints:
     """The newest `keep` checkpoints in a folder, and the `keep_best` with the best held-out metric.

@@ -23,8 +23,9 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import EXPORTED, Pretrained, load_model, resolve, save_model
 from pargs_jax.models.model import Model
-from pargs_jax.training.checkpoint import Checkpoints
+from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
+from pargs_jax.training.metrics_log import require_packages
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
@@ -32,7 +33,7 @@ DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
 FREE_ON_RESUME = (
     "out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep",
-    "keep_best", "best_metric",
+    "keep_best", "best_metric", "log",
 )  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
@@ -46,6 +47,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     data or the model that cannot be used; nothing of an earlier run is written over.
     """
     config.validate()
+    require_packages(config.log)
     console = console or Console()
     with _claimed_folder(config) as out:
         _train(config, out, console)
@@ -186,6 +188,6 @@ def _load_examples(
 
 
 def _export(folder: Path, pretrained: Pretrained, state: TrainState, tokenizer: TextTokenizer) -> None:
-    with write_failures_named(folder, "the checkpoints are kept; mend that, then go on with --resume"):
+    with write_failures_named(folder, MEND_AND_RESUME):
         save_model(folder, pretrained.model, state.params, special_tokens=pretrained.special_tokens)
         tokenizer.save(folder)

@@ -26,7 +26,7 @@ from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.training import run
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.loop import MetricsFile
+from pargs_jax.training.metrics_log import MetricsFile
 from pargs_jax.training.step import TrainState
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ PREFERENCE_METRICS = {
     "loss", "accuracy", "margin", "reward_mean", "reward_min", "reward_max",
     "accuracy_10", "accuracy_25", "accuracy_50", "accuracy_75", "accuracy_100",
 }  # fmt: skip
-TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second"}
+TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share"}
 WORDS = ("lamp", "kettle", "chair", "phone", "table", "radio", "clock", "fan")
 PAIRS = [
     {"prompt": f"Customer: my {word} broke\nAgent:", "chosen": f" Sorry, {word} sent.", "rejected": f" No {word}."}
@@ -244,7 +244,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkey
     assert weights[0] == weights[1]
     for split in ("train", "eval"):
         resumed, uninterrupted = (
-            [{**line, "tokens_per_second": None} for line in metrics_of(folder, split)]
+            [{**line, "tokens_per_second": None, "data_wait_share": None} for line in metrics_of(folder, split)]
             for folder in (config.out, whole)
         )
         assert resumed == uninterrupted
