@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from pargs_jax.config import Option, options, sections, shown
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, Terminated
 
 
 class Config(Protocol):
@@ -109,7 +109,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130.
+    """Runs `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130 and
+    SIGTERM 143.
 
     A reader that closes our output early (`decode.py | head`) ends the command quietly, with the shell's code 141.
     """
@@ -119,6 +120,9 @@ def command(main: Callable[[], None]) -> None:
     except InputError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        sys.exit(143)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -285,6 +285,16 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go besides metrics.jsonl in --out."""
+
+    tensorboard: bool = option(False, "write them for TensorBoard too, into --out/tensorboard; needs that extra")
+    wandb: str | None = option(
+        None, "send them to this project of Weights & Biases too; needs the extra wandb", metavar="PROJECT"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
@@ -302,12 +312,21 @@ class TrainConfig:
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0)
     keep: int = option(2, "newest checkpoints kept", at_least=1)
+    keep_best: int = option(
+        1,
+        "checkpoints kept besides, of the best evaluations; a step whose evaluation is among them is saved; 0: none",
+        at_least=0,
+    )
+    best_metric: Literal["loss", "accuracy"] = option(
+        "loss", "held-out metric that says which evaluations are best: the smallest loss or the highest accuracy"
+    )
     log_every: int = option(10, "steps between lines of metrics", at_least=1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
+    log: LogConfig = LogConfig()
 
     @property
     def output_folder(self) -> Path:

@@ -175,14 +175,18 @@ def row_spec(mesh: Mesh | AbstractMesh, count: int) -> PartitionSpec:
     return PartitionSpec() if count % row_shards(mesh) else PartitionSpec(ROWS)
 
 
-def place_rows(mesh: Mesh, batch: Any) -> Any:
-    """A batch on the mesh; each process sends its own devices their rows."""
+def place_rows(mesh: Mesh | None, batch: Any) -> Any:
+    """A batch on the mesh, each process sending its own devices their rows; without one, on the default device."""
+    if mesh is None:
+        return jax.device_put(batch)
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
 
-def place_whole(mesh: Mesh, make: Callable[[], Any]) -> Any:
-    """Whatever a function of nothing computes, whole on every device."""
+def place_whole(mesh: Mesh | None, make: Callable[[], Any]) -> Any:
+    """Whatever a function of nothing computes, whole on every device of the mesh, if there is one."""
+    if mesh is None:
+        return make()
     return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 

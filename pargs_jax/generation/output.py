@@ -9,6 +9,7 @@ from typing import Any
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
 from pargs_jax.config import DecodeConfig
+from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.session import Answer
 
@@ -25,22 +26,33 @@ def answer_row(answer: Answer) -> dict[str, Any]:
 
 
 class AnswersFile:
-    """Appends answers to a JSONL file, each batch as soon as it is done.
+    """Appends answers to a JSONL file, each batch as soon as it is done; no other process may at the same time.
 
     Beside `F.jsonl` lies `F.jsonl.config.yaml`: a second run goes on after the rows that are there if its options are
     the same, and is refused if not. A last line that was cut off is dropped and answered again.
     """
 
     def __init__(self, path: Path, config: DecodeConfig) -> None:
+        """Opens the file, or makes it.
+
+        Raises:
+            InputError: it cannot be written, belongs to something else, or another process is writing it.
+        """
         self._path = path
         self._settings = path.with_name(path.name + ".config.yaml")
-        self.done_ids = self._read_done(config)
-        try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; --out is a file")
+        with write_failures_named(path, "give another --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-            self._settings.write_text(to_yaml(config))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+            self._file = path.open("ab", buffering=0)
+        try:
+            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or give another --out")
+            self.done_ids = self._read_done(config)
+            with write_failures_named(self._settings, "give another --out"):
+                write_whole(self._settings, to_yaml(config))
+        except InputError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "AnswersFile":
         return self
@@ -51,16 +63,14 @@ class AnswersFile:
         self._file.close()
 
     def write(self, answers: Sequence[Answer]) -> None:
-        self._file.writelines(json.dumps(answer_row(answer), ensure_ascii=False) + "\n" for answer in answers)
-        self._file.flush()
+        """Appends rows. Raises InputError if the disk does not take them all."""
+        rows = "".join(json.dumps(answer_row(answer), ensure_ascii=False) + "\n" for answer in answers)
+        with write_failures_named(self._path, "the answers before are kept; mend that, then run the same again"):
+            append_all(self._file, rows)
 
     def _read_done(self, config: DecodeConfig) -> set[str]:
-        if not self._path.exists():
-            return set()
-        if self._path.is_dir():
-            raise InputError(f"{self._path}: is a folder; --out is a file")
-        text = self._path.read_text(encoding="utf-8")
-        if not text:
+        content = self._path.read_bytes()
+        if not content:
             return set()
         if not self._settings.exists():
             raise InputError(f"{self._path}: is there already and was not written by decode.py; give another --out")
@@ -71,10 +81,11 @@ class AnswersFile:
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
                 "run with those, or give another --out"
             )
-        whole, _, cut_off = text.rpartition("\n")
-        if cut_off:
-            self._path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        lines = content.split(b"\n")
+        cut_off = lines.pop()
         try:
-            return {json.loads(line)["id"] for line in whole.splitlines()}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            done = {json.loads(line)["id"] for line in lines}
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self._path}: holds a line that is no answer ({error}); give another --out") from error
+        self._file.truncate(len(content) - len(cut_off))
+        return done

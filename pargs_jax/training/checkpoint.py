@@ -4,30 +4,70 @@ The data's order and the randomness of a step follow from the seed and the step'
 position in the data.
 """
 
+import gc
+import json
 import logging
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 
-from pargs_jax.errors import InputError, first_line
+from pargs_jax.durable_files import write_failure, write_failures_named
+from pargs_jax.errors import InputError
 from pargs_jax.training.step import TrainState
+
+MEND_AND_RESUME = "the checkpoints are kept; mend that, then go on with --resume"
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in a folder, each written whole before it counts."""
+    """The newest `keep` checkpoints in a folder, and the `keep_best` with the best held-out metric.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    A save runs in the background. It is written under another name, and counts from when it is whole and takes its own;
+    what a kill leaves of one is removed when the folder is next opened.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_best: int = 0, metric: str = "loss") -> None:
+        """Opens the folder, or makes it.
+
+        Args:
+            folder: where each checkpoint is a folder named by its step.
+            keep: how many of the newest are kept.
+            keep_best: how many of those saved with held-out metrics are kept besides, the best first.
+            metric: the held-out metric that says which are best; of `loss` less is better, of others more.
+
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1 as ocp
 
         self.folder = folder
-        self._writer = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
+        self._keep_best = keep_best
+        self._metric = metric
+        self._save_in_progress: tuple[int, Any] | None = None
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=itemgetter(metric),
+            reverse=metric == "loss",
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
         )
+        with write_failures_named(folder, "give another --out"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_unreadable_metrics(folder)
+            self._writer = ocp.training.Checkpointer(
+                folder.absolute(),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -35,26 +75,162 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        try:
+            self.wait()
+            self._writer.close()
+        except Exception:
+            # Orbax raises the error of a failed save at every later call; the first one has been told.
+            if error is None:
+                raise
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint; None if there is none."""
+        """The step of the newest checkpoint, or of the save in progress; None if there is none."""
         latest = self._writer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState) -> None:
-        """Writes the state under its step; a step that is already there is left alone."""
-        step = int(state.step)
-        if step != self.latest_step:
-            self._writer.save(step, state._asdict())
+    @property
+    def kept(self) -> str:
+        """What there is to go on with, for an error message; waits for the save in progress."""
+        self.wait()
+        if self.latest_step is None:
+            return "no checkpoint was written yet"
+        return f"the checkpoint of step {self.latest_step} is kept"
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state, with the shapes, dtypes and places of `like`. Raises InputError if it does not fit."""
-        step = self.latest_step
+    def is_best(self, held_out: dict[str, float]) -> bool:
+        """Whether a checkpoint with these held-out metrics would be among those kept as the best."""
+        sign = 1 if self._metric == "loss" else -1
+        scores = sorted(sign * known.metrics[self._metric] for known in self._writer.checkpoints if known.metrics)
+        bound = scores[self._keep_best - 1] if 0 < self._keep_best <= len(scores) else math.inf
+        return self._keep_best > 0 and sign * held_out[self._metric] < bound
+
+    def save(self, state: TrainState, held_out: dict[str, float] | None = None) -> None:
+        """Starts to write the state under its step, and returns as soon as the state may be donated.
+
+        A step that is already there is left alone. Waits for the save before it. Raises InputError if that, or the
+        beginning of this one, cannot be written.
+
+        Args:
+            state: what to save.
+            held_out: its metrics on the evaluation set, where it was evaluated.
+        """
+        self.wait()
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        with self._write_failures_named(self.folder / str(step)):
+            self._save_in_progress = step, self._writer.save_async(step, state._asdict(), metrics=held_out)
+
+    def wait(self) -> None:
+        """Returns when the last save is whole. Raises InputError if it cannot be written."""
+        if self._save_in_progress is None:
+            return
+        (step, response), self._save_in_progress = self._save_in_progress, None
+        with self._write_failures_named(self.folder / str(step)):
+            response.result()
+
+    def restore(self, like: TrainState, warn: Callable[[str], None]) -> TrainState:
+        """The newest state that can be read, with the shapes, dtypes and places of `like`.
+
+        Damaged checkpoints that are newer are renamed to `damaged-<step>`, and `warn` is told. Raises InputError if
+        none can be read, or if one is of another model.
+        """
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        steps = [known.step for known in reversed(self._writer.checkpoints)]
+        for place, step in enumerate(steps):
+            self._check_shapes(step, target)
+            restored = self._load(step, target)
+            if restored is not None:
+                for damaged in steps[:place]:
+                    self._put_aside(damaged)
+                    warn(f"{self.folder}/{damaged}: is damaged; going on with the checkpoint before, of step {step}")
+                return TrainState(**restored)
+        raise InputError(
+            f"{self.folder}: all {len(steps)} checkpoints are damaged; bring one back, or give another --out"
+        )
+
+    def _check_shapes(self, step: int, target: dict[str, Any]) -> None:
+        """Raises InputError if the checkpoint's arrays are not the target's; one that cannot be read passes."""
         try:
-            return TrainState(**self._writer.load(step, target))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = first_line(error)[:200]
-            raise InputError(f"{self.folder}/{step}: not a checkpoint of this run's model ({reason})") from error
+            saved = self._writer.metadata(step).metadata
+        except (ValueError, KeyError, OSError):
+            return
+        if saved is None:
+            return
+        saved_shapes, shapes = _shapes(saved), _shapes(target)
+        for name in saved_shapes | shapes:
+            found, wanted = (known.get(name, "none") for known in (saved_shapes, shapes))
+            if found != wanted:
+                raise InputError(
+                    f"{self.folder}/{step}: not a checkpoint of this run's model "
+                    f"({name} has shape {found}, must have {wanted}); give another --out"
+                )
+
+    def _load(self, step: int, target: dict[str, Any]) -> dict[str, Any] | None:
+        """The checkpoint's arrays; None if its files are damaged."""
+        try:
+            with _quiet_failure():
+                return self._writer.load(step, target)
+        except (ValueError, KeyError, TypeError, OSError) as error:  # Orbax wraps what went wrong in one of these
+            if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in _causes(error)):
+                raise  # too little memory is not the checkpoint's fault
+            return None
+
+    def _put_aside(self, step: int) -> None:
+        """Frees a step's name, and keeps its files for whoever wants to look at them."""
+        aside = self.folder / f"damaged-{step}"
+        with self._write_failures_named(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        self._writer.reload()
+
+    @contextmanager
+    def _write_failures_named(self, place: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = write_failure(error)
+            if reason is None:
+                raise
+            raise InputError(
+                f"{place}: cannot be written ({reason}); {self.kept}; mend that, then go on with --resume"
+            ) from error
+
+
+def _drop_unreadable_metrics(folder: Path) -> None:
+    """Removes files of held-out metrics that a crash cut short: Orbax would not open the folder, and a checkpoint
+    without them still is one."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            path.unlink()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape by name of every array, spelled alike for a state and for what Orbax knows of a saved one."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+@contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """Keeps the other tasks of a load that failed from reporting the same failure, array by array, on stderr."""
+    logger = logging.getLogger("asyncio")
+    level, hook = logger.level, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+        logger.setLevel(level)

@@ -1,17 +1,14 @@
 """The training loop: steps, progress, metrics, evaluation, checkpoints."""
 
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -23,22 +20,11 @@ from pargs_jax.models.model import Params
 from pargs_jax.objectives import FRACTIONS, Metrics
 from pargs_jax.sharding import current_mesh, place_rows, place_whole
 from pargs_jax.training.checkpoint import Checkpoints
+from pargs_jax.training.interrupts import signals_wait
+from pargs_jax.training.metrics_log import MetricsLog
 from pargs_jax.training.objective import Objective
+from pargs_jax.training.prefetch import Prefetch
 from pargs_jax.training.step import StepFunction, TrainState, merge_metrics
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one line a report; a resumed run goes on after its checkpoint's step."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._path = path
-
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
 
 
 def count_tokens(batch: Batch) -> int:
@@ -50,7 +36,7 @@ def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str
     """Loss and metrics over every row of an evaluation set."""
     parts, weights = [], []
     for batch in batches.evaluation():
-        loss, (metrics, weight) = _evaluation_step(objective, params, place(batch))
+        loss, (metrics, weight) = _evaluation_step(objective, params, place_rows(current_mesh(), batch))
         parts.append(jax.device_get(metrics | {"loss": loss}))
         weights.append(float(weight))
     stacked = {name: np.array([part[name] for part in parts]) for name in parts[0]}
@@ -58,12 +44,6 @@ def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str
 
 
 _evaluation_step = jax.jit(Objective.__call__, static_argnums=0)
-
-
-def place(batch: Batch) -> Batch:
-    """The batch on the mesh, if one is set."""
-    mesh = current_mesh()
-    return batch if mesh is None else place_rows(mesh, batch)
 
 
 def run_steps(
@@ -79,51 +59,79 @@ def run_steps(
     total: int,
     console: Console,
 ) -> TrainState:
-    """Runs from `state.step` to `total`; a Ctrl-C saves first. Raises InputError when the loss is no longer a number,
-    with the checkpoints left as they were."""
+    """Runs from `state.step` to `total`; Ctrl-C and SIGTERM end it after the running step, which is saved.
+
+    Of a report, `tokens_per_second` and `data_wait_share` are over the time since the last one, less evaluations. The
+    latter is the share of it, 0 to 1, that the loop waited for batches. Steps run behind the loop's back, so a device
+    stood idle for want of data for at most that share.
+
+    Raises InputError when the loss, the gradient or the state is no longer finite, with the checkpoints left as they
+    were, and when something cannot be written.
+    """
     first = int(state.step)
-    metrics_file = MetricsFile(config.output_folder / "metrics.jsonl", first)
     mesh = current_mesh()
-    key = jax.random.key(config.seed) if mesh is None else place_whole(mesh, lambda: jax.random.key(config.seed))
+    key = place_whole(mesh, lambda: jax.random.key(config.seed))
     waiting: list[Metrics] = []
-    tokens, since = 0, time.perf_counter()
+    tokens, waited, since = 0, 0.0, time.perf_counter()
 
     def report(number: int) -> dict[str, float]:
         """Fetches the metrics of the steps since the last report, which waits for the device."""
-        nonlocal tokens, since
+        nonlocal tokens, waited, since
         fetched = jax.device_get(waiting)
         waiting.clear()
         for back, values in enumerate(reversed(fetched)):
             if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-                raise _diverged(number - back, values, checkpoints)
+                what = f"the loss is {values['loss']:g} and the gradient norm {values['gradient_norm']:g}"
+                raise _diverged(number - back, what, checkpoints)
         count = len(fetched)
         values = {k: float(v) for k, v in merge_metrics(_stack(fetched), np.ones(count)).items()}
         now = time.perf_counter()
-        values |= {"learning_rate": float(schedule(number - 1)), "tokens_per_second": tokens / (now - since)}
-        tokens, since = 0, now
-        metrics_file.write(number, "train", values)
+        values |= {
+            "learning_rate": float(schedule(number - 1)),
+            "tokens_per_second": tokens / (now - since),
+            "data_wait_share": (prefetch.waited - waited) / (now - since),
+        }
+        tokens, waited, since = 0, prefetch.waited, now
+        log.write(number, "train", values)
         return values
 
-    def evaluated(number: int) -> None:
+    def evaluated(number: int) -> dict[str, float]:
         nonlocal since
         paused = time.perf_counter()
         values = evaluate(objective, join_params(state.params, frozen), held_out)
-        metrics_file.write(number, "eval", values)
+        if not math.isfinite(values["loss"]):
+            raise _diverged(number, f"the held-out loss is {values['loss']:g}", checkpoints)
+        log.write(number, "eval", values)
         console.print(f"step {number}: {_describe_evaluation(values)}", highlight=False)
         since += time.perf_counter() - paused
+        return values
+
+    def save(number: int, metrics: dict[str, float] | None) -> None:
+        """Saves what is good to go on from: an update may overflow after a loss and a gradient that did not."""
+        if not _is_finite((state.params, state.opt_state)):
+            raise _diverged(number, "its update made weights or optimizer state that are not finite", checkpoints)
+        checkpoints.save(state, metrics)
+
+    def load(index: int) -> tuple[Batch, int]:
+        batch = batches.batch(index)
+        return place_rows(mesh, batch), count_tokens(batch)
 
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress, _interrupts_wait() as asked:
+    with (
+        MetricsLog(config, first) as log,
+        Progress(*columns, console=console) as progress,
+        signals_wait() as stop,
+        Prefetch(load, range(first, total)) as prefetch,
+    ):
         task = progress.add_task("training", total=total, completed=first, note="compiling")
         try:
-            for number in range(first + 1, total + 1):
-                batch = batches.batch(number - 1)
-                state, metrics = step(state, place(batch), key, frozen)
+            for number, (batch, count) in enumerate(prefetch, first + 1):
+                state, metrics = step(state, batch, key, frozen)
                 waiting.append(metrics)
-                tokens += count_tokens(batch)
+                tokens += count
                 is_last = number == total
                 evaluates = held_out is not None and (is_last or _due(number, config.eval_every))
                 saves = is_last or _due(number, config.save_every)
@@ -132,40 +140,30 @@ def run_steps(
                     note = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}"
                     progress.update(task, note=f"{note}  {values['tokens_per_second']:,.0f} tokens/s")
                 progress.update(task, completed=number)
-                if evaluates:
-                    evaluated(number)
-                if saves:
-                    checkpoints.save(state)
-                if asked:
-                    raise KeyboardInterrupt
+                evaluation = evaluated(number) if evaluates else None
+                if saves or (evaluation is not None and checkpoints.is_best(evaluation)):
+                    save(number, evaluation)
+                if stop.error is not None:
+                    raise stop.error
         except KeyboardInterrupt:
-            if waiting:
-                report(int(state.step))
-            checkpoints.save(state)
-            console.print(f"stopped and saved at step {int(state.step)}; go on with --resume", highlight=False)
+            if not stop.at_once:
+                number = int(state.step)
+                if waiting:
+                    report(number)
+                save(number, None)
+                checkpoints.wait()
+                console.print(
+                    f"stopped; step {number} of {total} is saved in {checkpoints.folder}; go on with --resume",
+                    highlight=False,
+                )
             raise
     return state
 
 
-@contextmanager
-def _interrupts_wait() -> Iterator[list[int]]:
-    """Collects Ctrl-C in a list, so that a running step ends first (its input is donated: there is nothing to go back
-    to). A second one stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+@jax.jit
+def _is_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether all numbers of a tree are finite."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def _due(number: int, every: int) -> bool:
@@ -176,11 +174,9 @@ def _stack(parts: list[Metrics]) -> dict[str, np.ndarray]:
     return {name: np.array([part[name] for part in parts]) for name in parts[0]}
 
 
-def _diverged(step: int, values: Metrics, checkpoints: Checkpoints) -> InputError:
-    saved = checkpoints.latest_step
-    kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was written yet"
+def _diverged(step: int, what: str, checkpoints: Checkpoints) -> InputError:
     return InputError(
-        f"step {step}: the loss is {values['loss']:g} and the gradient norm {values['gradient_norm']:g}; {kept}; "
+        f"step {step}: {what}; {checkpoints.kept}; "
         "a lower --optim.lr or --optim.clip, or a longer --optim.warmup may help"
     )
 

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
 from pargs_jax.data.prompts import get_form
 from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.durable_files import hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import some_mesh
 from pargs_jax.models.encoder import EncoderModel
@@ -26,14 +28,20 @@ from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
 from pargs_jax.models.model import M, Model
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
-from pargs_jax.training.checkpoint import Checkpoints
+from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
+from pargs_jax.training.metrics_log import require_packages
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
-FREE_ON_RESUME = ("out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep")
+FREE_ON_RESUME = (
+    "out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep",
+    "keep_best", "best_metric", "log",
+)  # fmt: skip
+# What a command leaves that ended before its run began.
+BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -44,13 +52,14 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     data or the model that cannot be used; nothing of an earlier run is written over.
     """
     config.validate()
-    with some_mesh() as mesh:
-        return _train(config, console or Console(quiet=jax.process_index() > 0), mesh)
+    require_packages(config.log)
+    with some_mesh() as mesh, _claimed_folder(config) as out:
+        _check_rows(config, mesh)
+        _train(config, out, console or Console(quiet=jax.process_index() > 0))
+    return out
 
 
-def _train(config: TrainConfig, console: Console, mesh: Mesh) -> Path:
-    _check_rows(config, mesh)
-    out = _claim_folder(config)
+def _train(config: TrainConfig, out: Path, console: Console) -> None:
     source = resolve(demo.DEMO_LM if config.model.init == DEMO else config.model.init)
     head = "vocabulary" if config.objective.name == "sft" else "reward"
     lora = make_lora(config)
@@ -92,11 +101,12 @@ def _train(config: TrainConfig, console: Console, mesh: Mesh) -> Path:
         )
     state = begin(optimizer, params)
     step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
-    with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
+    with write_failures_named(out, "give another --out"):
+        write_whole(out / "config.yaml", to_yaml(config))
+    with Checkpoints(out / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(state)
+            state = checkpoints.restore(state, partial(console.print, style="yellow", highlight=False))
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
-        (out / "config.yaml").write_text(to_yaml(config))
         if int(state.step) < total:
             state = run_steps(
                 config, state, frozen, step, objective, schedule, batches, held_out, checkpoints, total, console
@@ -104,11 +114,11 @@ def _train(config: TrainConfig, console: Console, mesh: Mesh) -> Path:
     params = join_params(state.params, frozen)
     if lora:
         params = jax.jit(partial(merge_lora, lora))(params)
-    save_model(out / EXPORTED, pretrained.model, params, special_tokens=pretrained.special_tokens)
-    if jax.process_index() == 0:
-        tokenizer.save(out / EXPORTED)
+    with write_failures_named(out / EXPORTED, MEND_AND_RESUME):
+        save_model(out / EXPORTED, pretrained.model, params, special_tokens=pretrained.special_tokens)
+        if jax.process_index() == 0:
+            tokenizer.save(out / EXPORTED)
     console.print(f"the model is in {out / EXPORTED}", highlight=False)
-    return out
 
 
 def model_to_train(config: TrainConfig, model: M) -> M:
@@ -135,29 +145,35 @@ def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
-def _claim_folder(config: TrainConfig) -> Path:
-    """Makes the run's folder, or checks that the run in it is the one to go on with."""
+@contextmanager
+def _claimed_folder(config: TrainConfig) -> Iterator[Path]:
+    """Makes the run's folder, or checks that the run in it is the one to go on with, and keeps other runs out."""
     out = config.output_folder
+    _check_folder(config, out)
+    with write_failures_named(out, "give another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("ab")
+    with lock:
+        hold(lock, f"{out}: another run is writing there; wait for it to end, or give another --out")
+        _check_folder(config, out)  # again: a run may have come and gone before the lock was ours
+        yield out
+
+
+def _check_folder(config: TrainConfig, out: Path) -> None:
+    """Raises InputError unless the folder is new, or holds the run to go on with."""
     saved = out / "config.yaml"
     try:
         holds_run = saved.exists()
     except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
+        raise InputError(f"{out}: cannot be read ({error.strerror}); give another --out") from error
     if holds_run:
         if not config.resume:
             raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
         before = from_mapping(TrainConfig, read_yaml(saved), str(saved))
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
         _check_same(dataclasses.replace(before, **free), config, out)
-    elif out.exists() and (not out.is_dir() or any(not p.name.startswith("bad_rows.") for p in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(BEFORE_A_RUN) for p in out.iterdir())):
         raise InputError(f"{out}: is there already and holds no run; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); give another --out") from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"{out}: cannot be written to; give another --out")
-    return out
 
 
 def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
@@ -210,7 +226,8 @@ def _load_examples(
         rows = loaded.rows
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
-            write_bad_rows(path, loaded.bad_rows)
+            with write_failures_named(path, "give another --out"):
+                write_bad_rows(path, loaded.bad_rows)
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
     examples, report = tokenise(rows, tokenizer, config.max_length, 1 if is_sft else 2, prefix_tokenizer)
     console.print(f"{source} ({split}): {report}", highlight=False)

@@ -62,10 +62,9 @@ StepFunction = Callable[..., tuple[TrainState, Metrics]]
 def begin(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     """The state before the first step; what the optimizer keeps of a parameter lies where that does."""
     mesh = current_mesh()
-    if mesh is None:
-        return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
-    init = jax.jit(optimizer.init, out_shardings=optimizer_shardings(optimizer, params, mesh))
-    return TrainState(params, init(params), place_whole(mesh, lambda: jnp.zeros((), jnp.int32)))
+    places = None if mesh is None else optimizer_shardings(optimizer, params, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    return TrainState(params, opt_state, place_whole(mesh, lambda: jnp.zeros((), jnp.int32)))
 
 
 def make_train_step(

@@ -26,7 +26,7 @@ from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.training import run
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.loop import MetricsFile
+from pargs_jax.training.metrics_log import MetricsFile
 from pargs_jax.training.step import TrainState
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ PREFERENCE_METRICS = {
     "loss", "accuracy", "margin", "reward_mean", "reward_min", "reward_max",
     "accuracy_10", "accuracy_25", "accuracy_50", "accuracy_75", "accuracy_100",
 }  # fmt: skip
-TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second"}
+TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share"}
 WORDS = ("lamp", "kettle", "chair", "phone", "table", "radio", "clock", "fan")
 PAIRS = [
     {"prompt": f"Customer: my {word} broke\nAgent:", "chosen": f" Sorry, {word} sent.", "rejected": f" No {word}."}
@@ -137,7 +137,15 @@ def finished(lm, pairs, tmp_path_factory):
 def test_a_run_leaves_its_config_metrics_checkpoints_and_model(finished):
     config, printed = finished
     out = Path(config.out)
-    entries = {"config.yaml", "metrics.jsonl", "checkpoints", "model", "bad_rows.train.jsonl", "bad_rows.eval.jsonl"}
+    entries = {
+        ".lock",
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model",
+        "bad_rows.train.jsonl",
+        "bad_rows.eval.jsonl",
+    }
     assert {path.name for path in out.iterdir()} == entries
     assert from_mapping(TrainConfig, read_yaml(out / "config.yaml"), "config.yaml") == config
     assert saved_steps(out) == [STEPS - 3, STEPS]
@@ -236,7 +244,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkey
     assert weights[0] == weights[1]
     for split in ("train", "eval"):
         resumed, uninterrupted = (
-            [{**line, "tokens_per_second": None} for line in metrics_of(folder, split)]
+            [{**line, "tokens_per_second": None, "data_wait_share": None} for line in metrics_of(folder, split)]
             for folder in (config.out, whole)
         )
         assert resumed == uninterrupted
@@ -313,7 +321,7 @@ def test_nothing_is_written_over(finished, settings, tmp_path):
 
     thesis = foreign / "thesis.tex"
     assert str(thesis) in refused(settings(out=str(thesis)))
-    assert "cannot be made" in refused(settings(out=str(thesis / "run")))
+    assert "cannot be written (Not a directory)" in refused(settings(out=str(thesis / "run")))
     assert thesis.read_text() == "years of work"
 
 
@@ -409,7 +417,7 @@ def test_a_checkpoint_of_another_model_is_not_restored(finished):
     out = Path(finished[0].out)
     other = TrainState({"w": jnp.zeros(())}, (), jnp.zeros((), jnp.int32))
     with Checkpoints(out / "checkpoints", 2) as checkpoints, pytest.raises(InputError) as caught:
-        checkpoints.restore(other)
+        checkpoints.restore(other, print)
     assert str(caught.value).startswith(f"{out}/checkpoints/{STEPS}: not a checkpoint of this run's model")
 
 

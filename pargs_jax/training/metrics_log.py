@@ -1,0 +1,119 @@
+"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked."""
+
+import importlib
+import json
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType, TracebackType
+
+from pargs_jax.config import LogConfig, TrainConfig
+from pargs_jax.durable_files import append_all, write_failures_named, write_whole
+from pargs_jax.errors import InputError
+from pargs_jax.training.checkpoint import MEND_AND_RESUME
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a report; a resumed run goes on after its checkpoint's step."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Drops what lines there are of later steps. Raises InputError if the file cannot be written."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
+        with write_failures_named(path, MEND_AND_RESUME):
+            write_whole(path, "".join(line + "\n" for line in kept))
+        self._path = path
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Appends a line. Raises InputError if it cannot be written."""
+        with write_failures_named(self._path, MEND_AND_RESUME), self._path.open("ab", buffering=0) as file:
+            append_all(file, json.dumps({"step": step, "split": split, **values}) + "\n")
+
+    def close(self) -> None:
+        """Every line is in the file already."""
+
+
+class TensorBoard:
+    """Scalars `<split>/<name>` in a folder that TensorBoard reads."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self._writer = _load("tensorboardX", "tensorboard").SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars `<split>/<name>` of one run of a W&B project; a resumed run goes on with it."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        folder = config.output_folder
+        id_file = folder / "wandb_run_id"
+        if not id_file.exists():
+            with write_failures_named(id_file, MEND_AND_RESUME):
+                write_whole(id_file, uuid.uuid4().hex)
+        self._run = _load("wandb", "wandb").init(
+            project=config.log.wandb,
+            name=folder.name,
+            dir=str(folder),
+            id=id_file.read_text(),
+            resume="allow",
+            config=asdict(config),
+        )
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MetricsLog:
+    """All the places that a run's numbers go to."""
+
+    def __init__(self, config: TrainConfig, resumed_step: int) -> None:
+        """Opens them. Raises InputError for a package that is missing, or a file that cannot be written."""
+        folder = config.output_folder
+        self._places: list[MetricsFile | TensorBoard | WeightsAndBiases] = [
+            MetricsFile(folder / "metrics.jsonl", resumed_step)
+        ]
+        if config.log.tensorboard:
+            self._places.append(TensorBoard(folder / "tensorboard", resumed_step))
+        if config.log.wandb is not None:
+            self._places.append(WeightsAndBiases(config))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for place in self._places:
+            place.close()
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Notes the numbers of one report: `split` is train or eval."""
+        for place in self._places:
+            place.write(step, split, values)
+
+
+def require_packages(config: LogConfig) -> None:
+    """Raises InputError if a package that the options ask for is not installed."""
+    if config.tensorboard:
+        _load("tensorboardX", "tensorboard")
+    if config.wandb is not None:
+        _load("wandb", "wandb")
+
+
+def _load(package: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"--log.{extra}: needs the package {package}; install it with: pip install 'pargs-jax[{extra}]'"
+        ) from error

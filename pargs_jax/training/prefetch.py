@@ -1,0 +1,52 @@
+"""Batches made ahead of the step that needs them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Prefetch(Generic[Item]):
+    """`make(number)` for each number, in order, made by a thread at most `ahead` items before they are asked for.
+
+    What `make` raises is raised where its item would have come.
+
+    Attributes:
+        waited: seconds that the reader has spent waiting for items, up to now.
+    """
+
+    def __init__(self, make: Callable[[int], Item], numbers: range, ahead: int = 2) -> None:
+        self.waited = 0.0
+        self._make = make
+        self._numbers = iter(numbers)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._made: deque[Future[Item]] = deque()
+        self._ask_for(ahead)
+
+    def __enter__(self) -> "Prefetch[Item]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if not self._made:
+            raise StopIteration
+        started = time.perf_counter()
+        item = self._made.popleft().result()
+        self.waited += time.perf_counter() - started
+        self._ask_for(1)
+        return item
+
+    def _ask_for(self, count: int) -> None:
+        self._made.extend(self._thread.submit(self._make, number) for number in islice(self._numbers, count))
