@@ -19,9 +19,9 @@ def main() -> None:
 
     from pargs_jax.evaluation.comparison import compare_methods
     from pargs_jax.generation.run import generate
-    from pargs_jax.mesh import make_mesh
+    from pargs_jax.mesh import start
 
-    with jax.set_mesh(make_mesh(config.mesh, "decode")):
+    with jax.set_mesh(start(config)):
         if config.method is None and config.lm == DEMO:
             compare_methods(config)
         else:

@@ -18,10 +18,10 @@ def main() -> None:
     # After the options are known to be right: these import jax.
     import jax
 
-    from pargs_jax.mesh import make_mesh
+    from pargs_jax.mesh import start
     from pargs_jax.training.run import train
 
-    with jax.set_mesh(make_mesh(config.mesh, "train")):
+    with jax.set_mesh(start(config)):
         train(config)
 
 

@@ -285,6 +285,34 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ProcessesConfig:
+    """With --distributed: where the other processes are, where JAX does not find them by itself."""
+
+    coordinator: str | None = option(
+        None, "address of the first process, the same for all", unset="found by JAX", metavar="HOST:PORT"
+    )
+    count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1)
+    index: int | None = option(None, "which of them this one is, from 0", unset="found by JAX", at_least=0)
+
+    def validate(self, distributed: bool) -> None:
+        """Raises InputError if they do not go together."""
+        given = (self.coordinator is not None, self.count is not None, self.index is not None)
+        if any(given) and not (all(given) and distributed):
+            raise InputError(
+                "--processes: needs --distributed, and all three of .coordinator, .count and .index, or none"
+            )
+        if self.count is not None and self.index is not None and self.index >= self.count:
+            raise InputError(f"--processes.index: got {self.index}, must be below --processes.count ({self.count})")
+
+
+MESH = (
+    "which devices, and how they are arranged: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
+    "tpu-v4-8, axes such as data=2,fsdp=2,tensor=2, or a name and axes"
+)
+DISTRIBUTED = "one of several processes that run together, each started with this flag"
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Where metrics go besides metrics.jsonl in --out."""
 
@@ -298,7 +326,8 @@ class LogConfig:
 class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
-    mesh: str = option("auto", "how devices are used: the name of a mesh preset", metavar="NAME")
+    mesh: str = option("auto", MESH, metavar="NAME")
+    distributed: bool = option(False, DISTRIBUTED)
     out: str | None = option(
         None, "folder of checkpoints, metrics and the exported model", unset="runs/<objective.name>", metavar="DIR"
     )
@@ -326,6 +355,7 @@ class TrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -337,6 +367,7 @@ class TrainConfig:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
         self.lora.validate()
+        self.processes.validate(self.distributed)
         if self.batch_size % self.optim.accumulation:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
@@ -376,16 +407,19 @@ class DecodeConfig:
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(16, "prompts decoded together", at_least=1)
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
-    mesh: str = option("auto", "how devices are used: the name of a mesh preset", metavar="NAME")
+    mesh: str = option("auto", MESH, metavar="NAME")
+    distributed: bool = option(False, DISTRIBUTED)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
     unroll: Literal["auto", "yes", "no"] = option(
         "auto", "run layers one by one, not as a scan: faster steps, longer compilation; auto: yes, but not on TPU"
     )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1)
+    processes: ProcessesConfig = ProcessesConfig()
 
     def validate(self) -> None:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
+        self.processes.validate(self.distributed)
         if self.prompt is not None and self.prompts is not None:
             raise InputError("--prompt and --prompts: got both, must be one of them")
         if len(self.weight) not in (0, 1, len(self.rm)):

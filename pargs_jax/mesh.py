@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
+from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.errors import InputError, first_line
+from pargs_jax.processes import start_processes
 
 AXES = ("data", "fsdp", "tensor")
 Task = Literal["train", "decode"]
@@ -120,6 +122,14 @@ def parse_mesh(text: str) -> MeshRequest:
         return dataclasses.replace(request, platform="tpu", devices=chips, tpu=generation)
     nearest = difflib.get_close_matches(name, presets(), n=1, cutoff=0.0)[0]
     raise InputError(f"--mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
+
+
+def start(config: TrainConfig | DecodeConfig) -> Mesh:
+    """The mesh that a command's config asks for, connected with the other processes if there are any."""
+    if config.distributed:
+        start_processes(config.processes)
+    task: Task = "train" if isinstance(config, TrainConfig) else "decode"
+    return make_mesh(config.mesh, task, processes=config.processes.count or 1)
 
 
 def make_mesh(text: str, task: Task, *, processes: int = 1) -> Mesh:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
+import jax
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +19,7 @@ from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
 from pargs_jax.generation.run import DEMO_GUIDES, decode_all, demo_guide, demo_prompts, open_session, settings_of
 from pargs_jax.generation.session import Answer, Session
+from pargs_jax.processes import on_first
 
 SHOWN_EXAMPLES = 2
 SHOWN_METHODS = ("top_k", "args", "pargs")
@@ -42,7 +45,7 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     answer is written there with its method and true reward. Returns the table's rows.
     """
     config.validate()
-    console = console or Console()
+    console = console or Console(quiet=jax.process_index() > 0)
     if config.prompt is not None or config.prompts is not None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}, to answer prompts of your own")
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -63,7 +66,7 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     console.print(_table(rows, len(prompts)))
     _print_examples(answers, [prompt.id for prompt in prompts[:SHOWN_EXAMPLES]], console)
     if config.out is not None:
-        _write(Path(config.out), answers)
+        on_first(partial(_write, Path(config.out), answers))
         console.print(f"all answers are in {config.out}", highlight=False)
     return rows
 

@@ -14,7 +14,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.generation.session import Answer
 
 # Options that do not change what a row says, so that a second run may change them.
-FREE_ON_CONTINUE = ("out", "prompts", "batch_size", "mesh", "limit", "unroll")
+FREE_ON_CONTINUE = ("out", "prompts", "batch_size", "mesh", "limit", "unroll", "distributed", "processes")
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:

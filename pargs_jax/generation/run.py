@@ -1,8 +1,11 @@
 """What `python decode.py` does: one prompt, a file of prompts, or the demo."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -15,6 +18,7 @@ from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.session import Answer, Session, Settings
+from pargs_jax.processes import from_first, on_first
 
 DEMO_PROMPTS = 200
 DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
@@ -34,7 +38,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     anything that cannot be used, before any decoding.
     """
     config.validate()
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=jax.process_index() > 0)
     if config.method is None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}")
     method = METHODS[config.method]
@@ -45,16 +49,19 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     if config.out is None:
         answers = list(decode_all(session, prompts, settings_of(config, method), config.method, console))
         by_id = {answer.id: answer for answer in answers}
-        for prompt in prompts:
+        for prompt in prompts if jax.process_index() == 0 else ():
             print(by_id[prompt.id].response)
         return answers
-    with AnswersFile(Path(config.out), config) as file:
-        left = [prompt for prompt in prompts if prompt.id not in file.done_ids]
-        if file.done_ids:
+    with ExitStack() as stack:
+        file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
+        is_done = from_first(np.array([file is not None and prompt.id in file.done_ids for prompt in prompts]))
+        left = [prompt for prompt, done in zip(prompts, is_done, strict=True) if not done]
+        if len(left) < len(prompts):
             console.print(f"{config.out}: {len(prompts) - len(left)} of {len(prompts)} prompts are answered already")
         answers = []
         for batch in _decode_batches(session, left, settings_of(config, method), config.method, console):
-            file.write(batch)
+            if file is not None:
+                file.write(batch)
             answers += batch
     console.print(f"{len(answers)} answers written to {config.out}", highlight=False)
     return answers

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ import jax
 
 from pargs_jax.durable_files import write_failure, write_failures_named
 from pargs_jax.errors import InputError
+from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
 MEND_AND_RESUME = "the checkpoints are kept; mend that, then go on with --resume"
@@ -140,9 +142,10 @@ class Checkpoints:
         for place, step in enumerate(steps):
             self._check_shapes(step, target)
             restored = self._load(step, target)
-            if restored is not None:
+            if not largest(restored is None):
                 for damaged in steps[:place]:
-                    self._put_aside(damaged)
+                    on_first(partial(self._put_aside, damaged))
+                    self._writer.reload()
                     warn(f"{self.folder}/{damaged}: is damaged; going on with the checkpoint before, of step {step}")
                 return TrainState(**restored)
         raise InputError(
@@ -182,7 +185,6 @@ class Checkpoints:
         with self._write_failures_named(aside):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-        self._writer.reload()
 
     @contextmanager
     def _write_failures_named(self, place: Path) -> Iterator[None]:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+
 from pargs_jax.errors import Terminated
+from pargs_jax.processes import largest
 
 _ERRORS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
@@ -24,6 +27,19 @@ class StopRequest:
     def __init__(self) -> None:
         self.error: type[KeyboardInterrupt] | None = None
         self.at_once = False
+
+    def agreed(self, now: bool) -> type[KeyboardInterrupt] | None:
+        """What to raise after this step, if anything.
+
+        If one of several processes was asked to end, all do, after the same step: the next after which they all call
+        with `now`.
+        """
+        if jax.process_count() == 1:
+            return self.error
+        if now:
+            kinds = (None, *_ERRORS.values())
+            self.error = kinds[largest(kinds.index(self.error))]
+        return self.error if now else None
 
     def note(self, number: int, _: Any) -> None:
         """The signal handler."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives import FRACTIONS, Metrics
-from pargs_jax.sharding import current_mesh, place_rows, place_whole
+from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.interrupts import signals_wait
 from pargs_jax.training.metrics_log import MetricsLog
@@ -43,7 +44,9 @@ def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str
     return {name: float(value) for name, value in merge_metrics(stacked, np.array(weights)).items()}
 
 
-_evaluation_step = jax.jit(Objective.__call__, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def _evaluation_step(objective: Objective, params: Params, batch: Batch) -> Any:
+    return on_every_device(objective(params, batch))
 
 
 def run_steps(
@@ -135,7 +138,8 @@ def run_steps(
                 is_last = number == total
                 evaluates = held_out is not None and (is_last or _due(number, config.eval_every))
                 saves = is_last or _due(number, config.save_every)
-                if is_last or evaluates or saves or _due(number, config.log_every):
+                reports = is_last or evaluates or saves or _due(number, config.log_every)
+                if reports:
                     values = report(number)
                     note = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}"
                     progress.update(task, note=f"{note}  {values['tokens_per_second']:,.0f} tokens/s")
@@ -143,8 +147,8 @@ def run_steps(
                 evaluation = evaluated(number) if evaluates else None
                 if saves or (evaluation is not None and checkpoints.is_best(evaluation)):
                     save(number, evaluation)
-                if stop.error is not None:
-                    raise stop.error
+                if (ending := stop.agreed(reports)) is not None:
+                    raise ending
         except KeyboardInterrupt:
             if not stop.at_once:
                 number = int(state.step)

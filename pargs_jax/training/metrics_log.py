@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+import jax
+
 from pargs_jax.config import LogConfig, TrainConfig
 from pargs_jax.durable_files import append_all, write_failures_named, write_whole
 from pargs_jax.errors import InputError
@@ -79,9 +81,10 @@ class MetricsLog:
     def __init__(self, config: TrainConfig, resumed_step: int) -> None:
         """Opens them. Raises InputError for a package that is missing, or a file that cannot be written."""
         folder = config.output_folder
-        self._places: list[MetricsFile | TensorBoard | WeightsAndBiases] = [
-            MetricsFile(folder / "metrics.jsonl", resumed_step)
-        ]
+        self._places: list[MetricsFile | TensorBoard | WeightsAndBiases] = []
+        if jax.process_index() > 0:  # the first one's numbers are those of all
+            return
+        self._places.append(MetricsFile(folder / "metrics.jsonl", resumed_step))
         if config.log.tensorboard:
             self._places.append(TensorBoard(folder / "tensorboard", resumed_step))
         if config.log.wandb is not None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from pargs_jax.models.hf import EXPORTED, load_model, resolve, save_model
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
 from pargs_jax.models.model import M, Model
+from pargs_jax.processes import on_first
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
 from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
@@ -37,8 +38,8 @@ from pargs_jax.training.step import begin, make_optimizer, make_train_step
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
 FREE_ON_RESUME = (
-    "out", "resume", "mesh", "steps", "epochs", "eval_every", "save_every", "log_every", "keep",
-    "keep_best", "best_metric", "log",
+    "out", "resume", "mesh", "distributed", "processes", "steps", "epochs", "eval_every", "save_every", "log_every",
+    "keep", "keep_best", "best_metric", "log",
 )  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
@@ -101,8 +102,7 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
         )
     state = begin(optimizer, params)
     step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
-    with write_failures_named(out, "give another --out"):
-        write_whole(out / "config.yaml", to_yaml(config))
+    on_first(partial(_save_config, config, out))
     with Checkpoints(out / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state, partial(console.print, style="yellow", highlight=False))
@@ -147,6 +147,14 @@ def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 @contextmanager
 def _claimed_folder(config: TrainConfig) -> Iterator[Path]:
+    """The run's folder, claimed by the first process for all."""
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_locked_folder(config)))
+        yield config.output_folder
+
+
+@contextmanager
+def _locked_folder(config: TrainConfig) -> Iterator[None]:
     """Makes the run's folder, or checks that the run in it is the one to go on with, and keeps other runs out."""
     out = config.output_folder
     _check_folder(config, out)
@@ -156,7 +164,12 @@ def _claimed_folder(config: TrainConfig) -> Iterator[Path]:
     with lock:
         hold(lock, f"{out}: another run is writing there; wait for it to end, or give another --out")
         _check_folder(config, out)  # again: a run may have come and gone before the lock was ours
-        yield out
+        yield
+
+
+def _save_config(config: TrainConfig, out: Path) -> None:
+    with write_failures_named(out, "give another --out"):
+        write_whole(out / "config.yaml", to_yaml(config))
 
 
 def _check_folder(config: TrainConfig, out: Path) -> None:
@@ -227,7 +240,7 @@ def _load_examples(
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
             with write_failures_named(path, "give another --out"):
-                write_bad_rows(path, loaded.bad_rows)
+                on_first(partial(write_bad_rows, path, loaded.bad_rows))
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
     examples, report = tokenise(rows, tokenizer, config.max_length, 1 if is_sft else 2, prefix_tokenizer)
     console.print(f"{source} ({split}): {report}", highlight=False)

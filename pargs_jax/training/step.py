@@ -14,7 +14,7 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives import Metrics
-from pargs_jax.sharding import ROWS, constrain, current_mesh, optimizer_shardings, place_whole
+from pargs_jax.sharding import ROWS, constrain, current_mesh, on_every_device, optimizer_shardings, place_whole
 from pargs_jax.training.objective import Objective
 
 
@@ -119,7 +119,7 @@ def make_train_step(
             metrics = merge_metrics(parts, parts.pop("weight"))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.global_norm(grads)}
+        metrics = on_every_device(metrics | {"gradient_norm": optax.global_norm(grads)})
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return train_step

@@ -1,0 +1,67 @@
+"""The processes of one run, such as the hosts of a pod: how they start, and how they agree.
+
+Where there is one process, nothing here does anything. All processes have to call each of these functions, in the same
+order.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from pargs_jax.config import ProcessesConfig
+from pargs_jax.errors import InputError, first_line
+
+Result = TypeVar("Result")
+
+
+def start_processes(config: ProcessesConfig) -> None:
+    """Connects this process with the others, before JAX looks for devices.
+
+    On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
+    if they cannot be found.
+    """
+    try:
+        jax.distributed.initialize(config.coordinator, config.count, config.index)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed: the other processes cannot be found ({first_line(error)}); "
+            "give --processes.coordinator HOST:PORT, --processes.count and --processes.index"
+        ) from error
+
+
+def on_first(action: Callable[[], Result]) -> Result | None:
+    """What an action returns that only the first process carries out; None in the others, which wait for it.
+
+    Raises InputError in every process if the action does.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except InputError as refusal:
+            error = refusal
+    if from_first(np.asarray(error is not None)):
+        raise error or InputError("the first process has stopped; its message says why")
+    return result
+
+
+def from_first(array: np.ndarray) -> np.ndarray:
+    """The first process's array; those of the others have its shape."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number))))

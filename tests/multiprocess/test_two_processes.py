@@ -1,0 +1,95 @@
+"""Two processes of two devices each do what one process of four does: training, resuming, decoding."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import save_model
+from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model, tiny_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+TRAINING = ("--steps", "4", "--max-length", "48", "--batch-size", "8", "--data.demo-pairs", "64", "--save-every", "2",
+            "--log-every", "1", "--optim.eps", "1e-3", "--optim.lr", "1e-2", "--optim.schedule", "constant",
+            "--optim.warmup", "0")  # fmt: skip
+DECODING = ("--method", "pargs", "--max-new-tokens", "6", "--batch-size", "4", "--temperature", "3")
+
+
+def run(command, *options, processes=1):
+    """Runs a front door in so many processes; returns what the first one printed, unwrapped."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    together = ("--distributed", "--processes.coordinator", address, "--processes.count", str(processes))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(REPOSITORY / command), *options, *(
+                (*together, "--processes.index", str(index)) if processes > 1 else ()
+            )],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(processes)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)
+    said = [line for text in printed[1:] for line in text.splitlines() if not line.startswith("[Gloo]")]
+    assert not said
+    return " ".join(printed[0].split())
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A random Llama with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    model, params = tiny_model("llama", vocab_size=512)
+    save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
+    tiny_tokenizer().save(folder)
+    return str(folder)
+
+
+def test_training_and_going_on_in_one_process_on_another_mesh(start, tmp_path):
+    options = ("--model.init", start, *TRAINING)
+    run("train.py", *options, "--mesh", "cpu-4", "--out", str(tmp_path / "one"))
+    mesh = "cpu-4,fsdp=2,tensor=2"
+    run("train.py", *options, "--mesh", mesh, "--out", str(tmp_path / "two"), "--steps", "2", processes=2)
+    run("train.py", *options, "--mesh", "cpu-2,data=2", "--out", str(tmp_path / "two"), "--resume")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
+
+
+def test_decoding_a_file_of_prompts_by_the_text(start, tmp_path):
+    config = dataclasses.replace(TINY_DEBERTA, vocab_size=tiny_tokenizer().vocab_size)
+    save_model(tmp_path / "rm", EncoderModel(config), random_params(EncoderModel(config)))
+    tiny_tokenizer().save(tmp_path / "rm")
+    prompts = [{"id": str(i), "prompt": "Help " * i} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    common = ("--lm", start, "--rm", str(tmp_path / "rm"), "--prompts", str(tmp_path / "prompts.jsonl"), *DECODING)
+    run("decode.py", *common, "--mesh", "cpu-1", "--out", str(tmp_path / "one.jsonl"))
+    two = (*common, "--mesh", "cpu-4,data=2,tensor=2", "--out", str(tmp_path / "two.jsonl"))
+    run("decode.py", *two, "--limit", "3", processes=2)
+    assert "3 of 6 prompts are answered already" in run("decode.py", *two, processes=2)
+    one, two = (
+        {row["id"]: row for row in map(json.loads, (tmp_path / name).read_text().splitlines())}
+        for name in ("one.jsonl", "two.jsonl")
+    )
+    assert sorted(two) == sorted(one) == list("012345")
+    for row_id, expected in one.items():
+        assert two[row_id]["response"] == expected["response"]
+        assert two[row_id]["guide_reward"] == pytest.approx(expected["guide_reward"], abs=1e-4)
