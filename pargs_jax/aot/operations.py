@@ -38,10 +38,9 @@ def _equation_operations(equation: JaxprEqn) -> float:
         case "scan":
             repeats = params["length"]
         case "shard_map":
-            # Its body is what one device does of the axes that it maps by hand.
-            repeats = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
-        case "pallas_call":
-            repeats = math.prod(params["grid_mapping"].grid)
+            # Its body is what one device does; axes that an outer shard_map took are counted there.
+            axes = params["newly_manual_axes"]
+            repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
         case _:
             repeats = 1
     return repeats * math.fsum(_jaxpr_operations(inner) for inner in _inner_jaxprs(params))
