@@ -41,8 +41,8 @@ def collective_bytes(hlo_text: str) -> CollectiveTraffic:
     """Bytes that one device sends in one run of a program, by kind of collective.
 
     Loops count as often as they run and conditionals as their most expensive branch. Formulas are those of
-    `SENT_SHARE`; an algorithm other than a ring sends no fewer bytes. Bytes are counted as data, without the padding of
-    the layout. A collective over groups of one device sends nothing.
+    `SENT_SHARE`: what a device must send of its own, which other algorithms do not lessen; what it passes on for others
+    in an all-to-all or a permutation is not counted. Bytes are those of the data, without the padding of the layout.
 
     Args:
         hlo_text: `compiled.as_text()` of a program for CPUs, GPUs or TPUs.
@@ -136,7 +136,7 @@ def loop_steps(loop: Instruction, computation: Computation, module: Module) -> i
     """How often a `while` runs its body; None if that is not known.
 
     XLA notes it on some platforms. Where it does not (TPU), it follows from what `lax.scan` makes: a counter with a
-    constant start that grows by 1 and is compared with a constant end.
+    constant start that is compared with a constant end. That the counter grows by 1 is taken for granted.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted[1])

@@ -96,7 +96,9 @@ class Report:
             row[f"{part} GiB"] = "" if self.memory is None else _gib(getattr(self.memory, part))
         row["operations"] = f"{self.operations:.3g}"
         sent = {} if self.traffic is None else self.traffic.sent
-        row["sent GB"] = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
+        is_floor = self.traffic is not None and self.traffic.loops_of_unknown_length > 0
+        cells = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
+        row["sent GB"] = f"at least {cells}" if is_floor else cells
         # Without a program only the operations are known, and they alone bound no step.
         row["step ms at peak rates"] = "" if self.memory is None else f"{self.step_seconds * 1e3:.3g}"
         row["compile s"] = f"{self.compile_seconds:.0f}"

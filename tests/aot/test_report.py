@@ -1,5 +1,6 @@
 """Reports: read from a compiler's messages, of a program for CPUs, and for a TPU that is not there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from pargs_jax.aot.chips import CHIPS, GIB
+from pargs_jax.aot.collectives import CollectiveTraffic
 from pargs_jax.aot.operations import count_operations
 from pargs_jax.aot.report import Allocation, Report, compile_report, read_shortage
 
@@ -130,6 +132,11 @@ def test_out_of_memory_is_a_report_and_other_errors_propagate():
 def test_rows_of_programs_that_fit_and_do_not_have_the_same_columns():
     missing = Report(V4, 4, 1.0, 40.0 * GIB, V4.memory_bytes, 1.0)
     assert report_here().as_row().keys() == missing.as_row().keys()
+
+
+def test_a_row_says_when_loops_may_send_more():
+    report = dataclasses.replace(report_here(), traffic=CollectiveTraffic({"all-reduce": 2e9}, 1))
+    assert report.as_row()["sent GB"] == "at least all-reduce 2"
 
 
 TPU_PROGRAMS = """
