@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "cli": {"config", "errors"},
+    "aot": {"errors"},
     "mesh": {"errors"},
     "data": {"errors"},
     "models": {"errors"},

@@ -1,0 +1,30 @@
+"""What one chip of each TPU generation can do: rates are its maker's public numbers."""
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One chip: its peak rates, which no program reaches, and its memory."""
+
+    name: str
+    operations_per_second: float
+    """Of bf16 matrix products; a multiply-add is two."""
+    memory_bytes: float
+    """What a program may use, which is what a compiler for the chip says when a program exceeds it."""
+    memory_bytes_per_second: float
+    interconnect_bytes_per_second: float
+    """All links of a chip together. A ring over one axis of a torus uses two of a v4's six."""
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 30.75 * GIB, 1.2e12, 300e9),
+        Chip("v5e", 197e12, 15.75 * GIB, 0.82e12, 200e9),
+        Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 600e9),
+        Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 448e9),
+    )
+}
+"""Chips by generation."""

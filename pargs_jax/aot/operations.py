@@ -1,0 +1,71 @@
+"""Operations of a function, counted in its jaxpr, before any compiler has seen it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def count_operations(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    """Operations of the matrix products and convolutions of one call, on all devices together.
+
+    A multiply-add is two operations; elementwise work is not counted. What the backward pass computes again
+    (`jax.checkpoint`) is in the jaxpr, and so is counted. Of a `cond` or a `switch` the most expensive branch counts.
+    The body of a `while_loop` counts once, since how often it runs is not known here; a `scan` counts every step.
+
+    Args:
+        function: anything that `jax.make_jaxpr` traces.
+        args, kwargs: its arguments: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return _jaxpr_operations(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+
+
+def _jaxpr_operations(jaxpr: Jaxpr) -> float:
+    return math.fsum(_equation_operations(equation) for equation in jaxpr.eqns)
+
+
+def _equation_operations(equation: JaxprEqn) -> float:
+    params = equation.params
+    match equation.primitive.name:
+        case "dot_general":
+            return _product_operations(equation)
+        case "conv_general_dilated":
+            return _convolution_operations(equation)
+        case "cond":
+            return max(_jaxpr_operations(branch.jaxpr) for branch in params["branches"])
+        case "scan":
+            repeats = params["length"]
+        case "shard_map":
+            # Its body is what one device does; axes that an outer shard_map took are counted there.
+            axes = params["newly_manual_axes"]
+            repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
+        case _:
+            repeats = 1
+    return repeats * math.fsum(_jaxpr_operations(inner) for inner in _inner_jaxprs(params))
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """What an equation runs. Rules of differentiation are callables until they are used, and so not among it."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _product_operations(equation: JaxprEqn) -> float:
+    """Every element of the result is a sum over the contracted dimensions."""
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_operations(equation: JaxprEqn) -> float:
+    """Every element of the result is a sum over the kernel's window and input channels; padding counts as if it were
+    data. The kernel's channels are those of one feature group already."""
+    kernel = equation.invars[1].aval.shape
+    output_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / output_channels

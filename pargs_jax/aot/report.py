@@ -1,0 +1,179 @@
+"""Compiles a program for devices that need not be there, and says what it needs of them."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from pargs_jax.aot.chips import GIB, Chip
+from pargs_jax.aot.collectives import CollectiveTraffic, collective_bytes
+
+SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SIZE = r"([\d.]+)([BKMGT]?)"
+# The TPU's compiler says it in one of two ways: before it lays out memory, and after.
+BEFORE_LAYOUT = re.compile(rf"total memory required for HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)")
+AFTER_LAYOUT = re.compile(rf"Used {SIZE} of {SIZE} hbm")
+ALLOCATION = re.compile(rf"^\s*\d+\. Size: {SIZE}.*?^\s*Shape: ([^\s{{]+)", re.MULTILINE | re.DOTALL)
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    """Of outputs, what takes the place of donated arguments."""
+    temporaries: int
+    program: int
+
+    @property
+    def peak(self) -> int:
+        """What the run sets aside. Temporaries are one block, gaps between buffers included."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
+
+
+class Allocation(NamedTuple):
+    """A buffer that the compiler lists when memory runs out."""
+
+    bytes: float
+    shape: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one program needs.
+
+    Where the compiler ran out of memory there is no program: `memory` and `traffic` are None, and `largest` holds the
+    allocations that it listed, if any.
+    """
+
+    chip: Chip
+    devices: int
+    operations: float
+    """Of the whole program, all devices together; a multiply-add is two."""
+    peak_bytes: float
+    limit_bytes: float
+    compile_seconds: float
+    memory: Memory | None = None
+    traffic: CollectiveTraffic | None = None
+    largest: tuple[Allocation, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.peak_bytes <= self.limit_bytes
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least time of one run, by the resource that bounds it, if that were used at its peak rate.
+
+        `memory` counts what certainly moves: every argument is read once and every output written once. Weights that
+        a loop reads again at every step, and temporaries, are not in it: for decoding it is far too low.
+        """
+        bounds = {"operations": self.operations / self.devices / self.chip.operations_per_second}
+        if self.memory is not None:
+            moved = self.memory.arguments + self.memory.outputs
+            bounds["memory"] = moved / self.chip.memory_bytes_per_second
+        if self.traffic is not None:
+            bounds["interconnect"] = self.traffic.total / self.chip.interconnect_bytes_per_second
+        return bounds
+
+    @property
+    def step_seconds(self) -> float:
+        """The least time of one run: that of its tightest bound. Nothing reaches it."""
+        return max(self.seconds.values())
+
+    def as_row(self) -> dict[str, str]:
+        """The report as cells of a table, by column: memory is a device's, operations those of all devices."""
+        row = {
+            "fits": "yes" if self.fits else "no",
+            "peak GiB": _gib(self.peak_bytes),
+            "limit GiB": _gib(self.limit_bytes),
+        }
+        for part in Memory._fields:
+            row[f"{part} GiB"] = "" if self.memory is None else _gib(getattr(self.memory, part))
+        row["operations"] = f"{self.operations:.3g}"
+        sent = {} if self.traffic is None else self.traffic.sent
+        is_floor = self.traffic is not None and self.traffic.loops_of_unknown_length > 0
+        cells = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
+        row["sent GB"] = f"at least {cells}" if is_floor else cells
+        # Without a program only the operations are known, and they alone bound no step.
+        row["step ms at peak rates"] = "" if self.memory is None else f"{self.step_seconds * 1e3:.3g}"
+        row["compile s"] = f"{self.compile_seconds:.0f}"
+        return row
+
+    def advice(self, options: Iterable[str]) -> list[str]:
+        """Lines that say by how much the program does not fit, what takes the room, and what to try; none if it fits.
+
+        Args:
+            options: what the caller can change, most helpful first, as whole phrases.
+        """
+        if self.fits:
+            return []
+        over = self.peak_bytes - self.limit_bytes
+        lines = [
+            f"needs {_gib(self.peak_bytes)} GiB a device, {_gib(over)} GiB more than the {_gib(self.limit_bytes)} GiB "
+            f"of a {self.chip.name}"
+        ]
+        if self.memory is not None:
+            part = max(("arguments", "temporaries"), key=lambda name: getattr(self.memory, name))
+            lines.append(f"most of it: {part}, {_gib(getattr(self.memory, part))} GiB")
+        lines.extend(f"large: {_gib(item.bytes)} GiB, {item.shape}" for item in self.largest)
+        lines.extend(f"try: {option}" for option in options)
+        return lines
+
+
+def compile_report(lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: float) -> Report:
+    """Compiles a program and reads what it needs.
+
+    Args:
+        lowered: of a jitted function, on abstract arrays that are sharded over the devices of a topology.
+        chip: what the devices are.
+        devices: how many there are.
+        operations: of the whole program (`count_operations`).
+
+    Raises:
+        jax.errors.JaxRuntimeError: whatever stops the compiler except a lack of device memory, which is reported.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        shortage = read_shortage(str(error))
+        if shortage is None:
+            raise
+        used, limit, largest = shortage
+        seconds = time.perf_counter() - start
+        return Report(chip, devices, operations, used, limit, seconds, largest=largest)
+    seconds = time.perf_counter() - start
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+    traffic = collective_bytes(compiled.as_text())
+    return Report(chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic)
+
+
+def read_shortage(message: str) -> tuple[float, float, tuple[Allocation, ...]] | None:
+    """Bytes needed, bytes there are, and the largest allocations, from the message of a TPU compiler that ran out of
+    memory; None if the message says something else. Sizes are rounded as they are printed."""
+    found = BEFORE_LAYOUT.search(message) or AFTER_LAYOUT.search(message)
+    if found is None:
+        return None
+    used, limit = _size(found[1], found[2]), _size(found[3], found[4])
+    largest = (Allocation(_size(number, unit), shape) for number, unit, shape in ALLOCATION.findall(message))
+    return used, limit, tuple(largest)
+
+
+def _size(number: str, unit: str) -> float:
+    return float(number) * SIZE_UNITS[unit]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
