@@ -1,5 +1,7 @@
 """Answers prompts with a language model guided by reward models: see `python decode.py --help`."""
 
+import sys
+
 from pargs_jax.cli import command, parse
 from pargs_jax.config import DEMO, DecodeConfig
 
@@ -15,6 +17,13 @@ EXAMPLES = """examples:
 def main() -> None:
     config = parse(DecodeConfig, prog="decode.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
+    if config.compile_only:
+        from pargs_jax.aot import expect_no_devices
+
+        expect_no_devices()
+        from pargs_jax.compile_only import compile_decoding
+
+        sys.exit(0 if compile_decoding(config).fits else 1)
     import jax
 
     from pargs_jax.evaluation.comparison import compare_methods

@@ -1,5 +1,7 @@
 """Trains a reward model that can score unfinished answers (or a language model): see `python train.py --help`."""
 
+import sys
+
 from pargs_jax.cli import command, parse
 from pargs_jax.config import TrainConfig
 
@@ -16,6 +18,13 @@ EXAMPLES = """examples:
 def main() -> None:
     config = parse(TrainConfig, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
+    if config.compile_only:
+        from pargs_jax.aot import expect_no_devices
+
+        expect_no_devices()
+        from pargs_jax.compile_only import compile_training
+
+        sys.exit(0 if compile_training(config).fits else 1)
     import jax
 
     from pargs_jax.mesh import start

@@ -309,6 +309,10 @@ MESH = (
     "which devices, and how they are arranged: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
     "tpu-v4-8, axes such as data=2,fsdp=2,tensor=2, or a name and axes"
 )
+COMPILE_ONLY = (
+    "compile for the TPU slice that --mesh names, which need not be here, say what that takes, and stop; reads no "
+    "weights and no data"
+)
 DISTRIBUTED = "one of several processes that run together, each started with this flag"
 
 
@@ -327,6 +331,7 @@ class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
     mesh: str = option("auto", MESH, metavar="NAME")
+    compile_only: bool = option(False, COMPILE_ONLY)
     distributed: bool = option(False, DISTRIBUTED)
     out: str | None = option(
         None, "folder of checkpoints, metrics and the exported model", unset="runs/<objective.name>", metavar="DIR"
@@ -408,6 +413,8 @@ class DecodeConfig:
     batch_size: int = option(16, "prompts decoded together", at_least=1)
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME")
+    compile_only: bool = option(False, COMPILE_ONLY)
+    prompt_length: int = option(512, "with --compile-only: tokens of the prompts", at_least=2)
     distributed: bool = option(False, DISTRIBUTED)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
     unroll: Literal["auto", "yes", "no"] = option(
@@ -432,11 +439,11 @@ class DecodeConfig:
 
     def _validate_without_demo(self) -> None:
         """Only the demo has prompts, a reward model and a choice of methods of its own."""
-        if self.prompt is None and self.prompts is None:
+        if self.prompt is None and self.prompts is None and not self.compile_only:
             raise InputError(f"--lm {self.lm}: needs prompts to answer; give --prompt TEXT or --prompts FILE")
-        if self.method is None:
+        if self.method is None and not self.compile_only:
             raise InputError(f"--lm {self.lm}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
-        if self.method not in UNGUIDED_METHODS and not self.rm:
+        if self.method not in UNGUIDED_METHODS and not self.rm and not self.compile_only:
             raise InputError(
                 f"--method {self.method}: needs a reward model; give --rm PATH, "
                 f"or an unguided method ({', '.join(UNGUIDED_METHODS)})"

@@ -2,5 +2,14 @@
 
 `count_operations` reads a function's jaxpr, `collective_bytes` the text of a compiled program, and `compile_report`
 compiles for devices that need not be there and says whether the program fits their memory and what holds it back. Each
-is about one program; meshes, models and configs are the caller's.
+is about one program; meshes, models and configs are the caller's (`pargs_jax.compile_only`).
 """
+
+import os
+
+
+def expect_no_devices() -> None:
+    """Lets libtpu compile on a machine without a TPU, also for several processes at once. To be called before JAX is
+    imported."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

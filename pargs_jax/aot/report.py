@@ -60,6 +60,8 @@ class Report:
     memory: Memory | None = None
     traffic: CollectiveTraffic | None = None
     largest: tuple[Allocation, ...] = ()
+    argument_reads: int = 1
+    """How often a run reads its arguments: a decode reads the weights for every token."""
 
     @property
     def fits(self) -> bool:
@@ -69,12 +71,12 @@ class Report:
     def seconds(self) -> dict[str, float]:
         """The least time of one run, by the resource that bounds it, if that were used at its peak rate.
 
-        `memory` counts what certainly moves: every argument is read once and every output written once. Weights that
-        a loop reads again at every step, and temporaries, are not in it: for decoding it is far too low.
+        `memory` counts what certainly moves: arguments are read `argument_reads` times and outputs written once.
+        Temporaries, such as caches, are not in it.
         """
         bounds = {"operations": self.operations / self.devices / self.chip.operations_per_second}
         if self.memory is not None:
-            moved = self.memory.arguments + self.memory.outputs
+            moved = self.argument_reads * self.memory.arguments + self.memory.outputs
             bounds["memory"] = moved / self.chip.memory_bytes_per_second
         if self.traffic is not None:
             bounds["interconnect"] = self.traffic.total / self.chip.interconnect_bytes_per_second
@@ -125,7 +127,9 @@ class Report:
         return lines
 
 
-def compile_report(lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: float) -> Report:
+def compile_report(
+    lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: float, argument_reads: int = 1
+) -> Report:
     """Compiles a program and reads what it needs.
 
     Args:
@@ -133,6 +137,7 @@ def compile_report(lowered: jax.stages.Lowered, *, chip: Chip, devices: int, ope
         chip: what the devices are.
         devices: how many there are.
         operations: of the whole program (`count_operations`).
+        argument_reads: how often a run reads its arguments.
 
     Raises:
         jax.errors.JaxRuntimeError: whatever stops the compiler except a lack of device memory, which is reported.
@@ -146,7 +151,7 @@ def compile_report(lowered: jax.stages.Lowered, *, chip: Chip, devices: int, ope
             raise
         used, limit, largest = shortage
         seconds = time.perf_counter() - start
-        return Report(chip, devices, operations, used, limit, seconds, largest=largest)
+        return Report(chip, devices, operations, used, limit, seconds, largest=largest, argument_reads=argument_reads)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory = Memory(
@@ -157,7 +162,9 @@ def compile_report(lowered: jax.stages.Lowered, *, chip: Chip, devices: int, ope
         stats.generated_code_size_in_bytes,
     )
     traffic = collective_bytes(compiled.as_text())
-    return Report(chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic)
+    return Report(
+        chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic, (), argument_reads
+    )
 
 
 def read_shortage(message: str) -> tuple[float, float, tuple[Allocation, ...]] | None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, RetokenisedGuide
+from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
@@ -71,15 +72,8 @@ class RewardModel:
         if self.retokeniser is None:
             return CausalGuide(self.model)
         own_prompts, own_lengths = self._own_prompts(prompts, lengths)
-        prompt_width = own_prompts.shape[1]
-        # An answer may take more tokens here than there; twice as many is far from what real text takes.
-        answer_width = 2 * max_new_tokens + SMALLEST_WIDTH
-        if "positions" in self.model.abstract_params()["backbone"]:
-            # A table of positions has an end; rotary and relative ones only a range that they were trained on.
-            answer_width = min(answer_width, self.model.config.max_positions - int(own_lengths.max()))
-        if isinstance(self.model, EncoderModel):
-            return EncoderGuide(self.model, self.retokeniser, prompt_width, answer_width, self.tokenizer.eos_id)
-        return RetokenisedGuide(self.model, self.retokeniser, prompt_width, answer_width)
+        widths = own_prompts.shape[1], int(own_lengths.max())
+        return guide_by_text(self.model, self.retokeniser, *widths, max_new_tokens, self.tokenizer.eos_id)
 
     def score(
         self,
@@ -122,6 +116,25 @@ class RewardModel:
         is_encoder = isinstance(self.model, EncoderModel)
         width = min(-(-longest // SMALLEST_WIDTH) * SMALLEST_WIDTH if is_encoder else padded_width(longest), room)
         return ids[:, room - width :], own_lengths
+
+
+def guide_by_text(
+    model: CausalModel | PrefixCausalModel | EncoderModel,
+    retokeniser: RetokeniserContract,
+    prompt_width: int,
+    longest_prompt: int,
+    max_new_tokens: int,
+    closing_id: int,
+) -> EncoderGuide | RetokenisedGuide:
+    """The guide of a reward model with a tokenizer of its own, in whose tokens the widths are."""
+    # An answer may take more tokens here than there; twice as many is far from what real text takes.
+    answer_width = 2 * max_new_tokens + SMALLEST_WIDTH
+    if "positions" in model.abstract_params()["backbone"]:
+        # A table of positions has an end; rotary and relative ones only a range that they were trained on.
+        answer_width = min(answer_width, model.config.max_positions - longest_prompt)
+    if isinstance(model, EncoderModel):
+        return EncoderGuide(model, retokeniser, prompt_width, answer_width, closing_id)
+    return RetokenisedGuide(model, retokeniser, prompt_width, answer_width)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from pargs_jax.sharding import map_paths, place_computed, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 EXPORTED = "model"
 """Where a training run's folder has its result."""
 
@@ -43,7 +44,7 @@ class Pretrained(NamedTuple):
     eos_ids: tuple[int, ...]
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
     """The folder of a local path, of a training run (its exported model), or of a hub id (downloaded: safetensors,
     configs and tokenizer files only)."""
     folder = Path(source)
@@ -54,9 +55,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         raise InputError(f"{source}: no such folder; a model is a Hugging Face folder or a hub id")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:
         raise InputError(
             f"{source}: neither a local folder nor a model that the hub gives ({first_line(error)})"
@@ -82,19 +82,7 @@ def load_model(
     folder = resolve(source)
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
-    if head not in family.heads:
-        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
-    config = family.config.from_hf(hf)
-    if attention is not None:
-        if not hasattr(config, "attention"):
-            raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
-        config = dataclasses.replace(config, attention=attention)
-    model = family.model(config, head)
-    if model.config.activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(
-            f"{folder}/config.json: activation {model.config.activation!r} is not known; known are {known}"
-        )
+    model = _describe(folder, hf, head, attention)
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
     if from_scratch:
@@ -107,6 +95,29 @@ def load_model(
     new_head = head == "reward" and not has_head
     params = _import(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     return Pretrained(model, params, new_head, special, eos_ids)
+
+
+def describe_model(
+    source: str | os.PathLike[str], head: HeadName, *, attention: Literal["full", "prefix_causal"] | None = None
+) -> Model:
+    """What `load_model` would load, from `config.json` alone: no weights are read or downloaded."""
+    folder = resolve(source, patterns=("config.json",))
+    return _describe(folder, _read_config(folder), head, attention)
+
+
+def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
+    family = FAMILIES[hf.model_type]
+    if head not in family.heads:
+        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
+    config = family.config.from_hf(hf)
+    if attention is not None:
+        if not hasattr(config, "attention"):
+            raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
+        config = dataclasses.replace(config, attention=attention)
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"{folder}/config.json: activation {config.activation!r} is not known; known are {known}")
+    return family.model(config, head)
 
 
 def save_model(

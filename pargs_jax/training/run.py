@@ -55,7 +55,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     config.validate()
     require_packages(config.log)
     with some_mesh() as mesh, _claimed_folder(config) as out:
-        _check_rows(config, mesh)
+        check_rows(config, mesh)
         _train(config, out, console or Console(quiet=jax.process_index() > 0))
     return out
 
@@ -136,7 +136,8 @@ def trained_names(model: Model) -> tuple[str, ...]:
     return ("head", *LORA_NAMES) if model.head == "reward" else LORA_NAMES
 
 
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises InputError unless each device gets as many rows of a micro-batch as the others."""
     shards, rows = row_shards(mesh), config.batch_size // config.optim.accumulation
     if rows % shards:
         raise InputError(
