@@ -114,6 +114,7 @@ def command(main: Callable[[], None]) -> None:
 
     A reader that closes our output early (`decode.py | head`) ends the command quietly, with the shell's code 141.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which nothing here needs
     try:
         main()
         sys.stdout.flush()

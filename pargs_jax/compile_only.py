@@ -54,27 +54,26 @@ def compile_training(config: TrainConfig, console: Console | None = None) -> Rep
         f"prompts of {half} tokens, {answers} answer{'s' * (answers > 1)} of {config.max_length - half} each; "
         f"computed in {config.dtype}"
     )
-    with jax.set_mesh(mesh):
-        whole = NamedSharding(mesh, PartitionSpec())
-        params, frozen = abstract_params(mesh, model.abstract_params(), "float32"), {}
-        if model.lora is not None:
-            params, frozen = split_params(params, trained_names(model))
-            frozen = jax.tree.map(lambda x: _array(x.shape, config.dtype, x.sharding), frozen)
-        optimizer, _ = make_optimizer(config.optim, SCHEDULED_STEPS)
-        opt_state = jax.tree.map(
-            lambda x, sharding: _array(x.shape, x.dtype, sharding),
-            jax.eval_shape(optimizer.init, params),
-            optimizer_shardings(optimizer, params, mesh),
-        )
-        state = TrainState(params, opt_state, _array((), "int32", whole))
-        rows = partial(_rows, mesh, config.batch_size)
-        batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = _array(key.shape, key.dtype, whole)
-        objective = Objective(model, config.objective, config.dtype, closing_id=0)
-        step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
-        arguments = (state, batch, key, frozen)
-        return _report(mesh, config.mesh, what, step, arguments, _training_options(config), console)
+    whole = NamedSharding(mesh, PartitionSpec())
+    params, frozen = abstract_params(mesh, model.abstract_params(), "float32"), {}
+    if model.lora is not None:
+        params, frozen = split_params(params, trained_names(model))
+        frozen = jax.tree.map(lambda x: _array(x.shape, config.dtype, x.sharding), frozen)
+    optimizer, _ = make_optimizer(config.optim, SCHEDULED_STEPS)
+    opt_state = jax.tree.map(
+        lambda x, sharding: _array(x.shape, x.dtype, sharding),
+        jax.eval_shape(optimizer.init, params),
+        optimizer_shardings(optimizer, params, mesh),
+    )
+    state = TrainState(params, opt_state, _array((), "int32", whole))
+    rows = partial(_rows, mesh, config.batch_size)
+    batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _array(key.shape, key.dtype, whole)
+    objective = Objective(model, config.objective, config.dtype, closing_id=0)
+    step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
+    arguments = (state, batch, key, frozen)
+    return _report(mesh, config.mesh, what, step, arguments, _training_options(config), console)
 
 
 def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Report:
@@ -93,27 +92,26 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         f"{config.batch_size} prompts of {config.prompt_length} tokens and {config.max_new_tokens} new tokens, "
         f"k {config.k or method.k}; computed in {config.dtype}"
     )
-    with jax.set_mesh(mesh):
-        lm, lm_params = _abstract(mesh, lm, config.dtype, unroll)
-        guides, guide_params = [], []
-        for reward_model in reward_models:
-            reward_model, params = _abstract(mesh, reward_model, config.dtype, unroll)
-            guides.append(_guide(reward_model, lm, config))
-            guide_params.append(params)
-        decoder = Decoder(lm, tuple(guides), k=config.k or method.k, eos_ids=(0,), base=method.base)
-        keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(config.batch_size, jnp.uint32)))
-        arguments = (
-            lm_params,
-            tuple(guide_params),
-            _rows(mesh, config.batch_size, config.prompt_length),
-            _rows(mesh, config.batch_size),
-            _array(keys.shape, keys.dtype, NamedSharding(mesh, row_spec(mesh, config.batch_size))),
-            _array((len(guides),), "float32", NamedSharding(mesh, PartitionSpec())),
-            method.make_rule(config.temperature),
-        )
-        program = jax.jit(lambda *args: decode(decoder, *args, config.max_new_tokens))
-        reads = config.max_new_tokens + 1  # of the weights: once for the prompts, then for every token
-        return _report(mesh, config.mesh, what, program, arguments, _decoding_options(config), console, reads)
+    lm, lm_params = _abstract(mesh, lm, config.dtype, unroll)
+    guides, guide_params = [], []
+    for reward_model in reward_models:
+        reward_model, params = _abstract(mesh, reward_model, config.dtype, unroll)
+        guides.append(_guide(reward_model, lm, config))
+        guide_params.append(params)
+    decoder = Decoder(lm, tuple(guides), k=config.k or method.k, eos_ids=(0,), base=method.base)
+    keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(config.batch_size, jnp.uint32)))
+    arguments = (
+        lm_params,
+        tuple(guide_params),
+        _rows(mesh, config.batch_size, config.prompt_length),
+        _rows(mesh, config.batch_size),
+        _array(keys.shape, keys.dtype, NamedSharding(mesh, row_spec(mesh, config.batch_size))),
+        _array((len(guides),), "float32", NamedSharding(mesh, PartitionSpec())),
+        method.make_rule(config.temperature),
+    )
+    program = jax.jit(lambda *args: decode(decoder, *args, config.max_new_tokens))
+    reads = config.max_new_tokens + 1  # of the weights: once for the prompts, then for every token
+    return _report(mesh, config.mesh, what, program, arguments, _decoding_options(config), console, reads)
 
 
 def _abstract(mesh: Mesh, model: M, dtype: str, unroll: bool) -> tuple[M, Any]:
@@ -158,7 +156,7 @@ def _report(
     chip = CHIPS[parse_mesh(name).tpu or ""]
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"{name}: {mesh.size} devices ({axes}); {what}", highlight=False)
-    with console.status("compiling"):
+    with console.status("compiling"), jax.set_mesh(mesh):
         operations = count_operations(program, *arguments)
         report = compile_report(
             program.lower(*arguments), chip=chip, devices=mesh.size, operations=operations, argument_reads=reads

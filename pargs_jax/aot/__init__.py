@@ -12,4 +12,5 @@ def expect_no_devices() -> None:
     """Lets libtpu compile on a machine without a TPU, also for several processes at once. To be called before JAX is
     imported."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Whatever they say: without them, libtpu complains that it cannot ask the machine.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v4-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}

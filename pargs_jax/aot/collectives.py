@@ -124,7 +124,7 @@ class _Count:
             return len(explicit[1].split(","))
         if iota := re.match(r"\[\d+,(\d+)\]<=", groups):
             return int(iota[1])
-        if mesh := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", groups):
+        if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", groups):
             sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1]))
             # A part of an axis is written `axis:(what comes before it)its size`.
             axes = re.findall(r"'?([\w.]+)'?(?::\(\d+\)(\d+))?", mesh[2])

@@ -49,9 +49,8 @@ class Objective:
     ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
         """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
         dropout_key, sample_key = (None, None) if key is None else jax.random.split(key)
-        is_sft = self.config.name == "sft"
-        params = cast_for_compute(params, self.dtype, keep_head=not is_sft)
-        if is_sft:
+        params = self.cast(params)
+        if self.config.name == "sft":
             hidden = answer_states(self.model, params, batch, dropout_key, before=1)[:, 0]
             logits = self.model.logits(params, hidden)
             answers, lengths = batch.answers[:, 0], batch.answer_lengths[:, 0]
@@ -68,6 +67,14 @@ class Objective:
             options["prefix_weights"] = options.pop("weighting")
             loss, metrics = partial_bradley_terry(rewards, batch.answer_lengths, batch.weights, **options)
         return loss, (metrics, batch.weights.sum())
+
+    def cast(self, params: Params) -> Params:
+        """The parameters as matrix products use them; a reward head stays as it is (rewards are fp32)."""
+        keeps_head = self.config.name != "sft"
+        return {
+            part: arrays if part == "head" and keeps_head else jax.tree.map(lambda x: x.astype(self.dtype), arrays)
+            for part, arrays in params.items()
+        }
 
     @property
     def _shape(self) -> dict[str, float]:
@@ -193,11 +200,3 @@ def _texts(batch: Batch, width: int) -> Int[Array, "BA T"]:
     rows, answers, _ = batch.answers.shape
     prompts = jnp.repeat(batch.prompts, answers, axis=0)
     return jnp.concatenate([prompts, batch.answers[..., :width].reshape(rows * answers, width)], axis=1)
-
-
-def cast_for_compute(params: Params, dtype: str, *, keep_head: bool) -> Params:
-    """The parameters as matrix products use them; a reward head stays as it is (rewards are fp32)."""
-    return {
-        part: arrays if part == "head" and keep_head else jax.tree.map(lambda x: x.astype(dtype), arrays)
-        for part, arrays in params.items()
-    }

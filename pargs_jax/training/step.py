@@ -106,14 +106,17 @@ def make_train_step(
         state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        # Gradients are taken in the format of the computation, which is what they are computed in: half the memory.
+        params = objective.cast(state.params)
         if accumulation == 1:
-            (loss, (metrics, _)), grads = gradient(state.params, frozen, batch, key)
+            (loss, (metrics, _)), grads = gradient(params, frozen, batch, key)
             metrics = metrics | {"loss": loss}
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         else:
             micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
             zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
             (grads, total), parts = jax.lax.scan(
-                partial(micro_step, state.params, frozen), zero, (micro, jax.random.split(key, accumulation))
+                partial(micro_step, params, frozen), zero, (micro, jax.random.split(key, accumulation))
             )
             grads = jax.tree.map(lambda g: g / total, grads)
             metrics = merge_metrics(parts, parts.pop("weight"))
