@@ -28,7 +28,7 @@ from pargs_jax.models.hf import save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
-STEPS, SAVE_EVERY, PROMPTS = 400, 5, 48
+STEPS, SAVE_EVERY, PROMPTS = 400, 10, 48
 POLL = 0.001  # seconds; a save of this model takes some 50 times as long
 
 
@@ -133,12 +133,14 @@ def kill_training(work: Path, kills: int, startup: float, draw: random.Random) -
         if aim == "start":
             kill_when(lambda: True, draw.uniform(0.1, 0.95) * startup, command, work)
         else:
-            wanted = draw.randint(1, 20)
-            condition = (lambda: metrics.steps() >= wanted) if aim == "step" else (  # noqa: B023 (called in this turn)
-                lambda: metrics.steps() >= wanted and is_saving(run)  # noqa: B023
-            )  # fmt: skip
-            kill_when(condition, draw.uniform(0, 0.03), command, work)
-        phase = "save" if is_saving(run) else "step" if metrics.steps() else "start"
+            wanted, saving = draw.randint(1, 20), aim == "save"
+
+            def reached(metrics: Metrics = metrics, wanted: int = wanted, saving: bool = saving) -> bool:
+                return metrics.steps() >= wanted and is_saving(run) == saving
+
+            kill_when(reached, draw.uniform(0, 0.03), command, work)
+        # Before the first step, what looks like a save is what the kill before left of one.
+        phase = "start" if metrics.steps() == 0 else "save" if is_saving(run) else "step"
         done = max((line["step"] for line in whole_lines(run / "metrics.jsonl")), default=0)
         phases[phase] += 1
         lost += done - saved_step(run)
@@ -147,16 +149,14 @@ def kill_training(work: Path, kills: int, startup: float, draw: random.Random) -
     return phases, lost
 
 
-def kill_decoding(work: Path, kills: int, draw: random.Random) -> int:
-    """Kills and goes on; returns how many kills cut a line or a batch."""
+def kill_decoding(work: Path, kills: int, draw: random.Random) -> None:
+    """Kills soon after some rows were written, and goes on."""
     out = work / "killed.jsonl"
-    cut = 0
     for _ in range(kills):
         wanted = len(whole_lines(out)) + draw.randint(1, 6)
-        kill_when(lambda: len(whole_lines(out)) >= wanted, draw.uniform(0, 0.03), decoding(work, out.name), work)  # noqa: B023
-        cut += not out.read_bytes().endswith(b"\n") or len(whole_lines(out)) % 2
+        delay = draw.uniform(0, 0.03)
+        kill_when(lambda wanted=wanted: len(whole_lines(out)) >= wanted, delay, decoding(work, out.name), work)
     finish(decoding(work, out.name), work)
-    return cut
 
 
 def arrays(run: Path) -> list[np.ndarray]:
@@ -200,7 +200,7 @@ def main() -> None:
 
         alone, killed = work / "alone", work / "killed"
         weights = [(run / "model" / "model.safetensors").read_bytes() for run in (alone, killed)]
-        same_state = all(map(np.array_equal, arrays(alone), arrays(killed), strict=True))
+        same_state = all(np.array_equal(a, b) for a, b in zip(arrays(alone), arrays(killed), strict=True))
         rows_alone, rows_killed = answers(work / "alone.jsonl"), answers(work / "killed.jsonl")
         table = {
             "kills of `train.py`": given.kills,

@@ -279,7 +279,7 @@ def test_batches_come_in_order_and_errors_where_they_belong():
 
 
 def test_metrics_go_to_tensorboard_and_wandb_too(config, monkeypatch):
-    config = TrainConfig(**{**vars(config), "steps": 2, "log": LogConfig(tensorboard=True, wandb="guides")})
+    config = TrainConfig(**{**vars(config), "log": LogConfig(tensorboard=True, wandb="guides")})
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     message = "--log.tensorboard: needs the package tensorboardX; install it with: pip install 'pargs-jax[tensorboard]'"
     assert refused(lambda: train(config)) == message
@@ -297,9 +297,8 @@ def test_metrics_go_to_tensorboard_and_wandb_too(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(config)
-    resumed(config)
-    losses = [scalar[2] for scalar in scalars if scalar[0] == "train/loss"]
-    assert [scalar[2] for scalar in scalars if scalar[:1] == ("train/loss",)] == losses and len(losses) == 2
-    assert [step for step, _ in logged[:-1]] == [1, 2, 2] and logged[0][1]["train/loss"] == losses[0]
-    assert "eval/loss" in logged[2][1] and scalars[-1] == "closed" and logged[-1] == "finished"
+    assert [step for name, _, step in scalars[:-1] if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in logged[:-1]] == [1, 2, 3, 4, 5, 6, 6]
+    assert logged[0][1]["train/loss"] == next(value for name, value, _ in scalars if name == "train/loss")
+    assert "eval/loss" in logged[-2][1] and scalars[-1] == "closed" and logged[-1] == "finished"
     assert runs[0]["project"] == "guides" and runs[0]["id"] and runs[0]["resume"] == "allow"
