@@ -27,6 +27,7 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
+    "durable_files": {"errors"},
     "cli": {"config", "errors"},
     "aot": {"errors"},
     "mesh": {"errors"},
@@ -34,14 +35,14 @@ MAY_IMPORT = {
     "models": {"errors"},
     "objectives": set(),
     "decoding": {"models", "errors"},
-    "training": {"objectives", "models", "data", "cli", "config", "errors"},
-    "generation": {"decoding", "models", "data", "cli", "config", "errors"},
+    "training": {"objectives", "models", "data", "cli", "config", "durable_files", "errors"},
+    "generation": {"decoding", "models", "data", "cli", "config", "durable_files", "errors"},
     "evaluation": {"generation", "decoding", "models", "data", "cli", "config", "errors"},
     "testing": {"data", "models"},
 }
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {"decoding.rules": set(), "decoding.methods": {"decoding.rules"}}
-WITHOUT_JAX = ("errors", "config", "cli", "data")
+WITHOUT_JAX = ("errors", "config", "durable_files", "cli", "data")
 
 
 def imported_modules(path):

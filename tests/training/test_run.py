@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml
@@ -28,6 +27,8 @@ from pargs_jax.training import run
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.metrics_log import MetricsFile
 from pargs_jax.training.step import TrainState
+
+pytestmark = pytest.mark.usefixtures("compiled_steps_are_reused")
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -48,33 +49,6 @@ BAD_ROWS = [{"prompt": "no answers"}, {"prompt": "alike", "chosen": "a", "reject
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_steps_are_reused(tmp_path_factory):
-    """A run compiles its own step; equal runs need not compile an equal one again."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    """A random Llama with the demo's tokenizer, on disk."""
-    folder = tmp_path_factory.mktemp("lm")
-    model, params = tiny_model("llama", vocab_size=512)
-    save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
-    tiny_tokenizer().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
