@@ -6,6 +6,7 @@ text of prompt, answer so far and candidate, and of the finished answer where th
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -277,8 +278,7 @@ def _split(
         )
 
     def call(prompts, lengths, answers, candidates, settled, count):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
-        split = retokeniser.candidates(prompts, lengths, answers, int(count), candidates, settled, width, FRESH)
-        return Splits(*split)
+        return retokeniser.candidates(prompts, lengths, answers, int(count), candidates, settled, width, FRESH)
 
     return _on_host(call, shapes, history.prompts, history.lengths, history.answers, candidates, settled, history.count)
 
@@ -288,13 +288,25 @@ def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Array) -> Any:
-    """Runs a numpy function of batched arrays on the host; on a mesh, each device's rows in a call of their own."""
+    """Runs a numpy function of batched arrays on the host; on a mesh, each device's rows in a call of their own.
+
+    What it returns, int32 with a leading B, travels as one array: to TPUs several of different ranks do not compile.
+    """
 
     def local(*arrays: Array) -> Any:
-        # Arrays arrive as JAX's: touching JAX inside a callback can deadlock, so they are numpy's before anything else.
-        return jax.pure_callback(
-            lambda *args: call(*map(np.asarray, args)), shapes(arrays[0].shape[0]), *arrays, vmap_method="sequential"
-        )
+        batch = arrays[0].shape[0]
+        wanted = jax.tree.leaves(shapes(batch))
+        widths = [math.prod(leaf.shape[1:]) for leaf in wanted]
+
+        def packed(*args: Array) -> np.ndarray:
+            # Arrays arrive as JAX's: touching JAX inside a callback can deadlock, so they are numpy's first of all.
+            results = call(*map(np.asarray, args))
+            return np.concatenate([x.reshape(batch, -1).astype(np.int32) for x in results], axis=1)
+
+        row = jax.pure_callback(packed, _int_shape(batch, sum(widths)), *arrays, vmap_method="sequential")
+        parts = jnp.split(row, np.cumsum(widths)[:-1], axis=1)
+        leaves = [part.reshape(leaf.shape) for part, leaf in zip(parts, wanted, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(shapes(batch)), leaves)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
