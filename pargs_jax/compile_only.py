@@ -157,9 +157,9 @@ def _report(
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"{name}: {mesh.size} devices ({axes}); {what}", highlight=False)
     with console.status("compiling"), jax.set_mesh(mesh):
-        operations = count_operations(program, *arguments)
+        least, most = (count_operations(program, *arguments, choice=choice) for choice in (min, max))
         report = compile_report(
-            program.lower(*arguments), chip=chip, devices=mesh.size, operations=operations, argument_reads=reads
+            program.lower(*arguments), chip=chip, devices=mesh.size, operations=(least, most), argument_reads=reads
         )
     table = Table(box=SIMPLE, show_header=False)
     for cell, value in report.as_row().items():

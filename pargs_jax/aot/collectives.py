@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pargs_jax.aot.hlo import Computation, Instruction, Module, parse_module, root, shape_bytes
@@ -24,6 +25,9 @@ SENT_SHARE = {
 """
 
 
+Choice = Callable[..., Counter[str]]
+
+
 class CollectiveTraffic(NamedTuple):
     """Bytes that one device sends in one run of a program."""
 
@@ -37,27 +41,30 @@ class CollectiveTraffic(NamedTuple):
         return math.fsum(self.sent.values())
 
 
-def collective_bytes(hlo_text: str) -> CollectiveTraffic:
+def collective_bytes(hlo_text: str, choice: Choice = max) -> CollectiveTraffic:
     """Bytes that one device sends in one run of a program, by kind of collective.
 
-    Loops count as often as they run and conditionals as their most expensive branch. Formulas are those of
+    Loops count as often as they run. Formulas are those of
     `SENT_SHARE`: what a device must send of its own, which other algorithms do not lessen; what it passes on for others
     in an all-to-all or a permutation is not counted. Bytes are those of the data, without the padding of the layout.
 
     Args:
         hlo_text: `compiled.as_text()` of a program for CPUs, GPUs or TPUs.
+        choice: `max` or `min`: which branch counts of a conditional with three or more, by its bytes; of two, the more
+            expensive one does.
 
     Raises:
         ValueError: if the text is not that of a module, or a collective's groups are written in an unknown form.
     """
-    return _Count(parse_module(hlo_text)).traffic()
+    return _Count(parse_module(hlo_text), choice).traffic()
 
 
 class _Count:
     """One walk through the module, from its entry."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, choice: Choice) -> None:
         self.module = module
+        self.choice = choice
         self.unknown_loops: set[str] = set()
         self.counted: dict[str, Counter[str]] = {}
 
@@ -84,7 +91,8 @@ class _Count:
             return Counter({kind: size * SENT_SHARE[kind](self._group_size(instruction))})
         if instruction.opcode == "conditional":
             branches = instruction.computations("branch_computations", "true_computation", "false_computation")
-            return max((self._computation(branch) for branch in branches), key=Counter.total)
+            choice = self.choice if len(branches) > 2 else max
+            return choice((self._computation(branch) for branch in branches), key=Counter.total)
         if instruction.opcode == "while":
             return self._loop(instruction, computation)
         total: Counter[str] = Counter()

@@ -7,26 +7,29 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+Choice = Callable[[list[float]], float]
 
-def count_operations(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+
+def count_operations(function: Callable[..., Any], *args: Any, choice: Choice = max, **kwargs: Any) -> float:
     """Operations of the matrix products and convolutions of one call, on all devices together.
 
     A multiply-add is two operations; elementwise work is not counted. What the backward pass computes again
-    (`jax.checkpoint`) is in the jaxpr, and so is counted. Of a `cond` or a `switch` the most expensive branch counts.
-    The body of a `while_loop` counts once, since how often it runs is not known here; a `scan` counts every step.
+    (`jax.checkpoint`) is in the jaxpr, and so is counted. Of a `cond` the more expensive branch counts. The body of a
+    `while_loop` counts once, since how often it runs is not known here; a `scan` counts every step.
 
     Args:
         function: anything that `jax.make_jaxpr` traces.
         args, kwargs: its arguments: arrays or `jax.ShapeDtypeStruct`s.
+        choice: `max` or `min`: which branch of a `switch`, of three or more, counts. Ours are between widths.
     """
-    return _jaxpr_operations(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+    return _jaxpr_operations(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, choice)
 
 
-def _jaxpr_operations(jaxpr: Jaxpr) -> float:
-    return math.fsum(_equation_operations(equation) for equation in jaxpr.eqns)
+def _jaxpr_operations(jaxpr: Jaxpr, choice: Choice) -> float:
+    return math.fsum(_equation_operations(equation, choice) for equation in jaxpr.eqns)
 
 
-def _equation_operations(equation: JaxprEqn) -> float:
+def _equation_operations(equation: JaxprEqn, choice: Choice) -> float:
     params = equation.params
     match equation.primitive.name:
         case "dot_general":
@@ -34,7 +37,8 @@ def _equation_operations(equation: JaxprEqn) -> float:
         case "conv_general_dilated":
             return _convolution_operations(equation)
         case "cond":
-            return max(_jaxpr_operations(branch.jaxpr) for branch in params["branches"])
+            branches = [_jaxpr_operations(branch.jaxpr, choice) for branch in params["branches"]]
+            return choice(branches) if len(branches) > 2 else max(branches)
         case "scan":
             repeats = params["length"]
         case "shard_map":
@@ -43,7 +47,7 @@ def _equation_operations(equation: JaxprEqn) -> float:
             repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
         case _:
             repeats = 1
-    return repeats * math.fsum(_jaxpr_operations(inner) for inner in _inner_jaxprs(params))
+    return repeats * math.fsum(_jaxpr_operations(inner, choice) for inner in _inner_jaxprs(params))
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:

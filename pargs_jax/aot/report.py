@@ -52,13 +52,15 @@ class Report:
 
     chip: Chip
     devices: int
-    operations: float
-    """Of the whole program, all devices together; a multiply-add is two."""
+    operations: tuple[float, float]
+    """Of the whole program, all devices together; a multiply-add is two. The least and the most, by which branches of
+    a choice among several widths are taken."""
     peak_bytes: float
     limit_bytes: float
     compile_seconds: float
     memory: Memory | None = None
-    traffic: CollectiveTraffic | None = None
+    traffic: tuple[CollectiveTraffic, CollectiveTraffic] | None = None
+    """What devices send each other, the least and the most likewise."""
     largest: tuple[Allocation, ...] = ()
     argument_reads: int = 1
     """How often a run reads its arguments: a decode reads the weights for every token."""
@@ -67,25 +69,24 @@ class Report:
     def fits(self) -> bool:
         return self.memory is not None and self.peak_bytes <= self.limit_bytes
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The least time of one run, by the resource that bounds it, if that were used at its peak rate.
+    def seconds(self, most: bool = False) -> dict[str, float]:
+        """The time of one run by the resource that bounds it, if that were used at its peak rate: for the least that
+        a run may take, or the most.
 
         `memory` counts what certainly moves: arguments are read `argument_reads` times and outputs written once.
         Temporaries, such as caches, are not in it.
         """
-        bounds = {"operations": self.operations / self.devices / self.chip.operations_per_second}
+        bounds = {"operations": self.operations[most] / self.devices / self.chip.operations_per_second}
         if self.memory is not None:
             moved = self.argument_reads * self.memory.arguments + self.memory.outputs
             bounds["memory"] = moved / self.chip.memory_bytes_per_second
         if self.traffic is not None:
-            bounds["interconnect"] = self.traffic.total / self.chip.interconnect_bytes_per_second
+            bounds["interconnect"] = self.traffic[most].total / self.chip.interconnect_bytes_per_second
         return bounds
 
-    @property
-    def step_seconds(self) -> float:
-        """The least time of one run: that of its tightest bound. Nothing reaches it."""
-        return max(self.seconds.values())
+    def run_seconds(self, most: bool = False) -> float:
+        """The time of one run by its tightest bound. Nothing reaches it."""
+        return max(self.seconds(most).values())
 
     def as_row(self) -> dict[str, str]:
         """The report as cells of a table, by column: memory is a device's, operations those of all devices."""
@@ -96,13 +97,14 @@ class Report:
         }
         for part in Memory._fields:
             row[f"{part} GiB"] = "" if self.memory is None else _gib(getattr(self.memory, part))
-        row["operations"] = f"{self.operations:.3g}"
-        sent = {} if self.traffic is None else self.traffic.sent
-        is_floor = self.traffic is not None and self.traffic.loops_of_unknown_length > 0
-        cells = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in sent.items())
-        row["sent GB"] = f"at least {cells}" if is_floor else cells
-        # Without a program only the operations are known, and they alone bound no step.
-        row["step ms at peak rates"] = "" if self.memory is None else f"{self.step_seconds * 1e3:.3g}"
+        row["operations"] = _range(*self.operations)
+        least, most = self.traffic or (CollectiveTraffic({}, 0),) * 2
+        is_floor = most.loops_of_unknown_length > 0
+        kinds = (f"{kind} {_range(least.sent.get(kind, 0.0) / 1e9, most.sent[kind] / 1e9)}" for kind in most.sent)
+        row["sent GB"] = "at least " * is_floor + ", ".join(kinds)
+        # Without a program only the operations are known, and they alone bound no run.
+        times = _range(*(self.run_seconds(most) * 1e3 for most in (False, True)))
+        row["ms at peak rates"] = "" if self.memory is None else times
         row["compile s"] = f"{self.compile_seconds:.0f}"
         return row
 
@@ -128,7 +130,7 @@ class Report:
 
 
 def compile_report(
-    lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: float, argument_reads: int = 1
+    lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: tuple[float, float], argument_reads: int = 1
 ) -> Report:
     """Compiles a program and reads what it needs.
 
@@ -136,7 +138,7 @@ def compile_report(
         lowered: of a jitted function, on abstract arrays that are sharded over the devices of a topology.
         chip: what the devices are.
         devices: how many there are.
-        operations: of the whole program (`count_operations`).
+        operations: of the whole program, the least and the most (`count_operations` with `min` and `max`).
         argument_reads: how often a run reads its arguments.
 
     Raises:
@@ -161,7 +163,8 @@ def compile_report(
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
     )
-    traffic = collective_bytes(compiled.as_text())
+    text = compiled.as_text()
+    traffic = collective_bytes(text, min), collective_bytes(text, max)
     return Report(
         chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic, (), argument_reads
     )
@@ -180,6 +183,11 @@ def read_shortage(message: str) -> tuple[float, float, tuple[Allocation, ...]] |
 
 def _size(number: str, unit: str) -> float:
     return float(number) * SIZE_UNITS[unit]
+
+
+def _range(least: float, most: float) -> str:
+    low, high = f"{least:.3g}", f"{most:.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _gib(size: float) -> str:

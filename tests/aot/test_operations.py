@@ -46,9 +46,17 @@ def test_remat_adds_exactly_the_forward_pass_again():
 
 def test_of_branches_the_most_expensive_counts():
     def branches(x, w):
-        return jax.lax.switch(1, [lambda: x, lambda: x @ w @ w, lambda: x @ w])
+        return jax.lax.switch(1, [lambda: x @ w @ w, lambda: x @ w, lambda: x @ w @ w @ w])
 
-    assert count_operations(branches, X, W) == 2 * PRODUCT
+    assert count_operations(branches, X, W) == 3 * PRODUCT
+    assert count_operations(branches, X, W, choice=min) == PRODUCT
+
+
+def test_of_two_branches_the_more_expensive_counts_whatever_the_choice():
+    def branches(x, w):
+        return jax.lax.cond(x.sum() > 0, lambda: x, lambda: x @ w)
+
+    assert count_operations(branches, X, W, choice=min) == PRODUCT
 
 
 def test_the_body_of_a_while_loop_counts_once():

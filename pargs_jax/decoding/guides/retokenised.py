@@ -206,8 +206,9 @@ class EncoderState(NamedTuple):
 class EncoderGuide:
     """An encoder, which reads every candidate's whole text anew: B * K texts a step, closed as finished ones are.
 
-    Attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. `buckets` is the number
-    of widths that texts are padded to: a step takes the least that holds its longest text.
+    Attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. Texts are padded to one
+    of a few widths, the least that holds the longest of a step, and so by no more than a `finest` part of the longest
+    text that there is room for.
     """
 
     model: EncoderModel
@@ -215,7 +216,7 @@ class EncoderGuide:
     prompt_width: int
     answer_width: int
     closing_id: int
-    buckets: int = 8
+    finest: int = 8
 
     def prefill(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
@@ -229,7 +230,7 @@ class EncoderGuide:
         settled = jnp.zeros_like(state.lengths)
         splits = _split(self.retokeniser, state.history, candidates, settled, self.answer_width)
         needed = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
-        step = -(-self.answer_width // self.buckets)
+        step = -(-(self.prompt_width + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
         return _at_least_width(partial(self._score_at, params, state, splits), needed, widths), candidates
 

@@ -1,0 +1,99 @@
+"""What the programs of a TPU v4-8 take, compiled without one: the table of docs/tpu.md.
+
+    python benchmarks/compile_only.py --out benchmarks/results/compile_only_tpu_v4_8.md
+
+Needs the extra `tpu`; takes about a quarter of an hour on 2 cores. `--only llama` runs the cases with that in their
+name.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from pargs_jax.aot import expect_no_devices
+from pargs_jax.cli import from_mapping, read_yaml
+from pargs_jax.config import DecodeConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+
+MESH = "tpu-v4-8"
+SHAPES = "configs/shapes"
+COLUMNS = {
+    "peak GiB": "GiB a device",
+    "arguments GiB": "of it arguments",
+    "temporaries GiB": "temporaries",
+    "operations": "operations",
+    "sent GB": "GB a device sends",
+    "ms at peak rates": "ms at peak rates",
+    "compile s": "s to compile",
+}
+
+
+def training_cases() -> dict[str, TrainConfig]:
+    llama = from_mapping(TrainConfig, read_yaml("configs/llama2_7b.yaml"), "configs/llama2_7b.yaml")
+    shape = dataclasses.replace(llama.model, init=f"{SHAPES}/llama-2-7b")
+    llama = dataclasses.replace(llama, mesh=MESH, model=shape)
+    deberta = TrainConfig(
+        mesh=MESH,
+        dtype="bfloat16",
+        max_length=512,
+        batch_size=16,
+        model=ModelConfig(init=f"{SHAPES}/deberta-v3-large", remat="layers"),
+        objective=ObjectiveConfig(chunk=4),
+        optim=OptimConfig(lr=5e-6),
+    )
+    prefix_causal = dataclasses.replace(deberta.model, attention="prefix_causal")
+    return {
+        "train llama-2-7b, all weights, 32 pairs": llama,
+        "train llama-2-7b, LoRA of rank 16, 32 pairs": dataclasses.replace(llama, lora=LoraConfig(rank=16)),
+        "train deberta-v3-large, every prefix a text, 16 pairs": deberta,
+        "train deberta-v3-large, prefix_causal, 16 pairs": dataclasses.replace(deberta, model=prefix_causal),
+    }
+
+
+def decoding_cases() -> dict[str, DecodeConfig]:
+    guides = {
+        "alone": (),
+        "+ gpt2-large": ("gpt2-large",),
+        "+ deberta-v3-large": ("deberta-v3-large",),
+        "+ deberta-v3-large, prefix_causal": ("deberta-v3-large-prefix-causal",),
+    }
+    return {
+        f"decode llama-2-7b {name}": DecodeConfig(
+            lm=f"{SHAPES}/llama-2-7b",
+            rm=tuple(f"{SHAPES}/{guide}" for guide in chosen),
+            mesh=MESH,
+            compile_only=True,
+            dtype="bfloat16",
+            batch_size=32,
+            prompt_length=512,
+            max_new_tokens=128,
+        )
+        for name, chosen in guides.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the table is written")
+    parser.add_argument("--only", default="", help="run the cases with this in their name")
+    given = parser.parse_args()
+    expect_no_devices()
+    from pargs_jax.compile_only import compile_decoding, compile_training
+
+    cases: dict[str, Callable] = {}
+    for name, config in training_cases().items():
+        cases[name] = lambda config=config: compile_training(config)
+    for name, config in decoding_cases().items():
+        cases[name] = lambda config=config: compile_decoding(config)
+    lines = ["| | fits | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, compile_case in cases.items():
+        if given.only in name:
+            cells = compile_case().as_row()
+            lines.append(f"| {name} | {cells['fits']} | " + " | ".join(cells[key] for key in COLUMNS) + " |")
+            print(lines[-1], flush=True)
+    if given.out:
+        given.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
