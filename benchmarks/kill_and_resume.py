@@ -83,12 +83,12 @@ def finish(command: list[str], work: Path) -> None:
 def kill_when(condition: Callable[[], bool], delay: float, command: list[str], work: Path) -> None:
     """Starts the command, waits for the condition and `delay` seconds more, and sends SIGKILL."""
     with started(command, work) as process:
-        while not condition():
-            if process.poll() is not None:
-                raise SystemExit(f"ended before it was killed:\n{(work / 'log.txt').read_text()[-3000:]}")
+        while process.poll() is None and not condition():
             time.sleep(POLL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            raise SystemExit(f"ended before it was killed:\n{(work / 'log.txt').read_text()[-3000:]}")
 
 
 def saved_step(run: Path) -> int:
