@@ -43,6 +43,7 @@ def training_cases() -> dict[str, TrainConfig]:
     )
     prefix_causal = dataclasses.replace(deberta.model, attention="prefix_causal")
     return {
+        "train the demo's model, 8 pairs": TrainConfig(mesh=MESH),
         "train llama-2-7b, all weights, 32 pairs": llama,
         "train llama-2-7b, LoRA of rank 16, 32 pairs": dataclasses.replace(llama, lora=LoraConfig(rank=16)),
         "train deberta-v3-large, every prefix a text, 16 pairs": deberta,

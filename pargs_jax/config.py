@@ -266,9 +266,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation: the model stays frozen but for small additions to its matrices, and a reward head."""
+    """Low-rank additions to a frozen model (LoRA)."""
 
-    rank: int = option(0, "rank of the additions, usually 16; 0: the whole model is trained", at_least=0)
+    rank: int = option(
+        0,
+        "rank of the additions, which are trained with the reward head, usually 16; 0: the whole model is trained",
+        at_least=0,
+    )
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
         ".*",
@@ -286,7 +290,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """With --distributed: where the other processes are, where JAX does not find them by itself."""
+    """Where the processes of --distributed are."""
 
     coordinator: str | None = option(
         None, "address of the first process, the same for all", unset="found by JAX", metavar="HOST:PORT"

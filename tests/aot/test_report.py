@@ -136,7 +136,8 @@ def test_rows_of_programs_that_fit_and_do_not_have_the_same_columns():
 
 
 def test_a_row_says_when_loops_may_send_more():
-    report = dataclasses.replace(report_here(), traffic=(CollectiveTraffic({}, 0), CollectiveTraffic({"all-reduce": 2e9}, 1)))
+    traffic = CollectiveTraffic({}, 0), CollectiveTraffic({"all-reduce": 2e9}, 1)
+    report = dataclasses.replace(report_here(), traffic=traffic)
     assert report.as_row()["sent GB"] == "at least all-reduce 0 to 2"
 
 
