@@ -1,4 +1,4 @@
-"""What the programs of a TPU v4-8 take, compiled without one: the table of docs/tpu.md.
+"""What the programs of a TPU v4-8 take, compiled without one: the table of docs/machines.md.
 
     python benchmarks/compile_only.py --out benchmarks/results/compile_only_tpu_v4_8.md
 

@@ -317,6 +317,7 @@ COMPILE_ONLY = (
     "compile for the TPU slice that --mesh names, which need not be here, say what that takes, and stop; reads no "
     "weights and no data"
 )
+COMPILE_CACHE = "folder where compiled programs are kept for the next start, except those that call the host"
 DISTRIBUTED = "one of several processes that run together, each started with this flag"
 
 
@@ -336,6 +337,7 @@ class TrainConfig:
 
     mesh: str = option("auto", MESH, metavar="NAME")
     compile_only: bool = option(False, COMPILE_ONLY)
+    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
     distributed: bool = option(False, DISTRIBUTED)
     out: str | None = option(
         None, "folder of checkpoints, metrics and the exported model", unset="runs/<objective.name>", metavar="DIR"
@@ -418,6 +420,7 @@ class DecodeConfig:
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME")
     compile_only: bool = option(False, COMPILE_ONLY)
+    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
     prompt_length: int = option(512, "with --compile-only: tokens of the prompts", at_least=2)
     distributed: bool = option(False, DISTRIBUTED)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")

@@ -125,7 +125,10 @@ def parse_mesh(text: str) -> MeshRequest:
 
 
 def start(config: TrainConfig | DecodeConfig) -> Mesh:
-    """The mesh that a command's config asks for, connected with the other processes if there are any."""
+    """The mesh that a command's config asks for, connected with the other processes if there are any. The cache of
+    compiled programs is opened as well."""
+    if config.compile_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
     if config.distributed:
         start_processes(config.processes)
     task: Task = "train" if isinstance(config, TrainConfig) else "decode"

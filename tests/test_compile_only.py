@@ -29,7 +29,7 @@ def test_the_documented_table_is_still_true_of_its_smallest_case():
     done = run("benchmarks/compile_only.py", "--only", SMALLEST)
     assert done.returncode == 0, done.stderr
     found = next(line for line in done.stdout.splitlines() if line.startswith(f"| {SMALLEST}"))
-    page = (REPOSITORY / "docs" / "tpu.md").read_text()
+    page = (REPOSITORY / "docs" / "machines.md").read_text()
     documented = next(line for line in page.splitlines() if line.startswith(f"| {SMALLEST}"))
     *said, _ = (cell.strip() for cell in documented.strip("|").split("|"))  # the last is the time to compile
     *seen, _ = (cell.strip() for cell in found.strip("|").split("|"))

@@ -14,7 +14,9 @@ from pargs_jax.errors import InputError
 from pargs_jax.generation.session import Answer
 
 # Options that do not change what a row says, so that a second run may change them.
-FREE_ON_CONTINUE = ("out", "prompts", "batch_size", "mesh", "limit", "unroll", "distributed", "processes")
+FREE_ON_CONTINUE = (
+    "out", "prompts", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
+)  # fmt: skip
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:

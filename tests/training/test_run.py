@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml
-from pargs_jax.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model, save_model
@@ -222,6 +222,23 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkey
             for folder in (config.out, whole)
         )
         assert resumed == uninterrupted
+
+
+def test_additions_to_a_frozen_model_are_resumed_and_exported_in_it(settings, lm, tmp_path):
+    lora = LoraConfig(rank=2, layers="query|value")
+    config = settings(steps=6, lora=lora, optim=OptimConfig(lr=3e-2, schedule="constant"))
+    train(dataclasses.replace(config, steps=3))
+    train(dataclasses.replace(config, resume=True))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    exported = [load_model(Path(folder) / "model", "reward").params for folder in (config.out, whole.out)]
+    jax.tree.map(np.testing.assert_array_equal, *exported)
+    before = load_model(lm, "reward").params
+    changed = jax.tree.map(lambda a, b: bool(jnp.abs(a - b).max() > 0), exported[0], before)
+    layers = changed["backbone"]["layers"]
+    assert [name for name, part in layers.items() if part.get("kernel")] == ["query", "value"]
+    assert not changed["backbone"]["embed"]["embedding"]
+    assert metrics_of(whole.out)[-1]["loss"] < metrics_of(whole.out)[0]["loss"]
 
 
 def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(settings, monkeypatch):
