@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -217,7 +218,18 @@ def _find_devices(request: MeshRequest, processes: int) -> list[jax.Device]:
     return devices[:wanted]
 
 
+def be_patient() -> None:
+    """Lets virtual devices wait ten minutes for each other: on a busy machine XLA's 40 seconds end healthy runs. To be
+    called before JAX looks for devices."""
+    patience = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 "
+    patience += "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_collective_call" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {patience}".strip()
+
+
 def _ask_for_virtual_devices(request: MeshRequest, processes: int) -> None:
+    be_patient()
     wanted = request.devices or math.prod(size for _, size in request.axes)
     jax.config.update("jax_platforms", "cpu")
     # Devices are there already, as many as there will be: _find_devices says whether these are enough.

@@ -132,12 +132,12 @@ class Checkpoints:
             response.result()
 
     def restore(self, like: TrainState, warn: Callable[[str], None]) -> TrainState:
-        """The newest state that can be read, with the shapes, dtypes and places of `like`.
+        """The newest state that can be read, with the shapes, dtypes and places of `like` (`jax.ShapeDtypeStruct`s).
 
         Damaged checkpoints that are newer are renamed to `damaged-<step>`, and `warn` is told. Raises InputError if
         none can be read, or if one is of another model.
         """
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        target = like._asdict()
         steps = [known.step for known in reversed(self._writer.checkpoints)]
         for place, step in enumerate(steps):
             self._check_shapes(step, target)

@@ -118,7 +118,7 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
         prompts[row, prompt_width - len(ids) :] = ids
     lengths = np.array(list(map(len, prompt_ids)), np.int32)
     if kind == "encoder":
-        guide = EncoderGuide(model, retokeniser, 64, 256, rm.eos_id, buckets=2)
+        guide = EncoderGuide(model, retokeniser, 64, 256, rm.eos_id, finest=2)
     else:
         guide = RetokenisedGuide(model, retokeniser, 64, 256)
     score, commit = jax.jit(guide.score), jax.jit(guide.commit)

@@ -27,6 +27,9 @@ from pargs_jax.sharding import row_spec
 FRESH = 4
 """Settled tokens that a step can add to the cache; what is left over waits for the next."""
 
+TEXTS_AT_ONCE = 64
+"""Texts of a step that an encoder reads together: enough to keep a device busy, and few enough for its memory."""
+
 SHARED_AND_OWN = ((8, 2), (8, 4), (32, 4), (128, 8))
 """Widths that a step's tokens are padded to: those that all candidates share (the rest of the last word or two, more
 where a text has no spaces), and each one's own. Each pair is a program to compile."""
@@ -242,11 +245,19 @@ class EncoderGuide:
 
     def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:
         tokens, lengths = _join(splits, width)
-        batch, count, _ = tokens.shape
-        prompts, prompt_lengths = (jnp.repeat(x, count, axis=0) for x in (state.prompts, state.lengths))
-        flat = tokens.reshape(batch * count, width), lengths.reshape(-1)
-        rewards = self.model.answer_rewards(params, prompts, prompt_lengths, *flat, self.closing_id)
-        return rewards.reshape(batch, count)
+        batch, count = lengths.shape
+        together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * batch <= TEXTS_AT_ONCE))
+        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in (state.prompts, state.lengths))
+
+        def read(texts: tuple[Int[Array, "N W"], Int[Array, "N"]]) -> Float[Array, "N"]:
+            return self.model.answer_rewards(params, prompts, prompt_lengths, *texts, self.closing_id)
+
+        def in_parts(x: Int[Array, "B K *W"]) -> Int[Array, "P N *W"]:
+            parts = x.reshape(batch, -1, together, *x.shape[2:]).swapaxes(0, 1)
+            return parts.reshape(-1, batch * together, *x.shape[2:])
+
+        rewards = jax.lax.map(read, (in_parts(tokens), in_parts(lengths)))
+        return rewards.reshape(-1, batch, together).swapaxes(0, 1).reshape(batch, count)
 
 
 def _history(prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> History:
