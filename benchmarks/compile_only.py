@@ -55,7 +55,7 @@ def decoding_cases() -> dict[str, DecodeConfig]:
     guides = {
         "alone": (),
         "+ gpt2-large": ("gpt2-large",),
-        "+ deberta-v3-large": ("deberta-v3-large",),
+        "+ deberta-v3-large (`data=4`)": ("deberta-v3-large",),
         "+ deberta-v3-large, prefix_causal": ("deberta-v3-large-prefix-causal",),
     }
     return {

@@ -106,7 +106,7 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     with Checkpoints(out / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            jax.tree.map(jax.Array.delete, state)  # there may be no room for two
+            jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
             state = checkpoints.restore(like, partial(console.print, style="yellow", highlight=False))
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
         if int(state.step) < total:
