@@ -29,6 +29,9 @@ The losses are functions of arrays. With a reward model's rewards of every prefi
 A `pj.EncoderModel` (DeBERTa) reads each prefix apart: `pj.encoder_rewards`. A reward model with another tokenizer
 scores the text: `pj.RewardModel.load(path, lm_tokenizer, ...)` finds out, and makes the guide that it needs.
 
+On a mesh, `with jax.set_mesh(pj.make_mesh("tpu-v4-8", "decode")):`, weights are loaded to where they belong, and all of
+this runs on every device of it.
+
 `pj.Session` goes from text to text. `pargs_jax.testing` has tiny models to try all this on, without any files.
 """
 
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from pargs_jax.evaluation.cost import step_operations
     from pargs_jax.generation.reward_models import RewardModel
     from pargs_jax.generation.session import Answer, Session, Settings
+    from pargs_jax.mesh import make_mesh
     from pargs_jax.models.causal import CausalModel
     from pargs_jax.models.encoder import EncoderModel
     from pargs_jax.models.hf import load_model, save_model
@@ -72,6 +76,7 @@ _HOMES = {
     "pargs_jax.evaluation.cost": ("step_operations",),
     "pargs_jax.generation.reward_models": ("RewardModel",),
     "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
+    "pargs_jax.mesh": ("make_mesh",),
     "pargs_jax.models.causal": ("CausalModel",),
     "pargs_jax.models.encoder": ("EncoderModel",),
     "pargs_jax.models.hf": ("load_model", "save_model"),

@@ -52,7 +52,7 @@ Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh that is set (`jax.set_mesh`), if it is of more than one device or was set by a command; else None."""
+    """The mesh that is set (`jax.set_mesh`); None if none is."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
