@@ -218,23 +218,27 @@ def _find_devices(request: MeshRequest, processes: int) -> list[jax.Device]:
     return devices[:wanted]
 
 
-def be_patient() -> None:
-    """Lets virtual devices wait ten minutes for each other: on a busy machine XLA's 40 seconds end healthy runs. To be
-    called before JAX looks for devices."""
-    patience = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 "
-    patience += "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+def prepare_virtual_devices(count: int) -> None:
+    """Keeps virtual devices from waiting for each other in vain. To be called before JAX looks for devices.
+
+    A device that waits for the others in a collective holds a thread, of which XLA makes as many as there are cores;
+    and it gives up after 40 seconds, which end healthy runs on a busy machine.
+    """
+    os.environ.setdefault("NPROC", str(4 * count))
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_collective_call" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {patience}".strip()
+        limits = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
+        limits += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        os.environ["XLA_FLAGS"] = f"{flags} {limits}".strip()
 
 
 def _ask_for_virtual_devices(request: MeshRequest, processes: int) -> None:
-    be_patient()
     wanted = request.devices or math.prod(size for _, size in request.axes)
     jax.config.update("jax_platforms", "cpu")
     # Devices are there already, as many as there will be: _find_devices says whether these are enough.
     with contextlib.suppress(RuntimeError):
         if wanted > 1:
+            prepare_virtual_devices(wanted)
             jax.config.update("jax_num_cpu_devices", -(-wanted // processes))
 
 

@@ -2,8 +2,8 @@
 
 import jax
 
-from pargs_jax.mesh import be_patient
+from pargs_jax.mesh import prepare_virtual_devices
 
-be_patient()
+prepare_virtual_devices(4)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
