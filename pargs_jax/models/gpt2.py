@@ -111,7 +111,7 @@ class Block(nnx.Module):
         # Residual projections start smaller, so that the residual stream's variance does not grow with depth.
         residual = nnx.initializers.normal(std / math.sqrt(2 * config.layers))
         self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.qkv = Linear(width, 3 * width, kernel_init=normal, rngs=rngs)
+        self.query, self.key, self.value = (Linear(width, width, kernel_init=normal, rngs=rngs) for _ in range(3))
         self.out = Linear(width, width, kernel_init=residual, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
         self.up = Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
@@ -127,7 +127,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         config = self.config
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        q, k, v = (split_heads(part, config.heads) for part in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1))
+        normed = self.norm1(x)
+        q, k, v = (split_heads(part(normed), config.heads) for part in (self.query, self.key, self.value))
         scale: float | Array = config.head_dim**-0.5 if config.scale_attention else 1.0
         if config.scale_by_layer:
             scale = scale / (index + 1)

@@ -214,15 +214,22 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
 class _Tensors(dict[str, tuple[Path, str]]):
     """Where each tensor of a checkpoint lies, by its name without the backbone's prefix; read only when asked for."""
 
-    def shape(self, name: str, transposed: bool) -> tuple[int, ...]:
-        with self._open(name) as (file, stored):
+    def shape(self, row: Row, layer: int) -> tuple[int, ...]:
+        """Of the tensor that a row names, or, where that is several arrays, of all of them side by side."""
+        with self._open(row.tensor.format(layer)) as (file, stored):
             shape = tuple(file.get_slice(stored).get_shape())
-            return shape[::-1] if transposed else shape
+            return shape[::-1] if row.transpose else shape
 
-    def read(self, name: str, transposed: bool, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a tensor, transposed if so, that an index gives; nothing else is read."""
-        with self._open(name) as (file, stored):
-            if transposed:
+    def read(self, row: Row, layer: int, size: int, index: tuple[slice, ...]) -> np.ndarray:
+        """What an index gives of the array that a row makes of a tensor; nothing else is read.
+
+        `size` is that of the array's last dimension.
+        """
+        start, stop, _ = index[-1].indices(size)
+        before = row.part[0] * size
+        index = (*index[:-1], slice(before + start, before + stop))
+        with self._open(row.tensor.format(layer)) as (file, stored):
+            if row.transpose:
                 return file.get_slice(stored)[index[::-1]].T
             return file.get_slice(stored)[index]
 
@@ -265,18 +272,21 @@ def _import(
     problems: list[str] = []
     used: set[str] = set()
 
-    def check(name: str, transpose: bool, shape: tuple[int, ...]) -> None:
-        used.add(name)
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-        elif (stored := tensors.shape(name, transpose)) != shape:
-            problems.append(f"{name} has shape {stored}, the config needs {shape}")
+    def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
+        name = row.tensor.format(layer)
+        if row.part[0] == 0:
+            used.add(name)
+            whole = (*shape[:-1], shape[-1] * row.part[1])
+            if name not in tensors:
+                problems.append(f"{name} is missing")
+            elif (stored := tensors.shape(row, layer)) != whole:
+                problems.append(f"{name} has shape {stored}, the config needs {whole}")
 
-    def read(row: Row, index: tuple[slice, ...]) -> np.ndarray:
+    def read(row: Row, size: int, index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in row.tensor:
-            return tensors.read(row.tensor, row.transpose, index)
+            return tensors.read(row, 0, size, index)
         layers = range(model.config.layers)[index[0]]
-        return np.stack([tensors.read(row.tensor.format(layer), row.transpose, index[1:]) for layer in layers])
+        return np.stack([tensors.read(row, layer, size, index[1:]) for layer in layers])
 
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
@@ -288,10 +298,10 @@ def _import(
             continue
         if "{}" in row.tensor:
             for layer in range(leaf.shape[0]):
-                check(row.tensor.format(layer), row.transpose, leaf.shape[1:])
+                check(row, layer, leaf.shape[1:])
         else:
-            check(row.tensor, row.transpose, leaf.shape)
-        _set(readers, path, partial(read, row))
+            check(row, 0, leaf.shape)
+        _set(readers, path, partial(read, row, leaf.shape[-1]))
     # A language model may be read as a reward model and the other way round: the other head is no mistake.
     used |= {row.tensor for head in family.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
@@ -306,10 +316,18 @@ def _import(
 
 def _export(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):
         row = _row(family, model.head, path)
         prefix = "" if path[0] == "head" else family.backbone_prefix
         value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
+        place, count = row.part
+        if count > 1:
+            found = parts.setdefault(row.tensor, {})
+            found[place] = value
+            if len(found) < count:
+                continue
+            value = np.concatenate([found[place] for place in range(count)], axis=-1)
         if "{}" in row.tensor:
             for layer, single in enumerate(value):
                 yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)

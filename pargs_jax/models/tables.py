@@ -14,11 +14,15 @@ from pargs_jax.models.prefix_causal import PrefixCausalModel
 
 
 class Row(NamedTuple):
-    """One line of a table: a checkpoint tensor, the array it becomes, and whether it is transposed on the way."""
+    """One line of a table: a checkpoint tensor, the array it becomes, and whether it is transposed on the way.
+
+    Where a tensor is several arrays side by side, `part` says which of how many this one is.
+    """
 
     tensor: str
     path: str
     transpose: bool = False
+    part: tuple[int, int] = (0, 1)
 
 
 class Head(NamedTuple):
@@ -51,8 +55,8 @@ class Family(NamedTuple):
         return tensor.removeprefix(prefix)
 
 
-def linear(tensor: str, path: str, transpose: bool = True) -> tuple[Row, Row]:
-    return Row(f"{tensor}.weight", f"{path}.kernel", transpose), Row(f"{tensor}.bias", f"{path}.bias")
+def linear(tensor: str, path: str, transpose: bool = True, part: tuple[int, int] = (0, 1)) -> tuple[Row, Row]:
+    return Row(f"{tensor}.weight", f"{path}.kernel", transpose, part), Row(f"{tensor}.bias", f"{path}.bias", part=part)
 
 
 def layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
@@ -114,7 +118,9 @@ FAMILIES: dict[str, Family] = {
             Row("wpe.weight", "positions.embedding"),
             *layer_norm("h.{}.ln_1", "layers.{}.norm1"),
             # GPT-2 keeps its linear layers as [in, out], which is our order already.
-            *linear("h.{}.attn.c_attn", "layers.{}.qkv", transpose=False),
+            *linear("h.{}.attn.c_attn", "layers.{}.query", transpose=False, part=(0, 3)),
+            *linear("h.{}.attn.c_attn", "layers.{}.key", transpose=False, part=(1, 3)),
+            *linear("h.{}.attn.c_attn", "layers.{}.value", transpose=False, part=(2, 3)),
             *linear("h.{}.attn.c_proj", "layers.{}.out", transpose=False),
             *layer_norm("h.{}.ln_2", "layers.{}.norm2"),
             *linear("h.{}.mlp.c_fc", "layers.{}.up", transpose=False),
