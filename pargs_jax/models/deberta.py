@@ -11,6 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
+from pargs_jax.models.disentangled import (
+    MINIMUM,
+    PositionTable,
+    cached_scores,
+    pick_scores,
+    position_scores_by_distance,
+)
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -22,11 +29,6 @@ from pargs_jax.models.layers import (
     run_layers,
     split_heads,
 )
-
-FEW_QUERIES = 16
-"""Up to so many, it is cheaper to pick the positions that they meet than to let them meet all."""
-MINIMUM = float(jnp.finfo(jnp.float32).min)
-"""The score of what is not to be seen; finite, so that a row which sees nothing is not NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +165,6 @@ def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> In
         buckets = np.ceil(ratio * np.float32(middle - 1)).astype(np.int64) + middle
         distances = np.where(np.abs(distances) <= middle, distances, np.sign(distances) * buckets)
     return np.clip(distances + config.span, 0, 2 * config.span - 1)
-
-
-class PositionTable(NamedTuple):
-    """One layer's projections of relative positions: what queries meet, and what keys meet; None where not used."""
-
-    keys: Float[Array, "H N D"] | None
-    queries: Float[Array, "H N D"] | None
-
-    def at(self, rows: Int[np.ndarray, "N"]) -> "PositionTable":
-        return PositionTable(*(None if table is None else table[:, rows] for table in self))
 
 
 class CachedLayer(NamedTuple):
@@ -328,12 +320,12 @@ class Deberta(nnx.Module):
                 queries_of, visible = pick(x), pick(mask)
                 rows_from_here = jnp.asarray(rows)[only[:, None] - np.arange(length) + length - 1]
                 q, kv = block.project(queries_of, x)
-                scores = _content_and_position_scores(q, kv.keys, rows_from_here[:, None], table)
+                scores = pick_scores(q, kv.keys, rows_from_here[:, None], table)
             else:
                 queries_of, visible = x, mask
                 q, kv = block.project(x, x)
                 scores = jnp.einsum("bhqd,bhkd->bhqk", q, kv.keys, preferred_element_type=jnp.float32)
-                scores = scores + _skewed_scores(q, kv.keys, table.at(rows))
+                scores = scores + position_scores_by_distance(q, kv.keys, table.at(rows))
             weights = jax.nn.softmax(jnp.where(visible[:, None], scores * block.scale, MINIMUM), axis=-1)
             mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(kv.values.dtype), kv.values)
             x = block.finish(queries_of, mixed, key)
@@ -348,31 +340,36 @@ class Deberta(nnx.Module):
     def extend(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
         cache: Any,
-        cache_positions: Int[Array, "B S"],
-        cache_valid: Bool[Array, "B S"],
+        start: Int[Array, "B"],
+        end: Int[Array, "B"],
         segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states of new tokens that see a cache and, by `mask`, each other; and their keys and values.
 
-        `cache` holds `CachedLayer`s in the form of `run_layers`.
+        `cache` holds `CachedLayer`s in the form of `run_layers`; its slots `start[b] <= s < end[b]` are real. A new
+        token stands `offsets[b, t]`, less than T, slots after the end.
         """
-        reach = cache_positions.shape[-1] + tokens.shape[-1]
+        count = tokens.shape[1]
+        slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-2])
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        reach = len(slots) + count
         rows_of = jnp.asarray(position_rows(self.config, np.arange(-reach, reach + 1)))
 
-        def rows(others: Int[Array, "B S"]) -> Int[Array, "B T S"]:
-            return rows_of[jnp.clip(positions[:, :, None] - others[:, None], -reach, reach) + reach]
+        def rows(distances: Int[Array, "*B"]) -> Int[Array, "*B"]:
+            return rows_of[jnp.clip(distances, -reach, reach) + reach]
 
-        past_rows, own_rows = rows(cache_positions), rows(positions)
-        own_mask = jnp.broadcast_to(mask, (*tokens.shape, tokens.shape[-1]))[:, None]
+        near = position_rows(self.config, np.arange(1 - count, count))
+        own_rows = offsets[:, :, None] - offsets[:, None] + count - 1
+        own_mask = jnp.broadcast_to(mask, (*tokens.shape, count))[:, None]
 
         def step(block: Block, x: Array, _: Any, layer: CachedLayer, key: Any) -> tuple[Array, KeyValues]:
             q, kv = block.project(x, x)
-            past = _content_and_position_scores(q, layer.kv.keys, past_rows, layer.table)
-            own = _content_and_position_scores(q, kv.keys, own_rows, layer.table)
-            past = jnp.where(cache_valid[:, None, None], past * block.scale, MINIMUM)
+            past = cached_scores(q, layer.kv.keys, offsets, end, rows, layer.table)
+            own = pick_scores(q, kv.keys, own_rows, layer.table.at(near))
+            past = jnp.where(valid[:, None, None], past * block.scale, MINIMUM)
             own = jnp.where(own_mask, own * block.scale, MINIMUM)
             weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(kv.values.dtype)
             split = past.shape[-1]
@@ -380,7 +377,7 @@ class Deberta(nnx.Module):
             mixed = mixed + jnp.einsum("bhqk,bhkd->bhqd", weights[..., split:], kv.values)
             return block.finish(x, mixed, key), kv
 
-        embedded = self._embed(tokens, positions, segments)
+        embedded = self._embed(tokens, (end - start)[:, None] + offsets, segments)
         return run_layers(self.layers, step, embedded, self.config.layers, cache)
 
     def _embed(self, tokens: Array, positions: Array, segments: Array | None) -> Float[Array, "B T D"]:
@@ -396,56 +393,3 @@ class Deberta(nnx.Module):
             return None
         table = self.relative.embedding[...]
         return table if self.relative_norm is None else self.relative_norm(table)
-
-
-def _skewed_scores(
-    queries: Float[Array, "B H T D"], keys: Float[Array, "B H T D"], table: PositionTable
-) -> Float[Array, "B H T T"] | float:
-    """Scores of contents with positions in a whole text; `table` has a row for each distance 1 - T .. T - 1.
-
-    No gather: every query meets every distance in one product, whose rows are then shifted into place.
-    """
-    scores: Any = 0.0
-    if table.keys is not None:
-        met = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
-        scores = scores + _skew(met)
-    if table.queries is not None:
-        met = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + _skew(met).swapaxes(-1, -2)
-    return scores
-
-
-def _skew(x: Float[Array, "B H T N"]) -> Float[Array, "B H T T"]:
-    """Entry (t, s) of the result is entry (t, s - t + T - 1) of x, which has N = 2 T - 1 columns (Dai et al., 2019)."""
-    *batch, length, columns = x.shape
-    flat = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]).reshape(*batch, length * (columns + 1))
-    flat = flat[..., length - 1 : length - 1 + length * columns]
-    return flat.reshape(*batch, length, columns)[..., :length]
-
-
-def _content_and_position_scores(
-    queries: Float[Array, "B H T D"],
-    keys: Float[Array, "B H S D"],
-    rows: Int[Array, "B T S"],
-    table: PositionTable,
-) -> Float[Array, "B H T S"]:
-    """All scores of queries with keys at any distances: `rows` of the table.
-
-    Few queries pick the rows that they and the keys meet; many meet all rows, and pick scores.
-    """
-    scores = jnp.einsum("bhtd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
-    if queries.shape[2] <= FEW_QUERIES:
-        if table.keys is not None:
-            picked = table.keys[:, rows]
-            scores = scores + jnp.einsum("bhtd,hbtsd->bhts", queries, picked, preferred_element_type=jnp.float32)
-        if table.queries is not None:
-            picked = table.queries[:, rows].swapaxes(0, 1)
-            scores = scores + (keys[:, :, None] * picked).sum(axis=-1, dtype=jnp.float32)
-        return scores
-    if table.keys is not None:
-        met = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows[:, None], axis=-1)
-    if table.queries is not None:
-        met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
-    return scores

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache, with_room
 from pargs_jax.models.deberta import CachedLayer
+from pargs_jax.models.disentangled import BLOCK
 from pargs_jax.models.heads import PooledRewardHead
 from pargs_jax.models.model import HeadName, Model, Params
 
@@ -66,7 +67,8 @@ class PrefixCausalModel(Model):
             kv, tables = tuple(layer.kv for layer in kept), tuple(layer.table for layer in kept)
         else:
             kv, tables = kept
-        return hidden, Cache(with_room(kv, width, capacity), start, jnp.asarray(width, jnp.int32), tables)
+        slots = -(-capacity // BLOCK) * BLOCK
+        return hidden, Cache(with_room(kv, width, slots), start, jnp.asarray(width, jnp.int32), tables)
 
     def extend(
         self,
@@ -78,15 +80,12 @@ class PrefixCausalModel(Model):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states of T new tokens that stand `offsets` tokens after the cached prefix, which all of them see;
         `mask[..., t, s]` says whether token t sees token s. Also their pending keys and values."""
-        positions = cache.next_position[:, None] + offsets
         layers: Any = CachedLayer(cache.kv, cache.tables)
         if self.unrolled:
             layers = tuple(map(CachedLayer, cache.kv, cache.tables))
-        cache_positions = jnp.arange(cache.slots) - cache.start[:, None]
+        end = jnp.broadcast_to(cache.length, cache.start.shape)
         segments = jnp.ones_like(tokens)
-        return self.network(params).backbone.extend(
-            tokens, positions, mask, layers, cache_positions, cache.valid, segments
-        )
+        return self.network(params).backbone.extend(tokens, offsets, mask, layers, cache.start, end, segments)
 
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None, width: int, *, keep: bool

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pargs_jax.models.cache import Cache, append_several
 from pargs_jax.models.causal import CausalModel
@@ -30,9 +30,9 @@ FRESH = 4
 TEXTS_AT_ONCE = 64
 """Texts of a step that an encoder reads together: enough to keep a device busy, and few enough for its memory."""
 
-SHARED_AND_OWN = ((8, 2), (8, 4), (32, 4), (128, 8))
-"""Widths that a step's tokens are padded to: those that all candidates share (the rest of the last word or two, more
-where a text has no spaces), and each one's own. Each pair is a program to compile."""
+PACKED_WIDTHS = (1, 2, 8)
+"""Widths that the tokens of a step are padded to, in units of a token for each candidate and a few that they share.
+The first is nearly always enough where words are short. Each is a program to compile."""
 
 
 class Splits(NamedTuple):
@@ -96,8 +96,8 @@ class CachedPending(NamedTuple):
 class RetokenisedGuide:
     """A causal (or prefix-causal) reward model with a tokenizer of its own.
 
-    The cache holds the tokens that no later text can change. A step reads what follows them: once what the candidates
-    share, and then each one's own.
+    The cache holds the tokens that no later text can change. A step reads what follows them as a tree: what several
+    candidates begin with is read once.
 
     Attributes:
         model: the reward model.
@@ -127,14 +127,13 @@ class RetokenisedGuide:
     ) -> tuple[Float[Array, "B K"], CachedPending]:
         splits = _split(self.retokeniser, state.history, candidates, state.settled, self.answer_width)
         tokens, lengths = _join(splits, self.answer_width + FRESH)
-        shared = _shared_beginning(tokens, lengths)
-        # The first of these pairs of widths, for what candidates share and for what they do not, that has room for all.
-        room = [(s, own) for s, own in SHARED_AND_OWN if max(s, own) <= tokens.shape[-1]]
-        fits = [(shared.max() <= s) & ((lengths - shared[:, None]).max() <= own) for s, own in room]
-        branches = [partial(self._score_together, params, state, tokens, lengths, shared, *widths) for widths in room]
+        tree = _Tree.of(tokens, lengths)
+        unit = -(-(candidates.shape[1] + 4) // FRESH) * FRESH
+        widths = [width * unit for width in PACKED_WIDTHS if width * unit < tokens.shape[1] * tokens.shape[2]]
+        packed = [partial(self._score_packed, params, state, tokens, lengths, tree, width) for width in widths]
         apart = partial(self._score_apart, params, state, tokens, lengths)
-        first = jnp.argmax(jnp.stack([*fits, jnp.asarray(True)]))
-        rewards, kv = jax.lax.switch(first, [*branches, apart])
+        first = jnp.searchsorted(jnp.asarray(widths, jnp.int32), tree.size.max())
+        rewards, kv = jax.lax.switch(first, [*packed, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
         return rewards, CachedPending(kv, splits.fresh_lengths, candidates)
 
@@ -147,35 +146,32 @@ class RetokenisedGuide:
             cache=cache, settled=state.settled + pending.fresh_lengths, history=state.history.followed_by(chosen)
         )
 
-    def _score_together(
+    def _score_packed(
         self,
         params: Params,
         state: CachedState,
         tokens: Int[Array, "B K W"],
         lengths: Int[Array, "B K"],
-        shared: Int[Array, "B"],
-        shared_width: int,
-        own_width: int,
+        tree: "_Tree",
+        width: int,
     ) -> tuple[Float[Array, "B K"], Any]:
-        """Rewards, and keys and values of the fresh tokens, by one pass over what the candidates share, read once, and
-        what each has of its own."""
-        batch, count, _ = tokens.shape
-        at = shared[:, None] + jnp.arange(own_width)
-        own = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1)[:, None], axis=-1)
-        new = jnp.concatenate([tokens[:, 0, :shared_width], own.reshape(batch, -1)], axis=1)
-        shared_offsets = jnp.broadcast_to(jnp.arange(shared_width), (batch, shared_width))
-        offsets = jnp.concatenate([shared_offsets, jnp.tile(at, (1, count))], axis=1)
+        """Rewards, and keys and values of the fresh tokens, by one pass over the tree's tokens side by side."""
+        batch, count, longest = tokens.shape
+        place = jax.vmap(partial(jnp.nonzero, size=width, fill_value=count * longest))
+        (at,) = place(tree.is_node.reshape(batch, -1))
+        candidate, offset = at // longest, at % longest
+        new = jnp.take_along_axis(tokens.reshape(batch, -1), jnp.minimum(at, count * longest - 1), axis=1)
+        # A token sees those that its candidate has before it, wherever these were first found.
+        found = jnp.take_along_axis(tree.first, jnp.minimum(candidate, count - 1)[..., None], axis=1)
+        found = jnp.take_along_axis(found, jnp.broadcast_to(offset[:, None], (batch, width, width)), axis=2)
+        mask = (found == candidate[:, None]) & (offset[:, None] <= offset[:, :, None])
 
-        is_own = jnp.arange(new.shape[1]) >= shared_width
-        candidate = jnp.where(is_own, (jnp.arange(new.shape[1]) - shared_width) // own_width, -1)
-        real = is_own | (offsets < shared[:, None])
-        same_text = ~is_own | (candidate[:, None] == candidate)
-        mask = real[:, None] & same_text & (offsets[:, None] <= offsets[:, :, None])
-
-        hidden, kv = self.model.extend(params, state.cache, new, offsets, mask)
-        own_hidden = hidden[:, shared_width:].reshape(batch, count, own_width, -1)
-        last = jnp.maximum(lengths - shared[:, None] - 1, 0)[..., None, None]
-        rewards = self.model.rewards(params, jnp.take_along_axis(own_hidden, last, axis=2)[:, :, 0])
+        hidden, kv = self.model.extend(params, state.cache, new, offset, mask)
+        last = jnp.maximum(lengths - 1, 0)[..., None]
+        node = jnp.take_along_axis(tree.first, last, axis=2) * longest + last
+        index = jnp.cumsum(tree.is_node.reshape(batch, -1), axis=1) - 1
+        index = jnp.take_along_axis(index, node[..., 0], axis=1)
+        rewards = self.model.rewards(params, jnp.take_along_axis(hidden, index[..., None], axis=1))
         return rewards, jax.tree.map(lambda x: x[..., :FRESH, :], kv)
 
     def _score_apart(
@@ -219,7 +215,7 @@ class EncoderGuide:
     prompt_width: int
     answer_width: int
     closing_id: int
-    finest: int = 8
+    finest: int = 16
 
     def prefill(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
@@ -338,10 +334,27 @@ def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "
     return jnp.where(slots < fresh, from_fresh, from_tails), splits.fresh_lengths[:, None] + splits.tail_lengths
 
 
-def _shared_beginning(tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]) -> Int[Array, "B"]:
-    """How many tokens all candidates of a row begin with, the last of each left out."""
-    agree = (tokens == tokens[:, :1]).all(axis=1)
-    return jnp.minimum(jnp.cumprod(agree, axis=-1).sum(axis=-1), jnp.maximum(lengths.min(axis=1) - 1, 0))
+class _Tree(NamedTuple):
+    """The texts of K candidates as a tree of tokens: those that have the same tokens before them are one node.
+
+    `first[b, k, j]` is the first candidate whose text begins with the first j + 1 tokens of candidate k's; `is_node`
+    says where that is k itself. Nodes come in the order of candidates, and so the first one's tokens before all others.
+    """
+
+    first: Int[Array, "B K W"]
+    is_node: Bool[Array, "B K W"]
+
+    @property
+    def size(self) -> Int[Array, "B"]:
+        return self.is_node.sum(axis=(1, 2))
+
+    @classmethod
+    def of(cls, tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]) -> "_Tree":
+        _, count, width = tokens.shape
+        real = jnp.arange(width) < lengths[..., None]
+        same = (tokens[:, :, None] == tokens[:, None]) & real[:, None]
+        first = jnp.argmax(jnp.cumprod(same, axis=-1, dtype=jnp.int8), axis=2)
+        return cls(first, real & (first == jnp.arange(count)[:, None]))
 
 
 def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
