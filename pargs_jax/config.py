@@ -361,6 +361,11 @@ class TrainConfig:
         "loss", "held-out metric that says which evaluations are best: the smallest loss or the highest accuracy"
     )
     log_every: int = option(10, "steps between lines of metrics", at_least=1)
+    loss_limit: float = option(
+        10.0,
+        "the run ends at a step whose loss is over so many times the first's, or chance's if that is more; 0: never",
+        at_least=0,
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -112,9 +112,10 @@ class RewardModel:
         room = self.model.config.max_positions
         ids, own_lengths = self.retokeniser.prompts(prompts, lengths, room)
         longest = int(own_lengths.max())
-        # An encoder reads its padding again for every candidate: worth a few more compilations.
-        is_encoder = isinstance(self.model, EncoderModel)
-        width = min(-(-longest // SMALLEST_WIDTH) * SMALLEST_WIDTH if is_encoder else padded_width(longest), room)
+        # Padding is read again at every step, by an encoder for every candidate: worth a few more compilations.
+        width = padded_width(longest)
+        step = SMALLEST_WIDTH if isinstance(self.model, EncoderModel) else max(SMALLEST_WIDTH, width // 4)
+        width = min(-(-longest // step) * step, room)
         return ids[:, room - width :], own_lengths
 
 

@@ -68,23 +68,29 @@ def run_steps(
     latter is the share of it, 0 to 1, that the loop waited for batches. Steps run behind the loop's back, so a device
     stood idle for want of data for at most that share.
 
-    Raises InputError when the loss, the gradient or the state is no longer finite, with the checkpoints left as they
-    were, and when something cannot be written.
+    Raises InputError when the loss, the gradient or the state is no longer finite, or the loss is beyond `loss_limit`,
+    with the checkpoints left as they were, and when something cannot be written.
     """
     first = int(state.step)
     mesh = current_mesh()
     key = place_whole(mesh, lambda: jax.random.key(config.seed))
     waiting: list[Metrics] = []
     tokens, waited, since = 0, 0.0, time.perf_counter()
+    largest_loss: float | None = None
 
     def report(number: int) -> dict[str, float]:
         """Fetches the metrics of the steps since the last report, which waits for the device."""
-        nonlocal tokens, waited, since
+        nonlocal tokens, waited, since, largest_loss
         fetched = jax.device_get(waiting)
         waiting.clear()
+        if largest_loss is None:
+            largest_loss = (config.loss_limit or math.inf) * max(objective.loss_of_chance, fetched[0]["loss"])
         for back, values in enumerate(reversed(fetched)):
             if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
                 what = f"the loss is {values['loss']:g} and the gradient norm {values['gradient_norm']:g}"
+                raise _diverged(number - back, what, checkpoints)
+            if values["loss"] > largest_loss:
+                what = f"the loss is {values['loss']:g}, and no step's may be over {largest_loss:g} (--loss-limit)"
                 raise _diverged(number - back, what, checkpoints)
         count = len(fetched)
         values = {k: float(v) for k, v in merge_metrics(_stack(fetched), np.ones(count)).items()}

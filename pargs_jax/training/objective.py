@@ -1,6 +1,7 @@
 """What a step makes small: a model with a loss on batches."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -67,6 +68,11 @@ class Objective:
             options["prefix_weights"] = options.pop("weighting")
             loss, metrics = partial_bradley_terry(rewards, batch.answer_lengths, batch.weights, **options)
         return loss, (metrics, batch.weights.sum())
+
+    @property
+    def loss_of_chance(self) -> float:
+        """The loss of a model that tells nothing apart: of answers, or of tokens."""
+        return math.log(self.model.config.vocab_size if self.config.name == "sft" else 2)
 
     def cast(self, params: Params) -> Params:
         """The parameters as matrix products use them; a reward head stays as it is (rewards are fp32)."""

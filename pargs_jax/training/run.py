@@ -39,7 +39,7 @@ DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
 # Options that a resumed run may change; any other would make it a different run.
 FREE_ON_RESUME = (
     "out", "resume", "mesh", "distributed", "processes", "steps", "epochs", "eval_every", "save_every", "log_every",
-    "keep", "keep_best", "best_metric", "log", "compile_cache",
+    "keep", "keep_best", "best_metric", "log", "loss_limit", "compile_cache",
 )  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")

@@ -1,4 +1,4 @@
-"""What candidates begin with is read once: the rewards are those of each text read by itself, however large the tree."""
+"""What candidates begin with is read once: rewards are those of each text read by itself, however large the tree."""
 
 import jax
 import numpy as np

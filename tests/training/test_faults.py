@@ -1,9 +1,11 @@
 """Faults that really happen to a run: damaged files, full disks, signals, overflow, two runs on one folder."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -188,20 +190,37 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, 
     assert (out / "model" / "model.safetensors").exists()
 
 
-def test_an_update_that_overflows_is_not_saved(config, monkeypatch):
+def change_step(monkeypatch, number, change):
+    """Has `change(state, metrics)` make something else of what step `number` returned."""
     make = run.make_train_step
 
-    def make_overflowing(*args, **options):
+    def make_changed(*args, **options):
         step = make(*args, **options)
 
-        def overflowing(state, *rest):
-            state, metrics = step(state, *rest)
-            scale = jnp.where(state.step == 4, jnp.inf, 1.0)
-            return state._replace(params=jax.tree.map(lambda x: x * scale, state.params)), metrics
+        def changed(*inputs):
+            state, metrics = step(*inputs)
+            return change(state, metrics) if int(state.step) == number else (state, metrics)
 
-        return overflowing
+        return changed
 
-    monkeypatch.setattr(run, "make_train_step", make_overflowing)
+    monkeypatch.setattr(run, "make_train_step", make_changed)
+
+
+def test_a_loss_that_explodes_ends_the_run_which_may_go_on_without_the_limit(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        change_step(patch, 4, lambda state, metrics: (state, metrics | {"loss": 100 * metrics["loss"]}))
+        message = refused(lambda: train(config))
+        assert re.match(r"step 4: the loss is \d.*, and no step's may be over \d.* \(--loss-limit\); the ", message)
+        assert steps_in(Path(config.out) / "checkpoints") == [2]
+        resumed(dataclasses.replace(config, loss_limit=0.0))
+    assert steps_in(Path(config.out) / "checkpoints")[-1] == 6
+
+
+def test_an_update_that_overflows_is_not_saved(config, monkeypatch):
+    def overflow(state, metrics):
+        return state._replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params)), metrics
+
+    change_step(monkeypatch, 4, overflow)
     message = refused(lambda: train(config))
     assert message.startswith("step 4: its update made weights or optimizer state that are not finite; the checkpoint")
     assert "of step 2 is kept" in message
