@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pargs_jax.cli import to_yaml
 from pargs_jax.config import DEMO, DecodeConfig
@@ -19,6 +18,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.session import Answer, Session, Settings
 from pargs_jax.processes import from_first, on_first
+from pargs_jax.progress import ShownProgress
 
 DEMO_PROMPTS = 200
 DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
@@ -38,7 +38,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     anything that cannot be used, before any decoding.
     """
     config.validate()
-    console = console or Console(stderr=True, quiet=jax.process_index() > 0)
+    console = console or Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
     if config.method is None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}")
     method = METHODS[config.method]
@@ -93,17 +93,13 @@ def decode_all(
 def _decode_batches(
     session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
 ) -> Iterable[list[Answer]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(name, total=len(prompts), note="compiling")
-        tokens = seconds = 0.0
+    with ShownProgress(console, name, len(prompts), transient=True) as progress:
+        done, tokens, seconds = 0, 0, 0.0
         for batch in session.answer(prompts, settings):
+            done += len(batch)
             tokens += sum(answer.tokens for answer in batch)
             seconds += sum(answer.seconds for answer in batch)
-            progress.update(task, advance=len(batch), note=f"{tokens / seconds:,.0f} tokens/s")
+            progress.update(done, f"{tokens / seconds:,.0f} tokens/s")
             yield batch
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches
@@ -19,6 +18,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives import FRACTIONS, Metrics
+from pargs_jax.progress import ShownProgress
 from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.interrupts import signals_wait
@@ -125,17 +125,12 @@ def run_steps(
         batch = batches.batch(index)
         return place_rows(mesh, batch), count_tokens(batch)
 
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
     with (
         MetricsLog(config, first) as log,
-        Progress(*columns, console=console) as progress,
+        ShownProgress(console, "training", total, first) as progress,
         signals_wait() as stop,
         Prefetch(load, range(first, total)) as prefetch,
     ):
-        task = progress.add_task("training", total=total, completed=first, note="compiling")
         try:
             for number, (batch, count) in enumerate(prefetch, first + 1):
                 state, metrics = step(state, batch, key, frozen)
@@ -145,11 +140,8 @@ def run_steps(
                 evaluates = held_out is not None and (is_last or _due(number, config.eval_every))
                 saves = is_last or _due(number, config.save_every)
                 reports = is_last or evaluates or saves or _due(number, config.log_every)
-                if reports:
-                    values = report(number)
-                    note = f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}"
-                    progress.update(task, note=f"{note}  {values['tokens_per_second']:,.0f} tokens/s")
-                progress.update(task, completed=number)
+                note = _describe_steps(report(number)) if reports else None
+                progress.update(number, note)
                 evaluation = evaluated(number) if evaluates else None
                 if saves or (evaluation is not None and checkpoints.is_best(evaluation)):
                     save(number, evaluation)
@@ -189,6 +181,11 @@ def _diverged(step: int, what: str, checkpoints: Checkpoints) -> InputError:
         f"step {step}: {what}; {checkpoints.kept}; "
         "a lower --optim.lr or --optim.clip, or a longer --optim.warmup may help"
     )
+
+
+def _describe_steps(values: dict[str, float]) -> str:
+    speed = f"{values['tokens_per_second']:,.0f} tokens/s"
+    return f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {speed}"
 
 
 def _describe_evaluation(values: dict[str, float]) -> str:

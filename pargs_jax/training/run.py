@@ -56,7 +56,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     require_packages(config.log)
     with some_mesh() as mesh, _claimed_folder(config) as out:
         check_rows(config, mesh)
-        _train(config, out, console or Console(quiet=jax.process_index() > 0))
+        _train(config, out, console or Console(quiet=jax.process_index() > 0, soft_wrap=True))
     return out
 
 

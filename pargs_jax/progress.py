@@ -1,0 +1,51 @@
+"""How far a command is: a bar on a terminal, and lines in a log, such as that of a batch job."""
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class ShownProgress:
+    """Progress through `total` steps or rows, shown while this is entered."""
+
+    def __init__(self, console: Console, name: str, total: int, done: int = 0, *, transient: bool = False) -> None:
+        """Starts at `done`. A `transient` bar is removed at the end."""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._has_bar = console.is_terminal or console.is_jupyter
+        self._bar = Progress(*columns, console=console, transient=transient, disable=not self._has_bar)
+        self._task = self._bar.add_task(name, total=total, completed=done, note="compiling")
+        self._console, self._name, self._total, self._first = console, name, total, done
+        self._note = ""
+        self._began = time.monotonic()
+        self._next_line = self._began
+
+    def __enter__(self) -> "ShownProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """Shows how many are done, and how it goes; a note stays until the next."""
+        self._note = note or self._note
+        self._bar.update(self._task, completed=done, **({"note": note} if note else {}))
+        now = time.monotonic()
+        if self._has_bar or not self._note or (now < self._next_line and done < self._total):
+            return
+        self._next_line = now + SECONDS_BETWEEN_LINES
+        passed = now - self._began
+        left = passed * (self._total - done) / max(done - self._first, 1)
+        passed_and_left = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
+        line = (f"{self._name} {done}/{self._total}", self._note, *passed_and_left)
+        self._console.print("{}  {}  {} left {}".format(*line), highlight=False, soft_wrap=True)
