@@ -21,15 +21,17 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.decoding.guides import CausalGuide, Guide
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
+from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import guide_by_text
-from pargs_jax.mesh import make_topology_mesh, parse_mesh
+from pargs_jax.mesh import make_topology_mesh, open_compile_cache, parse_mesh
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import describe_model
 from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import M, Model
-from pargs_jax.sharding import abstract_params, optimizer_shardings, row_spec, shardings_of
+from pargs_jax.sharding import abstract_params, optimizer_shardings, row_shards, row_spec, shardings_of
 from pargs_jax.training.objective import Objective
-from pargs_jax.training.run import check_rows, model_to_train, trained_names
+from pargs_jax.training.run import check_length, check_rows, model_to_train, trained_names
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 SCHEDULED_STEPS = 1000  # of the learning rate, which makes no difference to the program
@@ -42,11 +44,13 @@ def compile_training(config: TrainConfig, console: Console | None = None) -> Rep
     and for whatever `train` would refuse in the model and the options.
     """
     config.validate()
+    open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "train")
     check_rows(config, mesh)
     source = demo.DEMO_LM if config.model.init == DEMO else config.model.init
     head = "vocabulary" if config.objective.name == "sft" else "reward"
     model = model_to_train(config, describe_model(source, head, attention=config.model.attention))
+    check_length(config, model.config.max_positions)
     answers = 1 if config.objective.name == "sft" else 2
     half = config.max_length // 2
     what = (
@@ -73,7 +77,8 @@ def compile_training(config: TrainConfig, console: Console | None = None) -> Rep
     objective = Objective(model, config.objective, config.dtype, closing_id=0)
     step = make_train_step(objective, optimizer, accumulation=config.optim.accumulation, places=shardings_of(state))
     arguments = (state, batch, key, frozen)
-    return _report(mesh, config.mesh, what, step, arguments, _training_options(config), console)
+    advice = _training_options(config, mesh, isinstance(model, EncoderModel))
+    return _report(mesh, config.mesh, what, step, arguments, advice, console)
 
 
 def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Report:
@@ -83,11 +88,17 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
     one of its own. Raises InputError for a mesh that is no TPU slice, and for models that cannot be used.
     """
     config.validate()
+    open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "decode")
     unroll = config.unroll == "yes"
     lm = describe_model(demo.DEMO_LM if config.lm == DEMO else config.lm, "vocabulary")
-    reward_models = [describe_model(source, "reward") for source in config.rm]
     method = METHODS[config.method or "pargs"]
+    reward_models = [describe_model(source, "reward") for source in (config.rm if method.guided else ())]
+    if config.prompt_length + config.max_new_tokens > lm.config.max_positions:
+        raise InputError(
+            f"--prompt-length: {config.prompt_length}, with --max-new-tokens {config.max_new_tokens}, is more than the "
+            f"language model's context of {lm.config.max_positions} tokens"
+        )
     what = (
         f"{config.batch_size} prompts of {config.prompt_length} tokens and {config.max_new_tokens} new tokens, "
         f"k {config.k or method.k}; computed in {config.dtype}"
@@ -170,15 +181,17 @@ def _report(
     return report
 
 
-def _training_options(config: TrainConfig) -> list[str]:
+def _training_options(config: TrainConfig, mesh: Mesh, is_encoder: bool) -> list[str]:
     """What would take less memory, most helpful first."""
     options = []
     if config.model.remat != "layers":
         options.append("--model.remat layers")
     if config.dtype != "bfloat16":
         options.append("--dtype bfloat16")
-    if config.optim.accumulation < config.batch_size:
+    if config.batch_size % (2 * config.optim.accumulation * row_shards(mesh)) == 0:
         options.append(f"--optim.accumulation {2 * config.optim.accumulation}: smaller micro-batches")
+    if is_encoder and config.objective.chunk > 1:
+        options.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
     if config.optim.moment_dtype != "bfloat16":
         options.append("--optim.moment-dtype bfloat16")
     if not config.lora.rank:

@@ -18,7 +18,10 @@ _FOREIGN_OS_ERROR = re.compile(r"os[_ ]error\D*(\d+)")
 def write_whole(path: Path, text: str) -> None:
     """Replaces a text file in one step: whoever reads it, also after a kill, finds the old text or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -128,19 +129,32 @@ def parse_mesh(text: str) -> MeshRequest:
 def start(config: TrainConfig | DecodeConfig) -> Mesh:
     """The mesh that a command's config asks for, connected with the other processes if there are any. The cache of
     compiled programs is opened as well."""
-    if config.compile_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+    open_compile_cache(config.compile_cache)
     if config.distributed:
         start_processes(config.processes)
     task: Task = "train" if isinstance(config, TrainConfig) else "decode"
-    return make_mesh(config.mesh, task, processes=config.processes.count or 1)
+    return make_mesh(config.mesh, task, processes=(config.processes.count if config.distributed else 1))
 
 
-def make_mesh(text: str, task: Task, *, processes: int = 1) -> Mesh:
+def open_compile_cache(folder: str | None) -> None:
+    """Has compiled programs kept in a folder, if one is given. Raises InputError if they cannot be."""
+    if folder is not None:
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--compile-cache {folder}: cannot be made ({error.strerror})") from error
+        if not os.access(path, os.W_OK):
+            raise InputError(f"--compile-cache {folder}: cannot be written")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
     """The mesh that `--mesh` asks for, of devices that are here.
 
-    `cpu-N` makes N virtual devices (of all processes together) if JAX has not looked for devices yet. Raises
-    InputError if the machine is another one.
+    `cpu-N` makes N virtual devices (of all processes together, whose number has to be known for that: None is not) if
+    JAX has not looked for devices yet. Raises InputError if the machine is another one, and where processes were left
+    without a device.
     """
     request = parse_mesh(text)
     devices = _find_devices(request, processes)
@@ -201,7 +215,7 @@ def _grid(chips: int, dimensions: int) -> tuple[int, ...]:
     return tuple(sorted(sides, reverse=dimensions == 3 and chips == 4))
 
 
-def _find_devices(request: MeshRequest, processes: int) -> list[jax.Device]:
+def _find_devices(request: MeshRequest, processes: int | None) -> list[jax.Device]:
     if request.platform == "cpu":
         _ask_for_virtual_devices(request, processes)
     try:
@@ -213,7 +227,7 @@ def _find_devices(request: MeshRequest, processes: int) -> list[jax.Device]:
             raise _not_here(request)
         return devices
     wanted = request.devices or (math.prod(size for _, size in request.axes) if request.axes else len(devices))
-    if len(devices) < wanted or (processes > 1 and len(devices) != wanted):
+    if len(devices) < wanted or (jax.process_count() > 1 and len(devices) != wanted):
         raise _not_here(request)
     return devices[:wanted]
 
@@ -232,8 +246,10 @@ def prepare_virtual_devices(count: int) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {limits}".strip()
 
 
-def _ask_for_virtual_devices(request: MeshRequest, processes: int) -> None:
+def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> None:
     wanted = request.devices or math.prod(size for _, size in request.axes)
+    if processes is None and wanted > 1:
+        raise InputError(f"--mesh {request.text}: virtual devices of several processes need --processes.count")
     jax.config.update("jax_platforms", "cpu")
     # Devices are there already, as many as there will be: _find_devices says whether these are enough.
     with contextlib.suppress(RuntimeError):

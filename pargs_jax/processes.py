@@ -4,6 +4,8 @@ Where there is one process, nothing here does anything. All processes have to ca
 order.
 """
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,20 +17,32 @@ from pargs_jax.errors import InputError, first_line
 
 Result = TypeVar("Result")
 
+PATIENCE = 300
+"""Seconds that the processes of a run wait for each other at its beginning."""
+SILENCE = 10.0
+"""Seconds of that before one says what it waits for."""
+
 
 def start_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, before JAX looks for devices.
 
     On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
-    if they cannot be found.
+    if it is not known where they are. If they do not come, JAX ends the process after `PATIENCE`, with a stack.
     """
+    where = config.coordinator or "the address that JAX found"
+    said = f"waiting for the other processes at {where}, for at most {PATIENCE} seconds"
+    reminder = threading.Timer(SILENCE, print, args=(said,), kwargs={"file": sys.stderr, "flush": True})
+    reminder.daemon = True
+    reminder.start()
     try:
-        jax.distributed.initialize(config.coordinator, config.count, config.index)
+        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"--distributed: the other processes cannot be found ({first_line(error)}); "
             "give --processes.coordinator HOST:PORT, --processes.count and --processes.index"
         ) from error
+    finally:
+        reminder.cancel()
 
 
 def on_first(action: Callable[[], Result]) -> Result | None:

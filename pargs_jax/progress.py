@@ -20,10 +20,11 @@ class ShownProgress:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         self._has_bar = console.is_terminal or console.is_jupyter
-        self._bar = Progress(*columns, console=console, transient=transient, disable=not self._has_bar)
+        self._bar = Progress(
+            *columns, console=console, transient=transient, disable=not self._has_bar, speed_estimate_period=600
+        )
         self._task = self._bar.add_task(name, total=total, completed=done, note="compiling")
         self._console, self._name, self._total, self._first = console, name, total, done
-        self._note = ""
         self._began = time.monotonic()
         self._next_line = self._began
 
@@ -36,16 +37,15 @@ class ShownProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, note: str | None = None) -> None:
-        """Shows how many are done, and how it goes; a note stays until the next."""
-        self._note = note or self._note
-        self._bar.update(self._task, completed=done, **({"note": note} if note else {}))
+    def update(self, done: int, note: str) -> None:
+        """Shows how many are done, and how it goes."""
+        self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
-        if self._has_bar or not self._note or (now < self._next_line and done < self._total):
+        if self._has_bar or (now < self._next_line and done < self._total):
             return
         self._next_line = now + SECONDS_BETWEEN_LINES
         passed = now - self._began
         left = passed * (self._total - done) / max(done - self._first, 1)
         passed_and_left = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
-        line = (f"{self._name} {done}/{self._total}", self._note, *passed_and_left)
+        line = (f"{self._name} {done}/{self._total}", note, *passed_and_left)
         self._console.print("{}  {}  {} left {}".format(*line), highlight=False, soft_wrap=True)

@@ -12,9 +12,8 @@ def shown(monkeypatch, seconds_between_lines, **options):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", seconds_between_lines)
     console = Console(file=io.StringIO(), width=20, **options)
     with ShownProgress(console, "training", 4, done=1) as progress_shown:
-        progress_shown.update(2)
         progress_shown.update(2, "loss 0.5")
-        progress_shown.update(3)
+        progress_shown.update(3, "loss 0.4")
         progress_shown.update(4, "loss 0.25, a note that is longer than a line")
     return console.file.getvalue()
 
@@ -24,7 +23,7 @@ def test_a_log_gets_the_first_note_a_line_now_and_then_and_the_last(monkeypatch)
         "training 2/4  loss 0.5  0:00:00 left 0:00:00",
         "training 4/4  loss 0.25, a note that is longer than a line  0:00:00 left 0:00:00",
     ]
-    assert shown(monkeypatch, 0).splitlines()[1].startswith("training 3/4  loss 0.5  ")
+    assert shown(monkeypatch, 0).splitlines()[1].startswith("training 3/4  loss 0.4  ")
 
 
 def test_a_terminal_gets_a_bar_and_a_quiet_process_nothing(monkeypatch):

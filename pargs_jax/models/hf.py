@@ -4,6 +4,7 @@ Reads a local folder or a hub id (safetensors, whole or sharded; never pickle), 
 `transformers` loads with equal outputs.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -142,9 +143,11 @@ def save_model(
     model, params = stack_layers(model, params)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
-    tensors = dict(_export(model, FAMILIES[name], params))
-    if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one writes
+    exported = _export(model, FAMILIES[name], params)
+    if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one keeps it
+        collections.deque(exported, maxlen=0)
         return
+    tensors = dict(exported)
     extra = {"num_labels": 1} if model.head == "reward" else {}
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
     hf.architectures = [FAMILIES[name].heads[model.head].class_name]

@@ -35,13 +35,13 @@ def count_tokens(batch: Batch) -> int:
 
 def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str, float]:
     """Loss and metrics over every row of an evaluation set."""
-    parts, weights = [], []
+    parts = []
     for batch in batches.evaluation():
         loss, (metrics, weight) = _evaluation_step(objective, params, place_rows(current_mesh(), batch))
-        parts.append(jax.device_get(metrics | {"loss": loss}))
-        weights.append(float(weight))
-    stacked = {name: np.array([part[name] for part in parts]) for name in parts[0]}
-    return {name: float(value) for name, value in merge_metrics(stacked, np.array(weights)).items()}
+        parts.append(metrics | {"loss": loss, "weight": weight})
+    stacked = _stack(jax.device_get(parts))  # waits for the device once, not for every batch
+    weights = stacked.pop("weight")
+    return {name: float(value) for name, value in merge_metrics(stacked, weights).items()}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -140,8 +140,8 @@ def run_steps(
                 evaluates = held_out is not None and (is_last or _due(number, config.eval_every))
                 saves = is_last or _due(number, config.save_every)
                 reports = is_last or evaluates or saves or _due(number, config.log_every)
-                note = _describe_steps(report(number)) if reports else None
-                progress.update(number, note)
+                if reports:  # which waits for the device: what is shown as done is done
+                    progress.update(number, _describe_steps(report(number)))
                 evaluation = evaluated(number) if evaluates else None
                 if saves or (evaluation is not None and checkpoints.is_best(evaluation)):
                     save(number, evaluation)

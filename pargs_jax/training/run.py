@@ -36,10 +36,12 @@ from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
-# Options that a resumed run may change; any other would make it a different run.
+# Options, and groups of them, that a resumed run may change, to fit another machine or to go on for longer; any other
+# would make it a different run.
 FREE_ON_RESUME = (
     "out", "resume", "mesh", "distributed", "processes", "steps", "epochs", "eval_every", "save_every", "log_every",
-    "keep", "keep_best", "best_metric", "log", "loss_limit", "compile_cache",
+    "keep", "keep_best", "best_metric", "log", "loss_limit", "compile_cache", "data.eval", "model.remat",
+    "objective.chunk", "optim.accumulation",
 )  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
@@ -73,7 +75,7 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
         seed=config.seed,
     )
     model = model_to_train(config, pretrained.model)
-    _check_length(config, model.config.max_positions)
+    check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
 
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -87,7 +89,8 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
     held_out = None
     if eval_source is not None:
-        held_out = Batches(load(eval_source, "eval"), config.batch_size, config.max_length, config.seed)
+        rows = config.batch_size // config.optim.accumulation  # what fits the device in training fits it here
+        held_out = Batches(load(eval_source, "eval"), rows, config.max_length, config.seed)
     batches = Batches(examples, config.batch_size, config.max_length, config.seed)
     total = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
 
@@ -114,6 +117,7 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
                 config, state, frozen, step, objective, schedule, batches, held_out, checkpoints, total, console
             )
     params = join_params(state.params, frozen)
+    del state  # the optimizer's part of it is not needed any more
     if lora:
         params = jax.jit(partial(merge_lora, lora))(params)
     with write_failures_named(out / EXPORTED, MEND_AND_RESUME):
@@ -185,15 +189,15 @@ def _check_folder(config: TrainConfig, out: Path) -> None:
     if holds_run:
         if not config.resume:
             raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
-        before = from_mapping(TrainConfig, read_yaml(saved), str(saved))
-        free = {name: getattr(config, name) for name in FREE_ON_RESUME}
-        _check_same(dataclasses.replace(before, **free), config, out)
+        _check_same(from_mapping(TrainConfig, read_yaml(saved), str(saved)), config, out)
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(BEFORE_A_RUN) for p in out.iterdir())):
         raise InputError(f"{out}: is there already and holds no run; give another --out")
 
 
 def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
     for option in options(TrainConfig):
+        if option.key in FREE_ON_RESUME or option.key.partition(".")[0] in FREE_ON_RESUME:
+            continue
         was, becomes = (operator.attrgetter(option.key)(config) for config in (before, now))
         if was != becomes:
             raise InputError(
@@ -202,7 +206,7 @@ def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
             )
 
 
-def _check_length(config: TrainConfig, positions: int) -> None:
+def check_length(config: TrainConfig, positions: int) -> None:
     if config.max_length > positions:
         raise InputError(
             f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
