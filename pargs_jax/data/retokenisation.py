@@ -80,13 +80,23 @@ class Retokeniser:
             (They are not either where the language model's text has to be decoded as a whole.)
     """
 
-    def __init__(self, lm: TextTokenizer, rm: TextTokenizer) -> None:
+    def __init__(self, lm: TextTokenizer, rm: TextTokenizer, *, overflows: bool = False) -> None:
+        """With `overflows`, texts that need more than there is room for are no error but cut, for a caller that looks
+        at `take_longest` afterwards and does it again with more room."""
         self.lm = lm
         self.rm = rm
+        self._overflows = overflows
+        self._longest = 0
         self.settles: bool = words_stand_apart(rm)
         self._reader = fastest_reader(lm)
         self._memo: dict[tuple[bytes, bytes], _Row] = {}
         self._memo_lock = threading.Lock()
+
+    def take_longest(self) -> int:
+        """The most room that an answer with a candidate needed since this was last asked."""
+        with self._memo_lock:
+            longest, self._longest = self._longest, 0
+        return longest
 
     def prompts(
         self, ids: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], width: int
@@ -133,7 +143,8 @@ class Retokeniser:
             fresh_width: room for fresh tokens. Those that do not fit are part of the tails, and fresh later.
 
         Raises:
-            InputError: if an answer needs more than `tail_width` tokens, or `settled` is more than ever were.
+            InputError: if an answer needs more than `tail_width` tokens and is not to be cut, or `settled` is more than
+                ever were.
         """
         batch, options = candidates.shape
         split = Candidates(
@@ -175,7 +186,11 @@ class Retokeniser:
             for k, ends in enumerate(is_end[b].tolist()):
                 tail = [*waiting, *next(encoded), *([self.rm.eos_id] if ends else [])]
                 needed = have + len(fresh) + len(tail)
-                if needed > tail_width:
+                with self._memo_lock:
+                    self._longest = max(self._longest, needed)
+                if needed > tail_width and self._overflows:
+                    del tail[max(0, tail_width - have - len(fresh)) :]
+                elif needed > tail_width:
                     raise InputError(
                         f"row {b}: the answer with candidate {k} is {needed} tokens of the reward model, which has "
                         f"room for {tail_width}; ask for fewer new tokens, or make the room larger"

@@ -20,6 +20,7 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import Params, unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.processes import largest
 from pargs_jax.sharding import on_every_device
 
 SMALLEST_WIDTH = 16
@@ -46,7 +47,7 @@ class RewardModel:
         if loaded.new_head:
             raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
-        tokenizer = TextTokenizer.load(folder)
+        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
@@ -56,7 +57,8 @@ class RewardModel:
             raise InputError(
                 f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
             )
-        return cls(source, model, params, tokenizer, None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer))
+        retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer, overflows=True)
+        return cls(source, model, params, tokenizer, retokeniser)
 
     def check_prompt(self, prompt_id: str, text: str, ids: Sequence[int], max_new_tokens: int) -> None:
         """Raises InputError if a prompt with its answer may not fit this model. `ids` are the language model's."""
@@ -67,13 +69,34 @@ class RewardModel:
                 f"that is more than its context of {self.model.config.max_positions} tokens"
             )
 
-    def guide(self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int) -> Guide:
-        """The guide for a batch of left-padded prompts, in the language model's tokens."""
+    def guide(
+        self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int, room: int = 0
+    ) -> Guide:
+        """The guide for a batch of left-padded prompts, in the language model's tokens; with room for answers of at
+        least so many tokens of its own, as far as the model has positions for them."""
         if self.retokeniser is None:
             return CausalGuide(self.model)
         own_prompts, own_lengths = self._own_prompts(prompts, lengths)
         widths = own_prompts.shape[1], int(own_lengths.max())
-        return guide_by_text(self.model, self.retokeniser, *widths, max_new_tokens, self.tokenizer.eos_id)
+        return guide_by_text(self.model, self.retokeniser, *widths, max_new_tokens, self.tokenizer.eos_id, room)
+
+    def with_more_room(
+        self, guide: Guide, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int
+    ) -> Guide | None:
+        """A guide with room for all that its texts needed in the last run of this one, which then is void; None if
+        there was enough. All processes have to call. Raises InputError if the model has no positions for so much."""
+        if self.retokeniser is None:
+            return None
+        needed = largest(self.retokeniser.take_longest())
+        if needed <= guide.answer_width:
+            return None
+        wider = self.guide(prompts, lengths, max_new_tokens, padded_width(needed))
+        if wider.answer_width < needed:
+            raise InputError(
+                f"{self.source}: an answer with a candidate takes {needed} of its tokens; after the longest prompt it "
+                f"has positions for {wider.answer_width}; ask for fewer new tokens"
+            )
+        return wider
 
     def score(
         self,
@@ -126,16 +149,28 @@ def guide_by_text(
     longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
+    room: int = 0,
 ) -> EncoderGuide | RetokenisedGuide:
     """The guide of a reward model with a tokenizer of its own, in whose tokens the widths are."""
-    # An answer may take more tokens here than there; twice as many is far from what real text takes.
-    answer_width = 2 * max_new_tokens + SMALLEST_WIDTH
-    if "positions" in model.abstract_params()["backbone"]:
-        # A table of positions has an end; rotary and relative ones only a range that they were trained on.
-        answer_width = min(answer_width, model.config.max_positions - longest_prompt)
+    answer_width = max(first_room(max_new_tokens), room)
+    if (positions := table_of_positions(model)) is not None:
+        closing = int(isinstance(model, EncoderModel))
+        answer_width = min(answer_width, positions - longest_prompt - closing)
     if isinstance(model, EncoderModel):
         return EncoderGuide(model, retokeniser, prompt_width, answer_width, closing_id)
     return RetokenisedGuide(model, retokeniser, prompt_width, answer_width)
+
+
+def first_room(max_new_tokens: int) -> int:
+    """Room for answers in the tokens of a reward model: usually they are fewer than twice as many as the language
+    model's. Where they are not, see `RewardModel.with_more_room`."""
+    return 2 * max_new_tokens + SMALLEST_WIDTH
+
+
+def table_of_positions(model: CausalModel | PrefixCausalModel | EncoderModel) -> int | None:
+    """How many positions a model has a table of; None if they are rotary or relative, which have no end, only a range
+    that they were trained on."""
+    return model.config.max_positions if "positions" in model.abstract_params()["backbone"] else None
 
 
 @partial(jax.jit, static_argnums=0)

@@ -112,24 +112,34 @@ class Session:
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         shards = row_shards(current_mesh())
         batch_rows = -(-max(1, min(settings.batch_size, len(prompts))) // shards) * shards
+        rooms = [0] * len(guiding)
         for first in range(0, len(order), batch_rows):
             rows = order[first : first + batch_rows]
             ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)
             numbers = [prompt_number(prompts[i].id) for i in rows] + [0] * (batch_rows - len(rows))
             keys = _row_keys(settings.seed, np.array(numbers, np.uint32))
-            decoder = Decoder(
-                self._lm,
-                tuple(reward_model.guide(ids, lengths, settings.max_new_tokens) for reward_model in guiding),
-                k=settings.k or settings.method.k,
-                eos_ids=self.tokenizer.eos_ids,
-                pad_id=self.tokenizer.eos_id,
-                base=settings.method.base,
-            )
-            run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
-            began = time.perf_counter()
-            with input_errors_of_callbacks():
-                decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
-            seconds = (time.perf_counter() - began) / len(rows)
+            texts_of = ids, lengths, settings.max_new_tokens
+            guides = [model.guide(*texts_of, room) for model, room in zip(guiding, rooms, strict=True)]
+            while True:
+                decoder = Decoder(
+                    self._lm,
+                    tuple(guides),
+                    k=settings.k or settings.method.k,
+                    eos_ids=self.tokenizer.eos_ids,
+                    pad_id=self.tokenizer.eos_id,
+                    base=settings.method.base,
+                )
+                run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
+                began = time.perf_counter()
+                with input_errors_of_callbacks():
+                    decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
+                seconds = (time.perf_counter() - began) / len(rows)
+                # A text may take more of a reward model's tokens than was thought: then the batch is done again.
+                wider = [model.with_more_room(guide, *texts_of) for model, guide in zip(guiding, guides, strict=True)]
+                if not any(wider):
+                    break
+                guides = [new or old for new, old in zip(wider, guides, strict=True)]
+                rooms = [new.answer_width if new else room for new, room in zip(wider, rooms, strict=True)]
             decoded = jax.device_get(decoded)
             texts = [
                 self.tokenizer.decode_answer(encoded[i], decoded.tokens[row, : decoded.lengths[row]].tolist())

@@ -85,13 +85,13 @@ def run_steps(
         waiting.clear()
         if largest_loss is None:
             largest_loss = (config.loss_limit or math.inf) * max(objective.loss_of_chance, fetched[0]["loss"])
-        for back, values in enumerate(reversed(fetched)):
+        for step_number, values in enumerate(fetched, number - len(fetched) + 1):
             if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
                 what = f"the loss is {values['loss']:g} and the gradient norm {values['gradient_norm']:g}"
-                raise _diverged(number - back, what, checkpoints)
+                raise _diverged(step_number, what, checkpoints)
             if values["loss"] > largest_loss:
                 what = f"the loss is {values['loss']:g}, and no step's may be over {largest_loss:g} (--loss-limit)"
-                raise _diverged(number - back, what, checkpoints)
+                raise _diverged(step_number, what, checkpoints)
         count = len(fetched)
         values = {k: float(v) for k, v in merge_metrics(_stack(fetched), np.ones(count)).items()}
         now = time.perf_counter()

@@ -185,7 +185,8 @@ def encoder_rewards(
         keys = None if key is None else jax.random.split(jax.random.fold_in(key, first), last - first)
         return jax.lax.map(one, (prefixes[:, first:last].T, keys), batch_size=min(chunk, last - first))
 
-    per_group = -(-count // (LENGTH_GROUPS if descending else 1))
+    # A group of a single chunk would not be mapped over, and then live beside the others.
+    per_group = -(-count // (max(1, min(LENGTH_GROUPS, count // (2 * chunk))) if descending else 1))
     groups = [group_rewards(first, min(first + per_group, count)) for first in range(0, count, per_group)]
     return jnp.concatenate(groups).transpose(1, 0, 2)
 

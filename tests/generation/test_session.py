@@ -9,6 +9,8 @@ import pytest
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
+from pargs_jax.errors import InputError
+from pargs_jax.generation import reward_models
 from pargs_jax.generation.session import Session, Settings, left_pad
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
@@ -113,6 +115,23 @@ def test_a_reward_model_with_another_tokenizer_gives_the_same_through_the_text(l
         [a.response for a in answers(Session(lm, [rm]), method="greedy").values()],
     )
     assert all(np.isfinite(answer.guide_rewards).all() for answer in unguided.values())
+
+
+def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_path, monkeypatch):
+    """To the same answers; or, where a model has no positions for them, to one line."""
+    tokenizer = tiny_tokenizer()
+    config = dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer.vocab_size, attention="prefix_causal")
+    model = PrefixCausalModel(config)
+    save_model(tmp_path, model, random_params(model))
+    tokenizer.save(tmp_path)
+    session = Session(lm, [str(tmp_path)])
+    longest = max(len(tokenizer.encode_prompt(prompt.text)) for prompt in PROMPTS)
+    expected = answers(session)
+    monkeypatch.setattr(reward_models, "first_room", lambda _: 2)
+    assert [a.response for a in answers(session).values()] == [a.response for a in expected.values()]
+    monkeypatch.setattr(reward_models, "table_of_positions", lambda _: longest + 4)
+    with pytest.raises(InputError, match=r"takes \d+ of its tokens; after the longest prompt it has positions for 4;"):
+        answers(session)
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix_causal"])

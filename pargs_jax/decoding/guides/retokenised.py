@@ -30,7 +30,7 @@ FRESH = 4
 TEXTS_AT_ONCE = 64
 """Texts of a step that an encoder reads together: enough to keep a device busy, and few enough for its memory."""
 
-PACKED_WIDTHS = (1, 2, 8)
+PACKED_WIDTHS = (1, 2, 8, 16)
 """Widths that the tokens of a step are padded to, in units of a token for each candidate and a few that they share.
 The first is nearly always enough where words are short. Each is a program to compile."""
 
