@@ -256,6 +256,7 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
     words = [str(word) for option in options.items() for word in option]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",  # with libtpu there and no TPU, JAX would have something to say
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
