@@ -1,7 +1,8 @@
 """Scores of disentangled attention (He et al., 2021): contents with contents, contents with relative positions.
 
 Positions are rows of a small table. What meets which row is a matter of distance alone, so that scores are products
-with a run of rows, shifted into place: no element is gathered on its own, which accelerators are slow at.
+with a run of rows, shifted into place. Only among a few new tokens (`pick_scores`) are elements gathered one by one,
+which accelerators are slow at.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,9 @@ import logging
 import math
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
@@ -20,11 +22,12 @@ from typing import Any
 
 import jax
 
-from pargs_jax.durable_files import write_failure, write_failures_named
+from pargs_jax.durable_files import write_failure, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
+CHECKSUMS = "checksums.json"
 MEND_AND_RESUME = "the checkpoints are kept; mend that, then go on with --resume"
 
 
@@ -53,7 +56,8 @@ class Checkpoints:
         self.folder = folder
         self._keep_best = keep_best
         self._metric = metric
-        self._save_in_progress: tuple[int, Any] | None = None
+        self._save_in_progress: tuple[int, Future[None]] | None = None
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=itemgetter(metric),
@@ -79,6 +83,7 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
+            self._finisher.shutdown()
             self._writer.close()
         except Exception:
             # Orbax raises the error of a failed save at every later call; the first one has been told.
@@ -121,15 +126,34 @@ class Checkpoints:
         if step == self.latest_step:
             return
         with self._write_failures_named(self.folder / str(step)):
-            self._save_in_progress = step, self._writer.save_async(step, state._asdict(), metrics=held_out)
+            response = self._writer.save_async(step, state._asdict(), metrics=held_out)
+            self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
 
     def wait(self) -> None:
         """Returns when the last save is whole. Raises InputError if it cannot be written."""
         if self._save_in_progress is None:
             return
-        (step, response), self._save_in_progress = self._save_in_progress, None
+        (step, saving), self._save_in_progress = self._save_in_progress, None
         with self._write_failures_named(self.folder / str(step)):
-            response.result()
+            saving.result()
+
+    def _finish(self, step: int, response: Any) -> None:
+        """Waits for a save, and notes what its files contain: Orbax would not see that one was altered."""
+        response.result()
+        if jax.process_index() == 0:
+            place = self.folder / str(step)
+            write_whole(place / CHECKSUMS, json.dumps(_checksums(place)))
+
+    def _is_altered(self, step: int) -> bool:
+        """Whether a checkpoint's files are others than were written; one that was killed before they were noted is
+        taken as it is."""
+        place = self.folder / str(step)
+        try:
+            return json.loads((place / CHECKSUMS).read_bytes()) != _checksums(place)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):
+            return True
 
     def restore(self, like: TrainState, warn: Callable[[str], None]) -> TrainState:
         """The newest state that can be read, with the shapes, dtypes and places of `like` (`jax.ShapeDtypeStruct`s).
@@ -141,7 +165,8 @@ class Checkpoints:
         steps = [known.step for known in reversed(self._writer.checkpoints)]
         for place, step in enumerate(steps):
             self._check_shapes(step, target)
-            restored = self._load(step, target)
+            is_altered = largest(jax.process_index() == 0 and self._is_altered(step))
+            restored = None if is_altered else self._load(step, target)
             if not largest(restored is None):
                 for damaged in steps[:place]:
                     on_first(partial(self._put_aside, damaged))
@@ -197,6 +222,18 @@ class Checkpoints:
             raise InputError(
                 f"{place}: cannot be written ({reason}); {self.kept}; mend that, then go on with --resume"
             ) from error
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of every file of a checkpoint's arrays, by its path."""
+    sums = {}
+    for path in (path for path in (folder / "state").rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            total = 0
+            while part := file.read(1 << 24):
+                total = zlib.crc32(part, total)
+        sums[str(path.relative_to(folder))] = total
+    return sums
 
 
 def _drop_unreadable_metrics(folder: Path) -> None:

@@ -98,9 +98,13 @@ def test_the_newest_and_the_best_are_kept_also_by_a_run_that_goes_on(tmp_path, m
 
 def damage(folder, how):
     files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     if how == "the largest file is cut":
-        largest = max(files, key=lambda path: path.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 2)
+    elif how == "a bit is flipped":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
     elif how == "the description is missing":
         (folder / "state" / "_METADATA").unlink()
     else:
@@ -108,7 +112,9 @@ def damage(folder, how):
             os.truncate(path, 0)
 
 
-@pytest.mark.parametrize("how", ["the largest file is cut", "the description is missing", "all files are empty"])
+@pytest.mark.parametrize(
+    "how", ["the largest file is cut", "a bit is flipped", "the description is missing", "all files are empty"]
+)
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(saved, how, capfd):
     damage(saved / "3", how)
     warnings = []
