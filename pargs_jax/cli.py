@@ -12,7 +12,9 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar, get_type_hints
@@ -20,7 +22,7 @@ from typing import Any, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from pargs_jax.config import Option, options, sections, shown
-from pargs_jax.errors import InputError, Terminated
+from pargs_jax.errors import InputError, InputWarning, Terminated
 
 
 class Config(Protocol):
@@ -116,7 +118,8 @@ def command(main: Callable[[], None]) -> None:
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which nothing here needs
     try:
-        main()
+        with _warnings_as_lines():
+            main()
         sys.stdout.flush()
     except InputError as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -131,6 +134,23 @@ def command(main: Callable[[], None]) -> None:
         # Python flushes stdout once more at exit, which would raise again: point it to where writing works.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Prints an `InputWarning` as one line on stderr, where Python would show the source line too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        show = warnings.showwarning
+
+        def show_as_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, InputWarning):
+                print("warning:", " ".join(str(message).splitlines()), file=sys.stderr)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_as_line
+        yield
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -1,4 +1,6 @@
-"""The exception that a user's mistake raises, and the one of a run that was told to end."""
+"""The exception that a user's mistake raises, the warning of what may be one, and the end of a run on request."""
+
+import warnings
 
 
 class InputError(ValueError):
@@ -7,6 +9,15 @@ class InputError(ValueError):
     The message is one line that says what is wrong, where, and what would be right. The commands print it and exit with
     code 2; library callers may catch it as a `ValueError`.
     """
+
+
+class InputWarning(UserWarning):
+    """Input that is used, but may not be what was meant. The message is one line, and the commands print it."""
+
+
+def warn(message: str) -> None:
+    """Issues an `InputWarning`, attributed to the caller's caller."""
+    warnings.warn(message, InputWarning, stacklevel=3)
 
 
 class Terminated(KeyboardInterrupt):
