@@ -44,7 +44,7 @@ from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.rules import Greedy
 from pargs_jax.evaluation.cost import layer_weights, step_operations
-from pargs_jax.generation.reward_models import RewardModel
+from pargs_jax.generation.reward_models import RewardModel, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.encoder import EncoderModel
@@ -146,17 +146,20 @@ def decode_rows(
 
     rows = []
     for width in args.texts:
-        prompt, lengths = np.asarray([ids[:width]], np.int32), np.asarray([width], np.int32)
+        prompts = left_pad([ids[:width]], 1, width)
+        own_ids = rm_tokenizer.encode_prompt(lm_tokenizer.decode(ids[:width]))
         contestants: dict[str, Callable[[], Any]] = {}
-        inputs = (prompt, lengths, row_keys(0, jnp.arange(1)))
+        inputs = (*prompts, row_keys(0, jnp.arange(1)))
         for name, model in {"language model alone": None, **models}.items():
-            guides, guide_params = (), ()
+            guides, guide_params, guide_prompts = (), (), ()
             if model is not None:
                 static, params = on_device(model, rm_host, unrolled=True)
                 reward_model = RewardModel(name, static, params, rm_tokenizer, retokeniser)
-                guides, guide_params = (reward_model.guide(prompt, lengths, args.tokens),), (params,)
+                own_prompts = reward_model.pad_prompts([own_ids], 1)
+                guides, guide_params = (reward_model.guide(own_prompts, args.tokens),), (params,)
+                guide_prompts = (own_prompts,)
             decoder = Decoder(lm_static, guides, k=args.k)
-            contestants[name] = stepper(decoder, (lm_params, guide_params), inputs, args.tokens)
+            contestants[name] = stepper(decoder, (lm_params, guide_params), inputs, args.tokens, guide_prompts)
         if not without_torch:
             import torch
             import torch_loops
@@ -166,7 +169,7 @@ def decode_rows(
             contestants["torch, one by one"] = partial(
                 torch_loops.text_guided_loop, *twins,
                 *(AutoTokenizer.from_pretrained(folder) for folder in (args.lm_tokenizer, args.rm_tokenizer)),
-                torch.from_numpy(prompt).long().to(torch_device()), args.tokens, args.k, WEIGHT,
+                torch.from_numpy(prompts.tokens).long().to(torch_device()), args.tokens, args.k, WEIGHT,
             )  # fmt: skip
         answers = {name: np.asarray(run())[0].tolist() for name, run in contestants.items()}
         if not without_torch and answers["encoder"] != answers["torch, one by one"]:
@@ -202,13 +205,13 @@ def decode_rows(
     return rows
 
 
-def stepper(decoder: Decoder, params: Any, inputs: Any, tokens: int) -> Callable[[], Any]:
+def stepper(decoder: Decoder, params: Any, inputs: Any, tokens: int, guide_prompts: tuple) -> Callable[[], Any]:
     """Decodes a batch whose prompts were read before."""
     prompts, lengths, keys = inputs
     weights = jnp.full(len(decoder.guides), WEIGHT)
     start = jax.jit(Decoder.start, static_argnums=(0, 5))
     advance = jax.jit(Decoder.advance, static_argnums=(0, 5))
-    state = jax.block_until_ready(start(decoder, params, prompts, lengths, keys, tokens))
+    state = jax.block_until_ready(start(decoder, params, prompts, lengths, keys, tokens, guide_prompts))
 
     def run() -> np.ndarray:
         return np.asarray(advance(decoder, params, state, weights, Greedy(), tokens)[1].tokens).T

@@ -18,7 +18,7 @@ from pargs_jax.aot.report import Report, compile_report
 from pargs_jax.config import DEMO, DecodeConfig, TrainConfig
 from pargs_jax.data import demo
 from pargs_jax.data.batches import Batch
-from pargs_jax.decoding.guides import CausalGuide, Guide
+from pargs_jax.decoding.guides import CausalGuide, Guide, Prompts
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
@@ -111,16 +111,18 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         guide_params.append(params)
     decoder = Decoder(lm, tuple(guides), k=config.k or method.k, eos_ids=(0,), base=method.base)
     keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(config.batch_size, jnp.uint32)))
+    prompts = Prompts(_rows(mesh, config.batch_size, config.prompt_length), _rows(mesh, config.batch_size))
+    guide_prompts = tuple(None if isinstance(guide, CausalGuide) else prompts for guide in guides)
     arguments = (
         lm_params,
         tuple(guide_params),
-        _rows(mesh, config.batch_size, config.prompt_length),
-        _rows(mesh, config.batch_size),
+        *prompts,
         _array(keys.shape, keys.dtype, NamedSharding(mesh, row_spec(mesh, config.batch_size))),
         _array((len(guides),), "float32", NamedSharding(mesh, PartitionSpec())),
         method.make_rule(config.temperature),
+        guide_prompts,
     )
-    program = jax.jit(lambda *args: decode(decoder, *args, config.max_new_tokens))
+    program = jax.jit(lambda *args: decode(decoder, *args[:-1], config.max_new_tokens, args[-1]))
     reads = config.max_new_tokens + 1  # of the weights: once for the prompts, then for every token
     return _report(mesh, config.mesh, what, program, arguments, _decoding_options(config), console, reads)
 
@@ -134,14 +136,13 @@ def _abstract(mesh: Mesh, model: M, dtype: str, unroll: bool) -> tuple[M, Any]:
 class _HostPart:
     """Stands for a retokeniser, of which a program that never runs needs the name only."""
 
-    prompts = candidates = staticmethod(lambda *_: None)
+    candidates = staticmethod(lambda *_: None)
 
 
 def _guide(reward_model: Model, lm: CausalModel, config: DecodeConfig) -> Guide:
     if isinstance(reward_model, CausalModel) and reward_model.config.vocab_size == lm.config.vocab_size:
         return CausalGuide(reward_model)
-    length = config.prompt_length
-    return guide_by_text(reward_model, _HostPart(), length, length, config.max_new_tokens, closing_id=0)
+    return guide_by_text(reward_model, _HostPart(), config.prompt_length, config.max_new_tokens, closing_id=0)
 
 
 def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

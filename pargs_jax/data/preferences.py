@@ -36,10 +36,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to answer."""
+    """One prompt to answer, as the language model reads it.
+
+    Where each model writes the conversation in a template of its own, `turns` are what other models write theirs from;
+    None where all models read `text`, and empty where the turns are not known (see `PromptForm.turns_of`).
+    """
 
     id: str
     text: str
+    turns: tuple[Turn, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,10 @@ def load_prompts(
     prompts: dict[str, Prompt] = {}
     for row in _read_rows(source, split):
         try:
-            prompt = Prompt(_row_id(row), _prompt_text(_fields(row), form, tokenizer))
+            fields = _fields(row)
+            text = _prompt_text(fields, form, tokenizer)
+            source = _prompt_source(fields)
+            prompt = Prompt(_row_id(row), text, None if source is None else form.turns_of(source, tokenizer))
             _check_encodable(prompt.text)
         except InputError as error:
             raise InputError(f"{source}: line {row.line}: {error}") from error
@@ -217,6 +225,13 @@ def _prompt_text(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokeni
     if isinstance(fields["prompt"], list):
         return form.render(fields["prompt"], tokenizer)
     return form.render_text(_text(fields, "prompt"), tokenizer)
+
+
+def _prompt_source(fields: dict[str, Any]) -> str | list[Turn] | None:
+    """What a row's prompt is rendered from, a question or a conversation; None where it is part of a whole text."""
+    if fields.get("prompt") is not None:
+        return fields["prompt"]
+    return _split_conversation(fields, "chosen")[0] if isinstance(fields.get("chosen"), list) else None
 
 
 def _explicit_answer(

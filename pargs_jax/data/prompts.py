@@ -70,6 +70,13 @@ class PromptForm:
             return text.rstrip() + self.answer_marker
         return self.render([{"role": "user", "content": text}])
 
+    def turns_of(self, prompt: str | Sequence[Turn], tokenizer: TextTokenizer | None = None) -> tuple[Turn, ...] | None:
+        """The turns of a prompt that each model writes in a template of its own; None where all models read one text.
+
+        Empty where the prompt is in the tokenizer's template already, so that its turns are not known.
+        """
+        return None
+
     def begin_answer(self, text: str) -> str:
         """The answer as it follows a prompt of this form: with `answer_prefix` in front if it lacks it."""
         return text if text.startswith(self.answer_prefix) else self.answer_prefix + text
@@ -93,6 +100,13 @@ class ChatForm(PromptForm):
         if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
             return text
         return self.render([{"role": "user", "content": text}], tokenizer)
+
+    def turns_of(self, prompt: str | Sequence[Turn], tokenizer: TextTokenizer | None = None) -> tuple[Turn, ...] | None:
+        """As `PromptForm.turns_of`."""
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        is_rendered = self.render_text(prompt, tokenizer) == prompt
+        return () if is_rendered else ({"role": "user", "content": prompt},)
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -98,25 +98,6 @@ class Retokeniser:
             longest, self._longest = self._longest, 0
         return longest
 
-    def prompts(
-        self, ids: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], width: int
-    ) -> tuple[Int[np.ndarray, "B Q"], Int[np.ndarray, "B"]]:
-        """The reward model's ids of left-padded prompts, left-padded to `width` (at least 2), and their lengths.
-
-        A prompt of more than `width` tokens loses tokens on the left, but not BOS. A row of length 0, which is filler,
-        stays one.
-        """
-        own_ids = np.zeros((len(ids), width), np.int32)
-        own_lengths = np.zeros(len(ids), np.int32)
-        for row in np.flatnonzero(lengths):
-            prompt = self.rm.encode_prompt(self.lm.decode(_last(ids[row], lengths[row]).tolist()))
-            kept = int(prompt[0] == self.rm.bos_id)
-            if len(prompt) > width:
-                prompt = prompt[:kept] + prompt[len(prompt) - width + kept :]
-            own_ids[row, width - len(prompt) :] = prompt
-            own_lengths[row] = len(prompt)
-        return own_ids, own_lengths
-
     def candidates(
         self,
         prompt_ids: Int[np.ndarray, "B P"],

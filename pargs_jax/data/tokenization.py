@@ -207,13 +207,18 @@ class TextTokenizer:
             text = self.decode(prompt_ids + answer_ids[:-cut])[start:]
         return text.rstrip("\ufffd")
 
+    @property
+    def chat_template(self) -> Any:
+        """The chat template as the tokenizer's files have it; None if there is none."""
+        return self._tokenizer.chat_template or None
+
     def render_chat(self, turns: Sequence[dict[str, str]]) -> str:
         """The conversation in the tokenizer's own chat template, up to where the assistant's answer begins.
 
         Raises:
             InputError: if there is no template, or it rejects these turns.
         """
-        if not self._tokenizer.chat_template:
+        if self.chat_template is None:
             raise InputError(
                 f"tokenizer {self._tokenizer.name_or_path!r} has no chat template: use another prompt form, such as hh"
             )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pargs_jax.decoding.guides import Guide
+from pargs_jax.decoding.guides import Guide, Prompts
 from pargs_jax.decoding.rules import Rule
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache, append_choice
@@ -88,18 +88,23 @@ class Decoder:
         lengths: Int[Array, "B"],
         keys: PRNGKeyArray,
         max_new_tokens: int,
+        guide_prompts: tuple[Prompts | None, ...] | None = None,
     ) -> DecodeState:
-        """Reads the prompts. A row of length 0 is filler: it is finished from the start."""
+        """Reads the prompts, each guide its own (see `decode`). A row of length 0 is filler: it is finished from the
+        start."""
         lm_params, guide_params = params
         prompts = constrain(prompts, ROWS, None)
+        guide_prompts = jax.tree.map(
+            lambda x: constrain(x, ROWS, *(None,) * (x.ndim - 1)), guide_prompts or (None,) * len(self.guides)
+        )
         if prompts.shape[1] == 1:
             # The language model reads all but the last token before the loop: leave it something to read.
             prompts = jnp.pad(prompts, ((0, 0), (1, 0)))
         width = prompts.shape[1]
         _, cache = self.lm.prefill(lm_params, prompts[:, :-1], jnp.maximum(lengths - 1, 0), width - 1 + max_new_tokens)
         states = tuple(
-            guide.prefill(guide_param, prompts, lengths, width + max_new_tokens)
-            for guide, guide_param in zip(self.guides, guide_params, strict=True)
+            guide.prefill(guide_param, Prompts(prompts, lengths), max_new_tokens, own_prompts)
+            for guide, guide_param, own_prompts in zip(self.guides, guide_params, guide_prompts, strict=True)
         )
         return DecodeState(jnp.zeros((), jnp.int32), prompts[:, -1], lengths == 0, keys, cache, states)
 
@@ -196,6 +201,7 @@ def decode(
     weights: Float[Array, "J"],
     rule: Rule,
     max_new_tokens: int,
+    guide_prompts: tuple[Prompts | None, ...] | None = None,
 ) -> Decoded:
     """Answers a batch of prompts in one compiled call: prefill, then one scan of `max_new_tokens` steps.
 
@@ -208,9 +214,11 @@ def decode(
         weights: one reward weight a guide (`beta` in the paper's Eq. 6); empty without guides.
         rule: `Greedy()` or `Sample(temperature)`.
         max_new_tokens: the longest answer, its end-of-sequence token included.
+        guide_prompts: for each guide the same prompts as its own model reads them, or None where it reads what the
+            language model reads. Guides with a tokenizer of their own need them.
     """
     params = (lm_params, guide_params)
-    state = decoder.start(params, prompts, lengths, keys, max_new_tokens)
+    state = decoder.start(params, prompts, lengths, keys, max_new_tokens, guide_prompts)
     state, record = decoder.advance(params, state, weights, rule, max_new_tokens)
     return on_every_device(gather_records(record, decoder.eos_ids, lengths))
 

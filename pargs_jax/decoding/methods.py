@@ -26,6 +26,18 @@ class Method:
     def guided(self) -> bool:
         return self.reward_model is not None
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Which of `k`, `weight` and `temperature` mean nothing to this method, and why."""
+        reasons = {}
+        if not self.guided:
+            reasons["weight"] = "is not guided"
+        if self.rule == "greedy":
+            reasons["temperature"] = "does not sample"
+        if self.rule == "greedy" and not self.guided:
+            reasons["k"] = "takes the likeliest token"
+        return reasons
+
     def make_rule(self, temperature: float | None = None) -> Rule:
         if self.rule == "greedy":
             return Greedy()
@@ -33,7 +45,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "greedy": Method("the likeliest token", None, rule="greedy", k=1),
+    "greedy": Method("greedy decoding", None, rule="greedy", k=1),
     "top_k": Method("top-k sampling (Fan et al., 2018)", None, rule="sample"),
     "args": Method("ARGS-greedy (Khanov et al., 2024)", "full", rule="greedy", weight=1.5, base="logits"),
     "args_stochastic": Method(

@@ -60,7 +60,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
         label = " ".join(guides)
         if label not in sessions:
             sessions[label] = open_session(config, guides)
-        found = decode_all(sessions[label], prompts, settings_of(config, method), name, console)
+        settings = settings_of(_without_unused(config, method), method)
+        found = decode_all(sessions[label], prompts, settings, name, console)
         answers[name] = found
         rows.append(_summarise(name, label if method.guided else "", found))
     console.print(_table(rows, len(prompts)))
@@ -69,6 +70,12 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
         on_first(partial(_write, Path(config.out), answers))
         console.print(f"all answers are in {config.out}", highlight=False)
     return rows
+
+
+def _without_unused(config: DecodeConfig, method: Method) -> DecodeConfig:
+    """The options less those that mean nothing to one of the methods that are compared."""
+    defaults = DecodeConfig()
+    return dataclasses.replace(config, **{name: getattr(defaults, name) for name in method.unused})
 
 
 def _guide(method: Method, console: Console) -> Path:

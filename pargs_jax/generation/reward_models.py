@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pargs_jax.data.preferences import Prompt
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.data.tokenization import TextTokenizer
-from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, RetokenisedGuide
+from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, Prompts, RetokenisedGuide
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
@@ -29,19 +30,21 @@ SMALLEST_WIDTH = 16
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
     """A reward model and how it reads what the language model writes: the same tokens, or, with a `retokeniser`, the
-    same text in tokens of its own."""
+    same text in tokens of its own. `has_own_template` says that its chat template is not the language model's."""
 
     source: str
     model: CausalModel | PrefixCausalModel | EncoderModel
     params: Params
     tokenizer: TextTokenizer
     retokeniser: Retokeniser | None
+    has_own_template: bool = False
 
     @classmethod
     def load(
         cls, source: str, lm_tokenizer: TextTokenizer, lm_vocab_size: int, *, dtype: str, unroll: bool
     ) -> "RewardModel":
-        """Loads from a folder or the hub. Raises InputError if it is no reward model or does not suit its tokenizer."""
+        """Loads from a folder or the hub. Raises InputError if it is not a reward model or does not suit its
+        tokenizer."""
         folder = resolve(source)
         loaded = load_model(folder, "reward", dtype=dtype)
         if loaded.new_head:
@@ -58,107 +61,131 @@ class RewardModel:
                 f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
             )
         retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer, overflows=True)
-        return cls(source, model, params, tokenizer, retokeniser)
+        has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
+        return cls(source, model, params, tokenizer, retokeniser, has_own_template)
 
-    def check_prompt(self, prompt_id: str, text: str, ids: Sequence[int], max_new_tokens: int) -> None:
-        """Raises InputError if a prompt with its answer may not fit this model. `ids` are the language model's."""
-        length = len(ids) if self.retokeniser is None else len(self.tokenizer.encode_prompt(text))
-        if length + max_new_tokens > self.model.config.max_positions:
+    def encode_prompt(self, prompt: Prompt, lm_ids: list[int]) -> list[int]:
+        """A prompt in this model's tokens, written in its own chat template where the prompt has turns.
+
+        Args:
+            prompt: the prompt.
+            lm_ids: its ids for the language model, which this model reads too if it shares them and the template.
+
+        Raises:
+            InputError: if the model needs a chat template that it does not have, or turns that are not known.
+        """
+        if self.retokeniser is None and (prompt.turns is None or not self.has_own_template):
+            return lm_ids
+        if prompt.turns is None:
+            return self.tokenizer.encode_prompt(prompt.text)
+        if not prompt.turns:
             raise InputError(
-                f"prompt {prompt_id!r} has {length} tokens of {self.source}; with --max-new-tokens {max_new_tokens} "
+                f"prompt {prompt.id!r} is in the language model's chat template already, which {self.source} does not "
+                "share; give the question, or a list of turns, without a template"
+            )
+        try:
+            return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
+        except InputError as error:
+            raise InputError(f"prompt {prompt.id!r} for {self.source}: {error}") from error
+
+    def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer."""
+        if len(ids) + max_new_tokens > self.model.config.max_positions:
+            raise InputError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with --max-new-tokens {max_new_tokens} "
                 f"that is more than its context of {self.model.config.max_positions} tokens"
             )
 
-    def guide(
-        self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int, room: int = 0
-    ) -> Guide:
-        """The guide for a batch of left-padded prompts, in the language model's tokens; with room for answers of at
-        least so many tokens of its own, as far as the model has positions for them."""
+    def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:
+        """Prompts in this model's tokens as a batch, at the least of few widths that holds them."""
+        longest = max(map(len, prompts))
+        width = padded_width(longest)
+        if self.retokeniser is not None:
+            # Padding is read again at every step, by an encoder for every candidate: worth a few more compilations.
+            step = SMALLEST_WIDTH if isinstance(self.model, EncoderModel) else max(SMALLEST_WIDTH, width // 4)
+            width = min(-(-longest // step) * step, self.model.config.max_positions)
+        return left_pad(prompts, rows, width)
+
+    def guide(self, prompts: Prompts, max_new_tokens: int, room: int = 0) -> Guide:
+        """The guide for a batch of prompts in this model's tokens; with room for answers of at least so many tokens of
+        its own, as far as the model has positions for them."""
         if self.retokeniser is None:
             return CausalGuide(self.model)
-        own_prompts, own_lengths = self._own_prompts(prompts, lengths)
-        widths = own_prompts.shape[1], int(own_lengths.max())
-        return guide_by_text(self.model, self.retokeniser, *widths, max_new_tokens, self.tokenizer.eos_id, room)
+        longest = int(prompts.lengths.max())
+        return guide_by_text(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
 
-    def with_more_room(
-        self, guide: Guide, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"], max_new_tokens: int
-    ) -> Guide | None:
-        """A guide with room for all that its texts needed in the last run of this one, which then is void; None if
-        there was enough. All processes have to call. Raises InputError if the model has no positions for so much."""
+    def guide_prompts(self, prompts: Prompts, lm_prompts: Prompts) -> Prompts | None:
+        """A batch of prompts in this model's tokens, as its guide takes them: None if they are the language model's."""
+        shares = self.retokeniser is None and np.array_equal(prompts.tokens, lm_prompts.tokens)
+        return None if shares else prompts
+
+    def room_needed(self, guide: Guide, prompts: Prompts, max_new_tokens: int) -> int | None:
+        """The room that texts needed in the last run of a guide which had less, so that the run is void; None if there
+        was enough. All processes have to call. Raises InputError if the model has no positions for so much."""
         if self.retokeniser is None:
             return None
         needed = largest(self.retokeniser.take_longest())
         if needed <= guide.answer_width:
             return None
-        wider = self.guide(prompts, lengths, max_new_tokens, padded_width(needed))
-        if wider.answer_width < needed:
+        room = padded_width(needed)
+        most = self.guide(prompts, max_new_tokens, room).answer_width
+        if most < needed:
             raise InputError(
                 f"{self.source}: an answer with a candidate takes {needed} of its tokens; after the longest prompt it "
-                f"has positions for {wider.answer_width}; ask for fewer new tokens"
+                f"has positions for {most}; ask for fewer new tokens"
             )
-        return wider
+        return room
 
     def score(
         self,
-        prompts: Int[np.ndarray, "B P"],
-        lengths: Int[np.ndarray, "B"],
+        prompts: Prompts,
         tokens: Int[np.ndarray, "B N"],
         counts: Int[np.ndarray, "B"],
         texts: Sequence[str],
         finished: Sequence[bool],
     ) -> Float[np.ndarray, "B"]:
-        """Rewards of whole answers: `tokens[b, :counts[b]]` in the language model's tokens, of which `texts` are the
-        text, and `finished` says which ended by themselves."""
+        """Rewards of whole answers.
+
+        Args:
+            prompts: in this model's tokens.
+            tokens, counts: the answers, `tokens[b, :counts[b]]`, in the language model's tokens.
+            texts: their texts.
+            finished: which of them ended by themselves.
+        """
         if self.retokeniser is None:
-            return np.asarray(causal_answer_rewards(self.model, self.params, prompts, lengths, tokens, counts))
-        answers = [[] for _ in prompts]
+            return np.asarray(causal_answer_rewards(self.model, self.params, *prompts, tokens, counts))
+        answers = [[] for _ in prompts.lengths]
         for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
-            prompt_ids = prompts[row, prompts.shape[1] - lengths[row] :].tolist()
-            ids = self.tokenizer.encode_answer(text, starts_text=not self.retokeniser.lm.decode(prompt_ids))
+            prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
+            ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
             answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
-        prompts, lengths = self._own_prompts(prompts, lengths)
         counts = np.array(list(map(len, answers)), np.int32)
         padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
         for row, ids in enumerate(answers):
             padded[row, : len(ids)] = ids
         if isinstance(self.model, EncoderModel):
-            closing_id = self.tokenizer.eos_id
-            rewards = encoder_answer_rewards(self.model, self.params, prompts, lengths, padded, counts, closing_id)
+            rewards = encoder_answer_rewards(self.model, self.params, *prompts, padded, counts, self.tokenizer.eos_id)
         else:
-            rewards = causal_answer_rewards(self.model, self.params, prompts, lengths, padded, counts)
+            rewards = causal_answer_rewards(self.model, self.params, *prompts, padded, counts)
         return np.asarray(rewards)
-
-    def _own_prompts(
-        self, prompts: Int[np.ndarray, "B P"], lengths: Int[np.ndarray, "B"]
-    ) -> tuple[Int[np.ndarray, "B Q"], Int[np.ndarray, "B"]]:
-        """Prompts in this model's tokens, left-padded to the least width that holds them."""
-        room = self.model.config.max_positions
-        ids, own_lengths = self.retokeniser.prompts(prompts, lengths, room)
-        longest = int(own_lengths.max())
-        # Padding is read again at every step, by an encoder for every candidate: worth a few more compilations.
-        width = padded_width(longest)
-        step = SMALLEST_WIDTH if isinstance(self.model, EncoderModel) else max(SMALLEST_WIDTH, width // 4)
-        width = min(-(-longest // step) * step, room)
-        return ids[:, room - width :], own_lengths
 
 
 def guide_by_text(
     model: CausalModel | PrefixCausalModel | EncoderModel,
     retokeniser: RetokeniserContract,
-    prompt_width: int,
     longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
     room: int = 0,
 ) -> EncoderGuide | RetokenisedGuide:
-    """The guide of a reward model with a tokenizer of its own, in whose tokens the widths are."""
+    """The guide of a reward model with a tokenizer of its own, in whose tokens the prompt and the room are counted."""
     answer_width = max(first_room(max_new_tokens), room)
     if (positions := table_of_positions(model)) is not None:
         closing = int(isinstance(model, EncoderModel))
         answer_width = min(answer_width, positions - longest_prompt - closing)
     if isinstance(model, EncoderModel):
-        return EncoderGuide(model, retokeniser, prompt_width, answer_width, closing_id)
-    return RetokenisedGuide(model, retokeniser, prompt_width, answer_width)
+        return EncoderGuide(model, retokeniser, answer_width, closing_id)
+    return RetokenisedGuide(model, retokeniser, answer_width)
 
 
 def first_room(max_new_tokens: int) -> int:
@@ -194,6 +221,16 @@ def causal_answer_rewards(
 def encoder_answer_rewards(model: EncoderModel, params: Params, *texts: Any) -> Float[Array, "B"]:
     """`EncoderModel.answer_rewards`, compiled."""
     return on_every_device(model.answer_rewards(params, *texts))
+
+
+def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts:
+    """Left-padded token ids and lengths. Missing rows are filler of length 0."""
+    ids = np.zeros((rows, width), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        lengths[row] = len(prompt)
+    return Prompts(ids, lengths)
 
 
 def padded_width(length: int) -> int:

@@ -42,24 +42,26 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     if config.method is None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}")
     method = METHODS[config.method]
+    settings = settings_of(config, method)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     is_demo = config.lm == DEMO and method.guided and not config.rm
     session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
     prompts = _read_prompts(config, session)
     if config.out is None:
-        answers = list(decode_all(session, prompts, settings_of(config, method), config.method, console))
+        answers = list(decode_all(session, prompts, settings, config.method, console))
         by_id = {answer.id: answer for answer in answers}
         for prompt in prompts if jax.process_index() == 0 else ():
             print(by_id[prompt.id].response)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
-        is_done = from_first(np.array([file is not None and prompt.id in file.done_ids for prompt in prompts]))
+        answered = on_first(lambda: file.answered(prompts))
+        is_done = from_first(np.array(answered or [False] * len(prompts)))
         left = [prompt for prompt, done in zip(prompts, is_done, strict=True) if not done]
         if len(left) < len(prompts):
             console.print(f"{config.out}: {len(prompts) - len(left)} of {len(prompts)} prompts are answered already")
         answers = []
-        for batch in _decode_batches(session, left, settings_of(config, method), config.method, console):
+        for batch in _decode_batches(session, left, settings, config.method, console):
             if file is not None:
                 file.write(batch)
             answers += batch
@@ -106,7 +108,8 @@ def _decode_batches(
 def _read_prompts(config: DecodeConfig, session: Session) -> list[Prompt]:
     form = get_form(config.format)
     if config.prompt is not None:
-        return [Prompt("0", form.render_text(config.prompt, session.tokenizer))]
+        text = form.render_text(config.prompt, session.tokenizer)
+        return [Prompt("0", text, form.turns_of(config.prompt, session.tokenizer))]
     if config.prompts is not None:
         return load_prompts(config.prompts, form, session.tokenizer)[: config.limit]
     return demo_prompts(config)

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.decoding.guides import Prompts
 from pargs_jax.decoding.loop import Decoded, Decoder, decode, row_keys
 from pargs_jax.decoding.methods import Method
-from pargs_jax.decoding.rules import Rule
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import RewardModel, padded_width
+from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_width
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
@@ -45,7 +45,8 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode: a method, and what differs from its defaults."""
+    """How to decode: a method, and what differs from its defaults. Raises InputError for a number that means nothing to
+    the method."""
 
     method: Method
     weights: tuple[float, ...] = ()
@@ -54,6 +55,12 @@ class Settings:
     max_new_tokens: int = 128
     batch_size: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = {"k": self.k is not None, "weight": bool(self.weights), "temperature": self.temperature is not None}
+        for name, reason in self.method.unused.items():
+            if given[name]:
+                raise InputError(f"--{name}: means nothing to {self.method.source}, which {reason}; leave it out")
 
 
 class Session:
@@ -101,72 +108,101 @@ class Session:
         answers.
 
         Raises:
-            InputError: before any decoding, if a prompt does not fit or the settings do not suit the models.
+            InputError: before any decoding, if a prompt does not fit or the settings do not suit the models; and after
+                the batch in which a log-probability or a reward is not finite.
         """
         encoded = [self.tokenizer.encode_prompt(prompt.text) for prompt in prompts]
-        self._check_lengths(prompts, encoded, settings.max_new_tokens)
-        guiding = self.reward_models if settings.method.guided else []
-        weights = self._weights(settings)
-        rule = settings.method.make_rule(settings.temperature)
-        params = tuple(reward_model.params for reward_model in guiding)
+        own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in self.reward_models]
+        self._check_lengths(prompts, encoded, own_encoded, settings.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         shards = row_shards(current_mesh())
-        batch_rows = -(-max(1, min(settings.batch_size, len(prompts))) // shards) * shards
-        rooms = [0] * len(guiding)
-        for first in range(0, len(order), batch_rows):
-            rows = order[first : first + batch_rows]
-            ids, lengths = left_pad([encoded[i] for i in rows], batch_rows)
-            numbers = [prompt_number(prompts[i].id) for i in rows] + [0] * (batch_rows - len(rows))
-            keys = _row_keys(settings.seed, np.array(numbers, np.uint32))
-            texts_of = ids, lengths, settings.max_new_tokens
-            guides = [model.guide(*texts_of, room) for model, room in zip(guiding, rooms, strict=True)]
-            while True:
-                decoder = Decoder(
-                    self._lm,
-                    tuple(guides),
-                    k=settings.k or settings.method.k,
-                    eos_ids=self.tokenizer.eos_ids,
-                    pad_id=self.tokenizer.eos_id,
-                    base=settings.method.base,
-                )
-                run = self._compile(decoder, params, ids, lengths, keys, weights, rule, settings.max_new_tokens)
-                began = time.perf_counter()
-                with input_errors_of_callbacks():
-                    decoded = jax.block_until_ready(run(self._lm_params, params, ids, lengths, keys, weights, rule))
-                seconds = (time.perf_counter() - began) / len(rows)
-                # A text may take more of a reward model's tokens than was thought: then the batch is done again.
-                wider = [model.with_more_room(guide, *texts_of) for model, guide in zip(guiding, guides, strict=True)]
-                if not any(wider):
-                    break
-                guides = [new or old for new, old in zip(wider, guides, strict=True)]
-                rooms = [new.answer_width if new else room for new, room in zip(wider, rooms, strict=True)]
-            decoded = jax.device_get(decoded)
-            texts = [
-                self.tokenizer.decode_answer(encoded[i], decoded.tokens[row, : decoded.lengths[row]].tolist())
-                for row, i in enumerate(rows)
-            ]
-            rewards = self._final_rewards(decoded, ids, lengths, texts, settings.method.guided)
-            yield [
-                Answer(
-                    prompts[i].id,
-                    prompts[i].text,
-                    texts[row],
-                    "stop" if decoded.finished[row] else "length",
-                    float(decoded.log_probs[row].sum()),
-                    tuple(map(float, rewards[row])),
-                    int(decoded.lengths[row]),
-                    seconds,
-                )
-                for row, i in enumerate(rows)
-            ]
+        rows = -(-max(1, min(settings.batch_size, len(prompts))) // shards) * shards
+        rooms = [0] * len(self.reward_models)
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            lm_ids = [encoded[i] for i in chosen]
+            batch = _Batch(
+                [prompts[i] for i in chosen],
+                lm_ids,
+                left_pad(lm_ids, rows, padded_width(max(map(len, lm_ids)))),
+                [
+                    model.pad_prompts([own[i] for i in chosen], rows)
+                    for model, own in zip(self.reward_models, own_encoded, strict=True)
+                ],
+            )
+            decoded, seconds = self._decode(batch, settings, rooms)
+            yield self._read(batch, decoded, seconds / len(chosen), settings)
 
-    def _compile(self, decoder: Decoder, params: Any, ids: Any, lengths: Any, keys: Any, weights: Any, rule: Rule,
-                 max_new_tokens: int) -> Callable[..., Decoded]:  # fmt: skip
-        shape = (decoder, ids.shape, type(rule), max_new_tokens)
+    def _decode(self, batch: "_Batch", settings: Settings, rooms: list[int]) -> tuple[Decoded, float]:
+        """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
+        grow where a text needs more."""
+        guiding = list(zip(self.reward_models, batch.own_prompts, strict=True)) if settings.method.guided else []
+        weights = self._weights(settings)
+        rule = settings.method.make_rule(settings.temperature)
+        numbers = [prompt_number(prompt.id) for prompt in batch.prompts]
+        filler = [0] * (len(batch.lm_prompts.lengths) - len(numbers))
+        keys = _row_keys(settings.seed, np.array(numbers + filler, np.uint32))
+        params = tuple(model.params for model, _ in guiding)
+        guide_prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in guiding)
+        arguments = self._lm_params, params, *batch.lm_prompts, keys, weights, rule
+        while True:
+            guides = [
+                model.guide(own, settings.max_new_tokens, room)
+                for (model, own), room in zip(guiding, rooms[: len(guiding)], strict=True)
+            ]
+            decoder = Decoder(
+                self._lm,
+                tuple(guides),
+                k=settings.k or settings.method.k,
+                eos_ids=self.tokenizer.eos_ids,
+                pad_id=self.tokenizer.eos_id,
+                base=settings.method.base,
+            )
+            run = self._compile(decoder, arguments, settings.max_new_tokens, guide_prompts)
+            began = time.perf_counter()
+            with input_errors_of_callbacks():
+                decoded = jax.block_until_ready(run(*arguments, guide_prompts))
+            seconds = time.perf_counter() - began
+            # A text may take more of a reward model's tokens than was thought: then the batch is done again.
+            is_void = False
+            for j, ((model, own), guide) in enumerate(zip(guiding, guides, strict=True)):
+                if (room := model.room_needed(guide, own, settings.max_new_tokens)) is not None:
+                    rooms[j], is_void = room, True
+            if not is_void:
+                return jax.device_get(decoded), seconds
+
+    def _compile(
+        self,
+        decoder: Decoder,
+        arguments: tuple[Any, ...],
+        max_new_tokens: int,
+        guide_prompts: tuple[Prompts | None, ...],
+    ) -> Callable[..., Decoded]:
+        arrays, structure = jax.tree.flatten((*arguments[2:], guide_prompts))
+        shape = (decoder, tuple(np.shape(x) for x in arrays), structure, max_new_tokens)
         if shape not in self._compiled:
-            lowered = decode.lower(decoder, self._lm_params, params, ids, lengths, keys, weights, rule, max_new_tokens)
-            self._compiled[shape] = lowered.compile()
+            self._compiled[shape] = decode.lower(decoder, *arguments, max_new_tokens, guide_prompts).compile()
         return self._compiled[shape]
+
+    def _read(self, batch: "_Batch", decoded: Decoded, seconds: float, settings: Settings) -> list[Answer]:
+        """The answers of a decoded batch; `seconds` are those of each row."""
+        tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.prompts))]
+        texts = list(map(self.tokenizer.decode_answer, batch.lm_ids, tokens))
+        rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
+        self._check_finite(batch, decoded, rewards)
+        return [
+            Answer(
+                prompt.id,
+                prompt.text,
+                texts[row],
+                "stop" if decoded.finished[row] else "length",
+                float(decoded.log_probs[row].sum()),
+                tuple(map(float, rewards[row])),
+                int(decoded.lengths[row]),
+                seconds,
+            )
+            for row, prompt in enumerate(batch.prompts)
+        ]
 
     def _weights(self, settings: Settings) -> Float[np.ndarray, "J"]:
         """One reward weight a guide."""
@@ -181,7 +217,13 @@ class Session:
             )
         return np.broadcast_to(np.asarray(given, np.float32), len(self.reward_models))
 
-    def _check_lengths(self, prompts: Sequence[Prompt], encoded: list[list[int]], max_new_tokens: int) -> None:
+    def _check_lengths(
+        self,
+        prompts: Sequence[Prompt],
+        encoded: Sequence[list[int]],
+        own_encoded: Sequence[Sequence[list[int]]],
+        max_new_tokens: int,
+    ) -> None:
         room = self._lm.config.max_positions
         for prompt, ids in zip(prompts, encoded, strict=True):
             if len(ids) + max_new_tokens > room:
@@ -191,24 +233,45 @@ class Session:
                 )
             if ids and max(ids) >= self._lm.config.vocab_size:
                 raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
-            for reward_model in self.reward_models:
-                reward_model.check_prompt(prompt.id, prompt.text, ids, max_new_tokens)
+        for model, own in zip(self.reward_models, own_encoded, strict=True):
+            for prompt, ids in zip(prompts, own, strict=True):
+                model.check_prompt(prompt, ids, max_new_tokens)
 
     def _final_rewards(
-        self,
-        decoded: Decoded,
-        ids: Int[np.ndarray, "B P"],
-        lengths: Int[np.ndarray, "B"],
-        texts: Sequence[str],
-        guided: bool,
+        self, batch: "_Batch", decoded: Decoded, texts: Sequence[str], guided: bool
     ) -> Float[np.ndarray, "B J"]:
         """Every reward model's reward of the whole answers."""
         if guided:
             last = np.maximum(decoded.lengths - 1, 0)
             return np.take_along_axis(decoded.rewards, last[:, None, None], axis=1)[:, 0]
         finished = decoded.finished[: len(texts)]
-        scored = [m.score(ids, lengths, decoded.tokens, decoded.lengths, texts, finished) for m in self.reward_models]
-        return np.stack(scored, axis=1) if scored else np.zeros((len(ids), 0))
+        scored = [
+            model.score(own, decoded.tokens, decoded.lengths, texts, finished)
+            for model, own in zip(self.reward_models, batch.own_prompts, strict=True)
+        ]
+        return np.stack(scored, axis=1) if scored else np.zeros((len(texts), 0))
+
+    def _check_finite(self, batch: "_Batch", decoded: Decoded, final_rewards: Float[np.ndarray, "B J"]) -> None:
+        """Raises InputError for the first row with a number that no answer can have."""
+        for row, prompt in enumerate(batch.prompts):
+            if not np.isfinite(decoded.log_probs[row]).all():
+                raise InputError(f"prompt {prompt.id!r}: a log-probability of the language model is not finite")
+            guided = decoded.rewards[row] if decoded.rewards.shape[-1] else final_rewards[row][None]
+            for j, reward_model in enumerate(self.reward_models):
+                if not np.isfinite(guided[:, j]).all():
+                    raise InputError(
+                        f"prompt {prompt.id!r}: a reward of {reward_model.source} is not finite; "
+                        "its weights may be damaged, or too large for --dtype"
+                    )
+
+
+class _Batch(NamedTuple):
+    """Prompts that are decoded together: in the language model's tokens, and in each reward model's."""
+
+    prompts: list[Prompt]
+    lm_ids: list[list[int]]
+    lm_prompts: Prompts
+    own_prompts: list[Prompts]
 
 
 @contextmanager
@@ -226,17 +289,6 @@ def input_errors_of_callbacks() -> Iterator[None]:
 @jax.jit
 def _row_keys(seed: int, numbers: Int[Array, "B"]) -> PRNGKeyArray:
     return on_every_device(row_keys(seed, numbers))
-
-
-def left_pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """Left-padded token ids and lengths. Missing rows are filler of length 0."""
-    width = padded_width(max(map(len, prompts)))
-    ids = np.zeros((rows, width), np.int32)
-    lengths = np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        lengths[row] = len(prompt)
-    return ids, lengths
 
 
 def prompt_number(prompt_id: str) -> int:

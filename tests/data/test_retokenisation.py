@@ -243,23 +243,6 @@ def test_an_answer_that_does_not_fit_is_an_error():
         retokeniser("demo", "pair").candidates(*call, np.array([0, 400]), WIDTH, FRESH)
 
 
-@pytest.mark.parametrize("rm", ["bytes", "pair", "demo"])
-def test_prompts_are_encoded_anew_and_cut_on_the_left(rm):
-    retokenise, lm, rm = retokeniser("demo", rm), tokenizer("demo"), tokenizer(rm)
-    texts = ["Why?", "", "A long prompt, too long by far: 日本 🙂"]
-    prompts, lengths, _, _ = arrays([lm.encode_prompt(text) for text in texts] + [[1]], [[]] * 4)
-    lengths[3] = 0
-    expected = [rm.encode_prompt(text) for text in texts] + [[]]
-    ids, own_lengths = retokenise.prompts(prompts, lengths, 99)
-    assert [row[99 - length :].tolist() for row, length in zip(ids, own_lengths, strict=True)] == expected
-    ids, own_lengths = retokenise.prompts(prompts, lengths, 5)
-    whole = expected[2]
-    begins_with_bos = whole[0] == rm.bos_id
-    assert begins_with_bos == (rm is not tokenizer("bytes"))
-    assert ids[2].tolist() == ([whole[0], *whole[-4:]] if begins_with_bos else whole[-5:])
-    assert own_lengths.tolist() == [min(5, len(ids)) for ids in expected]
-
-
 def redefined(name, change):
     definition = tokenizer(name).definition()
     change(definition)

@@ -8,7 +8,7 @@ SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pargs_jax.data.retokenisation import Retokeniser
-from pargs_jax.decoding.guides import RetokenisedGuide
+from pargs_jax.decoding.guides import Prompts, RetokenisedGuide
 from pargs_jax.mesh import make_mesh
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
@@ -24,7 +24,7 @@ class Noted(Retokeniser):
 
 
 model, params = tiny_model("llama", "reward", vocab_size=512)
-guide = RetokenisedGuide(model, Noted(tokenizer, tokenizer), 16, 32)
+guide = RetokenisedGuide(model, Noted(tokenizer, tokenizer), 32)
 texts = ["Hi", "My lamp broke.", "", "Thank you.", "a b c", "It is late", "No", "Yes, Eva"]
 ids = [tokenizer.encode_prompt(text) for text in texts]
 prompts = np.zeros((8, 16), np.int32)
@@ -36,7 +36,8 @@ choice = np.zeros(8, np.int32)
 
 
 def run(params, prompts, lengths, candidates, choice):
-    state = guide.prefill(params, prompts, lengths, 20)
+    read = Prompts(prompts, lengths)
+    state = guide.prefill(params, read, 4, read)
     first, pending = guide.score(params, state, candidates)
     state = guide.commit(params, state, pending, choice)
     return first, guide.score(params, state, candidates[:, ::-1])[0]

@@ -43,8 +43,8 @@ class OffsetGuide:
     def max_positions(self):
         return self.inner.max_positions
 
-    def prefill(self, params, prompts, lengths, capacity):
-        return self.inner.prefill(params["inner"], prompts, lengths, capacity)
+    def prefill(self, params, prompts, max_new_tokens, own_prompts):
+        return self.inner.prefill(params["inner"], prompts, max_new_tokens, own_prompts)
 
     def score(self, params, state, candidates):
         rewards, pending = self.inner.score(params["inner"], state, candidates)

@@ -12,7 +12,7 @@ from pargs_jax.data.demo import DEMO_LM
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import EncoderGuide, RetokenisedGuide
-from pargs_jax.generation.reward_models import causal_answer_rewards
+from pargs_jax.generation.reward_models import causal_answer_rewards, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
@@ -112,17 +112,14 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
     params = random_params(model, seed=1)
     retokeniser = Retokeniser(lm, rm)
     prompt_ids = [lm.encode_prompt(text) for text in PROMPTS]
-    prompt_width = max(map(len, prompt_ids))
-    prompts = np.zeros((len(PROMPTS), prompt_width), np.int32)
-    for row, ids in enumerate(prompt_ids):
-        prompts[row, prompt_width - len(ids) :] = ids
-    lengths = np.array(list(map(len, prompt_ids)), np.int32)
+    prompts = left_pad(prompt_ids, len(PROMPTS), max(map(len, prompt_ids)))
+    own_prompts = left_pad([rm.encode_prompt(text) for text in PROMPTS], len(PROMPTS), 64)
     if kind == "encoder":
-        guide = EncoderGuide(model, retokeniser, 64, 256, rm.eos_id, finest=2)
+        guide = EncoderGuide(model, retokeniser, 256, rm.eos_id, finest=2)
     else:
-        guide = RetokenisedGuide(model, retokeniser, 64, 256)
+        guide = RetokenisedGuide(model, retokeniser, 256)
     score, commit = jax.jit(guide.score), jax.jit(guide.commit)
-    state = jax.jit(guide.prefill, static_argnums=3)(params, prompts, lengths, prompt_width + STEPS)
+    state = jax.jit(guide.prefill, static_argnums=2)(params, prompts, STEPS, own_prompts)
 
     if kind == "prefix_causal":
         plain = own_rewards(model, params, rm)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pargs_jax.decoding.guides import RetokenisedGuide
+from pargs_jax.decoding.guides import Prompts, RetokenisedGuide
 from pargs_jax.generation.reward_models import causal_answer_rewards
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model
@@ -17,9 +17,6 @@ class FixedTexts:
 
     def __init__(self, tokens, lengths):
         self.tokens, self.lengths = tokens, lengths
-
-    def prompts(self, ids, lengths, width):
-        return ids, lengths
 
     def candidates(self, prompts, lengths, answers, count, candidates, settled, tail_width, fresh_width):
         fresh = np.zeros((ROWS, fresh_width), np.int32)
@@ -39,8 +36,9 @@ def test_rewards_are_those_of_each_text_by_itself(kind, longest):
     prompts = rng.integers(3, 20, (ROWS, PROMPT_WIDTH)).astype(np.int32)
     prompt_lengths = np.array([PROMPT_WIDTH, 3, 2], np.int32)
 
-    guide = RetokenisedGuide(model, FixedTexts(tokens, lengths), PROMPT_WIDTH, ANSWER_WIDTH)
-    state = jax.jit(guide.prefill, static_argnums=3)(params, prompts, prompt_lengths, PROMPT_WIDTH + 4)
+    guide = RetokenisedGuide(model, FixedTexts(tokens, lengths), ANSWER_WIDTH)
+    read = Prompts(prompts, prompt_lengths)
+    state = jax.jit(guide.prefill, static_argnums=2)(params, read, 4, read)
     rewards, _ = jax.jit(guide.score)(params, state, np.zeros((ROWS, CANDIDATES), np.int32))
     for k in range(CANDIDATES):
         alone = causal_answer_rewards(model, params, prompts, prompt_lengths, tokens[:, k], lengths[:, k])

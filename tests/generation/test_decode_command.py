@@ -56,7 +56,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     whole = rows(out)
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
-        "id", "prompt", "response", "finish_reason", "log_probability", "guide_reward", "tokens", "seconds"
+        "id", "prompt", "response", "finish_reason", "log_probability", "guide_reward", "tokens", "seconds", "options"
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
@@ -76,6 +76,38 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     code, _, err = decode(*options, "--seed", 1)
     assert code == 2 and "other options" in err
     assert out.read_bytes() == before
+
+
+def test_an_answer_is_not_taken_for_that_of_another_prompt(decode, lm, rm, tmp_path):
+    """Where no row has an id, line numbers are the ids, and another file has the same."""
+    out = tmp_path / "answers.jsonl"
+    for name, texts in {"a.jsonl": ("Hi", "My lamp broke."), "b.jsonl": ("Bye", "My lamp broke.")}.items():
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert decode(*common(lm, rm, tmp_path / "a.jsonl", out))[0] == 0
+    before = out.read_bytes()
+    code, _, err = decode(*common(lm, rm, tmp_path / "b.jsonl", out))
+    assert code == 2 and f"{out}: the row with the id '1' answers another prompt" in err.splitlines()[-1]
+    assert out.read_bytes() == before
+
+    # The same of a row from a file that was made with other options.
+    made = [json.loads(line) for line in before.splitlines()]
+    out.write_text("".join(json.dumps(row | {"options": "0123456789abcdef"}) + "\n" for row in made))
+    code, _, err = decode(*common(lm, rm, tmp_path / "a.jsonl", out))
+    assert code == 2 and "line 1 was made with other options" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "reason"),
+    [
+        ("greedy", ("--k", 5), "--k: means nothing to greedy decoding, which takes the likeliest token"),
+        ("greedy", ("--temperature", 0.5), "--temperature: means nothing to greedy decoding, which does not sample"),
+        ("top_k", ("--weight", 2), "--weight: means nothing to top-k sampling (Fan et al., 2018), which is not guided"),
+        ("pargs_greedy", ("--temperature", 2), "--temperature: means nothing to PARGS-G"),
+    ],
+)
+def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method, words, reason):
+    code, _, err = decode("--lm", "nowhere", "--rm", rm, "--method", method, "--prompt", "Hi", *words)
+    assert code == 2 and err.splitlines()[-1].startswith(f"error: {reason}")
 
 
 def test_one_prompt_is_answered_on_standard_output(decode, lm):

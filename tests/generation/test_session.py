@@ -1,17 +1,21 @@
 """From prompts to answers: what an answer says of itself is true, and does not depend on its batch."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pargs_jax.data.preferences import Prompt
+from pargs_jax.data.prompts import get_form
+from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation import reward_models
-from pargs_jax.generation.session import Session, Settings, left_pad
+from pargs_jax.generation.session import Session, Settings
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
@@ -96,8 +100,6 @@ def test_two_reward_models_weigh_in_separately(lm, rm, save_tiny):
 
 def test_a_reward_model_with_another_tokenizer_gives_the_same_through_the_text(lm, rm, monkeypatch):
     """Taken for foreign, the same tokenizer must lead to the same rewards by way of the text."""
-    from pargs_jax.data.tokenization import TextTokenizer
-
     expected = answers(Session(lm, [rm]), method="args")
     monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
     through_text = Session(lm, [rm])
@@ -145,8 +147,79 @@ def test_a_deberta_guides_by_the_text(lm, tmp_path, attention):
     session = Session(lm, [str(tmp_path)])
     (reward_model,) = session.reward_models
     for prompt_id, answer in answers(session, method="pargs_greedy").items():
-        prompts = left_pad([session.tokenizer.encode_prompt(PROMPTS[int(prompt_id)].text)], 1)
+        prompts = reward_model.pad_prompts([tokenizer.encode_prompt(PROMPTS[int(prompt_id)].text)], 1)
         ended = answer.finish_reason == "stop"
         nothing = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
-        expected = reward_model.score(*prompts, *nothing, [answer.response], [ended])
+        expected = reward_model.score(prompts, *nothing, [answer.response], [ended])
         assert answer.guide_rewards == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+CHAT = [
+    Prompt("0", "", ({"role": "user", "content": "My lamp broke."},)),
+    Prompt("1", "", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+                     {"role": "user", "content": "What now?"})),
+]  # fmt: skip
+
+
+def with_template(folder, template, tmp_path):
+    """A copy of a model's folder whose tokenizer has this chat template."""
+    copy = shutil.copytree(folder, tmp_path / template[:2])
+    (copy / "chat_template.jinja").write_text("{% for turn in messages %}" + template + "{% endfor %}")
+    return str(copy)
+
+
+@pytest.mark.parametrize("shares_tokens", [True, False])
+def test_each_model_reads_a_conversation_in_its_own_chat_template(lm, rm, shares_tokens, tmp_path, monkeypatch):
+    """A reward model's rewards are those of the texts that its own template makes."""
+    if not shares_tokens:
+        monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
+    session = Session(
+        with_template(lm, "L {{turn.role}}: {{turn.content}}\n", tmp_path),
+        [with_template(rm, "R {{turn.content}}|", tmp_path)],
+    )
+    prompts = [dataclasses.replace(prompt, text=session.tokenizer.render_chat(prompt.turns)) for prompt in CHAT]
+    assert prompts[0].text == "L user: My lamp broke.\n"
+    (reward_model,) = session.reward_models
+    assert (reward_model.retokeniser is None) == shares_tokens
+    written, decode_answer = {}, session.tokenizer.decode_answer
+
+    def noted(prompt_ids, ids):
+        text = decode_answer(prompt_ids, ids)
+        written[text] = ids
+        return text
+
+    monkeypatch.setattr(session.tokenizer, "decode_answer", noted)
+    for method in ("pargs_greedy", "greedy"):
+        for prompt_id, answer in answers(session, prompts, method=method).items():
+            own_prompt = {"0": "R My lamp broke.|", "1": "R Hi|R Hello|R What now?|"}[prompt_id]
+            if shares_tokens:
+                ids = written[answer.response]
+            else:
+                ids = reward_model.tokenizer.encode_answer(answer.response)
+                ids += [reward_model.tokenizer.eos_id] * (answer.finish_reason == "stop")
+            text = [*reward_model.tokenizer.encode_prompt(own_prompt), *ids]
+            hidden = reward_model.model.encode(reward_model.params, jnp.asarray([text + [0] * (64 - len(text))]))
+            expected = float(reward_model.model.rewards(reward_model.params, hidden)[0, len(text) - 1])
+            assert answer.guide_rewards == pytest.approx([expected], abs=1e-4)
+
+
+def test_a_prompt_in_the_language_models_template_cannot_be_put_in_another(lm, rm, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
+    chatty = with_template(lm, "L {{turn.content}}\n", tmp_path)
+    form = get_form("chat")
+    tokenizer = TextTokenizer.load(chatty)
+    rendered = Prompt("7", "L Hi\n", form.turns_of("L Hi\n", tokenizer))
+    assert rendered.turns == () and form.turns_of("Hi", tokenizer) == ({"role": "user", "content": "Hi"},)
+    with pytest.raises(InputError, match="prompt '7' is in the language model's chat template already"):
+        answers(Session(chatty, [with_template(rm, "R {{turn.content}}|", tmp_path)]), [rendered])
+    with pytest.raises(InputError, match=r"prompt '0' for .*: tokenizer .* has no chat template"):
+        answers(Session(chatty, [rm]), CHAT)
+
+
+@pytest.mark.parametrize("method", ["pargs", "greedy"])
+def test_a_reward_that_is_not_finite_ends_the_run_with_the_rows_id(lm, rm, method, tmp_path):
+    folder = shutil.copytree(rm, tmp_path / "rm")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "score.weight": np.full_like(tensors["score.weight"], 3e38)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"prompt '2': a reward of .*/rm is not finite"):
+        answers(Session(lm, [str(folder)]), method=method)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from pargs_jax.decoding.guides.contract import Prompts
 from pargs_jax.models.cache import Cache, append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
@@ -20,8 +21,9 @@ class CausalGuide:
 
     model: CausalModel
 
-    def prefill(self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> Cache:
-        return self.model.prefill(params, prompts, lengths, capacity)[1]
+    def prefill(self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None) -> Cache:
+        tokens, lengths = prompts if own_prompts is None else own_prompts
+        return self.model.prefill(params, tokens, lengths, tokens.shape[1] + max_new_tokens)[1]
 
     def score(self, params: Params, state: Cache, candidates: Int[Array, "B K"]) -> tuple[Float[Array, "B K"], Any]:
         hidden, pending = self.model.siblings(params, state, candidates)

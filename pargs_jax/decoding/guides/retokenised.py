@@ -1,8 +1,9 @@
 """Guides whose reward model has a tokenizer of its own: what is scored is the text, as that tokenizer splits it.
 
 Once a step, one host callback for the whole batch turns the language model's tokens into the reward model's
-(`Retokeniser`); everything else stays on the device. The rewards are exact: those of the reward model on the decoded
-text of prompt, answer so far and candidate, and of the finished answer where the candidate ends it.
+(`Retokeniser`); everything else stays on the device. Prompts come in the reward model's tokens already. The rewards are
+exact: those of the reward model on the text of its prompt, the answer so far and the candidate, and of the finished
+answer where the candidate ends it.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pargs_jax.decoding.guides.contract import Prompts
+from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache, append_several
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
@@ -47,8 +50,6 @@ class Splits(NamedTuple):
 class Retokeniser(Protocol):
     """The host's part, in numpy; hashable. See `pargs_jax.data.retokenisation`."""
 
-    def prompts(self, ids: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]: ...
-
     def candidates(
         self,
         prompt_ids: np.ndarray,
@@ -65,8 +66,7 @@ class Retokeniser(Protocol):
 class History(NamedTuple):
     """The language model's tokens so far; the first `count` of `answers` are written."""
 
-    prompts: Int[Array, "B P"]
-    lengths: Int[Array, "B"]
+    prompts: Prompts
     answers: Int[Array, "B N"]
     count: Int[Array, ""]
 
@@ -102,25 +102,23 @@ class RetokenisedGuide:
     Attributes:
         model: the reward model.
         retokeniser: turns the language model's tokens into this model's.
-        prompt_width: room for a prompt, in the reward model's tokens; longer ones lose their beginning.
-        answer_width: room for an answer and a candidate. The callback raises if a text needs more.
+        answer_width: room for an answer and a candidate, in the reward model's tokens. The callback raises if a text
+            needs more.
     """
 
     model: CausalModel | PrefixCausalModel
     retokeniser: Retokeniser
-    prompt_width: int
     answer_width: int
 
     def prefill(
-        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
+        self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None
     ) -> CachedState:
-        tokens, counts = _retokenise_prompts(self.retokeniser, prompts, lengths, self.prompt_width)
-        room = self.prompt_width + self.answer_width + FRESH
-        hidden, cache = self.model.prefill(params, tokens, counts, room)
-        settled = jnp.zeros_like(counts)
+        tokens, lengths = _require(own_prompts)
+        hidden, cache = self.model.prefill(params, tokens, lengths, tokens.shape[1] + self.answer_width + FRESH)
+        settled = jnp.zeros_like(lengths)
         cache = cache._replace(length=cache.length + settled)
         prompt_reward = self.model.rewards(params, hidden[:, -1])
-        return CachedState(cache, prompt_reward, settled, _history(prompts, lengths, capacity))
+        return CachedState(cache, prompt_reward, settled, _history(prompts, max_new_tokens))
 
     def score(
         self, params: Params, state: CachedState, candidates: Int[Array, "B K"]
@@ -196,8 +194,7 @@ class RetokenisedGuide:
 class EncoderState(NamedTuple):
     """The prompts in the encoder's tokens, and what the language model wrote."""
 
-    prompts: Int[Array, "B P"]
-    lengths: Int[Array, "B"]
+    prompts: Prompts
     history: History
 
 
@@ -212,24 +209,22 @@ class EncoderGuide:
 
     model: EncoderModel
     retokeniser: Retokeniser
-    prompt_width: int
     answer_width: int
     closing_id: int
     finest: int = 16
 
     def prefill(
-        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
+        self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None
     ) -> EncoderState:
-        tokens, counts = _retokenise_prompts(self.retokeniser, prompts, lengths, self.prompt_width)
-        return EncoderState(tokens, counts, _history(prompts, lengths, capacity))
+        return EncoderState(_require(own_prompts), _history(prompts, max_new_tokens))
 
     def score(
         self, params: Params, state: EncoderState, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-        settled = jnp.zeros_like(state.lengths)
+        settled = jnp.zeros_like(state.prompts.lengths)
         splits = _split(self.retokeniser, state.history, candidates, settled, self.answer_width)
         needed = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
-        step = -(-(self.prompt_width + self.answer_width) // self.finest)
+        step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
         return _at_least_width(partial(self._score_at, params, state, splits), needed, widths), candidates
 
@@ -243,7 +238,7 @@ class EncoderGuide:
         tokens, lengths = _join(splits, width)
         batch, count = lengths.shape
         together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * batch <= TEXTS_AT_ONCE))
-        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in (state.prompts, state.lengths))
+        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in state.prompts)
 
         def read(texts: tuple[Int[Array, "N W"], Int[Array, "N"]]) -> Float[Array, "N"]:
             return self.model.answer_rewards(params, prompts, prompt_lengths, *texts, self.closing_id)
@@ -256,18 +251,15 @@ class EncoderGuide:
         return rewards.reshape(-1, batch, together).swapaxes(0, 1).reshape(batch, count)
 
 
-def _history(prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int) -> History:
-    batch, width = prompts.shape
-    return History(prompts, lengths, jnp.zeros((batch, capacity - width), jnp.int32), jnp.zeros((), jnp.int32))
+def _require(own_prompts: Prompts | None) -> Prompts:
+    if own_prompts is None:
+        raise InputError("a guide with a tokenizer of its own needs its prompts in its own tokens: give guide_prompts")
+    return own_prompts
 
 
-def _retokenise_prompts(
-    retokeniser: Retokeniser, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], width: int
-) -> tuple[Int[Array, "B Q"], Int[Array, "B"]]:
-    def shapes(batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        return _int_shape(batch, width), _int_shape(batch)
-
-    return _on_host(lambda ids, counts: retokeniser.prompts(ids, counts, width), shapes, prompts, lengths)
+def _history(prompts: Prompts, max_new_tokens: int) -> History:
+    answers = jnp.zeros((len(prompts.lengths), max_new_tokens), jnp.int32)
+    return History(prompts, answers, jnp.zeros((), jnp.int32))
 
 
 def _split(
@@ -288,7 +280,7 @@ def _split(
     def call(prompts, lengths, answers, candidates, settled, count):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
         return retokeniser.candidates(prompts, lengths, answers, int(count), candidates, settled, width, FRESH)
 
-    return _on_host(call, shapes, history.prompts, history.lengths, history.answers, candidates, settled, history.count)
+    return _on_host(call, shapes, *history.prompts, history.answers, candidates, settled, history.count)
 
 
 def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
