@@ -23,6 +23,7 @@ from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import guide_by_text
+from pargs_jax.generation.run import settings_of
 from pargs_jax.mesh import make_topology_mesh, open_compile_cache, parse_mesh
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
@@ -93,6 +94,7 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
     unroll = config.unroll == "yes"
     lm = describe_model(demo.DEMO_LM if config.lm == DEMO else config.lm, "vocabulary")
     method = METHODS[config.method or "pargs"]
+    k = settings_of(config, method).k or method.k
     reward_models = [describe_model(source, "reward") for source in (config.rm if method.guided else ())]
     if config.prompt_length + config.max_new_tokens > lm.config.max_positions:
         raise InputError(
@@ -101,7 +103,7 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         )
     what = (
         f"{config.batch_size} prompts of {config.prompt_length} tokens and {config.max_new_tokens} new tokens, "
-        f"k {config.k or method.k}; computed in {config.dtype}"
+        f"k {k}; computed in {config.dtype}"
     )
     lm, lm_params = _abstract(mesh, lm, config.dtype, unroll)
     guides, guide_params = [], []
@@ -109,7 +111,7 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         reward_model, params = _abstract(mesh, reward_model, config.dtype, unroll)
         guides.append(_guide(reward_model, lm, config))
         guide_params.append(params)
-    decoder = Decoder(lm, tuple(guides), k=config.k or method.k, eos_ids=(0,), base=method.base)
+    decoder = Decoder(lm, tuple(guides), k=k, eos_ids=(0,), base=method.base)
     keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(config.batch_size, jnp.uint32)))
     prompts = Prompts(_rows(mesh, config.batch_size, config.prompt_length), _rows(mesh, config.batch_size))
     guide_prompts = tuple(None if isinstance(guide, CausalGuide) else prompts for guide in guides)

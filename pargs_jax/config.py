@@ -441,6 +441,10 @@ class DecodeConfig:
         self.processes.validate(self.distributed)
         if self.prompt is not None and self.prompts is not None:
             raise InputError("--prompt and --prompts: got both, must be one of them")
+        if self.prompt is not None and self.limit is not None:
+            raise InputError("--limit: means nothing beside --prompt, which is one prompt; leave it out")
+        if self.prompt_length != DecodeConfig.prompt_length and not self.compile_only:
+            raise InputError("--prompt-length: is for --compile-only; elsewhere prompts have their own lengths")
         if len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(
                 f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
