@@ -9,16 +9,18 @@ is pure, and the big ones are jitted already:
     lm = pj.load_model("meta-llama/Llama-2-7b-hf", "vocabulary", dtype="bfloat16")
     rm = pj.load_model("runs/partial_bt", "reward")          # same tokenizer; train.py makes these
 
-    decoder = pj.Decoder(lm.model, (pj.CausalGuide(rm.model),), k=10, eos_ids=lm.eos_ids)
+    decoder = pj.Decoder(lm.model, (pj.CausalGuide(rm.model),), pj.TopK(10), pj.Sample(), eos_ids=lm.eos_ids)
+    settings = pj.RowSettings.alike(                         # or each row's own: reward weights (the paper's beta), ...
+        len(prompts), weights=[2.0], temperature=1.0, candidates=10, max_new_tokens=128
+    )
     answers = pj.decode(
         decoder, lm.params, (rm.params,),
         prompts, lengths,                                    # Int[B P] left-padded, Int[B]
         pj.row_keys(0, jnp.arange(len(prompts))),            # a row's answer does not depend on its batch
-        jnp.array([2.0]),                                    # one reward weight a guide: the paper's beta
-        pj.Sample(1.0),                                      # or pj.Greedy()
+        settings,
         128,
     )
-    answers.tokens, answers.lengths, answers.rewards         # Int[B N], Int[B], Float[B N J]
+    answers.tokens, answers.lengths, answers.trace.rewards   # Int[B N], Int[B], Float[B N J]
 
 The losses are functions of arrays. With a reward model's rewards of every prefix, `Float[B 2 R]`, chosen first:
 
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, RetokenisedGuide
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
+    from pargs_jax.decoding.proposals import AllTokens, TopK
     from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
     from pargs_jax.generation.reward_models import RewardModel
@@ -71,7 +75,9 @@ _HOMES = {
     "pargs_jax.decoding.guides": ("CausalGuide", "EncoderGuide", "RetokenisedGuide"),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
+    "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),
     "pargs_jax.generation.reward_models": ("RewardModel",),

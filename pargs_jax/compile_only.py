@@ -21,6 +21,7 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.decoding.guides import CausalGuide, Guide, Prompts
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import guide_by_text
 from pargs_jax.generation.run import settings_of
@@ -111,7 +112,7 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         reward_model, params = _abstract(mesh, reward_model, config.dtype, unroll)
         guides.append(_guide(reward_model, lm, config))
         guide_params.append(params)
-    decoder = Decoder(lm, tuple(guides), k=k, eos_ids=(0,), base=method.base)
+    decoder = Decoder(lm, tuple(guides), method.proposer(k), method.rule, eos_ids=(0,))
     keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(config.batch_size, jnp.uint32)))
     prompts = Prompts(_rows(mesh, config.batch_size, config.prompt_length), _rows(mesh, config.batch_size))
     guide_prompts = tuple(None if isinstance(guide, CausalGuide) else prompts for guide in guides)
@@ -120,8 +121,12 @@ def compile_decoding(config: DecodeConfig, console: Console | None = None) -> Re
         tuple(guide_params),
         *prompts,
         _array(keys.shape, keys.dtype, NamedSharding(mesh, row_spec(mesh, config.batch_size))),
-        _array((len(guides),), "float32", NamedSharding(mesh, PartitionSpec())),
-        method.make_rule(config.temperature),
+        RowSettings(
+            _rows(mesh, config.batch_size, len(guides), dtype="float32"),
+            _rows(mesh, config.batch_size, dtype="float32"),
+            _rows(mesh, config.batch_size),
+            _rows(mesh, config.batch_size),
+        ),
         guide_prompts,
     )
     program = jax.jit(lambda *args: decode(decoder, *args[:-1], config.max_new_tokens, args[-1]))

@@ -68,6 +68,8 @@ class Candidates(NamedTuple):
     fresh_lengths: Int[np.ndarray, "B"]
     tails: Int[np.ndarray, "B K W"]
     tail_lengths: Int[np.ndarray, "B K"]
+    needed: Int[np.ndarray, "B"]
+    """The reward model's tokens of the longest answer with a candidate, before it was cut to the room there is."""
 
 
 class Retokeniser:
@@ -80,30 +82,19 @@ class Retokeniser:
             (They are not either where the language model's text has to be decoded as a whole.)
     """
 
-    def __init__(self, lm: TextTokenizer, rm: TextTokenizer, *, overflows: bool = False) -> None:
-        """With `overflows`, texts that need more than there is room for are no error but cut, for a caller that looks
-        at `take_longest` afterwards and does it again with more room."""
+    def __init__(self, lm: TextTokenizer, rm: TextTokenizer) -> None:
         self.lm = lm
         self.rm = rm
-        self._overflows = overflows
-        self._longest = 0
         self.settles: bool = words_stand_apart(rm)
         self._reader = fastest_reader(lm)
         self._memo: dict[tuple[bytes, bytes], _Row] = {}
         self._memo_lock = threading.Lock()
 
-    def take_longest(self) -> int:
-        """The most room that an answer with a candidate needed since this was last asked."""
-        with self._memo_lock:
-            longest, self._longest = self._longest, 0
-        return longest
-
     def candidates(
         self,
-        prompt_ids: Int[np.ndarray, "B P"],
+        tokens: Int[np.ndarray, "B C"],
         prompt_lengths: Int[np.ndarray, "B"],
-        answer_ids: Int[np.ndarray, "B N"],
-        count: int,
+        lengths: Int[np.ndarray, "B"],
         candidates: Int[np.ndarray, "B K"],
         settled: Int[np.ndarray, "B"],
         tail_width: int,
@@ -112,20 +103,20 @@ class Retokeniser:
         """What the reward model reads of each row's answer so far with each of its candidates.
 
         The result depends on the arguments alone, whatever was asked before. A candidate that adds no text to an empty
-        answer has a tail of length 0. Rows that are filler or finished get lengths of 0.
+        answer has a tail of length 0. Rows that are filler or finished get lengths of 0. What does not fit is cut, and
+        `needed` says so.
 
         Args:
-            prompt_ids, prompt_lengths: left-padded prompts, in the language model's tokens.
-            answer_ids, count: the answers so far, of which the first `count` columns are written. One that holds an
-                end-of-sequence token is finished.
+            tokens, prompt_lengths, lengths: prompts and answers in the language model's tokens: row b has written
+                `tokens[b, :lengths[b]]`, of which the first `prompt_lengths[b]` are the prompt's. An answer that holds
+                an end-of-sequence token is finished.
             candidates: what each answer may go on with.
             settled: how many of the reward model's tokens of the answer the caller has, by earlier calls' `fresh`.
             tail_width: room for an answer with a candidate, of which its tail is a part.
             fresh_width: room for fresh tokens. Those that do not fit are part of the tails, and fresh later.
 
         Raises:
-            InputError: if an answer needs more than `tail_width` tokens and is not to be cut, or `settled` is more than
-                ever were.
+            InputError: if `settled` is more than ever were.
         """
         batch, options = candidates.shape
         split = Candidates(
@@ -133,28 +124,30 @@ class Retokeniser:
             np.zeros(batch, np.int32),
             np.zeros((batch, options, tail_width), np.int32),
             np.zeros((batch, options), np.int32),
+            np.zeros(batch, np.int32),
         )
-        answers = np.ascontiguousarray(answer_ids[:, :count], np.int32)
-        is_live = (prompt_lengths > 0) & ~np.isin(answers, self.lm.eos_ids).any(axis=1)
         is_end = np.isin(candidates, self.lm.eos_ids)
-
-        keys, rows, cuts = [], [], []
+        live, keys, rows, cuts = [], [], [], []
         parts: list[tuple[str, Place]] = []
-        for b in np.flatnonzero(is_live):
-            prompt = _last(prompt_ids[b], prompt_lengths[b])
-            keys.append((prompt.tobytes(), answers[b].tobytes()))
-            row = self._row(keys[-1], prompt, answers[b])
+        for b in np.flatnonzero(prompt_lengths):
+            text = np.ascontiguousarray(tokens[b, : lengths[b]], np.int32)
+            prompt, answer = text[: prompt_lengths[b]], text[prompt_lengths[b] :]
+            if np.isin(answer, self.lm.eos_ids).any():
+                continue
+            live.append(b)
+            keys.append((prompt.tobytes(), answer.tobytes()))
+            row = self._row(keys[-1], prompt, answer)
             cut = row.last_cut() if self.settles else 0
             rows.append(row)
             cuts.append(cut)
             so_far = row.answer.text
             parts.append((so_far[row.settled_chars : cut], row.place(row.settled_chars)))
             for candidate, ends in zip(candidates[b].tolist(), is_end[b].tolist(), strict=True):
-                text = so_far if ends else row.answer.followed_by(candidate).text
-                parts.append((text[cut:], row.place(cut)))
+                with_candidate = so_far if ends else row.answer.followed_by(candidate).text
+                parts.append((with_candidate[cut:], row.place(cut)))
         encoded = iter(self.rm.encode_parts(parts))
 
-        for b, key, row, cut in zip(np.flatnonzero(is_live), keys, rows, cuts, strict=True):
+        for b, key, row, cut in zip(live, keys, rows, cuts, strict=True):
             row = row._replace(settled_chars=cut, settled_ids=(*row.settled_ids, *next(encoded)))
             self._remember(key, row)
             have = int(settled[b])
@@ -166,16 +159,8 @@ class Retokeniser:
             split.fresh_lengths[b] = len(fresh)
             for k, ends in enumerate(is_end[b].tolist()):
                 tail = [*waiting, *next(encoded), *([self.rm.eos_id] if ends else [])]
-                needed = have + len(fresh) + len(tail)
-                with self._memo_lock:
-                    self._longest = max(self._longest, needed)
-                if needed > tail_width and self._overflows:
-                    del tail[max(0, tail_width - have - len(fresh)) :]
-                elif needed > tail_width:
-                    raise InputError(
-                        f"row {b}: the answer with candidate {k} is {needed} tokens of the reward model, which has "
-                        f"room for {tail_width}; ask for fewer new tokens, or make the room larger"
-                    )
+                split.needed[b] = max(split.needed[b], have + len(fresh) + len(tail))
+                del tail[max(0, tail_width - have - len(fresh)) :]
                 split.tails[b, k, : len(tail)] = tail
                 split.tail_lengths[b, k] = len(tail)
         return split
@@ -199,10 +184,6 @@ class Retokeniser:
             self._memo[key] = row
             while len(self._memo) > MEMO_ROWS:
                 del self._memo[next(iter(self._memo))]
-
-
-def _last(ids: Int[np.ndarray, "P"], length: int) -> Int[np.ndarray, "Q"]:
-    return np.ascontiguousarray(ids[len(ids) - length :], np.int32)
 
 
 class _Row(NamedTuple):

@@ -1,55 +1,28 @@
-"""The decode loop: reward-guided generation for a batch of prompts in one `lax.scan`.
+"""The decode loop: reward-guided generation for a batch of rows in one `lax.scan`.
 
-A step takes the language model's k likeliest next tokens, adds the guides' weighted rewards to their scores, and lets a
-rule choose: `score(v) = log p(v | x, y) + sum_j w_j r_j(x, y, v)` (PARGS, Algorithm 1; ARGS, Eq. 1).
+A step lets the proposer choose candidates, adds the guides' weighted rewards to their log-probabilities, and draws one
+by the rule: `score(v) = log p(v | x, y) + sum_j w_j r_j(x, y, v)` (PARGS, Algorithm 1; ARGS, Eq. 1).
 """
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pargs_jax.decoding.guides import Guide, Prompts
-from pargs_jax.decoding.rules import Rule
+from pargs_jax.decoding.guides import Capacity, Chosen, Guide, Prompts, Text
+from pargs_jax.decoding.proposals import Proposal, Proposer, TopK
+from pargs_jax.decoding.rules import Rule, Sample
+from pargs_jax.decoding.state import CandidateTrace, DecodeState, RowSettings, Trace
 from pargs_jax.errors import InputError
-from pargs_jax.models.cache import Cache, append_choice
-from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.causal import CausalModel, shift_left
 from pargs_jax.models.model import Params
 from pargs_jax.sharding import ROWS, constrain, on_every_device
 
-
-class DecodeState(NamedTuple):
-    """What one step hands to the next."""
-
-    step: Int[Array, ""]
-    last: Int[Array, "B"]
-    """The newest token, which the language model has not read yet."""
-    done: Bool[Array, "B"]
-    keys: PRNGKeyArray
-    lm: Cache
-    guides: tuple[Any, ...]
-
-
-class StepRecord(NamedTuple):
-    """What one step wrote, for each row: `pad_id`, 0 and 0 where the row was finished."""
-
-    tokens: Int[Array, "*N B"]
-    log_probs: Float[Array, "*N B"]
-    """log p of the chosen token under the language model (full vocabulary, temperature 1), in nats."""
-    rewards: Float[Array, "*N B J"]
-    """Each guide's reward of the answer up to and including the chosen token."""
-
-
-class Proposal(NamedTuple):
-    """What a step computes before anything is written: the choice, its record, and what the models are to commit."""
-
-    choice: Int[Array, "B"]
-    record: StepRecord
-    lm_pending: Any
-    guides_pending: tuple[Any, ...]
+AllParams = tuple[Params, tuple[Any, ...]]
+"""The arrays of the language model, and of each guide."""
 
 
 class Decoded(NamedTuple):
@@ -58,127 +31,223 @@ class Decoded(NamedTuple):
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     finished: Bool[Array, "B"]
-    log_probs: Float[Array, "B N"]
-    rewards: Float[Array, "B N J"]
+    trace: Trace
+
+
+class _Fused(NamedTuple):
+    """What a step computes before a token is drawn."""
+
+    proposal: Proposal
+    entropies: Float[Array, "B"]
+    lm_pending: Any
+    guides_pending: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The static parts of a decode: a language model, guides, k, and how scores are based.
+    """The static parts of a decode.
 
-    `base` is what rewards are added to: log-probabilities (PARGS) or raw logits (ARGS). The two differ by a constant in
-    each step, so they choose alike; both are here because the recorded scores of the papers differ.
+    Attributes:
+        lm: the language model.
+        guides: what scores tokens.
+        proposer: which tokens are candidates.
+        rule: how one is drawn.
+        eos_ids: tokens that end an answer.
+        pad_id: what stands behind an answer's end.
+        keeps_candidates: whether the trace holds all candidates with their numbers.
     """
 
     lm: CausalModel
     guides: tuple[Guide, ...] = ()
-    k: int = 10
+    proposer: Proposer = TopK(10)  # noqa: RUF009 (frozen)
+    rule: Rule = Sample()  # noqa: RUF009 (frozen)
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
-    base: Literal["log_probs", "logits"] = "log_probs"
+    keeps_candidates: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.lm.config.vocab_size:
-            raise InputError(f"k is {self.k}; it must be from 1 to the vocabulary's {self.lm.config.vocab_size} tokens")
+        vocab_size = self.lm.config.vocab_size
+        if not 1 <= self.candidates <= vocab_size:
+            raise InputError(f"k is {self.candidates}; it must be from 1 to the vocabulary's {vocab_size} tokens")
+
+    @property
+    def candidates(self) -> int:
+        """K, the most candidates of a row."""
+        return self.proposer.size(self.lm.config.vocab_size)
 
     def start(
         self,
-        params: tuple[Params, tuple[Any, ...]],
+        params: AllParams,
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
         keys: PRNGKeyArray,
+        settings: RowSettings,
         max_new_tokens: int,
         guide_prompts: tuple[Prompts | None, ...] | None = None,
     ) -> DecodeState:
-        """Reads the prompts, each guide its own (see `decode`). A row of length 0 is filler: it is finished from the
-        start."""
+        """Reads the prompts, each guide its own (see `decode`); the state has room for answers of `max_new_tokens`. A
+        row of length 0 is filler: it is finished from the start."""
         lm_params, guide_params = params
         prompts = constrain(prompts, ROWS, None)
         guide_prompts = jax.tree.map(
             lambda x: constrain(x, ROWS, *(None,) * (x.ndim - 1)), guide_prompts or (None,) * len(self.guides)
         )
-        if prompts.shape[1] == 1:
-            # The language model reads all but the last token before the loop: leave it something to read.
-            prompts = jnp.pad(prompts, ((0, 0), (1, 0)))
-        width = prompts.shape[1]
-        _, cache = self.lm.prefill(lm_params, prompts[:, :-1], jnp.maximum(lengths - 1, 0), width - 1 + max_new_tokens)
-        states = tuple(
-            guide.prefill(guide_param, Prompts(prompts, lengths), max_new_tokens, own_prompts)
+        batch, width = prompts.shape
+        _, cache = self.lm.prefill(lm_params, prompts, lengths, width + max_new_tokens)
+        capacity = Capacity(max_new_tokens, self.candidates)
+        guides = tuple(
+            guide.prefill(guide_param, Prompts(prompts, lengths), capacity, own_prompts)
             for guide, guide_param, own_prompts in zip(self.guides, guide_params, guide_prompts, strict=True)
         )
-        return DecodeState(jnp.zeros((), jnp.int32), prompts[:, -1], lengths == 0, keys, cache, states)
+        tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, max_new_tokens)))
+        return DecodeState(
+            Text(tokens, lengths, lengths),
+            lengths == 0,
+            keys,
+            settings,
+            # The last token of a prompt is left to the first step, which reads the newest token like every other.
+            cache._replace(lengths=jnp.maximum(lengths - 1, 0)),
+            guides,
+            self._blank_trace(batch, max_new_tokens),
+        )
 
-    def advance(
-        self,
-        params: tuple[Params, tuple[Any, ...]],
-        state: DecodeState,
-        weights: Float[Array, "J"],
-        rule: Rule,
-        steps: int,
-    ) -> tuple[DecodeState, StepRecord]:
-        """`steps` more tokens for every unfinished row, as one scan; steps after the last row finished are skipped."""
+    def advance(self, params: AllParams, state: DecodeState, steps: int) -> DecodeState:
+        """`steps` more tokens for every row that is not done, as one scan; steps after the last row is done are
+        skipped."""
 
-        def body(state: DecodeState, _: None) -> tuple[DecodeState, StepRecord]:
-            return self._step(params, state, weights, rule)
-
-        return jax.lax.scan(body, state, length=steps)
-
-    def _step(
-        self, params: tuple[Params, tuple[Any, ...]], state: DecodeState, weights: Array, rule: Rule
-    ) -> tuple[DecodeState, StepRecord]:
-        def move() -> Proposal:
-            return self._propose(params, state, weights, rule)
-
-        def skip() -> Proposal:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(move))
-
-        # The caches are read in the branch and written out of it: a branch that returned them would copy them.
-        proposal = jax.lax.cond(state.done.all(), skip, move)
-        first = jnp.zeros_like(proposal.choice)
-        cache = append_choice(state.lm, proposal.lm_pending, first)
-        guide_states = tuple(
-            guide.commit(guide_params, guide_state, pending, proposal.choice)
-            for guide, guide_params, guide_state, pending in zip(
-                self.guides, params[1], state.guides, proposal.guides_pending, strict=True
+        def body(state: DecodeState, _: None) -> tuple[DecodeState, None]:
+            # A loop that runs once or not at all: unlike a `cond`, it updates caches in place.
+            _, state = jax.lax.while_loop(
+                lambda carry: carry[0] & ~carry[1].done.all(),
+                lambda carry: (jnp.zeros((), bool), self._step(params, carry[1])),
+                (jnp.ones((), bool), state),
             )
-        )
-        record = jax.tree.map(
-            lambda new, blank: jnp.where(state.done.reshape(-1, *[1] * (new.ndim - 1)), blank, new),
-            proposal.record,
-            self._blank_record(state.done.shape[0]),
-        )
-        done = state.done | jnp.isin(record.tokens, jnp.asarray(self.eos_ids, jnp.int32))
-        return DecodeState(state.step + 1, record.tokens, done, state.keys, cache, guide_states), record
+            return state, None
 
-    def _propose(
-        self, params: tuple[Params, tuple[Any, ...]], state: DecodeState, weights: Array, rule: Rule
-    ) -> Proposal:
-        """Candidates, their fused scores, and the rule's choice."""
+        return jax.lax.scan(body, state, length=steps)[0]
+
+    def rewind(
+        self, state: DecodeState, answer_lengths: Int[Array, "B"], keys: PRNGKeyArray | None = None
+    ) -> DecodeState:
+        """Takes back the tokens of each answer beyond `answer_lengths[b]`; nothing is copied. A row goes on from there,
+        also one that was done, and draws the same tokens again unless it gets another key."""
+        text = state.text
+        dropped = jnp.maximum(text.answer_lengths - answer_lengths, 0)
+        left = text.answer_lengths - dropped
+        return state._replace(
+            text=text._replace(lengths=text.lengths - dropped),
+            done=state.done & (dropped == 0),
+            keys=state.keys if keys is None else keys,
+            lm=state.lm.forget(dropped),
+            guides=tuple(
+                guide.rewind(guide_state, left, dropped)
+                for guide, guide_state in zip(self.guides, state.guides, strict=True)
+            ),
+        )
+
+    def read(self, state: DecodeState) -> Decoded:
+        """The answers so far."""
+        lengths = state.text.answer_lengths
+        width = state.trace.log_probs.shape[1]
+        written = jnp.arange(width) < lengths[:, None]
+        at = jnp.minimum(state.text.prompt_lengths[:, None] + jnp.arange(width), state.text.tokens.shape[1] - 1)
+        tokens = jnp.where(written, jnp.take_along_axis(state.text.tokens, at, axis=1), self.pad_id)
+        finished = (lengths > 0) & self._is_end(state.last_tokens)
+
+        def blank(x: Array) -> Array:
+            return jnp.where(written.reshape(*written.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+        return Decoded(tokens, lengths, finished, jax.tree.map(blank, state.trace))
+
+    def _step(self, params: AllParams, state: DecodeState) -> DecodeState:
+        fused = self._fuse(params, state)
+        proposal, text, live = fused.proposal, state.text, ~state.done
+        log_q = self.rule(proposal, state.settings.temperature)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, text.answer_lengths)
+        index = jax.vmap(jax.random.categorical)(keys, log_q)
+        token = jnp.take_along_axis(proposal.tokens, index[:, None], axis=1)[:, 0]
+        chosen = Chosen(token, index, live)
+
+        rows = jnp.arange(len(live))
+        # A row that is done writes nowhere.
+        at = jnp.where(live, text.lengths, text.tokens.shape[1])
+        step = jnp.where(live, text.answer_lengths, state.trace.log_probs.shape[1])
+        new = self._note(fused, log_q, index)
+        trace = jax.tree.map(lambda noted, x: noted.at[rows, step].set(x, mode="drop"), state.trace, new)
+        lengths = text.lengths + live
+        is_over = self._is_end(token) | (lengths - text.prompt_lengths >= state.settings.max_new_tokens)
+        return state._replace(
+            text=text._replace(tokens=text.tokens.at[rows, at].set(token, mode="drop"), lengths=lengths),
+            done=state.done | is_over,
+            lm=self.lm.keep(state.lm, fused.lm_pending, live),
+            guides=tuple(
+                guide.commit(guide_params, guide_state, pending, chosen)
+                for guide, guide_params, guide_state, pending in zip(
+                    self.guides, params[1], state.guides, fused.guides_pending, strict=True
+                )
+            ),
+            trace=trace,
+        )
+
+    def _fuse(self, params: AllParams, state: DecodeState) -> _Fused:
+        """The candidates and their fused scores."""
         lm_params, guide_params = params
-        hidden, lm_pending = self.lm.siblings(lm_params, state.lm, state.last[:, None])
+        hidden, lm_pending = self.lm.siblings(lm_params, state.lm, state.last_tokens[:, None])
         logits = self.lm.logits(lm_params, hidden[:, 0])
-        top_logits, candidates = jax.lax.top_k(logits, self.k)
-        log_probs = top_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        entropies = normaliser[:, 0] - (jnp.exp(logits - normaliser) * logits).sum(axis=-1)
 
-        guided = [
-            guide.score(guide_param, guide_state, candidates)
-            for guide, guide_param, guide_state in zip(self.guides, guide_params, state.guides, strict=True)
-        ]
-        rewards = jnp.stack([r for r, _ in guided], -1) if guided else jnp.zeros((*candidates.shape, 0))
-        scores = (log_probs if self.base == "log_probs" else top_logits) + (rewards * weights).sum(-1)
-        choice = rule(scores, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step))
+        weights = state.settings.weights
+        rewards: list[Any] = [None] * len(self.guides)
+        pending: list[Any] = [None] * len(self.guides)
+        of_vocabulary = jnp.zeros_like(logits)
+        parts = list(zip(self.guides, guide_params, state.guides, strict=True))
+        for j, (guide, guide_param, guide_state) in enumerate(parts):
+            if guide.scores_vocabulary:
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text)
+                of_vocabulary = of_vocabulary + weights[:, j, None] * rewards[j]
+        tokens, is_candidate = self.proposer(logits, of_vocabulary, state.settings.candidates)
+        for j, (guide, guide_param, guide_state) in enumerate(parts):
+            if guide.scores_vocabulary:
+                rewards[j] = jnp.take_along_axis(rewards[j], tokens, axis=1)
+            else:
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text, tokens)
 
-        at = choice[:, None]
-        record = StepRecord(
-            jnp.take_along_axis(candidates, at, axis=1)[:, 0],
-            jnp.take_along_axis(log_probs, at, axis=1)[:, 0],
-            jnp.take_along_axis(rewards, at[..., None], axis=1)[:, 0],
-        )
-        return Proposal(choice, record, lm_pending, tuple(pending for _, pending in guided))
+        log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
+        stacked = jnp.stack(rewards, axis=-1) if rewards else jnp.zeros((*tokens.shape, 0))
+        scores = log_probs + (stacked * weights[:, None]).sum(axis=-1)
+        scores = jnp.where(is_candidate, scores, -jnp.inf)
+        proposal = Proposal(tokens, is_candidate, log_probs, stacked, scores, hidden[:, 0])
+        return _Fused(proposal, entropies, lm_pending, tuple(pending))
 
-    def _blank_record(self, batch: int) -> StepRecord:
-        tokens = jnp.full(batch, self.pad_id, jnp.int32)
-        return StepRecord(tokens, jnp.zeros(batch), jnp.zeros((batch, len(self.guides))))
+    def _note(self, fused: _Fused, log_q: Float[Array, "B K"], index: Int[Array, "B"]) -> Trace:
+        """What is noted of one step, `[B ...]`."""
+        proposal = fused.proposal
+
+        def of_chosen(x: Array) -> Array:
+            return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
+
+        # 0 log 0 = 0
+        kls = jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * (log_q - proposal.log_probs), 0.0).sum(axis=-1)
+        candidates = None
+        if self.keeps_candidates:
+            tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
+            candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
+        of_token = map(of_chosen, (proposal.log_probs, log_q))
+        return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
+
+    def _blank_trace(self, batch: int, steps: int) -> Trace:
+        count, guides = self.candidates, len(self.guides)
+        candidates = None
+        if self.keeps_candidates:
+            numbers = jnp.zeros((batch, steps, count))
+            tokens = jnp.zeros(numbers.shape, jnp.int32)
+            candidates = CandidateTrace(tokens, numbers, numbers, jnp.zeros((*numbers.shape, guides)))
+        numbers = jnp.zeros((batch, steps))
+        return Trace(numbers, numbers, numbers, numbers, jnp.zeros((batch, steps, guides)), candidates)
+
+    def _is_end(self, tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return jnp.isin(tokens, jnp.asarray(self.eos_ids, jnp.int32))
 
 
 def row_keys(seed: int, prompt_ids: Int[Array, "B"]) -> PRNGKeyArray:
@@ -198,36 +267,23 @@ def decode(
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     keys: PRNGKeyArray,
-    weights: Float[Array, "J"],
-    rule: Rule,
+    settings: RowSettings,
     max_new_tokens: int,
     guide_prompts: tuple[Prompts | None, ...] | None = None,
 ) -> Decoded:
-    """Answers a batch of prompts in one compiled call: prefill, then one scan of `max_new_tokens` steps.
+    """Answers a batch of prompts in one compiled call: prefill, then one scan of at most `max_new_tokens` steps.
 
     Args:
-        decoder: the static parts (models, k, end-of-sequence ids).
+        decoder: the static parts (models, proposer, rule, end-of-sequence ids).
         lm_params, guide_params: the arrays of the language model, and of each guide.
         prompts, lengths: left-padded token ids, and the number of real ones in each row. The longest prompt and
             `max_new_tokens` together must fit the `max_positions` of every model's config.
         keys: one PRNG key a row (`row_keys`).
-        weights: one reward weight a guide (`beta` in the paper's Eq. 6); empty without guides.
-        rule: `Greedy()` or `Sample(temperature)`.
-        max_new_tokens: the longest answer, its end-of-sequence token included.
+        settings: what each row asks for: reward weights, temperature, number of candidates, longest answer.
+        max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
         guide_prompts: for each guide the same prompts as its own model reads them, or None where it reads what the
             language model reads. Guides with a tokenizer of their own need them.
     """
     params = (lm_params, guide_params)
-    state = decoder.start(params, prompts, lengths, keys, max_new_tokens, guide_prompts)
-    state, record = decoder.advance(params, state, weights, rule, max_new_tokens)
-    return on_every_device(gather_records(record, decoder.eos_ids, lengths))
-
-
-def gather_records(record: StepRecord, eos_ids: tuple[int, ...], prompt_lengths: Int[Array, "B"]) -> Decoded:
-    """Records of N steps, `[N B ...]`, as answers, `[B N ...]`."""
-    tokens = record.tokens.T
-    count = tokens.shape[1]
-    is_eos = jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32))
-    finished = is_eos.any(axis=1)
-    lengths = jnp.where(finished, is_eos.argmax(axis=1) + 1, count) * (prompt_lengths > 0)
-    return Decoded(tokens, lengths, finished, record.log_probs.T, jnp.moveaxis(record.rewards, 0, 1))
+    state = decoder.start(params, prompts, lengths, keys, settings, max_new_tokens, guide_prompts)
+    return on_every_device(decoder.read(decoder.advance(params, state, max_new_tokens)))

@@ -1,33 +1,38 @@
-"""How a candidate is chosen from fused scores. A rule is a small pytree: temperatures are traced, not compiled in."""
+"""How a token is drawn from a proposal. A rule gives the distribution that it draws from, so that a step can report it
+exactly; one that always takes the best candidate gives it all the probability."""
 
 import dataclasses
 from typing import Protocol
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pargs_jax.decoding.proposals import Proposal
 
 
 class Rule(Protocol):
-    """Chooses one of K candidates in each row."""
+    """A distribution over the candidates of each row. Static and hashable."""
 
-    def __call__(self, scores: Float[Array, "B K"], keys: PRNGKeyArray) -> Int[Array, "B"]: ...
+    def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
+        """Log-probabilities in nats; minus infinity for what is never drawn."""
+        ...
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The candidate with the highest score; ties go to the likelier one (candidates come sorted)."""
+    """The candidate with the highest score; ties go to the likelier one."""
 
-    def __call__(self, scores: Float[Array, "B K"], keys: PRNGKeyArray) -> Int[Array, "B"]:
-        return scores.argmax(axis=-1)
+    def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
+        best = proposal.scores.argmax(axis=-1)
+        return jnp.where(jnp.arange(proposal.scores.shape[-1]) == best[:, None], 0.0, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A draw from softmax(scores / temperature) over the K candidates, with each row's own key."""
+    """softmax(scores / temperature) over the candidates; a temperature of 0 is greedy."""
 
-    temperature: float | Float[Array, ""] = 1.0
-
-    def __call__(self, scores: Float[Array, "B K"], keys: PRNGKeyArray) -> Int[Array, "B"]:
-        return jax.vmap(jax.random.categorical)(keys, scores / self.temperature)
+    def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
+        is_greedy = temperature[:, None] == 0
+        scaled = proposal.scores / jnp.where(is_greedy, 1.0, temperature[:, None])
+        return jnp.where(is_greedy, Greedy()(proposal, temperature), jax.nn.log_softmax(scaled, axis=-1))

@@ -21,7 +21,6 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import Params, unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.processes import largest
 from pargs_jax.sharding import on_every_device
 
 SMALLEST_WIDTH = 16
@@ -60,7 +59,7 @@ class RewardModel:
             raise InputError(
                 f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
             )
-        retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer, overflows=True)
+        retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
         return cls(source, model, params, tokenizer, retokeniser, has_own_template)
 
@@ -119,14 +118,9 @@ class RewardModel:
         shares = self.retokeniser is None and np.array_equal(prompts.tokens, lm_prompts.tokens)
         return None if shares else prompts
 
-    def room_needed(self, guide: Guide, prompts: Prompts, max_new_tokens: int) -> int | None:
-        """The room that texts needed in the last run of a guide which had less, so that the run is void; None if there
-        was enough. All processes have to call. Raises InputError if the model has no positions for so much."""
-        if self.retokeniser is None:
-            return None
-        needed = largest(self.retokeniser.take_longest())
-        if needed <= guide.answer_width:
-            return None
+    def larger_room(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
+        """Room for answers of which one needed so many of this model's tokens, and there were fewer. Raises InputError
+        if the model has no positions for them."""
         room = padded_width(needed)
         most = self.guide(prompts, max_new_tokens, room).answer_width
         if most < needed:

@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import Prompts
-from pargs_jax.decoding.loop import Decoded, Decoder, decode, row_keys
+from pargs_jax.decoding.loop import Decoded, Decoder, row_keys
 from pargs_jax.decoding.methods import Method
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_width
 from pargs_jax.models.hf import load_model, resolve
@@ -137,51 +139,49 @@ class Session:
         """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
         grow where a text needs more."""
         guiding = list(zip(self.reward_models, batch.own_prompts, strict=True)) if settings.method.guided else []
-        weights = self._weights(settings)
-        rule = settings.method.make_rule(settings.temperature)
+        rows = len(batch.lm_prompts.lengths)
         numbers = [prompt_number(prompt.id) for prompt in batch.prompts]
-        filler = [0] * (len(batch.lm_prompts.lengths) - len(numbers))
-        keys = _row_keys(settings.seed, np.array(numbers + filler, np.uint32))
+        keys = _row_keys(settings.seed, np.array(numbers + [0] * (rows - len(numbers)), np.uint32))
         params = tuple(model.params for model, _ in guiding)
         guide_prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in guiding)
-        arguments = self._lm_params, params, *batch.lm_prompts, keys, weights, rule
+        row_settings = self._row_settings(settings, rows)
+        arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
         while True:
-            guides = [
+            guides = tuple(
                 model.guide(own, settings.max_new_tokens, room)
                 for (model, own), room in zip(guiding, rooms[: len(guiding)], strict=True)
-            ]
+            )
             decoder = Decoder(
                 self._lm,
-                tuple(guides),
-                k=settings.k or settings.method.k,
+                guides,
+                settings.method.proposer(settings.k),
+                settings.method.rule,
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
-                base=settings.method.base,
             )
-            run = self._compile(decoder, arguments, settings.max_new_tokens, guide_prompts)
+            by_text = tuple(j for j, (model, _) in enumerate(guiding) if model.retokeniser is not None)
+            run = self._compile(decoder, by_text, arguments, settings.max_new_tokens)
             began = time.perf_counter()
             with input_errors_of_callbacks():
-                decoded = jax.block_until_ready(run(*arguments, guide_prompts))
+                decoded, needed = jax.block_until_ready(run(*arguments))
             seconds = time.perf_counter() - began
             # A text may take more of a reward model's tokens than was thought: then the batch is done again.
             is_void = False
-            for j, ((model, own), guide) in enumerate(zip(guiding, guides, strict=True)):
-                if (room := model.room_needed(guide, own, settings.max_new_tokens)) is not None:
-                    rooms[j], is_void = room, True
+            for j, most in zip(by_text, map(int, needed), strict=True):
+                model, own = guiding[j]
+                if most > guides[j].answer_width:
+                    rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
+                    is_void = True
             if not is_void:
                 return jax.device_get(decoded), seconds
 
     def _compile(
-        self,
-        decoder: Decoder,
-        arguments: tuple[Any, ...],
-        max_new_tokens: int,
-        guide_prompts: tuple[Prompts | None, ...],
-    ) -> Callable[..., Decoded]:
-        arrays, structure = jax.tree.flatten((*arguments[2:], guide_prompts))
+        self, decoder: Decoder, by_text: tuple[int, ...], arguments: tuple[Any, ...], max_new_tokens: int
+    ) -> Callable[..., tuple[Decoded, tuple[Any, ...]]]:
+        arrays, structure = jax.tree.flatten(arguments[1:])
         shape = (decoder, tuple(np.shape(x) for x in arrays), structure, max_new_tokens)
         if shape not in self._compiled:
-            self._compiled[shape] = decode.lower(decoder, *arguments, max_new_tokens, guide_prompts).compile()
+            self._compiled[shape] = _decode.lower(decoder, by_text, max_new_tokens, *arguments).compile()
         return self._compiled[shape]
 
     def _read(self, batch: "_Batch", decoded: Decoded, seconds: float, settings: Settings) -> list[Answer]:
@@ -196,7 +196,7 @@ class Session:
                 prompt.text,
                 texts[row],
                 "stop" if decoded.finished[row] else "length",
-                float(decoded.log_probs[row].sum()),
+                float(decoded.trace.log_probs[row].sum()),
                 tuple(map(float, rewards[row])),
                 int(decoded.lengths[row]),
                 seconds,
@@ -204,18 +204,25 @@ class Session:
             for row, prompt in enumerate(batch.prompts)
         ]
 
-    def _weights(self, settings: Settings) -> Float[np.ndarray, "J"]:
-        """One reward weight a guide."""
-        if not settings.method.guided:
-            return np.zeros(0, np.float32)
-        given = settings.weights or (settings.method.weight,)
-        if not self.reward_models:
-            raise InputError("a guided method needs a reward model; give --rm PATH")
-        if len(given) not in (1, len(self.reward_models)):
-            raise InputError(
-                f"{len(given)} weights for {len(self.reward_models)} reward models; give one, or one for each"
-            )
-        return np.broadcast_to(np.asarray(given, np.float32), len(self.reward_models))
+    def _row_settings(self, settings: Settings, rows: int) -> RowSettings:
+        method = settings.method
+        weights: Sequence[float] = ()
+        if method.guided:
+            weights = settings.weights or (method.weight,)
+            if not self.reward_models:
+                raise InputError("a guided method needs a reward model; give --rm PATH")
+            if len(weights) not in (1, len(self.reward_models)):
+                raise InputError(
+                    f"{len(weights)} weights for {len(self.reward_models)} reward models; give one, or one for each"
+                )
+            weights = np.broadcast_to(np.asarray(weights, np.float32), len(self.reward_models))
+        return RowSettings.alike(
+            rows,
+            weights=weights,
+            temperature=method.temperature if settings.temperature is None else settings.temperature,
+            candidates=settings.k or method.k,
+            max_new_tokens=settings.max_new_tokens,
+        )
 
     def _check_lengths(
         self,
@@ -243,7 +250,7 @@ class Session:
         """Every reward model's reward of the whole answers."""
         if guided:
             last = np.maximum(decoded.lengths - 1, 0)
-            return np.take_along_axis(decoded.rewards, last[:, None, None], axis=1)[:, 0]
+            return np.take_along_axis(decoded.trace.rewards, last[:, None, None], axis=1)[:, 0]
         finished = decoded.finished[: len(texts)]
         scored = [
             model.score(own, decoded.tokens, decoded.lengths, texts, finished)
@@ -254,9 +261,9 @@ class Session:
     def _check_finite(self, batch: "_Batch", decoded: Decoded, final_rewards: Float[np.ndarray, "B J"]) -> None:
         """Raises InputError for the first row with a number that no answer can have."""
         for row, prompt in enumerate(batch.prompts):
-            if not np.isfinite(decoded.log_probs[row]).all():
+            if not np.isfinite(decoded.trace.log_probs[row]).all():
                 raise InputError(f"prompt {prompt.id!r}: a log-probability of the language model is not finite")
-            guided = decoded.rewards[row] if decoded.rewards.shape[-1] else final_rewards[row][None]
+            guided = decoded.trace.rewards[row] if decoded.trace.rewards.shape[-1] else final_rewards[row][None]
             for j, reward_model in enumerate(self.reward_models):
                 if not np.isfinite(guided[:, j]).all():
                     raise InputError(
@@ -284,6 +291,24 @@ def input_errors_of_callbacks() -> Iterator[None]:
         if found is None:
             raise
         raise InputError(found[1]) from error
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(
+    decoder: Decoder,
+    by_text: tuple[int, ...],
+    max_new_tokens: int,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    keys: PRNGKeyArray,
+    settings: RowSettings,
+    guide_prompts: tuple[Prompts | None, ...],
+) -> tuple[Decoded, tuple[Int[Array, ""], ...]]:
+    """`decode`, and the room that the texts of each guide `by_text` needed."""
+    state = decoder.start(params, prompts, lengths, keys, settings, max_new_tokens, guide_prompts)
+    state = decoder.advance(params, state, max_new_tokens)
+    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in by_text)))
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""The cache of a shared prefix, and how it grows."""
+"""The cache of texts that grow: keys and values of B rows, each with a length of its own."""
 
 from typing import Any, NamedTuple
 
@@ -8,18 +8,19 @@ from jaxtyping import Array, Bool, Int
 
 from pargs_jax.sharding import ROWS, constrain
 
+SLOT_MULTIPLE = 64
+"""Caches have a multiple of so many slots: odd lengths keep GPUs and TPUs from their fast products."""
+
 
 class Cache(NamedTuple):
-    """Keys and values of a left-padded batch; slots `start[b] <= s < length` are real. `length` is one number, or one
-    for each row.
+    """Keys and values of B rows: slot s of a row holds its token at position s, and slots `s < lengths[b]` are real.
 
     `kv` is `KeyValues[L B H S D]` for stacked layers, a tuple of L `KeyValues[B H S D]` for unrolled ones. `tables` are
     what a model computed once from its weights, in the same form (see `PrefixCausalModel`).
     """
 
     kv: Any
-    start: Int[Array, "B"]
-    length: Int[Array, "*B"]
+    lengths: Int[Array, "B"]
     tables: Any = None
 
     @property
@@ -30,45 +31,85 @@ class Cache(NamedTuple):
     @property
     def valid(self) -> Bool[Array, "B S"]:
         """Which slots are real."""
-        slots = jnp.arange(self.slots)
-        return (slots >= self.start[:, None]) & (slots < self.length[..., None])
+        return jnp.arange(self.slots) < self.lengths[:, None]
 
-    @property
-    def next_position(self) -> Int[Array, "B"]:
-        """Where the next token of each row stands in its text."""
-        return self.length - self.start
+    def append(self, pending: Any, counts: Int[Array, "B"]) -> "Cache":
+        """Appends the first `counts[b]` of each row's T pending tokens, `[... B H T D]`.
+
+        Needs room for all T after a row's end: what is written past the count is overwritten by what comes next.
+        """
+        kv = jax.tree.map(lambda stored, new: write_rows(stored, new, self.lengths), self.kv, pending)
+        return self._replace(kv=kv, lengths=self.lengths + counts)
+
+    def append_one(self, pending: Any, counts: Int[Array, "B"], index: Int[Array, "B"] | None) -> "Cache":
+        """Appends one of each row's T pending tokens, `index[b]`, where `counts[b]` is 1 and not 0."""
+        if index is not None:
+            pending = jax.tree.map(lambda new: _pick(new, index), pending)
+        return self.append(pending, counts)
+
+    def keep_one(self, counts: Int[Array, "B"], index: Int[Array, "B"] | None) -> "Cache":
+        """Keeps one of the tokens that lie behind each row's end, `index[b]`, where `counts[b]` is 1 and not 0: it
+        moves to the end, and the others are overwritten by what comes next."""
+        kv = self.kv
+        if index is not None:
+            moved = jax.tree.map(lambda stored: _pick(stored, self.lengths + index), kv)
+            kv = jax.tree.map(lambda stored, new: write_rows(stored, new, self.lengths), kv, moved)
+        return self._replace(kv=kv, lengths=self.lengths + counts)
+
+    def forget(self, counts: Int[Array, "B"]) -> "Cache":
+        """Takes back the last `counts[b]` tokens of each row; nothing is copied."""
+        return self._replace(lengths=self.lengths - counts)
 
 
-def with_room(new: Any, width: int, capacity: int) -> Any:
-    """Keys and values of prompts, `[... B H P D]`, padded to `capacity` slots."""
-    room = [(0, 0), (0, 0), (0, capacity - width), (0, 0)]
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + room), new)
-    return jax.tree.map(lambda x: constrain(x, ROWS, "tensor", None, None), padded)
+def with_slots(new: Any, slots: int) -> Any:
+    """Keys and values of prompts, `[... B H P D]`, padded to at least so many slots."""
+    slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+    def pad(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)])
+        return constrain(padded, ROWS, "tensor", None, None)
+
+    return jax.tree.map(pad, new)
 
 
-def append_choice(cache: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
-    """Appends one of K pending tokens to every row, `choice[b]` in `0..K-1`. All rows have one length."""
-
-    def append(stored: Array, new: Array) -> Array:
-        if new.shape[-2] > 1:
-            index = choice.reshape((1,) * (new.ndim - 4) + (-1, 1, 1, 1))
-            new = jnp.take_along_axis(new, index, axis=-2)
-        position = [jnp.zeros((), jnp.int32)] * (stored.ndim - 2) + [cache.length, jnp.zeros((), jnp.int32)]
-        return jax.lax.dynamic_update_slice(stored, new, position)
-
-    return cache._replace(kv=jax.tree.map(append, cache.kv, pending), length=cache.length + 1)
+def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
+    """Writes `[... B H T D]` into `[... B H S D]`, each row from its own slot on."""
+    write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
+    return (jax.vmap(write, (0, 0, None)) if stored.ndim == 5 else write)(stored, new.astype(stored.dtype), places)
 
 
-def append_several(cache: Cache, pending: Any, counts: Int[Array, "B"]) -> Cache:
-    """Appends the first `counts[b]` of each row's T pending tokens; rows may grow by different numbers.
+def _pick(stored: Array, slots: Int[Array, "B"]) -> Array:
+    """One slot of each row, `[... B H 1 D]`."""
+    return jnp.take_along_axis(stored, slots.reshape((1,) * (stored.ndim - 4) + (-1, 1, 1, 1)), axis=-2)
 
-    Needs room for all T after a row's end: what is written past the count is overwritten by what comes next.
-    """
-    lengths = jnp.broadcast_to(cache.length, counts.shape)
-    write = jax.vmap(lambda stored, new, at: jax.lax.dynamic_update_slice(stored, new, (0, at, 0)))
-    write_stacked = jax.vmap(write, (0, 0, None))
 
-    def append(stored: Array, new: Array) -> Array:
-        return (write_stacked if stored.ndim == 5 else write)(stored, new, lengths)
+def take_rows(tree: Any, rows: Int[Array, "N"]) -> Any:
+    """Rows of all arrays of a tree, whose first dimension they are; in caches of stacked layers the second."""
+    return _map_rows(lambda x, axis: jnp.take(x, rows, axis=axis), tree)
 
-    return cache._replace(kv=jax.tree.map(append, cache.kv, pending), length=lengths + counts)
+
+def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:
+    """Replaces rows of all arrays of a tree by those of another, whose row n goes to `rows[n]`; nowhere if there is no
+    such row. The new arrays may be narrower: what they lack is zero."""
+
+    def put(x: Array, y: Array, axis: int) -> Array:
+        lacks = [(0, 0 if d == axis else x.shape[d] - y.shape[d]) for d in range(x.ndim)]
+        wide = jnp.pad(y, lacks) if any(sum(lacks, ())) else y
+        return x.at[(slice(None),) * axis + (rows,)].set(wide, mode="drop")
+
+    return _map_rows(put, tree, new)
+
+
+def _map_rows(function: Any, tree: Any, *others: Any) -> Any:
+    """Maps over arrays and the dimension of each that counts rows. What a cache's model computed has no rows."""
+
+    def is_cache(x: Any) -> bool:
+        return isinstance(x, Cache)
+
+    def of_node(node: Any, *more: Any) -> Any:
+        if not is_cache(node):
+            return function(node, *more, 0)
+        kv = jax.tree.map(lambda x, *ys: function(x, *ys, x.ndim - 4), node.kv, *(other.kv for other in more))
+        return node._replace(kv=kv, lengths=function(node.lengths, *(other.lengths for other in more), 0))
+
+    return jax.tree.map(of_node, tree, *others, is_leaf=is_cache)

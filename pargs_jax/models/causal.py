@@ -1,8 +1,8 @@
 """The one interface of the causal families.
 
-Beside full passes (`encode`) a `CausalModel` has the moves of decoding against a shared prefix: `prefill` the prompt,
-look at `siblings` (alternative next tokens, each seeing the prefix and itself), or, where what follows is more than one
-token, at what `extend`s the prefix; `pargs_jax.models.cache` appends what stays.
+Beside full passes (`encode`) a `CausalModel` has the moves of decoding: `prefill` reads prompts into a cache,
+`siblings` looks at alternative next tokens, each of which sees the cached text and itself, and `keep` appends one of
+them. Where what follows is more than one token, `extend` reads it and `Cache.append` keeps what stays.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from pargs_jax.models.cache import Cache, with_room
+from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import RewardHead, VocabularyHead
+from pargs_jax.models.layers import Beside, Within
 from pargs_jax.models.model import Model, Params
 
 
@@ -52,21 +53,38 @@ class CausalModel(Model):
         return self.network(params).head(hidden)
 
     def prefill(
-        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
-    ) -> tuple[Float[Array, "B P D"], Cache]:
-        """Reads left-padded prompts into a cache with room for `capacity` tokens; returns their hidden states too."""
-        width = prompts.shape[1]
-        start = width - lengths
-        hidden, new = self._encode(params, prompts, start, None)
-        return hidden, Cache(with_room(new, width, capacity), start, jnp.asarray(width, jnp.int32))
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
+        state too."""
+        hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        return last, Cache(with_slots(new, slots), lengths)
 
     def siblings(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
-        """Hidden states of K alternative next tokens, each seeing the cached prefix and itself, and their pending keys
-        and values. The prefix is held and read once for all K."""
-        itself = jnp.eye(candidates.shape[1], dtype=bool)
-        return self.extend(params, cache, candidates, jnp.zeros_like(candidates), itself)
+        """Hidden states of K alternative next tokens, each of which sees the cached text and itself, and what `keep`
+        needs of them. The text is held and read once for all K.
+
+        Unrolled layers write the candidates behind each row's end, for which the cache needs K slots of room, and
+        attend once. Stacked layers hold them apart, since a scan that returned its cache would copy it.
+        """
+        count = candidates.shape[1]
+        if not self.unrolled:
+            return self.extend(params, cache, candidates, jnp.zeros_like(candidates), jnp.eye(count, dtype=bool))
+        slots = jnp.arange(cache.slots)
+        own_slots = cache.lengths[:, None] + jnp.arange(count)
+        mask = cache.valid[:, None] | (slots == own_slots[..., None])
+        positions = jnp.broadcast_to(cache.lengths[:, None], candidates.shape)
+        return self.network(params).backbone(candidates, positions, Within(cache.lengths, mask), cache.kv)
+
+    def keep(self, cache: Cache, pending: Any, live: Bool[Array, "B"], index: Int[Array, "B"] | None = None) -> Cache:
+        """The cache with one of the siblings appended to every live row, `index[b]`; None if there was but one."""
+        counts = live.astype(jnp.int32)
+        if self.unrolled:
+            return cache._replace(kv=pending).keep_one(counts, index)
+        return cache.append_one(pending, counts, index)
 
     def extend(
         self,
@@ -76,10 +94,10 @@ class CausalModel(Model):
         offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states of T new tokens that stand `offsets` tokens after the cached prefix, which all of them see;
-        `mask[..., t, s]` says whether token t sees token s. Also their pending keys and values."""
-        positions = cache.next_position[:, None] + offsets
-        return self.network(params).backbone(tokens, positions, mask, cache.kv, cache.valid)
+        """Hidden states of T new tokens that stand `offsets` tokens after the cached text, which all of them see;
+        `mask[..., t, s]` says whether token t sees token s. Also their keys and values, for `Cache.append`."""
+        positions = cache.lengths[:, None] + offsets
+        return self.network(params).backbone(tokens, positions, Beside(cache.valid, mask), cache.kv)
 
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
@@ -91,3 +109,9 @@ class CausalModel(Model):
         causal = slots[:, None] >= slots
         mask: Bool[Array, "B T T"] = causal & (slots >= start[:, None])[:, None, :]
         return self.network(params).backbone(tokens, positions, mask, key=key)
+
+
+def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """Left-padded prompts with their padding on the right."""
+    width = prompts.shape[1]
+    return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)

@@ -343,18 +343,17 @@ class Deberta(nnx.Module):
         offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
         cache: Any,
-        start: Int[Array, "B"],
         end: Int[Array, "B"],
         segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states of new tokens that see a cache and, by `mask`, each other; and their keys and values.
 
-        `cache` holds `CachedLayer`s in the form of `run_layers`; its slots `start[b] <= s < end[b]` are real. A new
-        token stands `offsets[b, t]`, less than T, slots after the end.
+        `cache` holds `CachedLayer`s in the form of `run_layers`; its slots `s < end[b]` are real. A new token
+        stands `offsets[b, t]`, less than T, slots after the end.
         """
         count = tokens.shape[1]
         slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-2])
-        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        valid = slots < end[:, None]
         reach = len(slots) + count
         rows_of = jnp.asarray(position_rows(self.config, np.arange(-reach, reach + 1)))
 
@@ -377,7 +376,7 @@ class Deberta(nnx.Module):
             mixed = mixed + jnp.einsum("bhqk,bhkd->bhqd", weights[..., split:], kv.values)
             return block.finish(x, mixed, key), kv
 
-        embedded = self._embed(tokens, (end - start)[:, None] + offsets, segments)
+        embedded = self._embed(tokens, end[:, None] + offsets, segments)
         return run_layers(self.layers, step, embedded, self.config.layers, cache)
 
     def _embed(self, tokens: Array, positions: Array, segments: Array | None) -> Float[Array, "B T D"]:

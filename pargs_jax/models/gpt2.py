@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, a fused query-key-value projection."""
+"""GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks."""
 
 import dataclasses
 import math
@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.layers import (
     ACTIVATIONS,
-    CachedPrefix,
     Embedding,
     KeyValues,
     Linear,
     Remat,
-    attention,
+    Sight,
+    attend,
     dropout,
     make_layers,
     run_layers,
@@ -120,8 +120,8 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         index: int | Int[Array, ""],
-        mask: Bool[Array, "*B T T"],
-        prefix: CachedPrefix | None,
+        sight: Sight,
+        cached: KeyValues | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         config = self.config
@@ -131,10 +131,10 @@ class Block(nnx.Module):
         scale: float | Array = config.head_dim**-0.5 if config.scale_attention else 1.0
         if config.scale_by_layer:
             scale = scale / (index + 1)
-        mixed = attention(q, KeyValues(k, v), mask, prefix, scale)
+        mixed, kept = attend(q, KeyValues(k, v), sight, cached, scale)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         hidden = ACTIVATIONS[config.activation](self.up(self.norm2(x)))
-        return x + dropout(self.down(hidden), config.dropout, mlp_key), KeyValues(k, v)
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), kept
 
 
 class GPT2(nnx.Module):
@@ -151,17 +151,16 @@ class GPT2(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "*B T T"],
+        sight: Sight,
         cache: Any = None,
-        cache_valid: Bool[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens) + self.positions(positions), self.config.dropout, embed_key)
 
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
-            return block(x, index, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+            return block(x, index, sight, kv, key)
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.cache import write_rows
 from pargs_jax.sharding import ROWS, constrain
 
 Remat = Literal["none", "products", "layers"]
@@ -36,6 +37,39 @@ class CachedPrefix(NamedTuple):
 
     kv: KeyValues
     valid: Bool[Array, "B S"]
+
+
+class Beside(NamedTuple):
+    """How new tokens see a cache: they attend to its real slots and, by `mask`, to each other. Their keys and values
+    stay apart from it."""
+
+    valid: Bool[Array, "B S"]
+    mask: Bool[Array, "*B T T"]
+
+
+class Within(NamedTuple):
+    """How new tokens see a cache: they are written into it first, each row's from its slot `places[b]` on, and attend
+    to its slots by `mask`. One product for all keys, and none of them is copied."""
+
+    places: Int[Array, "B"]
+    mask: Bool[Array, "B T S"]
+
+
+Sight = Bool[Array, "*B T T"] | Beside | Within
+"""What new tokens see: without a cache only each other, by a mask whose entry (t, s) says whether token t sees s."""
+
+
+def attend(
+    queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
+) -> tuple[Float[Array, "B T HqD"], KeyValues]:
+    """Attention of new tokens as `sight` says. Also what the layer keeps: the new keys and values, or the cache with
+    them in it."""
+    if isinstance(sight, Within):
+        kv = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
+        return attention(queries, kv, sight.mask, None, scale), kv
+    if isinstance(sight, Beside):
+        return attention(queries, new, sight.mask, CachedPrefix(cached, sight.valid), scale), new
+    return attention(queries, new, sight, None, scale), new
 
 
 def attention(

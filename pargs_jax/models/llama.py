@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.layers import (
     ACTIVATIONS,
-    CachedPrefix,
     Embedding,
     KeyValues,
     Linear,
     Remat,
-    attention,
+    Sight,
+    attend,
     dropout,
     make_layers,
     run_layers,
@@ -140,8 +140,8 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cos_sin: tuple[Array, Array],
-        mask: Bool[Array, "*B T T"],
-        prefix: CachedPrefix | None,
+        sight: Sight,
+        cached: KeyValues | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         config = self.config
@@ -150,11 +150,11 @@ class Block(nnx.Module):
         q = rotate(split_heads(self.query(normed), config.heads), cos_sin)
         k = rotate(split_heads(self.key(normed), config.kv_heads), cos_sin)
         v = split_heads(self.value(normed), config.kv_heads)
-        mixed = attention(q, KeyValues(k, v), mask, prefix, config.head_dim**-0.5)
+        mixed, kept = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         normed = self.norm2(x)
         hidden = ACTIVATIONS[config.activation](self.gate(normed)) * self.up(normed)
-        return x + dropout(self.down(hidden), config.dropout, mlp_key), KeyValues(k, v)
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), kept
 
 
 class Llama(nnx.Module):
@@ -170,18 +170,17 @@ class Llama(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "*B T T"],
+        sight: Sight,
         cache: Any = None,
-        cache_valid: Bool[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens), self.config.dropout, embed_key)
         cos_sin = self.config.rotary.cos_sin(positions, self.config.head_dim, self.config.context_length)
 
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
-            return block(x, cos_sin, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+            return block(x, cos_sin, sight, kv, key)
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new

@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.layers import (
     ACTIVATIONS,
-    CachedPrefix,
     Embedding,
     KeyValues,
     Linear,
     Remat,
-    attention,
+    Sight,
+    attend,
     dropout,
     make_layers,
     run_layers,
@@ -143,22 +143,22 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "*B T T"],
-        prefix: CachedPrefix | None,
+        sight: Sight,
+        cached: KeyValues | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         config = self.config
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         seen = self.norm1(x) if config.norm_first else x
         q, k, v = (split_heads(project(seen), config.heads) for project in (self.query, self.key, self.value))
-        mixed = attention(q, KeyValues(k, v), mask, prefix, config.head_dim**-0.5)
+        mixed, kept = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         if not config.norm_first:
             x = self.norm1(x)
         seen = self.norm2(x) if config.norm_first else x
         hidden = ACTIVATIONS[config.activation](self.up(seen))
         x = x + dropout(self.down(hidden), config.dropout, mlp_key)
-        return x if config.norm_first else self.norm2(x), KeyValues(k, v)
+        return x if config.norm_first else self.norm2(x), kept
 
 
 class OPT(nnx.Module):
@@ -183,19 +183,18 @@ class OPT(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "*B T T"],
+        sight: Sight,
         cache: Any = None,
-        cache_valid: Bool[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """Final hidden states, and the tokens' keys and values in every layer (see `run_layers` for their form)."""
+        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
         x = self.embed(tokens)
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + self.positions(POSITION_OFFSET + positions)
 
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
-            return block(x, mask, None if kv is None else CachedPrefix(kv, cache_valid), key)
+            return block(x, sight, kv, key)
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, key, remat=self.config.remat)
         if self.norm is not None:

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
-from pargs_jax.models.cache import Cache, with_room
+from pargs_jax.models.cache import Cache, with_slots
+from pargs_jax.models.causal import shift_left
 from pargs_jax.models.deberta import CachedLayer
-from pargs_jax.models.disentangled import BLOCK
 from pargs_jax.models.heads import PooledRewardHead
 from pargs_jax.models.model import HeadName, Model, Params
 
@@ -47,28 +47,31 @@ class PrefixCausalModel(Model):
     ) -> Float[Array, "B T D"]:
         """Final hidden states of texts whose first `prompt_width` slots are the prompt's, `start[b]` of them padding.
         Right padding needs no mask. A key turns dropout on."""
-        return self._encode(params, tokens, start, key, prompt_width, keep=False)[0]
+        start = jnp.zeros(len(tokens), jnp.int32) if start is None else start
+        valid = jnp.arange(tokens.shape[1]) >= start[:, None]
+        return self._encode(params, tokens, valid, key, prompt_width, keep=False)[0]
 
     def rewards(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """Rewards (fp32) of the texts that end at each hidden state."""
         return self.network(params).head(hidden)
 
     def prefill(
-        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], capacity: int
-    ) -> tuple[Float[Array, "B P D"], Cache]:
-        """Reads left-padded prompts into a cache with room for `capacity` tokens; returns their hidden states too.
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
+        state too.
 
         The cache holds the layers' projections of relative positions as well, which depend on weights alone.
         """
         width = prompts.shape[1]
-        start = width - lengths
-        hidden, kept = self._encode(params, prompts, start, None, width, keep=True)
+        valid = jnp.arange(width) < lengths[:, None]
+        hidden, kept = self._encode(params, shift_left(prompts, lengths), valid, None, width, keep=True)
         if self.unrolled:
             kv, tables = tuple(layer.kv for layer in kept), tuple(layer.table for layer in kept)
         else:
             kv, tables = kept
-        slots = -(-capacity // BLOCK) * BLOCK
-        return hidden, Cache(with_room(kv, width, slots), start, jnp.asarray(width, jnp.int32), tables)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        return last, Cache(with_slots(kv, slots), lengths, tables)
 
     def extend(
         self,
@@ -78,25 +81,22 @@ class PrefixCausalModel(Model):
         offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states of T new tokens that stand `offsets` tokens after the cached prefix, which all of them see;
-        `mask[..., t, s]` says whether token t sees token s. Also their pending keys and values."""
+        """Hidden states of T new tokens that stand `offsets` tokens after the cached text, which all of them see;
+        `mask[..., t, s]` says whether token t sees token s. Also their keys and values, for `Cache.append`."""
         layers: Any = CachedLayer(cache.kv, cache.tables)
         if self.unrolled:
             layers = tuple(map(CachedLayer, cache.kv, cache.tables))
-        end = jnp.broadcast_to(cache.length, cache.start.shape)
         segments = jnp.ones_like(tokens)
-        return self.network(params).backbone.extend(tokens, offsets, mask, layers, cache.start, end, segments)
+        return self.network(params).backbone.extend(tokens, offsets, mask, layers, cache.lengths, segments)
 
     def _encode(
-        self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None, width: int, *, keep: bool
+        self, params: Params, tokens: Array, valid: Array, key: PRNGKeyArray | None, width: int, *, keep: bool
     ) -> tuple[Array, Any]:
-        batch, length = tokens.shape
-        start = jnp.zeros(batch, jnp.int32) if start is None else start
-        slots = jnp.arange(length)
-        valid = slots >= start[:, None]
+        slots = jnp.arange(tokens.shape[1])
         sees = (slots[:, None] >= slots) | (slots < width)
         segments = jnp.broadcast_to(slots >= width, tokens.shape).astype(jnp.int32)
-        positions = jnp.maximum(slots - start[:, None], 0)
+        first = jnp.argmax(valid, axis=1)
+        positions = jnp.maximum(slots - first[:, None], 0)
         return self.network(params).backbone(
             tokens, positions, sees & valid[:, None, :], valid, segments, key, keep=keep
         )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from pargs_jax.decoding.guides import CausalGuide
-from pargs_jax.decoding.loop import Decoded, Decoder, advance, decode, gather_records, row_keys, start
+from pargs_jax.decoding.loop import Decoded, Decoder, advance, decode, row_keys, start
+from pargs_jax.decoding.proposals import AllTokens, TopK
 from pargs_jax.decoding.rules import Greedy, Sample
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import unstack_layers
@@ -38,33 +40,29 @@ class OffsetGuide:
     """A causal guide with a constant added to its rewards."""
 
     inner: CausalGuide
+    scores_vocabulary: ClassVar[bool] = False
 
-    @property
-    def max_positions(self):
-        return self.inner.max_positions
+    def prefill(self, params, prompts, capacity, own_prompts):
+        return self.inner.prefill(params["inner"], prompts, capacity, own_prompts)
 
-    def prefill(self, params, prompts, max_new_tokens, own_prompts):
-        return self.inner.prefill(params["inner"], prompts, max_new_tokens, own_prompts)
-
-    def score(self, params, state, candidates):
-        rewards, pending = self.inner.score(params["inner"], state, candidates)
+    def score(self, params, state, text, candidates):
+        rewards, pending = self.inner.score(params["inner"], state, text, candidates)
         return rewards + params["offset"], pending
 
-    def commit(self, params, state, pending, choice):
-        return self.inner.commit(params["inner"], state, pending, choice)
+    def commit(self, params, state, pending, chosen):
+        return self.inner.commit(params["inner"], state, pending, chosen)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counted:
     """A rule that reports its calls, so that a step that was not computed shows."""
 
     rule: Sample
-    called: Callable[[Any], None] = dataclasses.field(metadata={"static": True})
+    called: Callable[[Any], None]
 
-    def __call__(self, scores, keys):
-        jax.debug.callback(self.called, scores)
-        return self.rule(scores, keys)
+    def __call__(self, proposal, temperature):
+        jax.debug.callback(self.called, proposal.scores)
+        return self.rule(proposal, temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Pair:
     def decoder(self):
         guide = CausalGuide(loaded(self.rm[0], "reward", self.rm[1])[0])
         lm = loaded(self.lm[0], "vocabulary", self.lm[1])[0]
-        return Decoder(lm, (guide,), k=5, eos_ids=EOS_IDS, pad_id=PAD)
+        return Decoder(lm, (guide,), TopK(5), eos_ids=EOS_IDS, pad_id=PAD)
 
     @property
     def lm_params(self):
@@ -103,9 +101,14 @@ def padded(prompts, width=None):
     return ids, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
+def alike(rows, *, weights=(WEIGHT,), temperature=1.0, k=VOCABULARY):
+    return RowSettings.alike(rows, weights=weights, temperature=temperature, candidates=k, max_new_tokens=STEPS)
+
+
 def run(
-    pair, prompts, *, decoder=None, guide_params=None, weights=(WEIGHT,), rule=None, numbers=KEY_NUMBERS, width=None
-):
+    pair, prompts, *, decoder=None, guide_params=None, weights=(WEIGHT,), temperature=1.0, numbers=KEY_NUMBERS,
+    width=None, settings=None,
+):  # fmt: skip
     """A decode on the pair's models, by default guided by its reward model and sampling at temperature 1."""
     guide_params = (pair.rm_params,) if guide_params is None else guide_params
     decoded = decode(
@@ -114,8 +117,7 @@ def run(
         guide_params,
         *padded(prompts, width),
         row_keys(0, jnp.array(numbers, jnp.uint32)),
-        jnp.array(weights, jnp.float32),
-        rule or Sample(1.0),
+        settings or alike(len(prompts), weights=weights, temperature=temperature),
         STEPS,
     )
     return jax.device_get(decoded)
@@ -142,23 +144,29 @@ def whole_pass(family, head, texts):
 def naive(pair, prompts, *, k, temperature, weight=WEIGHT, numbers=KEY_NUMBERS):
     """PARGS, Algorithm 1, one row and one token at a time; temperature None takes the best candidate.
 
-    Returns each row's tokens, log-probabilities and rewards.
+    Returns each row's tokens with what the trace has of them.
     """
     rows = []
     for prompt, number in zip(prompts, numbers, strict=True):
         row = []
         key = jax.random.fold_in(jax.random.key(0), number)
         while prompt and len(row) < STEPS and not (row and row[-1][0] in EOS_IDS):
-            text = prompt + [token for token, _, _ in row]
+            text = prompt + [step[0] for step in row]
             log_probs = whole_pass(pair.lm[0], "vocabulary", [text])[0]
             candidates = np.argsort(-log_probs)[:k].tolist()
             rewards = whole_pass(pair.rm[0], "reward", [[*text, candidate] for candidate in candidates])
             scores = log_probs[candidates] + weight * rewards
             if temperature is None:
                 choice = int(scores.argmax())
+                q = np.eye(k)[choice]
             else:
                 choice = int(jax.random.categorical(jax.random.fold_in(key, len(row)), scores / temperature))
-            row.append((candidates[choice], log_probs[candidates[choice]], rewards[choice]))
+                q = np.exp(scores / temperature)
+                q = q / q.sum()
+            kl = sum(q[i] * (np.log(q[i]) - log_probs[candidates[i]]) for i in range(k) if q[i] > 0)
+            entropy = -(np.exp(log_probs) * log_probs).sum()
+            token = candidates[choice]
+            row.append((token, log_probs[token], np.log(q[choice]), entropy, kl, rewards[choice]))
         rows.append(row)
     return rows
 
@@ -166,14 +174,17 @@ def naive(pair, prompts, *, k, temperature, weight=WEIGHT, numbers=KEY_NUMBERS):
 def assert_equal_to_naive(decoded: Decoded, rows):
     assert decoded.lengths.tolist() == [len(row) for row in rows]
     assert decoded.finished.tolist() == [bool(row) and row[-1][0] in EOS_IDS for row in rows]
-    blank = (PAD, 0.0, 0.0)  # beyond a row's end, and all of a filler row
+    blank = (PAD, 0.0, 0.0, 0.0, 0.0, 0.0)  # beyond a row's end, and all of a filler row
     full = [row + [blank] * (STEPS - len(row)) for row in rows]
-    tokens, log_probs, rewards = (np.array([[step[part] for step in row] for row in full]) for part in range(3))
+    tokens, *numbers = (np.array([[step[part] for step in row] for row in full]) for part in range(6))
     np.testing.assert_array_equal(decoded.tokens, tokens)
-    np.testing.assert_allclose(decoded.log_probs, log_probs, atol=1e-4)
-    np.testing.assert_allclose(decoded.rewards[..., 0], rewards, atol=1e-4)
+    trace = decoded.trace
+    found = (trace.log_probs, trace.guided_log_probs, trace.entropies, trace.kls, trace.rewards[..., 0])
+    for ours, expected in zip(found, numbers, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert (trace.kls >= -1e-6).all()
     beyond = np.arange(STEPS) >= decoded.lengths[:, None]
-    assert not decoded.log_probs[beyond].any() and not decoded.rewards[beyond].any()
+    assert not any(x[beyond].any() for x in found)
 
 
 MAIN = Pair()
@@ -186,30 +197,78 @@ def main():
 
 
 @pytest.mark.parametrize(
-    ("pair", "changes", "temperature", "lengths"),
+    ("pair", "k", "temperature", "lengths"),
     [
-        pytest.param(MAIN, {}, 1.0, LENGTHS, id="gpt2-guided-by-unrolled-llama"),
-        # Rewards added to logits, as in ARGS, choose as rewards added to log-probabilities do.
-        pytest.param(
-            Pair(("llama", True), ("gpt2", False)), {"base": "logits"}, 0.7, LENGTHS, id="unrolled-llama-logits"
-        ),
-        pytest.param(Pair(("gpt2", True), ("llama", False)), {"k": VOCABULARY}, None, LENGTHS, id="unrolled-gpt2-k=V"),
-        pytest.param(Pair(("llama", False), ("gpt2", True)), {}, 1.0, (1,) * 8, id="llama-prompts-of-one-token"),
+        pytest.param(MAIN, 5, 1.0, LENGTHS, id="gpt2-guided-by-unrolled-llama"),
+        pytest.param(Pair(("llama", True), ("gpt2", False)), 5, 0.7, LENGTHS, id="unrolled-llama"),
+        pytest.param(Pair(("gpt2", True), ("llama", False)), VOCABULARY, None, LENGTHS, id="unrolled-gpt2-k=V"),
+        pytest.param(Pair(("llama", False), ("gpt2", True)), 5, 1.0, (1,) * 8, id="llama-prompts-of-one-token"),
     ],
 )
-def test_scan_equals_a_loop_that_reruns_everything(pair, changes, temperature, lengths):
-    decoder = dataclasses.replace(pair.decoder, **changes)
+def test_scan_equals_a_loop_that_reruns_everything(pair, k, temperature, lengths):
+    rule = Greedy() if temperature is None else Sample()
+    decoder = dataclasses.replace(pair.decoder, proposer=TopK(k), rule=rule)
     prompts = make_prompts(lengths)
-    rule = Greedy() if temperature is None else Sample(temperature)
-    decoded = run(pair, prompts, decoder=decoder, rule=rule)
-    assert_equal_to_naive(decoded, naive(pair, prompts, k=decoder.k, temperature=temperature))
+    decoded = run(pair, prompts, decoder=decoder, temperature=temperature or 1.0)
+    assert_equal_to_naive(decoded, naive(pair, prompts, k=k, temperature=temperature))
     assert decoded.finished.any() and (decoded.lengths == STEPS).any()  # both kinds of rows are in the test
 
 
-def test_sampling_at_temperature_zero_is_greedy():
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_sampling_at_temperature_zero_is_greedy(temperature):
     prompts = make_prompts()
-    decoded = run(MAIN, prompts, rule=Sample(1e-6))
-    assert_equal_to_naive(decoded, naive(MAIN, prompts, k=5, temperature=None))
+    decoded = run(MAIN, prompts, temperature=temperature)
+    greedy = run(MAIN, prompts, decoder=dataclasses.replace(MAIN.decoder, rule=Greedy()))
+    np.testing.assert_array_equal(decoded.tokens, greedy.tokens)
+
+
+def test_rows_with_settings_of_their_own_equal_runs_with_these_settings():
+    """In one compiled program: weights, temperatures, fewer candidates than places, shorter answers."""
+    prompts = make_prompts()
+    weights, temperatures = np.linspace(0.0, 4.0, 8), [1.0, 0.0, 0.5, 2.0, 1.0, 0.7, 0.0, 1.0]
+    counts, limits = [5, 3, 1, 2, 4, 5, 5, 5], [10, 4, 10, 1, 7, 10, 10, 10]
+    settings = RowSettings(
+        jnp.asarray(weights[:, None], jnp.float32), jnp.asarray(temperatures, jnp.float32),
+        jnp.asarray(counts, jnp.int32), jnp.asarray(limits, jnp.int32),
+    )  # fmt: skip
+    mixed = run(MAIN, prompts, settings=settings)
+    for row in range(8):
+        decoder = dataclasses.replace(MAIN.decoder, proposer=TopK(counts[row]))
+        same = alike(1, weights=[weights[row]], temperature=temperatures[row])._replace(
+            max_new_tokens=jnp.asarray(limits[row : row + 1])
+        )
+        numbers = KEY_NUMBERS[row : row + 1]
+        alone = run(MAIN, prompts[row : row + 1], decoder=decoder, settings=same, numbers=numbers, width=9)
+        assert alone.lengths[0] == mixed.lengths[row] <= limits[row]
+        np.testing.assert_array_equal(alone.tokens[0], mixed.tokens[row])
+        np.testing.assert_allclose(alone.trace.rewards[0], mixed.trace.rewards[row], atol=1e-5)
+
+
+def test_all_tokens_as_candidates_give_what_top_k_of_the_whole_vocabulary_gives():
+    prompts = make_prompts()
+    decoders = [
+        dataclasses.replace(MAIN.decoder, proposer=proposer, rule=Greedy())
+        for proposer in (AllTokens(), TopK(VOCABULARY))
+    ]
+    every, top = (run(MAIN, prompts, decoder=decoder) for decoder in decoders)
+    np.testing.assert_array_equal(every.tokens, top.tokens)
+    np.testing.assert_allclose(every.trace.kls, top.trace.kls, atol=1e-5)
+
+
+def test_the_trace_of_candidates_has_all_of_them():
+    decoder = dataclasses.replace(MAIN.decoder, keeps_candidates=True)
+    settings = alike(8)._replace(candidates=jnp.asarray([5, 3, 5, 5, 5, 5, 5, 5]))
+    decoded = run(MAIN, make_prompts(), decoder=decoder, settings=settings)
+    trace, candidates = decoded.trace, decoded.trace.candidates
+    assert candidates.tokens.shape == (8, STEPS, 5) and candidates.rewards.shape == (8, STEPS, 5, 1)
+    for row, length in enumerate(decoded.lengths):
+        for step in range(length):
+            k = int(np.flatnonzero(candidates.tokens[row, step] == decoded.tokens[row, step])[0])
+            assert candidates.log_probs[row, step, k] == trace.log_probs[row, step]
+            assert candidates.guided_log_probs[row, step, k] == trace.guided_log_probs[row, step]
+            assert candidates.rewards[row, step, k] == trace.rewards[row, step]
+    assert (candidates.tokens[1, : decoded.lengths[1], 3:] == -1).all()
+    assert np.exp(candidates.guided_log_probs[0, 0]).sum() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_weight_zero_is_the_unguided_sampler(main):
@@ -217,8 +276,8 @@ def test_weight_zero_is_the_unguided_sampler(main):
     expected = run(MAIN, make_prompts(), decoder=unguided, guide_params=(), weights=())
     found = run(MAIN, make_prompts(), weights=(0.0,))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
-    assert expected.rewards.shape == (len(LENGTHS), STEPS, 0)
+    np.testing.assert_allclose(found.trace.log_probs, expected.trace.log_probs, atol=1e-5)
+    assert expected.trace.rewards.shape == (len(LENGTHS), STEPS, 0)
     assert (found.tokens != main.tokens).any()  # else the weight does nothing at all
 
 
@@ -230,8 +289,8 @@ def test_weights_of_two_guides_add_up_and_a_constant_reward_changes_nothing(main
     both = run(MAIN, make_prompts(), decoder=decoder, guide_params=guide_params, weights=(0.25 * WEIGHT, 0.75 * WEIGHT))
     np.testing.assert_array_equal(both.tokens, main.tokens)
     real = np.arange(STEPS) < main.lengths[:, None]
-    np.testing.assert_allclose(both.rewards[..., 0], main.rewards[..., 0], atol=1e-5)
-    np.testing.assert_allclose(both.rewards[..., 1], main.rewards[..., 0] + offset * real, atol=1e-5)
+    np.testing.assert_allclose(both.trace.rewards[..., 0], main.trace.rewards[..., 0], atol=1e-5)
+    np.testing.assert_allclose(both.trace.rewards[..., 1], main.trace.rewards[..., 0] + offset * real, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_batch(main):
@@ -248,8 +307,8 @@ def test_a_row_does_not_depend_on_its_batch(main):
     for row, prompt in enumerate(prompts):
         alone = run(MAIN, [prompt], numbers=KEY_NUMBERS[row : row + 1], width=12)  # and with other padding
         np.testing.assert_array_equal(alone.tokens[0], main.tokens[row])
-        np.testing.assert_allclose(alone.log_probs[0], main.log_probs[row], atol=1e-5)
-        np.testing.assert_allclose(alone.rewards[0], main.rewards[row], atol=1e-5)
+        np.testing.assert_allclose(alone.trace.log_probs[0], main.trace.log_probs[row], atol=1e-5)
+        np.testing.assert_allclose(alone.trace.rewards[0], main.trace.rewards[row], atol=1e-5)
 
 
 def test_equal_rows_differ_by_their_key_alone():
@@ -260,31 +319,25 @@ def test_equal_rows_differ_by_their_key_alone():
 
 def test_chunks_equal_one_call_and_steps_after_the_last_row_finished_are_skipped(main):
     params = (MAIN.lm_params, (MAIN.rm_params,))
-    weights = jnp.array([WEIGHT])
     calls = []
-    rule = Counted(Sample(1.0), calls.append)
-    prompts, lengths = padded(make_prompts())
+    decoder = dataclasses.replace(MAIN.decoder, rule=Counted(Sample(), calls.append))
     keys = row_keys(0, jnp.array(KEY_NUMBERS, jnp.uint32))
-    state = start(MAIN.decoder, params, prompts, lengths, keys, STEPS)
-    records = []
+    state = start(decoder, params, *padded(make_prompts()), keys, alike(8), STEPS)
     for _ in range(2):
-        state, record = advance(MAIN.decoder, params, state, weights, rule, STEPS // 2)
-        records.append(record)
-    joined = jax.tree.map(lambda *chunks: jnp.concatenate(chunks), *records)
-    chunked = jax.device_get(gather_records(joined, EOS_IDS, lengths))
-    for found, expected in zip(chunked, main, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        state = advance(decoder, params, state, STEPS // 2)
+    chunked = jax.device_get(decoder.read(state))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), chunked, main)
     jax.effects_barrier()
     assert len(calls) == STEPS
 
     finished = state._replace(done=jnp.ones_like(state.done))
-    _, record = advance(MAIN.decoder, params, finished, weights, rule, STEPS // 2)
+    after = advance(decoder, params, finished, STEPS // 2)
     jax.effects_barrier()
     assert len(calls) == STEPS
-    assert (record.tokens == PAD).all() and not record.log_probs.any() and not record.rewards.any()
+    np.testing.assert_array_equal(decoder.read(after).tokens, main.tokens)
 
 
 @pytest.mark.parametrize("k", [0, VOCABULARY + 1])
 def test_k_outside_the_vocabulary_is_refused(k):
     with pytest.raises(InputError, match=f"k is {k}; it must be from 1 to the vocabulary's {VOCABULARY} tokens"):
-        dataclasses.replace(MAIN.decoder, k=k)
+        dataclasses.replace(MAIN.decoder, proposer=TopK(k))

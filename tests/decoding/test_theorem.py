@@ -16,7 +16,8 @@ import pytest
 
 from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoder, advance, decode, row_keys, start
-from pargs_jax.decoding.rules import Sample
+from pargs_jax.decoding.proposals import TopK
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.testing import tiny_model
 
 VOCABULARY = 4
@@ -24,7 +25,6 @@ LENGTH = 3
 BETA = 3.0
 PROMPT = (1, 3, 0)
 ANSWERS = np.array(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
-WEIGHTS = jnp.array([BETA])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def exact():
         conditional = np.asarray(log_probs[rows[i], at - 1], np.float64)
         conditionals.append(np.exp(conditional).reshape([VOCABULARY] * (i + 1)))
         prefix_rewards.append(np.asarray(rewards[rows[i + 1], at], np.float64).reshape([VOCABULARY] * (i + 1)))
-    decoder = Decoder(lm, (CausalGuide(rm),), k=VOCABULARY)
+    decoder = Decoder(lm, (CausalGuide(rm),), TopK(VOCABULARY))
     return Exact(decoder, (lm_params, (rm_params,)), conditionals, prefix_rewards)
 
 
@@ -85,31 +85,38 @@ def repeated_prompt(rows):
     return prompts, np.full(rows, len(PROMPT)), row_keys(0, jnp.arange(rows))
 
 
-@jax.tree_util.register_dataclass
+def settings(rows, temperature=1.0):
+    return RowSettings.alike(
+        rows, weights=[BETA], temperature=temperature, candidates=VOCABULARY, max_new_tokens=LENGTH
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Forced:
     """Takes the candidate of a given rank in each row, and hands out the fused scores."""
 
-    ranks: jax.Array
-    seen: Callable[[Any], None] = dataclasses.field(metadata={"static": True})
+    ranks: tuple[int, ...]
+    seen: Callable[[Any], None]
 
-    def __call__(self, scores, keys):
-        jax.debug.callback(self.seen, scores)
-        return self.ranks
+    def __call__(self, proposal, temperature):
+        jax.debug.callback(self.seen, proposal.scores)
+        return jnp.where(jnp.arange(VOCABULARY) == jnp.asarray(self.ranks)[:, None], 0.0, -jnp.inf)
 
 
 def decoder_conditionals(exact):
     """softmax of the decoder's fused scores for the next token after every prefix, walking all answers at once."""
     seen = []
-    state = start(exact.decoder, exact.params, *repeated_prompt(len(ANSWERS)), LENGTH)
+    rows = len(ANSWERS)
+    state = start(exact.decoder, exact.params, *repeated_prompt(rows), settings(rows), LENGTH)
     conditionals = []
     for i in range(LENGTH):
         prefixes = tuple(ANSWERS[:, :i].T)
         likelihoods = np.broadcast_to(exact.conditionals[i][prefixes], (len(ANSWERS), VOCABULARY))
         rank_of = np.argsort(np.argsort(-likelihoods, axis=1), axis=1)
-        ranks = jnp.asarray(np.take_along_axis(rank_of, ANSWERS[:, i : i + 1], axis=1)[:, 0], jnp.int32)
-        state, record = advance(exact.decoder, exact.params, state, WEIGHTS, Forced(ranks, seen.append), 1)
-        np.testing.assert_array_equal(record.tokens[0], ANSWERS[:, i])  # so the ranks are the decoder's
+        ranks = np.take_along_axis(rank_of, ANSWERS[:, i : i + 1], axis=1)[:, 0]
+        rule = Forced(tuple(ranks.tolist()), seen.append)
+        state = advance(dataclasses.replace(exact.decoder, rule=rule), exact.params, state, 1)
+        np.testing.assert_array_equal(state.last_tokens, ANSWERS[:, i])  # so the ranks are the decoder's
         jax.effects_barrier()
         scores = np.take_along_axis(np.asarray(seen[-1], np.float64), rank_of, axis=1)
         first = slice(None, None, VOCABULARY ** (LENGTH - i))
@@ -133,8 +140,8 @@ def test_decoder_conditionals_are_ratios_of_two_rlhf_policies(exact):
 def test_samples_have_the_frequencies_of_the_ratio_policies(exact, temperature):
     rows = 8192
     lm_params, guide_params = exact.params
-    rule = Sample(temperature)
-    decoded = decode(exact.decoder, lm_params, guide_params, *repeated_prompt(rows), WEIGHTS, rule, LENGTH)
+    wanted = settings(rows, temperature)
+    decoded = decode(exact.decoder, lm_params, guide_params, *repeated_prompt(rows), wanted, LENGTH)
     place_values = VOCABULARY ** np.arange(LENGTH)[::-1]
     counts = np.bincount(np.asarray(decoded.tokens) @ place_values, minlength=len(ANSWERS))
 

@@ -1,7 +1,18 @@
-"""What scores candidates: the contract that every guide keeps, and the guides."""
+"""What scores tokens: the contracts that guides keep, and the guides."""
 
 from pargs_jax.decoding.guides.causal import CausalGuide
-from pargs_jax.decoding.guides.contract import Guide, Prompts
+from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
 
-__all__ = ["CausalGuide", "EncoderGuide", "Guide", "Prompts", "RetokenisedGuide"]
+__all__ = [
+    "CandidateGuide",
+    "Capacity",
+    "CausalGuide",
+    "Chosen",
+    "EncoderGuide",
+    "Guide",
+    "Prompts",
+    "RetokenisedGuide",
+    "Text",
+    "VocabularyGuide",
+]

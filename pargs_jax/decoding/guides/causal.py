@@ -1,12 +1,12 @@
-"""A causal reward model with the language model's own tokens: one cache of the shared prefix, K queries against it."""
+"""A causal reward model with the language model's own tokens: one cache of each text, K queries against it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
 
-from pargs_jax.decoding.guides.contract import Prompts
-from pargs_jax.models.cache import Cache, append_choice
+from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
+from pargs_jax.models.cache import Cache
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 
@@ -15,19 +15,26 @@ from pargs_jax.models.model import Params
 class CausalGuide:
     """A causal reward model as a guide.
 
-    The K candidates are K queries that see the cached prefix and themselves, so a step reads the model's weights and
-    the cache once, not K times; `commit` writes the winner's keys and values.
+    The K candidates are K queries that see the cached text and themselves, so a step reads the model's weights and the
+    cache once, not K times; `commit` keeps the winner's keys and values.
     """
 
     model: CausalModel
+    scores_vocabulary: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
 
-    def prefill(self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None) -> Cache:
+    def prefill(self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> Cache:
         tokens, lengths = prompts if own_prompts is None else own_prompts
-        return self.model.prefill(params, tokens, lengths, tokens.shape[1] + max_new_tokens)[1]
+        return self.model.prefill(params, tokens, lengths, tokens.shape[1] + sum(capacity))[1]
 
-    def score(self, params: Params, state: Cache, candidates: Int[Array, "B K"]) -> tuple[Float[Array, "B K"], Any]:
+    def score(
+        self, params: Params, state: Cache, text: Text, candidates: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], Any]:
         hidden, pending = self.model.siblings(params, state, candidates)
         return self.model.rewards(params, hidden), pending
 
-    def commit(self, params: Params, state: Cache, pending: Any, choice: Int[Array, "B"]) -> Cache:
-        return append_choice(state, pending, choice)
+    def commit(self, params: Params, state: Cache, pending: Any, chosen: Chosen) -> Cache:
+        return self.model.keep(state, pending, chosen.live, chosen.index)
+
+    def rewind(self, state: Cache, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> Cache:
+        return state.forget(dropped)

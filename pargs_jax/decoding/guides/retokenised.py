@@ -10,17 +10,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pargs_jax.decoding.guides.contract import Prompts
+from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
 from pargs_jax.errors import InputError
-from pargs_jax.models.cache import Cache, append_several
+from pargs_jax.models.cache import Cache
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Params
@@ -39,12 +38,14 @@ The first is nearly always enough where words are short. Each is a program to co
 
 
 class Splits(NamedTuple):
-    """The reward model's tokens of K continuations: those that are already settled, `fresh`, and a tail for each."""
+    """The reward model's tokens of K continuations: those that are already settled, `fresh`, and a tail for each; and
+    the room that the longest of them needs."""
 
     fresh: Int[Array, "B M"]
     fresh_lengths: Int[Array, "B"]
     tails: Int[Array, "B K W"]
     tail_lengths: Int[Array, "B K"]
+    needed: Int[Array, "B"]
 
 
 class Retokeniser(Protocol):
@@ -52,10 +53,9 @@ class Retokeniser(Protocol):
 
     def candidates(
         self,
-        prompt_ids: np.ndarray,
+        tokens: np.ndarray,
         prompt_lengths: np.ndarray,
-        answer_ids: np.ndarray,
-        count: int,
+        lengths: np.ndarray,
         candidates: np.ndarray,
         settled: np.ndarray,
         tail_width: int,
@@ -63,33 +63,28 @@ class Retokeniser(Protocol):
     ) -> Any: ...
 
 
-class History(NamedTuple):
-    """The language model's tokens so far; the first `count` of `answers` are written."""
-
-    prompts: Prompts
-    answers: Int[Array, "B N"]
-    count: Int[Array, ""]
-
-    def followed_by(self, tokens: Int[Array, "B"]) -> "History":
-        answers = jax.lax.dynamic_update_slice(self.answers, tokens[:, None], (0, self.count))
-        return self._replace(answers=answers, count=self.count + 1)
-
-
 class CachedState(NamedTuple):
-    """A cache of what is settled, and the reward of the prompt alone, for candidates that add no text to it."""
+    """A cache of what is settled."""
 
     cache: Cache
     prompt_reward: Float[Array, "B"]
+    """The reward of the prompt alone, for candidates that add no text to it."""
     settled: Int[Array, "B"]
-    history: History
+    """Tokens of each answer in the cache."""
+    settled_after: Int[Array, "B N"]
+    """The same after each of the answer's tokens, for when these are taken back."""
+    needed: Int[Array, "B"]
+    """The most room that an answer with a candidate has needed; where it is more than there is, rewards are void."""
 
 
 class CachedPending(NamedTuple):
-    """Keys and values of the fresh tokens, which are written whatever is chosen, and the candidates."""
+    """Keys and values of the fresh tokens, which are written whatever is chosen, the room that the texts needed, and
+    the answers' lengths."""
 
     kv: Any
     fresh_lengths: Int[Array, "B"]
-    candidates: Int[Array, "B K"]
+    needed: Int[Array, "B"]
+    answer_lengths: Int[Array, "B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +97,27 @@ class RetokenisedGuide:
     Attributes:
         model: the reward model.
         retokeniser: turns the language model's tokens into this model's.
-        answer_width: room for an answer and a candidate, in the reward model's tokens. The callback raises if a text
-            needs more.
+        answer_width: room for an answer and a candidate, in the reward model's tokens. Texts that need more are cut,
+            and the state's `needed` says so.
     """
 
     model: CausalModel | PrefixCausalModel
     retokeniser: Retokeniser
     answer_width: int
+    scores_vocabulary: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
 
-    def prefill(
-        self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None
-    ) -> CachedState:
+    def prefill(self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> CachedState:
         tokens, lengths = _require(own_prompts)
-        hidden, cache = self.model.prefill(params, tokens, lengths, tokens.shape[1] + self.answer_width + FRESH)
-        settled = jnp.zeros_like(lengths)
-        cache = cache._replace(length=cache.length + settled)
-        prompt_reward = self.model.rewards(params, hidden[:, -1])
-        return CachedState(cache, prompt_reward, settled, _history(prompts, max_new_tokens))
+        last, cache = self.model.prefill(params, tokens, lengths, tokens.shape[1] + self.answer_width + FRESH)
+        none = jnp.zeros_like(lengths)
+        settled_after = jnp.zeros((len(lengths), capacity.answer), jnp.int32)
+        return CachedState(cache, self.model.rewards(params, last), none, settled_after, none)
 
     def score(
-        self, params: Params, state: CachedState, candidates: Int[Array, "B K"]
+        self, params: Params, state: CachedState, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], CachedPending]:
-        splits = _split(self.retokeniser, state.history, candidates, state.settled, self.answer_width)
+        splits = _split(self.retokeniser, text, candidates, state.settled, self.answer_width)
         tokens, lengths = _join(splits, self.answer_width + FRESH)
         tree = _Tree.of(tokens, lengths)
         unit = -(-(candidates.shape[1] + 4) // FRESH) * FRESH
@@ -133,16 +127,25 @@ class RetokenisedGuide:
         first = jnp.searchsorted(jnp.asarray(widths, jnp.int32), tree.size.max())
         rewards, kv = jax.lax.switch(first, [*packed, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
-        return rewards, CachedPending(kv, splits.fresh_lengths, candidates)
+        return rewards, CachedPending(kv, splits.fresh_lengths, splits.needed, text.answer_lengths)
 
-    def commit(
-        self, params: Params, state: CachedState, pending: CachedPending, choice: Int[Array, "B"]
-    ) -> CachedState:
-        chosen = jnp.take_along_axis(pending.candidates, choice[:, None], axis=1)[:, 0]
-        cache = append_several(state.cache, pending.kv, pending.fresh_lengths)
-        return state._replace(
-            cache=cache, settled=state.settled + pending.fresh_lengths, history=state.history.followed_by(chosen)
+    def commit(self, params: Params, state: CachedState, pending: CachedPending, chosen: Chosen) -> CachedState:
+        fresh = pending.fresh_lengths * chosen.live
+        settled = state.settled + fresh
+        rows = jnp.arange(len(fresh))
+        return CachedState(
+            state.cache.append(pending.kv, fresh),
+            state.prompt_reward,
+            settled,
+            state.settled_after.at[rows, pending.answer_lengths].set(settled, mode="drop"),
+            jnp.maximum(state.needed, pending.needed * chosen.live),
         )
+
+    def rewind(self, state: CachedState, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> CachedState:
+        last = jnp.maximum(answer_lengths - 1, 0)[:, None]
+        before = jnp.take_along_axis(state.settled_after, last, axis=1)[:, 0] * (answer_lengths > 0)
+        settled = jnp.where(dropped > 0, before, state.settled)
+        return state._replace(cache=state.cache.forget(state.settled - settled), settled=settled)
 
     def _score_packed(
         self,
@@ -192,10 +195,11 @@ class RetokenisedGuide:
 
 
 class EncoderState(NamedTuple):
-    """The prompts in the encoder's tokens, and what the language model wrote."""
+    """The prompts in the encoder's tokens."""
 
     prompts: Prompts
-    history: History
+    needed: Int[Array, "B"]
+    """The most room that an answer with a candidate has needed; where it is more than there is, rewards are void."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,27 +216,28 @@ class EncoderGuide:
     answer_width: int
     closing_id: int
     finest: int = 16
+    scores_vocabulary: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
 
     def prefill(
-        self, params: Params, prompts: Prompts, max_new_tokens: int, own_prompts: Prompts | None
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> EncoderState:
-        return EncoderState(_require(own_prompts), _history(prompts, max_new_tokens))
+        return EncoderState(_require(own_prompts), jnp.zeros_like(prompts.lengths))
 
     def score(
-        self, params: Params, state: EncoderState, candidates: Int[Array, "B K"]
-    ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-        settled = jnp.zeros_like(state.prompts.lengths)
-        splits = _split(self.retokeniser, state.history, candidates, settled, self.answer_width)
-        needed = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
+        self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], Int[Array, "B"]]:
+        splits = _split(self.retokeniser, text, candidates, jnp.zeros_like(text.lengths), self.answer_width)
+        longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
         step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
-        return _at_least_width(partial(self._score_at, params, state, splits), needed, widths), candidates
+        return _at_least_width(partial(self._score_at, params, state, splits), longest, widths), splits.needed
 
-    def commit(
-        self, params: Params, state: EncoderState, pending: Int[Array, "B K"], choice: Int[Array, "B"]
-    ) -> EncoderState:
-        chosen = jnp.take_along_axis(pending, choice[:, None], axis=1)[:, 0]
-        return state._replace(history=state.history.followed_by(chosen))
+    def commit(self, params: Params, state: EncoderState, pending: Int[Array, "B"], chosen: Chosen) -> EncoderState:
+        return state._replace(needed=jnp.maximum(state.needed, pending * chosen.live))
+
+    def rewind(self, state: EncoderState, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> EncoderState:
+        return state
 
     def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:
         tokens, lengths = _join(splits, width)
@@ -257,30 +262,20 @@ def _require(own_prompts: Prompts | None) -> Prompts:
     return own_prompts
 
 
-def _history(prompts: Prompts, max_new_tokens: int) -> History:
-    answers = jnp.zeros((len(prompts.lengths), max_new_tokens), jnp.int32)
-    return History(prompts, answers, jnp.zeros((), jnp.int32))
-
-
 def _split(
-    retokeniser: Retokeniser,
-    history: History,
-    candidates: Int[Array, "B K"],
-    settled: Int[Array, "B"],
-    width: int,
+    retokeniser: Retokeniser, text: Text, candidates: Int[Array, "B K"], settled: Int[Array, "B"], width: int
 ) -> Splits:
     """One host call: what the reward model reads after its settled tokens, for every candidate."""
     options = candidates.shape[1]
 
     def shapes(batch: int) -> Splits:
-        return Splits(
-            _int_shape(batch, FRESH), _int_shape(batch), _int_shape(batch, options, width), _int_shape(batch, options)
-        )
+        fresh, tails = _int_shape(batch, FRESH), _int_shape(batch, options, width)
+        return Splits(fresh, _int_shape(batch), tails, _int_shape(batch, options), _int_shape(batch))
 
-    def call(prompts, lengths, answers, candidates, settled, count):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
-        return retokeniser.candidates(prompts, lengths, answers, int(count), candidates, settled, width, FRESH)
+    def call(tokens, prompt_lengths, lengths, candidates, settled):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
+        return retokeniser.candidates(tokens, prompt_lengths, lengths, candidates, settled, width, FRESH)
 
-    return _on_host(call, shapes, *history.prompts, history.answers, candidates, settled, history.count)
+    return _on_host(call, shapes, *text, candidates, settled)
 
 
 def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
@@ -312,8 +307,7 @@ def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Ar
     if mesh.empty or mesh.size == 1:
         return local(*arrays)
     rows = row_spec(mesh, arrays[0].shape[0])
-    specs = tuple(rows if array.ndim else PartitionSpec() for array in arrays)
-    return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)
+    return jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
 def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "B K"]]:

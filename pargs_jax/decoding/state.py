@@ -1,0 +1,94 @@
+"""The rows of a decode: what each of them has written, and what goes on from there.
+
+Rows know where they are. Each has its own text, key and settings, so that one compiled step serves rows of different
+requests, and what a row writes depends on nothing but itself. Rows can be copied (`take`), taken back (`rewind`) and
+replaced (`insert`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.decoding.guides.contract import Text
+from pargs_jax.models.cache import Cache, put_rows, take_rows
+
+
+class RowSettings(NamedTuple):
+    """What a row asks for."""
+
+    weights: Float[Array, "B J"]
+    """One reward weight a guide: `beta` in PARGS, Eq. 6."""
+    temperature: Float[Array, "B"]
+    candidates: Int[Array, "B"]
+    """At most as many as the proposer has places for."""
+    max_new_tokens: Int[Array, "B"]
+    """The longest answer, its end-of-sequence token included; at most what the state has room for."""
+
+    @classmethod
+    def alike(
+        cls, rows: int, *, weights: Any = (), temperature: float = 1.0, candidates: int, max_new_tokens: int
+    ) -> "RowSettings":
+        """The same settings for all rows."""
+        weights = jnp.asarray(weights, jnp.float32)
+        return cls(
+            jnp.broadcast_to(weights, (rows, *weights.shape)),
+            jnp.full(rows, temperature, jnp.float32),
+            jnp.full(rows, candidates, jnp.int32),
+            jnp.full(rows, max_new_tokens, jnp.int32),
+        )
+
+
+class Trace(NamedTuple):
+    """What was noted of each token of the answers; 0 beyond an answer's end."""
+
+    log_probs: Float[Array, "B N"]
+    """Of the token under the language model (whole vocabulary, temperature 1), in nats."""
+    guided_log_probs: Float[Array, "B N"]
+    """Of the token under the distribution that it was drawn from."""
+    entropies: Float[Array, "B N"]
+    """Of the language model's distribution, in nats."""
+    kls: Float[Array, "B N"]
+    """KL(q || p) of the distribution that the token was drawn from and the language model's, in nats; exact."""
+    rewards: Float[Array, "B N J"]
+    """Each guide's reward of the answer up to and including the token, or of the token for guides that add up."""
+    candidates: "CandidateTrace | None" = None
+
+
+class CandidateTrace(NamedTuple):
+    """What was noted of each step's candidates, where that was asked for."""
+
+    tokens: Int[Array, "B N K"]
+    """-1 where a row had fewer candidates than places."""
+    log_probs: Float[Array, "B N K"]
+    guided_log_probs: Float[Array, "B N K"]
+    rewards: Float[Array, "B N K J"]
+
+
+class DecodeState(NamedTuple):
+    """B rows of a decode. The language model has read all but the last token of each text."""
+
+    text: Text
+    done: Bool[Array, "B"]
+    keys: PRNGKeyArray
+    settings: RowSettings
+    lm: Cache
+    guides: tuple[Any, ...]
+    trace: Trace
+
+    @property
+    def last_tokens(self) -> Int[Array, "B"]:
+        """The newest token of each row, which the language model has not read yet."""
+        at = jnp.maximum(self.text.lengths - 1, 0)
+        return jnp.take_along_axis(self.text.tokens, at[:, None], axis=1)[:, 0]
+
+
+def take(state: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
+    """N rows, each a copy of row `rows[n]`: their texts, caches, and all that guides know of them."""
+    return take_rows(state, rows)
+
+
+def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
+    """Replaces rows by those of another state, begun by the same decoder with the same capacity; its row n goes to
+    `rows[n]`, and nowhere if there is no such row. Its prompts may be padded to less."""
+    return put_rows(state, new, rows)
