@@ -47,6 +47,8 @@ from models import SHAPES, causal_pass, on_device, random_params, reason_without
 from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
+from pargs_jax.decoding.proposals import TopK
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 
@@ -239,12 +241,19 @@ def jax_contestants(
         for name in COUNTERPARTS:
             method = METHODS[name]
             guides, guide_params = ((CausalGuide(rm),), (rm_params,)) if method.guided else ((), ())
-            decoder = Decoder(lm, guides, k=args.k, base=method.base)
-            inputs = (lm_params, guide_params, ids, lengths, keys, jnp.full(len(guides), method.weight))
+            decoder = Decoder(lm, guides, TopK(args.k), method.rule)
+            settings = RowSettings.alike(
+                batch,
+                weights=[method.weight] * len(guides),
+                temperature=method.temperature,
+                candidates=args.k,
+                max_new_tokens=args.tokens,
+            )
+            inputs = (lm_params, guide_params, ids, lengths, keys, settings)
             began = time.perf_counter()
-            compiled = decode.lower(decoder, *inputs, method.make_rule(), args.tokens).compile()
+            compiled = decode.lower(decoder, *inputs, args.tokens).compile()
 
-            def run(compiled: Any = compiled, inputs: tuple = (*inputs, method.make_rule())) -> Int[np.ndarray, "B N"]:
+            def run(compiled: Any = compiled, inputs: tuple = inputs) -> Int[np.ndarray, "B N"]:
                 return np.asarray(jax.block_until_ready(compiled(*inputs)).tokens)
 
             contestant = Contestant(system, name, batch, args.tokens, run)

@@ -42,7 +42,9 @@ from pargs_jax.data.demo import DEMO_LM, preferences
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.loop import Decoder, row_keys
+from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.rules import Greedy
+from pargs_jax.decoding.state import RowSettings
 from pargs_jax.evaluation.cost import layer_weights, step_operations
 from pargs_jax.generation.reward_models import RewardModel, left_pad
 from pargs_jax.models.causal import CausalModel
@@ -158,7 +160,7 @@ def decode_rows(
                 own_prompts = reward_model.pad_prompts([own_ids], 1)
                 guides, guide_params = (reward_model.guide(own_prompts, args.tokens),), (params,)
                 guide_prompts = (own_prompts,)
-            decoder = Decoder(lm_static, guides, k=args.k)
+            decoder = Decoder(lm_static, guides, TopK(args.k), Greedy())
             contestants[name] = stepper(decoder, (lm_params, guide_params), inputs, args.tokens, guide_prompts)
         if not without_torch:
             import torch
@@ -208,13 +210,18 @@ def decode_rows(
 def stepper(decoder: Decoder, params: Any, inputs: Any, tokens: int, guide_prompts: tuple) -> Callable[[], Any]:
     """Decodes a batch whose prompts were read before."""
     prompts, lengths, keys = inputs
-    weights = jnp.full(len(decoder.guides), WEIGHT)
-    start = jax.jit(Decoder.start, static_argnums=(0, 5))
-    advance = jax.jit(Decoder.advance, static_argnums=(0, 5))
-    state = jax.block_until_ready(start(decoder, params, prompts, lengths, keys, tokens, guide_prompts))
+    settings = RowSettings.alike(
+        len(prompts),
+        weights=[WEIGHT] * len(decoder.guides),
+        candidates=decoder.candidates,
+        max_new_tokens=tokens,
+    )
+    start = jax.jit(Decoder.start, static_argnums=(0, 6))
+    advance = jax.jit(Decoder.advance, static_argnums=(0, 3))
+    state = jax.block_until_ready(start(decoder, params, prompts, lengths, keys, settings, tokens, guide_prompts))
 
     def run() -> np.ndarray:
-        return np.asarray(advance(decoder, params, state, weights, Greedy(), tokens)[1].tokens).T
+        return np.asarray(decoder.read(advance(decoder, params, state, tokens)).tokens)
 
     return run
 

@@ -45,7 +45,17 @@ if TYPE_CHECKING:
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
     from pargs_jax.data.retokenisation import Retokeniser
-    from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, RetokenisedGuide
+    from pargs_jax.decoding.guides import (
+        CandidateGuide,
+        Capacity,
+        CausalGuide,
+        Chosen,
+        EncoderGuide,
+        Prompts,
+        RetokenisedGuide,
+        Text,
+        VocabularyGuide,
+    )
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
     from pargs_jax.decoding.proposals import AllTokens, TopK
@@ -72,7 +82,17 @@ _HOMES = {
     "pargs_jax.data.batches": ("Batch",),
     "pargs_jax.data.preferences": ("Prompt",),
     "pargs_jax.data.retokenisation": ("Retokeniser",),
-    "pargs_jax.decoding.guides": ("CausalGuide", "EncoderGuide", "RetokenisedGuide"),
+    "pargs_jax.decoding.guides": (
+        "CandidateGuide",
+        "Capacity",
+        "CausalGuide",
+        "Chosen",
+        "EncoderGuide",
+        "Prompts",
+        "RetokenisedGuide",
+        "Text",
+        "VocabularyGuide",
+    ),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
     "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),

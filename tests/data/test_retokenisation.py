@@ -108,12 +108,11 @@ def retokeniser(lm, rm):
 
 
 def arrays(prompts, answers):
-    """Prompts left-padded, and answers right-padded to a common count."""
-    width = max(map(len, prompts))
-    padded = np.array([[7] * (width - len(ids)) + ids for ids in prompts], np.int32)
-    lengths = np.array(list(map(len, prompts)), np.int32)
-    written = np.array([[*ids, 5, 5] for ids in answers], np.int32)
-    return padded, lengths, written, len(answers[0])
+    """Texts, each a prompt and its answer with others' tokens behind it, and how long both are."""
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    width = max(map(len, texts)) + 2
+    tokens = np.array([text + [5] * (width - len(text)) for text in texts], np.int32)
+    return tokens, np.array(list(map(len, prompts)), np.int32), np.array(list(map(len, texts)), np.int32)
 
 
 PAIRS = [
@@ -212,8 +211,8 @@ def test_what_was_asked_before_changes_nothing():
 
 
 def test_settled_tokens_wait_in_the_tails_until_there_is_room():
-    wide = [(call[5] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=60)]
-    narrow = [(call[5] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=1)]
+    wide = [(call[4] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=60)]
+    narrow = [(call[4] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=1)]
     assert max(s.fresh_lengths.max() for _, s in wide) > 1 == max(s.fresh_lengths.max() for _, s in narrow)
     for (had, some), (had_fewer, fewer) in zip(wide, narrow, strict=True):
         np.testing.assert_array_equal(had[:, None] + some.tail_lengths, had_fewer[:, None] + fewer.tail_lengths)
@@ -223,24 +222,25 @@ def test_filler_and_finished_rows_are_left_alone():
     lm, rm = tokenizer("demo"), tokenizer("pair")
     prompt = lm.encode_prompt("Why?")
     answers = [lm.encode_answer(" no")] * 2 + [[lm.eos_id, *lm.encode_answer(" no")[1:]]]
-    prompts, lengths, written, count = arrays([prompt] * 3, answers)
-    lengths[0] = 0
+    tokens, prompt_lengths, lengths = arrays([prompt] * 3, answers)
+    prompt_lengths[0] = 0
     candidates = np.full((3, 2), lm.encode_answer("x")[-1])
     split = retokeniser("demo", "pair").candidates(
-        prompts, lengths, written, count, candidates, np.array([9, 0, 9]), WIDTH, FRESH
+        tokens, prompt_lengths, lengths, candidates, np.array([9, 0, 9]), WIDTH, FRESH
     )
     np.testing.assert_array_equal(split.fresh_lengths, 0)
     length = len(rm.encode_answer(" nox"))
     assert split.tail_lengths.tolist() == [[0, 0], [length, length], [0, 0]]
 
 
-def test_an_answer_that_does_not_fit_is_an_error():
-    (prompts, lengths, written, count, candidates, settled, _, _), _ = list(english("demo", "pair", steps=30))[-1]
-    call = prompts, lengths, written, count, candidates
-    with pytest.raises(InputError, match=r"\Arow 0: the answer with candidate 0 is \d+ tokens .* room for 1; ask .*\Z"):
-        retokeniser("demo", "pair").candidates(*call, settled, 1, FRESH)
+def test_an_answer_that_does_not_fit_is_cut_and_says_what_it_needs():
+    (*texts, candidates, settled, _, _), split = list(english("demo", "pair", steps=30))[-1]
+    cut = retokeniser("demo", "pair").candidates(*texts, candidates, settled, 1, FRESH)
+    np.testing.assert_array_equal(cut.needed, split.needed)
+    np.testing.assert_array_equal(split.needed, settled + split.fresh_lengths + split.tail_lengths.max(axis=1))
+    assert cut.tails.shape == (2, 2, 1)
     with pytest.raises(InputError, match=r"\Arow 1: 400 tokens cannot be settled, there are \d+\Z"):
-        retokeniser("demo", "pair").candidates(*call, np.array([0, 400]), WIDTH, FRESH)
+        retokeniser("demo", "pair").candidates(*texts, candidates, np.array([0, 400]), WIDTH, FRESH)
 
 
 def redefined(name, change):

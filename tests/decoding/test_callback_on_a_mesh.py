@@ -8,8 +8,9 @@ SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from pargs_jax.data.retokenisation import Retokeniser
-from pargs_jax.decoding.guides import Prompts, RetokenisedGuide
+from pargs_jax.decoding.guides import Capacity, Chosen, Prompts, RetokenisedGuide, Text
 from pargs_jax.mesh import make_mesh
+from pargs_jax.models.causal import shift_left
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 assert len(jax.devices()) == 4
@@ -37,10 +38,14 @@ choice = np.zeros(8, np.int32)
 
 def run(params, prompts, lengths, candidates, choice):
     read = Prompts(prompts, lengths)
-    state = guide.prefill(params, read, 4, read)
-    first, pending = guide.score(params, state, candidates)
-    state = guide.commit(params, state, pending, choice)
-    return first, guide.score(params, state, candidates[:, ::-1])[0]
+    tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, 4)))
+    text = Text(tokens, lengths, lengths)
+    state = guide.prefill(params, read, Capacity(4, 3), read)
+    first, pending = guide.score(params, state, text, candidates)
+    token = candidates[:, 0]
+    state = guide.commit(params, state, pending, Chosen(token, choice, jnp.ones(8, bool)))
+    text = Text(tokens.at[jnp.arange(8), lengths].set(token), lengths, lengths + 1)
+    return first, guide.score(params, state, text, candidates[:, ::-1])[0]
 
 
 alone = jax.block_until_ready(jax.jit(run)(params, prompts, lengths, candidates, choice))

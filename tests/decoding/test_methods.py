@@ -7,28 +7,25 @@ import pytest
 from pargs_jax import config
 from pargs_jax.data.prompts import PROMPT_FORMS
 from pargs_jax.decoding.methods import METHODS
+from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.rules import Greedy, Sample
 
-# (k, weight, rule, what rewards are added to, what the reward model is trained on)
+# (k, weight, temperature, rule, what the reward model is trained on)
 PUBLISHED = {
-    "greedy": (1, 0.0, Greedy(), "log_probs", None),
-    "top_k": (10, 0.0, Sample(1.0), "log_probs", None),
-    "args": (10, 1.5, Greedy(), "logits", "full"),
-    "args_stochastic": (10, 1.5, Sample(0.7), "logits", "full"),
-    "pargs_greedy": (10, 1.0, Greedy(), "log_probs", "partial"),
-    "pargs": (10, 2.0, Sample(1.0), "log_probs", "partial"),
+    "greedy": (1, 0.0, 1.0, Greedy(), None),
+    "top_k": (10, 0.0, 1.0, Sample(), None),
+    "args": (10, 1.5, 1.0, Greedy(), "full"),
+    "args_stochastic": (10, 1.5, 0.7, Sample(), "full"),
+    "pargs_greedy": (10, 1.0, 1.0, Greedy(), "partial"),
+    "pargs": (10, 2.0, 1.0, Sample(), "partial"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_defaults_are_the_published_ones(name):
     method = METHODS[name]
-    assert (method.k, method.weight, method.make_rule(), method.base, method.reward_model) == PUBLISHED[name]
-
-
-def test_a_given_temperature_replaces_that_of_methods_that_sample():
-    assert METHODS["args_stochastic"].make_rule(0.3) == Sample(0.3)
-    assert METHODS["args"].make_rule(0.3) == Greedy()
+    assert (method.k, method.weight, method.temperature, method.rule, method.reward_model) == PUBLISHED[name]
+    assert (method.proposer(), method.proposer(3)) == (TopK(method.k), TopK(3))
 
 
 def test_options_and_registries_have_the_same_names():

@@ -11,7 +11,7 @@ import pytest
 from pargs_jax.data.demo import DEMO_LM
 from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.data.tokenization import TextTokenizer
-from pargs_jax.decoding.guides import EncoderGuide, RetokenisedGuide
+from pargs_jax.decoding.guides import Capacity, Chosen, EncoderGuide, RetokenisedGuide, Text
 from pargs_jax.generation.reward_models import causal_answer_rewards, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
@@ -119,7 +119,12 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
     else:
         guide = RetokenisedGuide(model, retokeniser, 256)
     score, commit = jax.jit(guide.score), jax.jit(guide.commit)
-    state = jax.jit(guide.prefill, static_argnums=2)(params, prompts, STEPS, own_prompts)
+    state = jax.jit(guide.prefill, static_argnums=2)(params, prompts, Capacity(STEPS, CANDIDATES), own_prompts)
+    tokens = np.zeros((len(PROMPTS), prompts.tokens.shape[1] + STEPS), np.int32)
+    for row, ids in enumerate(prompt_ids):
+        tokens[row, : len(ids)] = ids
+    text = Text(tokens, prompts.lengths, prompts.lengths.copy())
+    live = np.ones(len(PROMPTS), bool)
 
     if kind == "prefix_causal":
         plain = own_rewards(model, params, rm)
@@ -140,7 +145,7 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
     checked = 0
     for _ in range(STEPS):
         candidates = draw_candidates(lm, rng)
-        rewards, pending = score(params, state, candidates)
+        rewards, pending = score(params, state, text, candidates)
         choice = rng.integers(0, CANDIDATES, len(PROMPTS)).astype(np.int32)
         for row, ids in enumerate(prompt_ids):
             if lm.eos_id in answers[row]:
@@ -149,15 +154,18 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
             for k in {int(choice[row]), *rng.integers(0, CANDIDATES, 1).tolist()}:
                 token = int(candidates[row, k])
                 ends = token == lm.eos_id
-                text = lm.decode_answer(ids, answers[row] if ends else [*answers[row], token])
-                expected = plain(prompt_text, text, ends=ends)
-                assert float(rewards[row, k]) == pytest.approx(expected, abs=1e-4), (text, k)
+                answer = lm.decode_answer(ids, answers[row] if ends else [*answers[row], token])
+                expected = plain(prompt_text, answer, ends=ends)
+                assert float(rewards[row, k]) == pytest.approx(expected, abs=1e-4), (answer, k)
                 checked += 1
             # An answer that ended would end the test of its row: go on with another candidate where there is one.
             going_on = [k for k in range(CANDIDATES) if candidates[row, k] != lm.eos_id]
             choice[row] = rng.choice(going_on) if going_on else choice[row]
             answers[row].append(int(candidates[row, choice[row]]))
-        state = commit(params, state, pending, choice)
+        chosen = np.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
+        state = commit(params, state, pending, Chosen(chosen, choice, live))
+        tokens[np.arange(len(PROMPTS)), text.lengths] = chosen
+        text = text._replace(lengths=text.lengths + 1)
     assert checked > STEPS * 3
     if kind != "encoder" and rm_name != "deberta":
         assert int(state.settled.max()) > 0  # the cache was used

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pargs_jax.decoding.guides import Prompts, RetokenisedGuide
+from pargs_jax.decoding.guides import Capacity, Prompts, RetokenisedGuide, Text
 from pargs_jax.generation.reward_models import causal_answer_rewards
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model
@@ -18,9 +18,9 @@ class FixedTexts:
     def __init__(self, tokens, lengths):
         self.tokens, self.lengths = tokens, lengths
 
-    def candidates(self, prompts, lengths, answers, count, candidates, settled, tail_width, fresh_width):
+    def candidates(self, tokens, prompt_lengths, lengths, candidates, settled, tail_width, fresh_width):
         fresh = np.zeros((ROWS, fresh_width), np.int32)
-        return fresh, np.zeros(ROWS, np.int32), self.tokens, self.lengths
+        return fresh, np.zeros(ROWS, np.int32), self.tokens, self.lengths, self.lengths.max(axis=1)
 
 
 @pytest.mark.parametrize("kind", ["causal", "prefix_causal"])
@@ -38,8 +38,9 @@ def test_rewards_are_those_of_each_text_by_itself(kind, longest):
 
     guide = RetokenisedGuide(model, FixedTexts(tokens, lengths), ANSWER_WIDTH)
     read = Prompts(prompts, prompt_lengths)
-    state = jax.jit(guide.prefill, static_argnums=2)(params, read, 4, read)
-    rewards, _ = jax.jit(guide.score)(params, state, np.zeros((ROWS, CANDIDATES), np.int32))
+    state = jax.jit(guide.prefill, static_argnums=2)(params, read, Capacity(4, CANDIDATES), read)
+    text = Text(prompts, prompt_lengths, prompt_lengths)
+    rewards, _ = jax.jit(guide.score)(params, state, text, np.zeros((ROWS, CANDIDATES), np.int32))
     for k in range(CANDIDATES):
         alone = causal_answer_rewards(model, params, prompts, prompt_lengths, tokens[:, k], lengths[:, k])
         np.testing.assert_allclose(rewards[:, k], alone, atol=2e-5)

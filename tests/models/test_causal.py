@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.models.cache import append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params, stack_layers, unstack_layers
 from pargs_jax.testing import TINY_CONFIGS
@@ -19,6 +18,7 @@ PROMPT, TOTAL = 6, 12
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 encode = quick_jit(CausalModel.encode, static_argnums=0)
 prefill = quick_jit(CausalModel.prefill, static_argnums=(0, 4))
+keep = quick_jit(CausalModel.keep, static_argnums=0)
 siblings = quick_jit(CausalModel.siblings, static_argnums=0)
 
 
@@ -45,10 +45,11 @@ def decoder(request, tiny):
 
 @pytest.fixture(scope="module")
 def prefilled(decoder):
-    """Two prompts of which the second has two tokens of left padding, and the cache that holds them."""
+    """Two prompts of which the second has two tokens of left padding, their last states, and the cache that holds
+    them."""
     prompts = np.random.default_rng(0).integers(0, 61, (2, PROMPT))
-    hidden, cache = prefill(*decoder, prompts, jnp.asarray([PROMPT, PROMPT - 2]), TOTAL)
-    return prompts, hidden, cache
+    last, cache = prefill(*decoder, prompts, jnp.asarray([PROMPT, PROMPT - 2]), TOTAL + 3)
+    return prompts, last, cache
 
 
 def assert_close(ours, expected):
@@ -63,7 +64,9 @@ def test_no_gradient_reaches_padding_later_tokens_or_other_candidates(tiny):
     def rewards(table):
         backbone = {**tiny.params["backbone"], "embed": {"embedding": table}}
         params = {**tiny.params, "backbone": backbone}
-        hidden, cache = tiny.model.prefill(params, prompt, jnp.asarray([PROMPT - padding]), PROMPT + 1)
+        start = jnp.asarray([padding])
+        hidden = tiny.model.encode(params, prompt, start)
+        _, cache = tiny.model.prefill(params, prompt, PROMPT - start, PROMPT + 1)
         alternatives, _ = tiny.model.siblings(params, cache, candidates)
         return tiny.model.rewards(params, jnp.concatenate([hidden, alternatives], axis=1))[0]
 
@@ -91,7 +94,7 @@ def test_padding_and_batch_mates_do_not_matter(tiny):
 
 
 def test_cached_siblings_equal_separate_uncached_passes(tiny, decoder, prefilled):
-    prompts, hidden, cache = prefilled
+    prompts, last, cache = prefilled
     starts = np.array([0, 2])
     rng = np.random.default_rng(2)
     texts = rng.integers(0, 61, (2, 3, TOTAL))  # each candidate's text; right of the candidate is anything
@@ -102,13 +105,12 @@ def test_cached_siblings_equal_separate_uncached_passes(tiny, decoder, prefilled
         alternatives, pending = siblings(*decoder, cache, candidates)
         uncached = encode(*tiny, texts.reshape(6, TOTAL), starts.repeat(3)).reshape(2, 3, TOTAL, -1)
         assert_close(alternatives, uncached[:, :, slot])
-        for row in range(2):
-            assert_close(hidden[row, starts[row] :], uncached[row, 0, starts[row] : PROMPT])
+        assert_close(last, uncached[:, 0, PROMPT - 1])
 
         choice = np.array([slot % 3, 2])
-        cache = append_choice(cache, pending, choice)
+        cache = keep(decoder.model, cache, pending, np.ones(2, bool), choice)
         texts[:, :, slot] = candidates[np.arange(2), choice][:, None]
-    assert int(cache.length) == PROMPT + 3
+    np.testing.assert_array_equal(cache.lengths, PROMPT + 3 - starts)
 
 
 def test_a_changed_candidate_changes_itself_alone(decoder, prefilled):
@@ -119,12 +121,15 @@ def test_a_changed_candidate_changes_itself_alone(decoder, prefilled):
     np.testing.assert_array_equal(same, [[True, False, True], [True, True, True]])
 
 
-def test_committing_an_only_sibling_equals_choosing_it(decoder, prefilled):
-    cache = prefilled[2]
-    _, pending = siblings(*decoder, cache, np.array([[3, 4, 5], [6, 7, 8]]))
-    only = jax.tree.map(lambda x: x[..., 1:2, :], pending)
-    chosen = append_choice(cache, pending, np.array([1, 1]))
-    jax.tree.map(np.testing.assert_array_equal, append_choice(cache, only, np.zeros(2, int)), chosen)
+def test_keeping_an_only_sibling_equals_choosing_it_and_rows_that_are_not_live_stay(decoder, prefilled):
+    model, cache, live = decoder.model, prefilled[2], np.array([True, False])
+    _, several = siblings(*decoder, cache, np.array([[3, 4, 5], [6, 7, 8]]))
+    _, only = siblings(*decoder, cache, np.array([[4], [7]]))
+    chosen, kept = keep(model, cache, several, live, np.array([1, 1])), keep(model, cache, only, live)
+    for found in (chosen, kept):
+        np.testing.assert_array_equal(found.lengths, [PROMPT + 1, PROMPT - 2])
+    real = chosen.valid[:, None, :, None]
+    jax.tree.map(lambda x, y: assert_close(jnp.where(real, x, 0), jnp.where(real, y, 0)), chosen.kv, kept.kv)
 
 
 def test_layouts_convert_back_and_forth(tiny):
@@ -143,7 +148,7 @@ def test_half_precision_reaches_the_cache_and_outputs_stay_single(family, tied):
         model = CausalModel(config, head)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.abstract_params())
         prompts, lengths = jnp.zeros((2, PROMPT), int), jnp.ones(2, int)
-        hidden, cache = jax.eval_shape(partial(model.prefill, capacity=TOTAL), params, prompts, lengths)
+        hidden, cache = jax.eval_shape(partial(model.prefill, slots=TOTAL), params, prompts, lengths)
         assert hidden.dtype == jnp.bfloat16
         assert {leaf.dtype for leaf in jax.tree.leaves(cache.kv)} == {jnp.dtype(jnp.bfloat16)}
         read = model.logits if head == "vocabulary" else model.rewards

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pargs_jax.errors import InputError
-from pargs_jax.models.cache import append_several
 from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
@@ -190,9 +189,9 @@ def test_the_cache_grows_row_by_row_and_gives_the_same(unrolled, width):
             some = min(width, lengths[row] - grown[row])
             expected = rewards[row, grown[row] : grown[row] + some]
             np.testing.assert_allclose(found[row, :some], expected, atol=2e-5)
-        cache = append_several(cache, pending, np.array(counts))
+        cache = cache.append(pending, np.array(counts))
         grown += counts
-    np.testing.assert_array_equal(cache.next_position, prompt_lengths + grown)
+    np.testing.assert_array_equal(cache.lengths, prompt_lengths + grown)
 
 
 def test_attention_is_remembered_and_can_be_chosen(tmp_path):

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from pargs_jax.errors import InputError
 from pargs_jax.models import hf
-from pargs_jax.models.cache import append_choice
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.hf import load_model, resolve, save_model
 from pargs_jax.models.model import unstack_layers
@@ -142,15 +141,16 @@ def hidden_states(model, params, tokens, candidates, choices):
     """Uncached and cached hidden states; of each step's candidates, `choices` says which continues the text."""
     uncached = model.encode(params, tokens, STARTS)
     unrolled, layers = unstack_layers(model, params)
-    prompt, cache = unrolled.prefill(layers, tokens[:, :PROMPT], PROMPT - STARTS, TOTAL)
+    last, cache = unrolled.prefill(layers, tokens[:, :PROMPT], PROMPT - STARTS, TOTAL + candidates.shape[-1])
 
     def step(cache, candidates):
         hidden, pending = unrolled.siblings(layers, cache, candidates)
         chosen = jnp.take_along_axis(hidden, choices[:, None, None], axis=1)[:, 0]
-        return append_choice(cache, pending, choices), chosen
+        return unrolled.keep(cache, pending, jnp.ones(2, bool), choices), chosen
 
     _, answer = jax.lax.scan(step, cache, candidates)
-    return uncached, jnp.concatenate([prompt, answer.transpose(1, 0, 2)], axis=1)
+    prompt = uncached[:, : PROMPT - 1]
+    return uncached, jnp.concatenate([prompt, last[:, None], answer.transpose(1, 0, 2)], axis=1)
 
 
 def test_logits_and_rewards_equal_torch(reference):
