@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pargs_jax.data.prompts import PromptForm, Turn
-from pargs_jax.data.tokenization import HUB_ID, TextTokenizer
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.data.tokenizer_files import HUB_ID
 from pargs_jax.errors import InputError, first_line
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")

@@ -48,10 +48,7 @@ class RewardModel:
             raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-            )
+        tokenizer.check_embeddings(model.config.vocab_size, source)
         shares_tokens = isinstance(model, CausalModel) and lm_tokenizer.same_vocabulary(tokenizer)
         if shares_tokens and model.config.vocab_size < lm_vocab_size:
             raise InputError(

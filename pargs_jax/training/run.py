@@ -77,11 +77,7 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     model = model_to_train(config, pretrained.model)
     check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
-
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
+    tokenizer.check_embeddings(model.config.vocab_size, source)
     prefix_tokenizer = _load_prefix_tokenizer(config, model)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
