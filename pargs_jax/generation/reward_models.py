@@ -29,13 +29,14 @@ SMALLEST_WIDTH = 16
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
     """A reward model and how it reads what the language model writes: the same tokens, or, with a `retokeniser`, the
-    same text in tokens of its own."""
+    same text in tokens of its own. `prompt_form` is the one that it was trained with, if it says so."""
 
     source: str
     model: CausalModel | PrefixCausalModel | EncoderModel
     params: Params
     tokenizer: TextTokenizer
     retokeniser: Retokeniser | None
+    prompt_form: str | None = None
 
     @classmethod
     def load(
@@ -55,7 +56,7 @@ class RewardModel:
                 f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
             )
         retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer, overflows=True)
-        return cls(source, model, params, tokenizer, retokeniser)
+        return cls(source, model, params, tokenizer, retokeniser, loaded.prompt_form)
 
     def check_prompt(self, prompt_id: str, text: str, ids: Sequence[int], max_new_tokens: int) -> None:
         """Raises InputError if a prompt with its answer may not fit this model. `ids` are the language model's."""

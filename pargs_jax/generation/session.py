@@ -89,6 +89,11 @@ class Session:
             RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll)
             for path in reward_models
         ]
+        self.remembered_forms = (
+            [(model.source, model.prompt_form) for model in self.reward_models],
+            [(lm, loaded.prompt_form)],
+        )
+        """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self._compiled: dict[Any, Callable[..., Decoded]] = {}
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer]]:
