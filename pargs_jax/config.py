@@ -176,18 +176,13 @@ def check_each(config: Any) -> None:
 
 
 def column_names(words: tuple[str, ...], flag: str, known: tuple[str, ...] = COLUMNS) -> dict[str, str]:
-    """What `NAME=COLUMN` words say: by which name of its own a source calls each column.
-
-    Raises InputError, naming the option `flag`, for a word of another shape, a name that is not among those known, and
-    for a name or a column given twice.
-    """
+    """What `NAME=COLUMN` words say: by which name of its own a source calls each column. Raises InputError for a word
+    of another shape, a name that is not known, and a name or a column given twice."""
     columns: dict[str, str] = {}
     for word in words:
         name, _, column = word.partition("=")
-        if not name or not column:
-            raise InputError(f"{flag}: got {shown(word)}, must be NAME=COLUMN, such as prompt=question")
-        if name not in known:
-            raise InputError(f"{flag}: got {shown(word)}, must name one of {', '.join(known)} before the =")
+        if name not in known or not column:
+            raise InputError(f"{flag}: got {shown(word)}, must be NAME=COLUMN, with a NAME of {', '.join(known)}")
         if name in columns or column in columns.values():
             raise InputError(f"{flag}: {shown(name if name in columns else column)} is given twice")
         columns[name] = column
@@ -235,10 +230,7 @@ class DataConfig:
         metavar="FILE_OR_HUB_ID",
     )
     columns: tuple[str, ...] = option(
-        (),
-        "columns that the files call otherwise, such as prompt=question chosen=best",
-        unset="they have the names that are documented",
-        metavar="NAME=COLUMN",
+        (), "columns that the files call otherwise, such as prompt=question chosen=best", metavar="NAME=COLUMN"
     )
     format: PromptFormName | None = option(
         None,

@@ -202,10 +202,10 @@ def test_a_mapping_with_options_that_contradict_each_other_names_its_place():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("question", 'got "question", must be NAME=COLUMN, such as prompt=question'),
-        ("prompt=", 'got "prompt=", must be NAME=COLUMN, such as prompt=question'),
-        ("=question", 'got "=question", must be NAME=COLUMN, such as prompt=question'),
-        ("question=prompt", 'got "question=prompt", must name one of id, prompt, chosen, rejected'),
+        ("question", 'got "question", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("prompt=", 'got "prompt=", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("=question", 'got "=question", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("question=prompt", 'got "question=prompt", must be NAME=COLUMN, with a NAME of id, prompt, '),
         ("prompt=a prompt=b", '"prompt" is given twice'),
         ("prompt=a chosen=a", '"a" is given twice'),
     ],
@@ -224,7 +224,9 @@ def test_columns_need_a_file_that_has_them():
     assert train("--data.eval", "f.jsonl", "--data.columns", *words).data.columns == words
     assert "the demo has none" in message(train, "--data.columns", *words)
     assert "needs --prompts" in message(decode, "--prompt", "Hi", "--columns", *words)
-    assert "must name one of id, prompt" in message(decode, "--prompts", "f.jsonl", "--columns", "response=a")
+    assert "with a NAME of id, prompt, chosen, rejected" in message(
+        decode, "--prompts", "f.jsonl", "--columns", "response=a"
+    )
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, DecodeConfig])
