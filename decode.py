@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   decode.py                                         the demo task, all methods compared
   decode.py --method pargs --weight 2 --k 10        one method on it
   decode.py --lm gpt2 --method top_k --prompt "The lighthouse keeper"
-  decode.py --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --format hh --out answers.jsonl"""
+  decode.py --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl"""
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ EXAMPLES = """examples:
   train.py --objective.name bt                      the full-sequence reward model to compare with, into runs/bt
   train.py --config configs/hh.yaml --optim.lr 1e-5 --seed 1
   train.py --config configs/hh.yaml --seed 1 --resume
-  train.py --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine"""
+  train.py --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
+  train.py --data.train answers.csv --data.columns prompt=question chosen=best rejected=worst --out runs/mine"""
 
 
 def main() -> None:

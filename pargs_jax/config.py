@@ -28,6 +28,8 @@ PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
 MethodName = Literal["greedy", "top_k", "args", "args_stochastic", "pargs_greedy", "pargs"]
 DtypeName = Literal["float32", "bfloat16"]
 
+COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
+PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
 UNGUIDED_METHODS = ("greedy", "top_k")
 LARGEST_SEED = 2**32 - 1
 
@@ -173,6 +175,20 @@ def check_each(config: Any) -> None:
         known.require(operator.attrgetter(known.key)(config), known.flag)
 
 
+def column_names(words: tuple[str, ...], flag: str, known: tuple[str, ...] = COLUMNS) -> dict[str, str]:
+    """What `NAME=COLUMN` words say: by which name of its own a source calls each column. Raises InputError for a word
+    of another shape, a name that is not known, and a name or a column given twice."""
+    columns: dict[str, str] = {}
+    for word in words:
+        name, _, column = word.partition("=")
+        if name not in known or not column:
+            raise InputError(f"{flag}: got {shown(word)}, must be NAME=COLUMN, with a NAME of {', '.join(known)}")
+        if name in columns or column in columns.values():
+            raise InputError(f"{flag}: {shown(name if name in columns else column)} is given twice")
+        columns[name] = column
+    return columns
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model to start from."""
@@ -213,7 +229,14 @@ class DataConfig:
         unset="the demo's own with the demo, else no evaluation",
         metavar="FILE_OR_HUB_ID",
     )
-    format: PromptFormName = option("plain", "the form that prompts are written in")
+    columns: tuple[str, ...] = option(
+        (), "columns that the files call otherwise, such as prompt=question chosen=best", metavar="NAME=COLUMN"
+    )
+    format: PromptFormName | None = option(
+        None,
+        "the form that prompts are written in; it is kept with the model, and used again in decoding",
+        unset="the one that --model.init was trained with, else plain",
+    )
     prefix_tokenizer: str | None = option(
         None,
         "language model at whose tokens the prefixes of answers end, as they will in decoding; for models with full "
@@ -222,6 +245,11 @@ class DataConfig:
         metavar="PATH_OR_HUB_ID",
     )
     demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
+
+    def validate(self) -> None:
+        """Raises InputError if columns are named that no file can have."""
+        if column_names(self.columns, "--data.columns") and self.train == DEMO and self.eval in (None, DEMO):
+            raise InputError("--data.columns: is for files of one's own; the demo has none")
 
 
 @dataclass(frozen=True)
@@ -382,6 +410,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
+        self.data.validate()
         self.lora.validate()
         self.processes.validate(self.distributed)
         if self.batch_size % self.optim.accumulation:
@@ -411,7 +440,14 @@ class DecodeConfig:
     prompts: str | None = option(
         None, "file of prompts to answer", unset="on the demo, its unseen prompts", metavar="FILE"
     )
-    format: PromptFormName = option("plain", "the form that prompts are written in, as in the reward model's training")
+    columns: tuple[str, ...] = option(
+        (), "columns that --prompts calls otherwise, such as prompt=question", metavar="NAME=COLUMN"
+    )
+    format: PromptFormName | None = option(
+        None,
+        "the form that prompts are written in",
+        unset="the one that the reward models were trained with, else the language model's, else plain",
+    )
     out: str | None = option(
         None, "JSONL file for the answers; a second run goes on after the rows there", metavar="F.jsonl"
     )
@@ -439,6 +475,8 @@ class DecodeConfig:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
         self.processes.validate(self.distributed)
+        if column_names(self.columns, "--columns", PROMPT_COLUMNS) and self.prompts is None:
+            raise InputError("--columns: needs --prompts, the file that has them")
         if self.prompt is not None and self.prompts is not None:
             raise InputError("--prompt and --prompts: got both, must be one of them")
         if self.prompt is not None and self.limit is not None:

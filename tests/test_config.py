@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pargs_jax.cli import command, from_mapping, parse, to_yaml
-from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, option, options
+from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names, option, options
 from pargs_jax.errors import InputError
 
 
@@ -95,7 +95,10 @@ def test_switches_and_spellings():
         ("resume: 1", "c.yaml: resume: got 1, must be true or false"),
         ("out: 2024", "c.yaml: out: got 2024, must be non-empty text, or null"),
         ("mesh: null", "c.yaml: mesh: got null, must be non-empty text"),
-        ("data: {format: hhh}", 'c.yaml: data.format: got "hhh", must be one of hh, tldr, shp, saferlhf, chat, plain'),
+        (
+            "data: {format: hhh}",
+            'c.yaml: data.format: got "hhh", must be one of hh, tldr, shp, saferlhf, chat, plain, or null',
+        ),
         ("[seed]", "c.yaml: got [\"seed\"], must be a mapping of options, such as 'seed: 1'"),
         ("optim:\n  lr: 1\n  lr: 2", "c.yaml: line 3: not a valid config file (key lr is given twice)"),
         ("a: b: c", "c.yaml: line 1: not a valid config file (mapping values are not allowed here)"),
@@ -193,6 +196,36 @@ def test_a_mapping_with_options_that_contradict_each_other_names_its_place():
     saved = {"optim": {"accumulation": 7}}
     assert message(from_mapping, TrainConfig, saved, "run.yaml") == (
         "run.yaml: --batch-size: got 8, must be a multiple of --optim.accumulation (7)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("question", 'got "question", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("prompt=", 'got "prompt=", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("=question", 'got "=question", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("question=prompt", 'got "question=prompt", must be NAME=COLUMN, with a NAME of id, prompt, '),
+        ("prompt=a prompt=b", '"prompt" is given twice'),
+        ("prompt=a chosen=a", '"a" is given twice'),
+    ],
+)
+def test_columns_that_cannot_be_mapped_are_refused(words, expected):
+    assert message(train, "--data.train", "f.jsonl", "--data.columns", *words.split()).startswith(
+        f"--data.columns: {expected}"
+    )
+    assert message(decode, "--prompts", "f.jsonl", "--columns", *words.split()).startswith(f"--columns: {expected}")
+
+
+def test_columns_need_a_file_that_has_them():
+    words = ("prompt=question", "chosen=best answer")
+    given = train("--data.train", "f.jsonl", "--data.columns", *words).data.columns
+    assert given == words and column_names(given, "") == {"prompt": "question", "chosen": "best answer"}
+    assert train("--data.eval", "f.jsonl", "--data.columns", *words).data.columns == words
+    assert "the demo has none" in message(train, "--data.columns", *words)
+    assert "needs --prompts" in message(decode, "--prompt", "Hi", "--columns", *words)
+    assert "with a NAME of id, prompt, chosen, rejected" in message(
+        decode, "--prompts", "f.jsonl", "--columns", "response=a"
     )
 
 

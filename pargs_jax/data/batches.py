@@ -13,11 +13,11 @@ from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
 
 WINDOW = 16
-"""How many batches are filled together from rows sorted by size."""
+"""How many batches, at most, are filled together from rows sorted by size."""
 
 
 class Batch(NamedTuple):
-    """Rows of one step. What is padding says the lengths alone, never a token id.
+    """Rows of one step. Lengths say which tokens are padding, never a token id.
 
     Attributes:
         prompts: token ids, padded on the left.
@@ -170,9 +170,13 @@ def _prefixes_at(
 class Batches:
     """An endless, shuffled stream of training batches, and the same rows in order for evaluation.
 
-    The stream is one permutation of the rows after another, so that every row comes exactly once in each. It is taken
-    in windows of `WINDOW` batches; within a window, rows are sorted by size before they are cut into batches, which
-    then come in random order: batches hold rows of like size, and little padding.
+    The stream is one epoch after another, each a permutation of the rows: every row comes exactly once in each. A batch
+    may lie across the end of an epoch. The next epoch then begins with rows that the batch does not have yet, so that
+    no row is in a batch twice. Where a batch has more places than there are rows, they share its places evenly.
+
+    Within an epoch the stream is taken in windows of up to `WINDOW` batches. In a window, rows are sorted by size
+    before they are cut into batches, which then come in random order: batches hold rows of like size, and little
+    padding.
 
     P and R each have two widths, so that a jitted step compiles for at most four shapes: the largest length and the one
     that 70 % of the rows stay within, rounded up to a multiple of 8 but never above the maximum length.
@@ -206,7 +210,8 @@ class Batches:
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
         self._answer_widths = self._widths_of_answers[np.searchsorted(self._widths_of_answers, answer_lengths)]
-        self._window: tuple[int, list[Int[np.ndarray, "B"]]] = (-1, [])
+        self._window: tuple[range, list[Int[np.ndarray, "B"]]] = (range(0), [])
+        self._orders: dict[int, Int[np.ndarray, "N"]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -215,10 +220,11 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, a pure function of the seed and the step (from 0)."""
-        window, place = divmod(step, WINDOW)
-        if self._window[0] != window:
+        if step not in self._window[0]:
+            window = self._window_of(step)
             self._window = (window, self._rows_of_window(window))
-        return self._collate(self._window[1][place], self._batch_size)
+        window, batches = self._window
+        return self._collate(batches[step - window.start], self._batch_size)
 
     def evaluation(self) -> Iterator[Batch]:
         """Every row once, sorted by size; the last batch is filled up with copies of weight 0."""
@@ -228,21 +234,58 @@ class Batches:
             filled = np.pad(rows, (0, self._batch_size - len(rows)), mode="edge")
             yield self._collate(filled, real_rows=len(rows))
 
-    def _rows_of_window(self, window: int) -> list[Int[np.ndarray, "B"]]:
+    def _window_of(self, step: int) -> range:
+        """The steps whose batches are filled together with this one's: itself alone across the end of an epoch."""
+        rows, size = len(self._examples), self._batch_size
+        epoch = step * size // rows
+        first, end = -(-epoch * rows // size), (epoch + 1) * rows // size  # the batches that lie inside the epoch
+        if not first <= step < end:
+            return range(step, step + 1)
+        start = step - (step - first) % WINDOW
+        return range(start, min(start + WINDOW, end))
+
+    def _rows_of_window(self, window: range) -> list[Int[np.ndarray, "B"]]:
         """Row numbers of each batch in a window."""
-        size = WINDOW * self._batch_size
-        epochs, places = np.divmod(np.arange(window * size, (window + 1) * size), len(self._examples))
-        rows = np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        batches = np.split(self._by_size(rows), WINDOW)
-        order = np.random.default_rng([self._seed, 1, window]).permutation(WINDOW)
+        places = np.arange(window.start * self._batch_size, window.stop * self._batch_size)
+        epochs, places = np.divmod(places, len(self._examples))
+        rows = np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        batches = np.split(self._by_size(rows), len(window))
+        order = np.random.default_rng([self._seed, 1, window.start]).permutation(len(window))
         return [batches[i] for i in order]
+
+    def _order(self, epoch: int) -> Int[np.ndarray, "N"]:
+        """The rows of an epoch as the stream has them, a pure function of the seed and the epoch.
+
+        It depends on an epoch before if a batch that begins there reaches into this one, and so on back to an epoch
+        that begins with a batch of its own: at most `batch_size` epochs, however far the stream has come.
+        """
+        chain = [epoch]
+        while chain[-1] not in self._orders and (opened := self._opened_in(chain[-1])[0]) != chain[-1]:
+            chain.append(opened)
+        for link in reversed(chain):
+            if link not in self._orders:
+                order, opened = self._make_order(link), self._opened_in(link)[0]
+                before = {opened: self._orders[opened]} if opened in self._orders else {}
+                self._orders = {**before, link: order}  # the others are not needed to go on
+        return self._orders[epoch]
+
+    def _opened_in(self, epoch: int) -> tuple[int, int]:
+        """Where the batch that holds the epoch's first place begins: an epoch and a place in it."""
+        return divmod(epoch * len(self._examples) // self._batch_size * self._batch_size, len(self._examples))
+
+    def _make_order(self, epoch: int) -> Int[np.ndarray, "N"]:
+        """The epoch's permutation, with rows in front that the batch it begins in does not have yet, to fill it up."""
+        permutation = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._examples))
+        opened, place = self._opened_in(epoch)
+        if opened == epoch:
+            return permutation
+        is_new = ~np.isin(permutation, self._orders[opened][place:])
+        goes_first = is_new & (np.cumsum(is_new) <= -epoch * len(permutation) % self._batch_size)
+        return np.concatenate([permutation[goes_first], permutation[~goes_first]])
 
     def _by_size(self, rows: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
         """The rows by answer width, then prompt length: by their sum, a batch would come out wide in both P and R."""
         return rows[np.lexsort((self._prompt_lengths[rows], self._answer_widths[rows]))]
-
-    def _permutation(self, epoch: int) -> Int[np.ndarray, "N"]:
-        return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._examples))
 
     def _collate(self, rows: Int[np.ndarray, "B"], real_rows: int) -> Batch:
         """The batch of these rows, of which the first `real_rows` have weight 1."""

@@ -4,21 +4,17 @@ Every row is brought to one shape, `Preference`. A row that cannot be is set asi
 source that gives nothing is an `InputError`.
 """
 
-import csv
-import gzip
-import itertools
 import json
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pargs_jax.data.prompts import PromptForm, Turn
-from pargs_jax.data.tokenization import HUB_ID, TextTokenizer
-from pargs_jax.errors import InputError, first_line
+from pargs_jax.data.prompts import PromptForm, Turn, form_of_dialogue
+from pargs_jax.data.sources import Rows, SourceRow
+from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.errors import InputError
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
 """Where a row may hold the answer to imitate, first found first."""
@@ -58,18 +54,21 @@ class BadRow:
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """The rows of a source: those that can be used, and those that cannot."""
+    """The rows of a source: those that can be used, and those that cannot.
+
+    `other_splits` counts those that were left out because their column `split` says that they are of another one.
+    """
 
     rows: list[Preference]
     bad_rows: list[BadRow]
+    other_splits: int = 0
 
 
-class _SourceRow(NamedTuple):
-    """What stands at one place of a source, and what is wrong with it already."""
+class _MissingColumn(InputError):
+    """A row lacks a column that it needs, which may be there under another name."""
 
-    line: int
-    content: Any
-    problem: str = ""
+    def __init__(self, problem: str, fields: Mapping[str, Any]) -> None:
+        super().__init__(f"{problem}; the row has {', '.join(map(str, fields)) or 'no fields'}")
 
 
 def load_preferences(
@@ -79,13 +78,14 @@ def load_preferences(
     tokenizer: TextTokenizer | None = None,
     require_rejected: bool = True,
     split: str = "train",
+    columns: Mapping[str, str] | None = None,
 ) -> LoadedPreferences:
     """Reads preference pairs, or answers to imitate, and writes their prompts in `form`.
 
     Each row may be
     - explicit: `prompt`, `chosen`, `rejected`;
-    - implicit: `chosen` and `rejected` as whole texts, the prompt being what they share up to the form's last answer
-      marker, or up to the last whitespace for forms without a marker;
+    - implicit: `chosen` and `rejected` as whole dialogues in the form, or for `plain` in any form that has markers; the
+      prompt is what they share up to the last answer marker;
     - conversational: the prompt a list of `{"role", "content"}`, the answers likewise, the turns before them or not;
     - where `require_rejected` is false also `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
       which is an answer to the empty prompt.
@@ -95,23 +95,32 @@ def load_preferences(
         form: the prompt form.
         tokenizer: needed by the form `chat` alone, for its template.
         require_rejected: whether rows need a rejected answer; if not, `rejected` is None in all of them.
-        split: which split to take of a data set from the hub.
+        split: `train` or `eval`, where a file's rows have a column `split`; which split to take of a data set from
+            the hub (see `Rows`).
+        columns: by which name of its own the source calls a column, such as `{"prompt": "question"}`.
 
     Raises:
-        InputError: if the source is missing, unreadable or empty, or if all its rows are bad.
+        InputError: if the source is missing, unreadable or empty, if all its rows are bad, or for `split` or `columns`
+            that do not suit it.
     """
-    rows, bad_rows = [], []
-    for row in _read_rows(source, split):
+    preferences, bad_rows = [], []
+    hint = ""
+    rows = Rows(source, split, columns or {})
+    for row in rows:
         try:
-            rows.append(_preference(row, form, tokenizer, require_rejected))
+            preferences.append(_preference(row, form, tokenizer, require_rejected))
         except InputError as error:
             bad_rows.append(BadRow(row.line, str(error), row.content))
-    if not rows and not bad_rows:
+            if isinstance(error, _MissingColumn):
+                hint = "; a column of another name is given as in --data.columns prompt=question"
+    if not preferences and not bad_rows:
         raise InputError(f"{source}: no rows in it")
-    if not rows:
+    if not preferences:
         first = bad_rows[0]
-        raise InputError(f"{source}: none of its {len(bad_rows)} rows can be used; line {first.line}: {first.reason}")
-    return LoadedPreferences(rows, bad_rows)
+        raise InputError(
+            f"{source}: none of its {len(bad_rows)} rows can be used; line {first.line}: {first.reason}{hint}"
+        )
+    return LoadedPreferences(preferences, bad_rows, rows.other_splits)
 
 
 def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
@@ -130,7 +139,11 @@ def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
 
 
 def load_prompts(
-    source: str | Path, form: PromptForm, tokenizer: TextTokenizer | None = None, *, split: str = "train"
+    source: str | Path,
+    form: PromptForm,
+    tokenizer: TextTokenizer | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """Reads prompts to answer from the sources that `load_preferences` reads, and writes them in `form`.
 
@@ -141,15 +154,17 @@ def load_prompts(
         InputError: if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
     """
     prompts: dict[str, Prompt] = {}
-    for row in _read_rows(source, split):
+    for row in list(Rows(source, columns=columns or {})):
         try:
             fields = _fields(row)
             text = _prompt_text(fields, form, tokenizer)
-            source = _prompt_source(fields)
-            prompt = Prompt(_row_id(row), text, None if source is None else form.turns_of(source, tokenizer))
+            written = _conversation(fields)
+            prompt = Prompt(_row_id(row), text, form.turns_of(text if written is None else written, tokenizer))
             _check_encodable(prompt.text)
         except InputError as error:
-            raise InputError(f"{source}: line {row.line}: {error}") from error
+            missing = isinstance(error, _MissingColumn)
+            hint = "; a column of another name is given as in --columns prompt=question" if missing else ""
+            raise InputError(f"{source}: line {row.line}: {error}{hint}") from error
         if prompt.id in prompts:
             raise InputError(
                 f"{source}: line {row.line}: a row before it has the id {prompt.id!r} too; ids must differ"
@@ -163,7 +178,7 @@ def load_prompts(
 # From a row to a preference. These functions raise InputError with the reason alone; the callers above add the place.
 
 
-def _fields(row: _SourceRow) -> dict[str, Any]:
+def _fields(row: SourceRow) -> dict[str, Any]:
     if row.problem:
         raise InputError(row.problem)
     if not isinstance(row.content, dict):
@@ -171,13 +186,13 @@ def _fields(row: _SourceRow) -> dict[str, Any]:
     return row.content
 
 
-def _row_id(row: _SourceRow) -> str:
+def _row_id(row: SourceRow) -> str:
     named = _fields(row).get("id")
     return str(row.line if named is None else named)
 
 
 def _preference(
-    row: _SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, require_rejected: bool
+    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, require_rejected: bool
 ) -> Preference:
     fields = _fields(row)
     rejected = None
@@ -206,29 +221,30 @@ def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: Text
     if fields.get("prompt") is not None:
         name = next((name for name in _ANSWER_FIELDS if fields.get(name) is not None), None)
         if name is None:
-            raise InputError(
-                f"no answer beside prompt: it must be called {', '.join(_ANSWER_FIELDS[:-1])} or {_ANSWER_FIELDS[-1]}"
-            )
+            names = f"{', '.join(_ANSWER_FIELDS[:-1])} or {_ANSWER_FIELDS[-1]}"
+            raise _MissingColumn(f"no answer beside prompt: it must be called {names}", fields)
         return _explicit_answer(fields, name, form, tokenizer)
     if fields.get("messages") is not None:
         turns, answer = _split_conversation(fields, "messages")
         return form.render(turns, tokenizer), form.begin_answer(answer)
     if fields.get("text") is not None:
         return "", _text(fields, "text")
+    _require_pair(fields)
     return _implicit_pair(fields, form, tokenizer)[:2]
 
 
 def _prompt_text(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> str:
     """The row's prompt, whether it stands alone or only inside its answers."""
     if fields.get("prompt") is None:
+        _require_pair(fields)
         return _implicit_pair(fields, form, tokenizer)[0]
     if isinstance(fields["prompt"], list):
         return form.render(fields["prompt"], tokenizer)
     return form.render_text(_text(fields, "prompt"), tokenizer)
 
 
-def _prompt_source(fields: dict[str, Any]) -> str | list[Turn] | None:
-    """What a row's prompt is rendered from, a question or a conversation; None where it is part of a whole text."""
+def _conversation(fields: dict[str, Any]) -> str | list[Turn] | None:
+    """What a row's prompt is written from, a question or turns; None where it is part of a whole text."""
     if fields.get("prompt") is not None:
         return fields["prompt"]
     return _split_conversation(fields, "chosen")[0] if isinstance(fields.get("chosen"), list) else None
@@ -245,6 +261,12 @@ def _explicit_answer(
     return prompt, form.begin_answer(answer)
 
 
+def _require_pair(fields: dict[str, Any]) -> None:
+    """Where a prompt is looked for, a row without one needs two answers that share it."""
+    if fields.get("chosen") is None or fields.get("rejected") is None:
+        raise _MissingColumn("prompt is missing", fields)
+
+
 def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> tuple[str, str, str]:
     """Prompt, chosen and rejected answer of a row that holds two whole texts, or two whole conversations."""
     if isinstance(fields.get("chosen"), list) and isinstance(fields.get("rejected"), list):
@@ -252,25 +274,27 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
         other_turns, rejected = _split_conversation(fields, "rejected")
         if turns != other_turns:
             raise InputError("chosen and rejected do not answer the same prompt")
+        if not turns:
+            raise _MissingColumn("no prompt beside chosen and rejected, which are answers alone", fields)
         return form.render(turns, tokenizer), form.begin_answer(chosen), form.begin_answer(rejected)
+    missing = [name for name in ("prompt", "chosen", "rejected") if fields.get(name) is None]
+    if len(missing) > 1:
+        raise _MissingColumn(f"{', '.join(missing[:-1])} and {missing[-1]} are missing", fields)
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
-    start = _answer_start(chosen, rejected, form)
+    start = _answer_start(chosen, rejected, form, tokenizer)
+    if start is None:
+        raise _MissingColumn("no prompt beside chosen and rejected, which are not dialogues that share one", fields)
     return chosen[:start], form.begin_answer(chosen[start:]), form.begin_answer(rejected[start:])
 
 
-def _answer_start(chosen: str, rejected: str, form: PromptForm) -> int:
-    """Where the answers begin in two whole texts that share a prompt."""
+def _answer_start(chosen: str, rejected: str, form: PromptForm, tokenizer: TextTokenizer | None) -> int | None:
+    """Where the answers begin in two whole dialogues that share a prompt; None if they are something else."""
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (texts, not paths)
-    if form.answer_marker:
-        marker_at = shared.rfind(form.answer_marker)
-        if marker_at < 0:
-            raise InputError(f"no common prompt: chosen and rejected share no {form.answer_marker!r}")
-        return marker_at + len(form.answer_marker)
-    # The whitespace itself begins the answers: tokenizers join a space to the word after it.
-    whole_words = re.match(r"(.*\S)\s", shared, re.DOTALL)
-    if whole_words is None:
-        raise InputError("no common prompt: chosen and rejected do not begin with the same words")
-    return whole_words.end(1)
+    start = form.prompt_end(shared, tokenizer)
+    other = form_of_dialogue(shared)
+    if start is None and other is not None:
+        raise InputError(f"chosen and rejected are dialogues in the prompt form {other.name!r}, not {form.name!r}")
+    return start
 
 
 def _split_conversation(fields: dict[str, Any], name: str) -> tuple[list[Turn], str]:
@@ -284,7 +308,7 @@ def _split_conversation(fields: dict[str, Any], name: str) -> tuple[list[Turn], 
 
 def _text(fields: dict[str, Any], name: str) -> str:
     if fields.get(name) is None:
-        raise InputError(f"{name} is missing; the row has {', '.join(map(str, fields)) or 'no fields'}")
+        raise _MissingColumn(f"{name} is missing", fields)
     if not isinstance(fields[name], str):
         raise InputError(f"{name} is of type {type(fields[name]).__name__}: it must be a text or a list of turns")
     return fields[name]
@@ -298,88 +322,3 @@ def _check_encodable(text: str) -> None:
         raise InputError(
             f"half a surrogate pair ({text[error.start]!r}) stands in the text: it is not Unicode"
         ) from error
-
-
-# From a source to its rows.
-
-
-def _read_rows(source: str | Path, split: str) -> Iterator[_SourceRow]:
-    """The rows of a local file, or else of a hub data set (or a local folder laid out like one)."""
-    path = Path(source)
-    ending = next((ending for ending in _FILE_READERS if path.name.lower().endswith(ending)), None)
-    if path.is_file():
-        if ending is None:
-            raise InputError(f"{source}: cannot read this kind of file; it must end in {', '.join(_FILE_READERS)}")
-        try:
-            yield from _FILE_READERS[ending](path)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{source}: cannot be read: {error}") from error
-    elif path.is_dir() or (ending is None and HUB_ID.fullmatch(str(source))):
-        yield from _hub_rows(str(source), split)
-    else:
-        raise InputError(f"{source}: no such file, and not a hub id such as Anthropic/hh-rlhf")
-
-
-def _jsonl_rows(path: Path) -> Iterator[_SourceRow]:
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                yield _SourceRow(line, json.loads(raw.decode("utf-8-sig")))
-            except UnicodeDecodeError:
-                yield _SourceRow(line, raw.decode(errors="replace"), "the line is not UTF-8")
-            except json.JSONDecodeError as error:
-                yield _SourceRow(line, raw.decode(), f"the line is not JSON: {error.msg} at column {error.colno}")
-
-
-def _json_rows(path: Path) -> Iterator[_SourceRow]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not JSON (one object a line is .jsonl): {error.msg} at line {error.lineno}"
-        ) from error
-    if isinstance(content, dict):
-        content = content.get("data")
-    if not isinstance(content, list):
-        raise InputError(f"{path}: must hold a list of rows, or an object with such a list called data")
-    yield from map(_SourceRow, itertools.count(1), content)
-
-
-def _csv_rows(path: Path) -> Iterator[_SourceRow]:
-    csv.field_size_limit(2**31 - 1)  # Python's limit of 128 KiB a field is less than a long dialogue
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        for number, fields in enumerate(csv.DictReader(file), start=1):
-            problem = "the row has more values than there are columns" if None in fields else ""
-            yield _SourceRow(number, fields, problem)
-
-
-def _parquet_rows(path: Path) -> Iterator[_SourceRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from error
-    yield from map(_SourceRow, itertools.count(1), rows)
-
-
-def _hub_rows(source: str, split: str) -> Iterator[_SourceRow]:
-    import datasets  # slow to import
-
-    try:
-        rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the library raises OSError, ValueError and its own errors here
-        raise InputError(f"data set {source!r}, split {split!r}: {first_line(error)}") from error
-    yield from map(_SourceRow, itertools.count(1), rows)
-
-
-_FILE_READERS: dict[str, Callable[[Path], Iterator[_SourceRow]]] = {
-    ".jsonl": _jsonl_rows,
-    ".jsonl.gz": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}

@@ -1,15 +1,16 @@
 """The one registry of prompt forms: how a question or a conversation becomes the text that a model continues.
 
-Training, decoding and evaluation all take their form from here by name, so that a reward model is never asked about a
-prompt written differently from those it learned on.
+Training, decoding and evaluation all take their form from here by name. A model remembers the one that it was trained
+with (`choose_form`), so that it is never asked about a prompt written differently without a warning.
 """
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pargs_jax.data.tokenization import TextTokenizer
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, warn
 
 Turn = dict[str, str]
 """One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -77,6 +78,13 @@ class PromptForm:
         """
         return None
 
+    def prompt_end(self, text: str, tokenizer: TextTokenizer | None = None) -> int | None:
+        """Where the prompt ends in what whole dialogues of this form have in common; None if that is no such text."""
+        if not self.answer_marker or not text.lstrip().startswith(self.openings):
+            return None
+        marker_at = text.rfind(self.answer_marker)
+        return None if marker_at < 0 else marker_at + len(self.answer_marker)
+
     def begin_answer(self, text: str) -> str:
         """The answer as it follows a prompt of this form: with `answer_prefix` in front if it lacks it."""
         return text if text.startswith(self.answer_prefix) else self.answer_prefix + text
@@ -95,8 +103,7 @@ class ChatForm(PromptForm):
 
     def render_text(self, text: str, tokenizer: TextTokenizer | None = None) -> str:
         """As `PromptForm.render_text`: a text that has the template around it already stays as it is."""
-        question = "<question>"
-        before, _, after = self.render([{"role": "user", "content": question}], tokenizer).rpartition(question)
+        before, after = self._around_question(tokenizer)
         if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
             return text
         return self.render([{"role": "user", "content": text}], tokenizer)
@@ -107,6 +114,34 @@ class ChatForm(PromptForm):
             return tuple(prompt)
         is_rendered = self.render_text(prompt, tokenizer) == prompt
         return () if is_rendered else ({"role": "user", "content": prompt},)
+
+    def prompt_end(self, text: str, tokenizer: TextTokenizer | None = None) -> int | None:
+        """As `PromptForm.prompt_end`, with the template's own marker between a question and its answer."""
+        _, marker = self._around_question(tokenizer)
+        marker_at = text.rfind(marker) if marker.strip() else -1
+        return None if marker_at < 0 else marker_at + len(marker)
+
+    def _around_question(self, tokenizer: TextTokenizer | None) -> tuple[str, str]:
+        """What the template puts before a single question, and after it."""
+        question = "<question>"
+        before, _, after = self.render([{"role": "user", "content": question}], tokenizer).rpartition(question)
+        return before, after
+
+
+@dataclass(frozen=True)
+class PlainForm(PromptForm):
+    """No markers: every text stays as it is, and whole dialogues may be in any form that has markers."""
+
+    def prompt_end(self, text: str, tokenizer: TextTokenizer | None = None) -> int | None:
+        """As `PromptForm.prompt_end`, of the form that the text is in."""
+        form = form_of_dialogue(text)
+        return form and form.prompt_end(text)
+
+
+def form_of_dialogue(text: str) -> PromptForm | None:
+    """The form with markers of its own that what whole dialogues have in common is written in; None if in none."""
+    forms = (form for form in PROMPT_FORMS.values() if form.answer_marker)
+    return next((form for form in forms if form.prompt_end(text) is not None), None)
 
 
 def check_turns(turns: Sequence[Turn]) -> None:
@@ -158,7 +193,7 @@ PROMPT_FORMS: dict[str, PromptForm] = {
             openings=("BEGINNING OF CONVERSATION:",),
         ),
         ChatForm("chat"),
-        PromptForm("plain"),
+        PlainForm("plain"),
     )
 }
 """Every prompt form by its name."""
@@ -175,3 +210,36 @@ def get_form(name: str) -> PromptForm:
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise InputError(f"unknown prompt form {name!r}: {hint}the forms are {', '.join(PROMPT_FORMS)}")
     return PROMPT_FORMS[name]
+
+
+def choose_form(given: str | None, remembered: Sequence[Sequence[tuple[str | Path, str | None]]], option: str) -> str:
+    """The name of the prompt form to use: the one that was given, else what models remember, else plain.
+
+    A warning names the models that were trained with another one.
+
+    Args:
+        given: what the user asked for, if anything.
+        remembered: where models come from and the forms that they remember, if any; in groups, of which the first
+            that remembers a form decides.
+        option: how a user gives a form, for messages.
+
+    Raises:
+        InputError: if none was given, and the group that decides disagrees or remembers an unknown form.
+    """
+    told = [[(source, name) for source, name in group if name is not None] for group in remembered]
+    form = given
+    if given is None:
+        deciding = next(filter(None, told), [])
+        if any(name != deciding[0][1] for _, name in deciding):
+            each = ", ".join(f"{source} {name!r}" for source, name in deciding)
+            raise InputError(f"the models were trained with different prompt forms: {each}; say which with {option}")
+        source, form = deciding[0] if deciding else ("", "plain")
+        if form not in [*PROMPT_FORMS]:
+            raise InputError(
+                f"{source}: was trained with the prompt form {form!r}, which is not known; known are "
+                f"{', '.join(PROMPT_FORMS)}; say which with {option}"
+            )
+    others = [f"{source} was trained with {name!r}" for group in told for source, name in group if name != form]
+    if others:
+        warn(f"prompts are written in the form {form!r}, but {' and '.join(others)}")
+    return form

@@ -6,13 +6,13 @@ once) are the only ways from text to ids in this package, and `decode_answer` is
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pargs_jax.errors import InputError, first_line
+from pargs_jax.data.tokenizer_files import load_tokenizer
+from pargs_jax.errors import InputError, first_line, warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,11 +22,11 @@ Place = Literal["text", "answer", "word"]
 """Where a part of a text stands: a text of its own, an answer after its prompt, or a word (begins with a space) after
 another word of the same text."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-"""What the name of a model or data set on the hub looks like: `name` or `owner/name`."""
-
 _SENTINELS = ("\n", ":", "|", "0")
 """Put in front of an answer to learn its tokens in mid-text; several, as a tokenizer may join one to what follows."""
+
+_USUAL_PADDING = 128
+"""Vocabularies are padded to multiples of up to so many."""
 
 _FEW = 32
 """Up to so many short texts, one after the other is faster than waking the tokenizer's threads."""
@@ -58,6 +58,7 @@ class TextTokenizer:
         """
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
+        self._needed_embeddings = max(tokenizer.get_vocab().values(), default=-1) + 1
         pair_ends = _sentence_pair_ends(tokenizer)
         self.is_pair_encoder: bool = pair_ends is not None
         self.bos_id: int | None
@@ -67,10 +68,16 @@ class TextTokenizer:
         if not self.eos_ids:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token: set eos_token")
         with_specials = tokenizer.encode("a", add_special_tokens=True)
-        self._prepends_bos = self.bos_id is not None and with_specials[0] == self.bos_id
+        self._prepends_bos = self.bos_id is not None and with_specials[:1] == [self.bos_id]
+        if self.bos_id is None and with_specials[:1] != tokenizer.encode("a", add_special_tokens=False)[:1]:
+            first = tokenizer.convert_ids_to_tokens(with_specials[0])
+            warn(
+                f"tokenizer {tokenizer.name_or_path!r} begins texts with {first} but names no bos_token: prompts go "
+                "without; set bos_token in tokenizer_config.json"
+            )
         # SentencePiece tokenizers put a space before a text that has none, which is wrong in mid-text.
         # The second text of a pair is a text of its own, so that there the space is right.
-        self._prepends_space = not self.is_pair_encoder and tokenizer.tokenize("a")[0].startswith("▁")
+        self._prepends_space = not self.is_pair_encoder and "".join(tokenizer.tokenize("a")).startswith("▁")
         # One that the tokenizer normalises away would leave the answer at the text's beginning: it must survive.
         sentinels = [(text, self._encode_raw(text)) for text in _SENTINELS if self._prepends_space]
         self._sentinels = [(text, ids) for text, ids in sentinels if self.decode(ids) == text]
@@ -80,27 +87,9 @@ class TextTokenizer:
         """Loads from a local folder, or else from the hub; code that comes with a tokenizer is never run.
 
         Raises:
-            InputError: if `source` is neither, or holds no readable tokenizer.
+            InputError: if `source` is neither, or holds no readable tokenizer with its whole vocabulary.
         """
-        is_folder = Path(source).is_dir()
-        if not is_folder and not HUB_ID.fullmatch(str(source)):
-            raise InputError(
-                f"tokenizer {str(source)!r}: no such folder, and not a hub id such as openai-community/gpt2"
-            )
-        from transformers import AutoTokenizer  # slow to import
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(source), trust_remote_code=False, local_files_only=is_folder, use_fast=True
-            )
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError and plain Exception here
-            reason = (
-                "this folder has no readable tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-                if is_folder
-                else f"no such folder, and the hub gave none: {first_line(error)}"
-            )
-            raise InputError(f"tokenizer {str(source)!r}: {reason}") from error
-        return cls(tokenizer, extra_eos_ids)
+        return cls(load_tokenizer(source), extra_eos_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files; `load(folder)` gives an equal tokenizer.
@@ -112,6 +101,24 @@ class TextTokenizer:
             self._tokenizer.save_pretrained(str(folder))
         except OSError as error:
             raise InputError(f"tokenizer folder {str(folder)!r} cannot be written: {error.strerror}") from error
+
+    def check_embeddings(self, count: int, source: str | Path) -> None:
+        """Checks that a model of so many embeddings, which came from `source`, can be the one of this tokenizer.
+
+        Models pad their vocabularies: a few more embeddings than tokens are usual. Over a tenth is warned of.
+
+        Raises:
+            InputError: if a token has no embedding, or less than half of the embeddings have a token.
+        """
+        if self._needed_embeddings > count:
+            raise InputError(
+                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, the model has {count}"
+            )
+        found = f"{source}: its tokenizer has {self.vocab_size} tokens, the model {count} embeddings"
+        if 2 * self.vocab_size < count:
+            raise InputError(f"{found}; it is cut off, or another model's")
+        if count - self.vocab_size > max(count // 10, _USUAL_PADDING):
+            warn(f"{found}; see that it is the model's own, and whole")
 
     @property
     def eos_id(self) -> int:

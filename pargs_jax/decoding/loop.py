@@ -131,16 +131,15 @@ class Decoder:
     ) -> DecodeState:
         """Takes back the tokens of each answer beyond `answer_lengths[b]`; nothing is copied. A row goes on from there,
         also one that was done, and draws the same tokens again unless it gets another key."""
-        text = state.text
-        dropped = jnp.maximum(text.answer_lengths - answer_lengths, 0)
-        left = text.answer_lengths - dropped
+        dropped = jnp.maximum(state.text.answer_lengths - answer_lengths, 0)
+        text = state.text._replace(lengths=state.text.lengths - dropped)
         return state._replace(
-            text=text._replace(lengths=text.lengths - dropped),
+            text=text,
             done=state.done & (dropped == 0),
             keys=state.keys if keys is None else keys,
             lm=state.lm.forget(dropped),
             guides=tuple(
-                guide.rewind(guide_state, left, dropped)
+                guide.rewind(guide_state, text, dropped)
                 for guide, guide_state in zip(self.guides, state.guides, strict=True)
             ),
         )

@@ -17,7 +17,7 @@ from pargs_jax.generation.session import Answer
 
 # Options that do not change what a row says, so that a second run may change them.
 FREE_ON_CONTINUE = (
-    "out", "prompts", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
+    "out", "prompts", "columns", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
 )  # fmt: skip
 
 

@@ -29,7 +29,11 @@ SMALLEST_WIDTH = 16
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
     """A reward model and how it reads what the language model writes: the same tokens, or, with a `retokeniser`, the
-    same text in tokens of its own. `has_own_template` says that its chat template is not the language model's."""
+    same text in tokens of its own.
+
+    `has_own_template` says that its chat template is not the language model's. `prompt_form` is the one that it was
+    trained with, if it says so.
+    """
 
     source: str
     model: CausalModel | PrefixCausalModel | EncoderModel
@@ -37,6 +41,7 @@ class RewardModel:
     tokenizer: TextTokenizer
     retokeniser: Retokeniser | None
     has_own_template: bool = False
+    prompt_form: str | None = None
 
     @classmethod
     def load(
@@ -50,10 +55,7 @@ class RewardModel:
             raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-            )
+        tokenizer.check_embeddings(model.config.vocab_size, source)
         shares_tokens = isinstance(model, CausalModel) and lm_tokenizer.same_vocabulary(tokenizer)
         if shares_tokens and model.config.vocab_size < lm_vocab_size:
             raise InputError(
@@ -61,7 +63,7 @@ class RewardModel:
             )
         retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
-        return cls(source, model, params, tokenizer, retokeniser, has_own_template)
+        return cls(source, model, params, tokenizer, retokeniser, has_own_template, loaded.prompt_form)
 
     def encode_prompt(self, prompt: Prompt, lm_ids: list[int]) -> list[int]:
         """A prompt in this model's tokens, written in its own chat template where the prompt has turns.

@@ -1,5 +1,6 @@
 """What `python decode.py` does: one prompt, a file of prompts, or the demo."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 from rich.console import Console
 
 from pargs_jax.cli import to_yaml
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
 from pargs_jax.data import demo
 from pargs_jax.data.preferences import Prompt, load_prompts
-from pargs_jax.data.prompts import get_form
+from pargs_jax.data.prompts import choose_form, get_form
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
@@ -43,9 +44,11 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
         raise InputError(f"--method: needs one of {', '.join(METHODS)}")
     method = METHODS[config.method]
     settings = settings_of(config, method)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     is_demo = config.lm == DEMO and method.guided and not config.rm
     session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
+    form = choose_form(config.format, session.remembered_forms, "--format")
+    config = dataclasses.replace(config, format=form)
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     prompts = _read_prompts(config, session)
     if config.out is None:
         answers = list(decode_all(session, prompts, settings, config.method, console))
@@ -111,7 +114,8 @@ def _read_prompts(config: DecodeConfig, session: Session) -> list[Prompt]:
         text = form.render_text(config.prompt, session.tokenizer)
         return [Prompt("0", text, form.turns_of(config.prompt, session.tokenizer))]
     if config.prompts is not None:
-        return load_prompts(config.prompts, form, session.tokenizer)[: config.limit]
+        columns = column_names(config.columns, "--columns", PROMPT_COLUMNS)
+        return load_prompts(config.prompts, form, session.tokenizer, columns=columns)[: config.limit]
     return demo_prompts(config)
 
 

@@ -93,14 +93,16 @@ class Session:
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
         self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        if self.tokenizer.vocab_size > self._lm.config.vocab_size:
-            raise InputError(
-                f"{lm}: its tokenizer has {self.tokenizer.vocab_size} tokens, the model {self._lm.config.vocab_size}"
-            )
+        self.tokenizer.check_embeddings(self._lm.config.vocab_size, lm)
         self.reward_models = [
             RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll)
             for path in reward_models
         ]
+        self.remembered_forms = (
+            [(model.source, model.prompt_form) for model in self.reward_models],
+            [(lm, loaded.prompt_form)],
+        )
+        """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self._compiled: dict[Any, Callable[..., Decoded]] = {}
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer]]:

@@ -36,13 +36,17 @@ EXPORTED = "model"
 
 
 class Pretrained(NamedTuple):
-    """A model read from a folder. `new_head` says that its head is random: the checkpoint has none of the kind."""
+    """A model read from a folder. `new_head` says that its head is random: the checkpoint has none of the kind.
+
+    `prompt_form` is the one that it was trained with, if it says so.
+    """
 
     model: Model
     params: Params
     new_head: bool
     special_tokens: dict[str, Any]
     eos_ids: tuple[int, ...]
+    prompt_form: str | None = None
 
 
 def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
@@ -95,7 +99,7 @@ def load_model(
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
     new_head = head == "reward" and not has_head
     params = _import(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
-    return Pretrained(model, params, new_head, special, eos_ids)
+    return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
 
 
 def describe_model(
@@ -127,6 +131,7 @@ def save_model(
     params: Params,
     *,
     special_tokens: Mapping[str, Any] | None = None,
+    prompt_form: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Writes a Hugging Face folder (config.json and safetensors, sharded with an index where large).
@@ -149,6 +154,8 @@ def save_model(
         return
     tensors = dict(exported)
     extra = {"num_labels": 1} if model.head == "reward" else {}
+    if prompt_form is not None:  # that it was trained with; transformers keeps fields that it does not know
+        extra["pargs_prompt_form"] = prompt_form
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
     hf.architectures = [FAMILIES[name].heads[model.head].class_name]
     hf.dtype = str(next(iter(tensors.values())).dtype)

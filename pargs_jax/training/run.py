@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
-from pargs_jax.config import DEMO, TrainConfig, options, shown
+from pargs_jax.config import DEMO, TrainConfig, column_names, options, shown
 from pargs_jax.data import demo
 from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
-from pargs_jax.data.prompts import get_form
+from pargs_jax.data.prompts import PROMPT_FORMS, choose_form, get_form
 from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.durable_files import hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
@@ -27,7 +28,7 @@ from pargs_jax.models.hf import EXPORTED, load_model, resolve, save_model
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
 from pargs_jax.models.model import M, Model
-from pargs_jax.processes import on_first
+from pargs_jax.processes import from_first, on_first
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
 from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
@@ -77,12 +78,9 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     model = model_to_train(config, pretrained.model)
     check_length(config, model.config.max_positions)
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
-
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
+    tokenizer.check_embeddings(model.config.vocab_size, source)
     prefix_tokenizer = _load_prefix_tokenizer(config, model)
+    config = _with_prompt_form(config, out, pretrained.prompt_form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
     examples = load(config.data.train, "train")
@@ -121,10 +119,37 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     if lora:
         params = jax.jit(partial(merge_lora, lora))(params)
     with write_failures_named(out / EXPORTED, MEND_AND_RESUME):
-        save_model(out / EXPORTED, pretrained.model, params, special_tokens=pretrained.special_tokens)
+        save_model(
+            out / EXPORTED,
+            pretrained.model,
+            params,
+            special_tokens=pretrained.special_tokens,
+            prompt_form=config.data.format,
+        )
         if jax.process_index() == 0:
             tokenizer.save(out / EXPORTED)
     console.print(f"the model is in {out / EXPORTED}", highlight=False)
+
+
+def _with_prompt_form(config: TrainConfig, out: Path, remembered: str | None) -> TrainConfig:
+    """The config with the prompt form that is used: a resumed run keeps its own; the demo's prompts are in none."""
+    form = config.data.format or _form_of_run(out)
+    models = [[(config.model.init, remembered)]] if config.data.train != DEMO else []
+    form = choose_form(form, models, "--data.format")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, format=form))
+
+
+def _form_of_run(out: Path) -> str | None:
+    """The prompt form of the run in a folder, which the first process reads for all; None if there is no run."""
+    forms = [None, *PROMPT_FORMS]
+
+    def read() -> int:
+        saved = out / "config.yaml"
+        return forms.index(
+            from_mapping(TrainConfig, read_yaml(saved), str(saved)).data.format if saved.exists() else None
+        )
+
+    return forms[int(from_first(np.asarray(on_first(read) or 0)))]
 
 
 def model_to_train(config: TrainConfig, model: M) -> M:
@@ -199,6 +224,8 @@ def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
         if option.key in FREE_ON_RESUME or option.key.partition(".")[0] in FREE_ON_RESUME:
             continue
         was, becomes = (operator.attrgetter(option.key)(config) for config in (before, now))
+        if option.key == "data.format" and becomes is None:
+            continue  # left open: the run goes on with its own
         if was != becomes:
             raise InputError(
                 f"{out}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
@@ -242,8 +269,15 @@ def _load_examples(
         made = demo.sft_rows if is_sft else demo.preferences
         rows = [Preference(**{"rejected": None, **row}) for row in made(size, seed=config.seed, split=split)]
     else:
-        loaded = load_preferences(source, form, tokenizer=tokenizer, require_rejected=not is_sft, split=split)
+        columns = column_names(config.data.columns, "--data.columns")
+        loaded = load_preferences(
+            source, form, tokenizer=tokenizer, require_rejected=not is_sft, split=split, columns=columns
+        )
         rows = loaded.rows
+        if loaded.other_splits:
+            console.print(
+                f"{source} ({split}): {loaded.other_splits} rows of other splits are left out", highlight=False
+            )
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
             with write_failures_named(path, "give another --out"):

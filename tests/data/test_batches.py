@@ -104,16 +104,45 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     ]
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(96, 2), (7, 3), (1, 2), (200, 5)])
-def test_every_row_comes_once_an_epoch_and_none_is_dropped(count, batch_size):
+SIZES = [
+    (64, 64),
+    (65, 64),
+    (127, 64),
+    (256, 64),
+    (1, 64),
+    (1, 1),
+    (7, 3),
+    (96, 2),
+    (200, 5),
+    (3, 7),
+    (5, 64),
+    (64, 5),
+    (12, 24),
+]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), SIZES + [(n, b) for n in range(2, 12) for b in range(2, 12)])
+def test_a_row_comes_once_an_epoch_and_not_twice_in_a_batch(count, batch_size):
     batches = Batches(examples_of(count), batch_size, 100, seed=0)
-    seen = Counter()
-    for window in range(8):
-        for step in range(window * WINDOW, (window + 1) * WINDOW):
-            seen.update(rows_in(batches.batch(step)))
-        whole_epochs, begun = divmod((window + 1) * WINDOW * batch_size, count)
-        times = Counter(seen[row] - whole_epochs for row in range(count))
-        assert times == Counter({0: count - begun, 1: begun} if begun else {0: count})
+    seen = Counter(dict.fromkeys(range(count), 0))
+    for step in range(max(3 * WINDOW, 5 * batches.steps_per_epoch)):
+        times = Counter(rows_in(batches.batch(step)))
+        assert max(times.values()) <= -(-batch_size // count)
+        seen.update(times)
+        assert max(seen.values()) - min(seen.values()) <= 1  # whole epochs, and a part of one
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (3, 7), (65, 64), (1000, 64)])
+def test_a_batch_is_the_same_however_one_got_there(count, batch_size):
+    """And far steps are reached at once."""
+    steps = [0, 1, 63, 64, 1000, 1001, 10**9, 10**9 + 1]
+    expected = [rows_in(Batches(examples_of(count), batch_size, 100, seed=3).batch(step)) for step in steps]
+    for order in (range(len(steps)), reversed(range(len(steps)))):
+        batches = Batches(examples_of(count), batch_size, 100, seed=3)
+        assert {i: rows_in(batches.batch(steps[i])) for i in order} == dict(enumerate(expected))
+    batches = Batches(examples_of(count), batch_size, 100, seed=3)
+    in_order = [rows_in(batches.batch(step)) for step in range(1002)]
+    assert [in_order[step] for step in steps[:6]] == expected[:6]
 
 
 def test_epochs_differ_and_lengths_are_alike_within_a_batch():

@@ -50,9 +50,12 @@ def test_an_implicit_prompt_ends_at_the_last_shared_marker(tmp_path):
     earlier = "\n\nHuman: A\n\nAssistant: B"
     row = {"chosen": earlier + PROMPT + " No way.", "rejected": earlier + PROMPT + " No."}
     assert load_one(tmp_path, row).prompt == earlier + PROMPT
-    row = {"chosen": "What is it? A cat.", "rejected": "What is it? A car."}
-    preference = load_one(tmp_path, row, PLAIN)
-    assert (preference.prompt, preference.chosen, preference.rejected) == ("What is it? A", " cat.", " car.")
+    for form in (HH, PLAIN):
+        preference = load_one(tmp_path, row, form)
+        assert (preference.prompt, preference.chosen, preference.rejected) == (earlier + PROMPT, " No way.", " No.")
+    row = {name: f"SUBREDDIT: r/cats\nPOST: It sat.\nTL;DR: {name}" for name in ("chosen", "rejected")}
+    for form in (get_form("tldr"), PLAIN):
+        assert load_one(tmp_path, row, form).prompt.endswith("\nTL;DR:")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,9 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
         ({**ROW, "chosen": " \n"}, "chosen answer is empty"),
         ({**ROW, "rejected": ""}, "rejected answer is empty"),
         ({**ROW, "chosen": "No."}, "the same"),
-        ({"chosen": "What? Yes", "rejected": "What? No"}, "no common prompt"),
+        ({"chosen": "What? Yes", "rejected": "What? No"}, "no prompt beside chosen and rejected"),
+        ({"chosen": "Human: Yes", "rejected": "Human: No"}, "no prompt beside chosen and rejected"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "no prompt beside chosen and rejected"),
         ({"chosen": [USER, GOOD], "rejected": [GOOD, USER, BAD]}, "same prompt"),
         ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with the assistant's"),
         ({**ROW, "prompt": [GOOD]}, "must be the user's"),
@@ -183,7 +188,8 @@ def test_prompts_take_their_id_or_their_line(tmp_path):
     [
         ([{"prompt": "A", "id": 2}, {"prompt": "B"}], "line 2: a row before it has the id '2'"),
         ([{"prompt": "A"}, {"prompt": 3}], "line 2: prompt is of type int"),
-        ([{"question": "A"}], "line 1: .*missing; the row has question"),
+        ([{"question": "A"}], "line 1: prompt is missing; the row has question; .* --columns prompt=question"),
+        ([{"question": "A", "chosen": "B"}], "line 1: prompt is missing; the row has question, chosen; "),
         ([], "no rows"),
     ],
 )
@@ -201,3 +207,182 @@ def test_hh_as_published_gives_the_rows_of_its_explicit_form():
     published = texts("hh_rlhf_original_format")
     assert len(published) == 2308
     assert published == texts("hh_harmless.train", "hh_harmless.test")
+
+
+QUESTIONS = [
+    {"id": i, "question": f"Why is {i}?", "best": f"It is because of {i} and", "worst": f"It is because of {i} or"}
+    for i in range(3)
+]
+
+
+def renamed(row, **names):
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            {"best": "chosen", "worst": "rejected"},
+            "no prompt beside chosen and rejected, .*; the row has id, question, ",
+        ),
+        ({"question": "prompt"}, "chosen is missing; the row has id, prompt, best, worst"),
+        ({}, "prompt, chosen and rejected are missing; the row has id, question, best, worst"),
+        ({"best": "response"}, "prompt, chosen and rejected are missing; the row has id, question, response, worst"),
+    ],
+)
+@pytest.mark.parametrize("form", [HH, PLAIN])
+def test_a_file_whose_columns_have_other_names_is_one_error_that_names_them(tmp_path, form, names, message):
+    """Answers often begin alike: what they share is not their prompt."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [renamed(row, **names) for row in QUESTIONS])
+    with pytest.raises(InputError, match=f"none of its 3 rows can be used; line 1: {message}") as error:
+        load_preferences(path, form)
+    assert str(error.value).endswith("; a column of another name is given as in --data.columns prompt=question")
+
+
+@pytest.mark.parametrize("names", [{"best": "response"}, {"best": "chosen"}, {"best": "completion"}, {}])
+def test_answers_to_imitate_need_their_prompt_by_its_name_too(tmp_path, names):
+    path = write_jsonl(tmp_path / "rows.jsonl", [renamed(row, **names) for row in QUESTIONS])
+    with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has id, question, .*--data.columns"):
+        load_preferences(path, PLAIN, require_rejected=False)
+
+
+def test_columns_are_read_by_the_names_that_are_given(tmp_path):
+    columns = {"prompt": "question", "chosen": "best", "rejected": "worst"}
+    path = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
+    rows = load_preferences(path, PLAIN, columns=columns).rows
+    assert [(row.id, row.prompt, row.chosen, row.rejected) for row in rows] == [
+        tuple(map(str, row.values())) for row in QUESTIONS
+    ]
+    swapped = load_preferences(path, PLAIN, columns=columns | {"chosen": "worst", "rejected": "best"}).rows
+    assert [(row.chosen, row.rejected) for row in swapped] == [(row.rejected, row.chosen) for row in rows]
+    sft = load_preferences(path, PLAIN, require_rejected=False, columns={"prompt": "question", "response": "best"}).rows
+    assert [(row.prompt, row.chosen) for row in sft] == [(row.prompt, row.chosen) for row in rows]
+    prompts = load_prompts(path, PLAIN, columns={"prompt": "question", "id": "best"})
+    assert [(prompt.id, prompt.text) for prompt in prompts] == [(row["best"], row["question"]) for row in QUESTIONS]
+
+
+def test_a_column_that_no_row_has_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**ROW, "source": "web"}])
+    for load in (load_preferences, load_prompts):
+        with pytest.raises(
+            InputError, match=r"no row has a column 'question'; there are chosen, prompt, rejected, source\Z"
+        ):
+            load(path, PLAIN, columns={"prompt": "question"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # As published: UltraFeedback, HH for TRL, Orca with its columns named, RM-static, summaries, HH, SafeRLHF.
+        {"prompt": "Why?", "prompt_id": "a", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"system": "Be kind.", "prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"prompt": PROMPT, "response": " Because.", "chosen": " Because.", "rejected": " No."},
+        {"prompt": "SUBREDDIT: r/cats\nPOST: It sat.", "chosen": "TL;DR: A cat.", "rejected": "TL;DR: A cow."},
+        {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."},
+        {
+            "chosen": "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:Because.",
+            "rejected": "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:No.",
+        },
+    ],
+)
+def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
+    preference = load_one(tmp_path, row, PLAIN)
+    assert preference.prompt.endswith(("Why?", "Assistant:", "It sat.", "ASSISTANT:"))
+    assert preference.chosen.strip() in ("Because.", "TL;DR: A cat.")
+
+
+def test_dialogues_in_another_form_say_which(tmp_path):
+    row = {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."}
+    with pytest.raises(InputError, match="are dialogues in the prompt form 'hh', not 'tldr'"):
+        load_one(tmp_path, row, get_form("tldr"))
+
+
+def test_whole_dialogues_in_a_chat_template(tmp_path):
+    class Template:
+        def render_chat(self, turns):
+            return "<s>" + "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + "<assistant>"
+
+    row = {name: f"<s><system>Be kind.<user>Why?<assistant>{name}" for name in ("chosen", "rejected")}
+    preference = load_one(tmp_path, row, get_form("chat"), tokenizer=Template())
+    assert (preference.prompt, preference.chosen) == ("<s><system>Be kind.<user>Why?<assistant>", "chosen")
+    with pytest.raises(InputError, match="no prompt beside chosen and rejected"):
+        load_one(tmp_path, {"chosen": "It is so", "rejected": "It is no"}, get_form("chat"), tokenizer=Template())
+
+
+def with_splits(tmp_path, *splits):
+    rows = [{"id": str(i), **ROW} | ({} if split is None else {"split": split}) for i, split in enumerate(splits)]
+    return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+
+def test_rows_of_another_split_are_left_out(tmp_path):
+    path = with_splits(tmp_path, "train", "test", "Train", "dev", "validation", "training")
+    for split, ids in (("train", ["0", "2", "5"]), ("eval", ["1", "3", "4"])):
+        loaded = load_preferences(path, HH, split=split)
+        assert ([row.id for row in loaded.rows], loaded.other_splits) == (ids, 3)
+    assert [prompt.id for prompt in load_prompts(path, HH)] == list("012345")
+    without = load_preferences(with_splits(tmp_path, None, None), HH, split="eval")
+    assert (len(without.rows), without.other_splits) == (2, 0)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**ROW, "part": part} for part in ("train", "dev")])
+    assert load_preferences(path, HH, columns={"split": "part"}).other_splits == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            ["train", "harmless"],
+            "line 2: split is 'harmless', must be train or training, or for evaluation test, valida",
+        ),
+        (["train", 3], "line 2: split is '3', must be "),
+        (["test", "dev"], "no row's split is train or training; the column says 'test', 'dev'"),
+        (["train", None, ""], "2 rows have no split, and others have"),
+    ],
+)
+def test_splits_that_cannot_be_told_are_errors(tmp_path, splits, message):
+    with pytest.raises(InputError, match=message):
+        load_preferences(with_splits(tmp_path, *splits), HH)
+
+
+def test_evaluation_takes_the_splits_that_the_hub_has_for_it(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append(split)
+        return datasets.Dataset.from_list([{"split": "of another kind", **ROW}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation", "test"])
+    load_preferences("owner/name", HH, split="eval")
+    load_preferences("owner/name", HH)
+    assert asked == ["validation+test", "train"]
+
+
+class Template:
+    """A tokenizer that has nothing but a chat template."""
+
+    def render_chat(self, turns):
+        return "".join(f"<{turn['role'][0]}>{turn['content']}" for turn in turns) + "<a>"
+
+
+def test_prompts_keep_their_turns_where_each_model_has_a_template_of_its_own(tmp_path):
+    question, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    path = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "Why?"},
+        {"prompt": [question, said, question]},
+        {"prompt": "<u>Why?<a>"},  # in the template already
+        {"chosen": [question, said], "rejected": [question, {**said, "content": "No."}]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_prompts(path, get_form("chat"), Template())
+    assert [prompt.turns for prompt in found] == [(question,), (question, said, question), (), (question,)]
+    assert [prompt.text for prompt in found] == ["<u>Why?<a>", "<u>Why?<a>So.<u>Why?<a>", "<u>Why?<a>", "<u>Why?<a>"]
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"id": "1", "prompt": "Who?"}) + "\n")
+    with pytest.raises(InputError, match=r"prompts.jsonl: line 2: a row before it has the id '1'"):
+        load_prompts(path, get_form("chat"), Template())
+    path.write_text(json.dumps({"prompt": "Why?"}) + "\n")
+    assert [prompt.turns for prompt in load_prompts(path, get_form("hh"))] == [None]

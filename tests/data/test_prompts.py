@@ -1,11 +1,12 @@
 """Prompt forms: the published texts, and texts that are in a form already."""
 
 import dataclasses
+import warnings
 
 import pytest
 
-from pargs_jax.data.prompts import PROMPT_FORMS, get_form
-from pargs_jax.errors import InputError
+from pargs_jax.data.prompts import PROMPT_FORMS, choose_form, get_form
+from pargs_jax.errors import InputError, InputWarning
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -93,3 +94,49 @@ def test_forms_say_what_they_need():
         get_form("safe_rlhf")
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_form("hh").name = "other"
+
+
+A, B, LM = ("runs/a", "hh"), ("runs/b", "tldr"), ("runs/sft", "shp")
+SILENT = ("gpt2", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "remembered", "form", "warned"),
+    [
+        (None, [], "plain", None),
+        (None, [[], [SILENT]], "plain", None),
+        (None, [[A], [SILENT]], "hh", None),
+        (None, [[SILENT, A], [SILENT]], "hh", None),
+        (None, [[SILENT], [LM]], "shp", None),
+        (None, [[A], [LM]], "hh", "form 'hh', but runs/sft was trained with 'shp'"),
+        ("hh", [[A], [SILENT]], "hh", None),
+        (
+            "tldr",
+            [[A, B], [LM]],
+            "tldr",
+            "'tldr', but runs/a was trained with 'hh' and runs/sft was trained with 'shp'",
+        ),
+        ("plain", [[("runs/c", "xml")]], "plain", "form 'plain', but runs/c was trained with 'xml'"),
+    ],
+)
+def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered, form, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert choose_form(given, remembered, "--format") == form
+    messages = [str(each.message) for each in caught if each.category is InputWarning]
+    assert len(messages) == (warned is not None)
+    assert all(message.endswith(warned) for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("remembered", "message"),
+    [
+        ([[A, B]], "different prompt forms: runs/a 'hh', runs/b 'tldr'; say which with --format"),
+        ([[("runs/c", "xml")]], "runs/c: was trained with the prompt form 'xml', which is not known; known are hh, "),
+        ([[("runs/c", ["hh"])]], "not known"),
+        ([[("runs/c", "")]], "not known"),
+    ],
+)
+def test_forms_that_do_not_agree_or_are_not_known_are_one_line(remembered, message):
+    with pytest.raises(InputError, match=message):
+        choose_form(None, remembered, "--format")

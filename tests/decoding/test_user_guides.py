@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,7 @@ class LongAnswers:
     def commit(self, params, state, pending, chosen):
         return state
 
-    def rewind(self, state, answer_lengths, dropped):
+    def rewind(self, state, text, dropped):
         return state
 
 
@@ -49,21 +50,23 @@ class NoRepeats:
     def commit(self, params, state, pending, chosen):
         return state.at[jnp.arange(len(state)), chosen.token].add(chosen.live.astype(state.dtype))
 
-    def rewind(self, state, answer_lengths, dropped):
-        raise NotImplementedError("this guide does not keep what it would need")
+    def rewind(self, state, text, dropped):
+        slots = jnp.arange(text.tokens.shape[1])
+        is_answer = (slots >= text.prompt_lengths[:, None]) & (slots < text.lengths[:, None])
+        return (jax.nn.one_hot(text.tokens, self.vocab_size) * is_answer[..., None]).sum(axis=1)
 
 
-def decode(guide, weight, proposer):
+def decode(guide, weight, proposer, eos_ids=()):
     lm, params = tiny_model("gpt2")
     prompts = np.random.default_rng(0).integers(4, 61, (6, 5))
-    decoder = pj.Decoder(lm, (guide,), proposer, pj.Greedy(), eos_ids=(EOS,))
+    decoder = pj.Decoder(lm, (guide,), proposer, pj.Greedy(), eos_ids=eos_ids)
     settings = pj.RowSettings.alike(6, weights=[weight], candidates=61, max_new_tokens=STEPS)
     keys = pj.row_keys(0, jnp.arange(6))
     return pj.decode(decoder, params, ((),), prompts, np.full(6, 5), keys, settings, STEPS)
 
 
 def test_a_candidate_guide_of_a_user():
-    guided = decode(LongAnswers(EOS), 100.0, pj.TopK(5))
+    guided = decode(LongAnswers(EOS), 100.0, pj.TopK(5), (EOS,))
     assert (guided.lengths == STEPS).all() and not (guided.tokens == EOS).any()
     np.testing.assert_array_equal(guided.trace.rewards, 1.0)
 
@@ -73,3 +76,10 @@ def test_a_vocabulary_guide_of_a_user():
         answers = [np.asarray(decode(NoRepeats(61), weight, proposer).tokens) for weight in (0.0, 100.0)]
         plain, guided = ([len(set(row.tolist())) for row in tokens] for tokens in answers)
         assert guided == [STEPS] * 6 and min(plain) < STEPS
+
+
+def test_what_a_users_guide_keeps_is_taken_back_with_the_tokens():
+    guide = NoRepeats(61)
+    text = pj.Text(jnp.asarray([[4, 4, 5, 6, 7], [8, 5, 5, 9, 9]]), jnp.asarray([2, 1]), jnp.asarray([4, 3]))
+    state = guide.rewind(None, text, None)
+    np.testing.assert_array_equal(state[:, 4:10], [[0, 1, 1, 0, 0, 0], [0, 2, 0, 0, 0, 0]])

@@ -36,5 +36,5 @@ class CausalGuide:
     def commit(self, params: Params, state: Cache, pending: Any, chosen: Chosen) -> Cache:
         return self.model.keep(state, pending, chosen.live, chosen.index)
 
-    def rewind(self, state: Cache, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> Cache:
+    def rewind(self, state: Cache, text: Text, dropped: Int[Array, "B"]) -> Cache:
         return state.forget(dropped)

@@ -70,9 +70,8 @@ class Guide(Protocol):
         """The state after the chosen tokens became part of the answers; `pending` is what `score` gave."""
         ...
 
-    def rewind(self, state: Any, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> Any:
-        """The state after the last `dropped[b]` tokens of each answer were taken back, which leaves
-        `answer_lengths[b]`."""
+    def rewind(self, state: Any, text: Text, dropped: Int[Array, "B"]) -> Any:
+        """The state after the last `dropped[b]` tokens of each answer were taken back, which leaves `text`."""
         ...
 
 

@@ -141,7 +141,8 @@ class RetokenisedGuide:
             jnp.maximum(state.needed, pending.needed * chosen.live),
         )
 
-    def rewind(self, state: CachedState, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> CachedState:
+    def rewind(self, state: CachedState, text: Text, dropped: Int[Array, "B"]) -> CachedState:
+        answer_lengths = text.answer_lengths
         last = jnp.maximum(answer_lengths - 1, 0)[:, None]
         before = jnp.take_along_axis(state.settled_after, last, axis=1)[:, 0] * (answer_lengths > 0)
         settled = jnp.where(dropped > 0, before, state.settled)
@@ -236,7 +237,7 @@ class EncoderGuide:
     def commit(self, params: Params, state: EncoderState, pending: Int[Array, "B"], chosen: Chosen) -> EncoderState:
         return state._replace(needed=jnp.maximum(state.needed, pending * chosen.live))
 
-    def rewind(self, state: EncoderState, answer_lengths: Int[Array, "B"], dropped: Int[Array, "B"]) -> EncoderState:
+    def rewind(self, state: EncoderState, text: Text, dropped: Int[Array, "B"]) -> EncoderState:
         return state
 
     def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:

@@ -1,0 +1,106 @@
+"""From a folder or a hub id to a transformers tokenizer that has its vocabulary.
+
+Where the files that hold a vocabulary are missing, transformers makes a tokenizer of the special tokens alone, with
+which all texts are the same few ids. Here that is an error which names the files.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pargs_jax.errors import InputError, first_line, warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+"""What the name of a model or data set on the hub looks like: `name` or `owner/name`."""
+
+_WHOLE = ("tokenizer.json",)
+"""Holds any tokenizer's vocabulary; where it is there, other files are not read."""
+
+_VOCABULARIES = (_WHOLE, ("tokenizer.model",), ("spm.model",), ("vocab.json", "merges.txt"))
+"""Files that hold a vocabulary together."""
+
+_LARGEST_UNMADE_SHARE = 0.01
+"""The most of a vocabulary that may be tokens which no merge makes: a few special ones usually are."""
+
+
+def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
+    """Loads from a local folder, or else from the hub; code that comes with a tokenizer is never run.
+
+    Raises:
+        InputError: if `source` is neither, or its tokenizer cannot be read or has no whole vocabulary.
+    """
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is None and not HUB_ID.fullmatch(str(source)):
+        raise InputError(f"tokenizer {str(source)!r}: no such folder, and not a hub id such as openai-community/gpt2")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=False, local_files_only=folder is not None
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and plain Exception here
+        if folder is None:
+            reason = f"no such folder, and the hub gave none: {first_line(error)}"
+        else:
+            reason = _broken_json(folder) or _without_vocabulary(
+                folder, _VOCABULARIES, f"cannot be read; it may be damaged or cut off ({first_line(error)})"
+            )
+        raise InputError(f"tokenizer {str(source)!r}: {reason}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}:
+        own = tuple(name for name in tokenizer.vocab_files_names.values() if name not in _WHOLE)
+        reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "holds no tokens")
+        raise InputError(f"tokenizer {str(source)!r}: {reason}")
+    if folder is not None:
+        _check_merges(folder, tokenizer)
+        if type(tokenizer) is PreTrainedTokenizerFast and not (folder / _WHOLE[0]).exists():
+            warn(
+                f"{folder}: no tokenizer_config.json names the tokenizer's class, so that texts may be split otherwise "
+                "than the model learned them, without a beginning-of-sequence token or a space in front"
+            )
+    return tokenizer
+
+
+def _without_vocabulary(folder: Path | None, vocabularies: tuple[tuple[str, ...], ...], fault: str) -> str:
+    """Names the files that are missing where none of the vocabularies is whole, or else says the first one's fault.
+
+    Where only a part of one is there, its other files are the ones that are missing.
+    """
+    there = [[name for name in names if folder and (folder / name).exists()] for names in vocabularies]
+    for names, found in zip(vocabularies, there, strict=True):
+        if len(found) == len(names):
+            return f"{' with '.join(names)} {fault}"
+    begun = [names for names, found in zip(vocabularies, there, strict=True) if found]
+    missing = [name for names in (*(begun or vocabularies[1:]), _WHOLE) for name in names if [name] not in there]
+    return f"its vocabulary is missing: there is no {' or '.join(filter(None, (', '.join(missing[:-1]), missing[-1])))}"
+
+
+def _broken_json(folder: Path) -> str:
+    """Names a file of the folder that is no JSON, if there is one; else the empty string."""
+    for name in (*_WHOLE, "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
+        try:
+            json.loads((folder / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read; it may be damaged or cut off ({first_line(error)})"
+    return ""
+
+
+def _check_merges(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises InputError if merges.txt, of which any part is a valid file, makes too few of the tokens in vocab.json."""
+    if (folder / _WHOLE[0]).exists() or not (folder / "merges.txt").exists() or not (folder / "vocab.json").exists():
+        return
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    made = {"".join(line.split(" ")) for line in lines if not line.startswith("#version")}
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    merged = [token for token in json.loads((folder / "vocab.json").read_bytes()) if len(token) > 1]
+    unmade = [token for token in merged if token not in made and token not in special]
+    if len(unmade) > _LARGEST_UNMADE_SHARE * len(merged):
+        raise InputError(
+            f"tokenizer {str(folder)!r}: merges.txt does not make {len(unmade)} of the {len(merged)} tokens in "
+            "vocab.json; it is cut off, or another tokenizer's"
+        )
