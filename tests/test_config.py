@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pargs_jax.cli import command, from_mapping, parse, to_yaml
+from pargs_jax.cli import from_mapping, parse, to_yaml
+from pargs_jax.command import command
 from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, option, options
 from pargs_jax.errors import InputError
 
@@ -255,7 +256,7 @@ def test_options_are_read_without_importing_the_heavy_libraries():
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     result = run_python(
-        "import os, sys; from pargs_jax.cli import command\n"
+        "import os, sys; from pargs_jax.command import command\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
         "command(lambda: print('row'))"
     )

@@ -27,6 +27,8 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
+    "signals": {"errors"},
+    "command": {"signals", "errors"},
     "cli": {"config", "errors"},
     "durable_files": {"errors"},
     "processes": {"config", "errors"},
@@ -45,6 +47,7 @@ MAY_IMPORT = {
         "mesh",
         "sharding",
         "processes",
+        "signals",
         "durable_files",
         "progress",
         "cli",
@@ -80,7 +83,7 @@ MAY_IMPORT = {
 }
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {"decoding.rules": set(), "decoding.methods": {"decoding.rules"}}
-WITHOUT_JAX = ("errors", "config", "durable_files", "cli", "data")
+WITHOUT_JAX = ("errors", "signals", "command", "config", "durable_files", "cli", "data")
 
 
 def imported_modules(path):
