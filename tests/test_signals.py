@@ -126,7 +126,7 @@ def test_where_standard_error_is_closed_its_number_may_be_another_file(tmp_path)
 
 
 def test_a_terminal_gets_its_cursor_back():
-    bar = "from rich.progress import Progress\nwith Progress() as bar:\n    bar.add_task('x', total=9)\n    time.sleep(30)"
+    bar = "from rich.progress import Progress\nwith Progress() as bar: bar.add_task('x', total=9); time.sleep(30)"
     outside, inside = pty.openpty()
     with running(bar, stdout=inside, stderr=inside) as process:
         os.close(inside)

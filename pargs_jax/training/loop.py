@@ -193,8 +193,8 @@ def _diverged(step: int, what: str, checkpoints: Checkpoints) -> InputError:
 
 
 def _describe_steps(values: dict[str, float]) -> str:
-    speed = f"{values['tokens_per_second']:,.0f} tokens/s"
-    return f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {speed}"
+    accuracy = f"  accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
+    return f"loss {values['loss']:.4f}{accuracy}  {values['tokens_per_second']:,.0f} tokens/s"
 
 
 def _describe_evaluation(values: dict[str, float]) -> str:
