@@ -243,9 +243,23 @@ class ObjectiveConfig:
     )
     minimum_length: int = option(1, "partial_bt: shortest prefix that is scored, in tokens", at_least=1)
     margin: float = option(
-        0.0, "subtracted from the difference of rewards, which pushes pairs further apart", at_least=0
+        0.0, "bt, partial_bt: subtracted from the difference of rewards, which pushes pairs further apart", at_least=0
     )
-    centring: float = option(0.0, "weight of the penalty that keeps rewards around zero; 0: none", at_least=0)
+    centring: float = option(
+        0.0, "bt, partial_bt: weight of the penalty that keeps rewards around zero; 0: none", at_least=0
+    )
+
+    def validate(self) -> None:
+        """Raises InputError for an option that means nothing with this loss."""
+        owners = {name: ("partial_bt",) for name in ("prefix_weights", "stride", "sample", "minimum_length")}
+        owners |= {name: ("bt", "partial_bt") for name in ("margin", "centring")}
+        for known in options(type(self)):
+            value, losses = getattr(self, known.key), owners.get(known.key, (self.name,))
+            if self.name not in losses and value != known.default:
+                raise InputError(
+                    f"--objective.{known.flag.removeprefix('--')}: got {shown(value)}, but means nothing with "
+                    f"--objective.name {self.name}; it is for {' and '.join(losses)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -382,8 +396,14 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
+        self.objective.validate()
         self.lora.validate()
         self.processes.validate(self.distributed)
+        if self.steps is not None and self.epochs != TrainConfig.epochs:
+            raise InputError(
+                f"--steps and --epochs: got both ({self.steps} and {self.epochs:g}), must be one of them "
+                "(--steps null takes back a file's)"
+            )
         if self.batch_size % self.optim.accumulation:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
