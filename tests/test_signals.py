@@ -74,7 +74,7 @@ def callback():
 ctypes.CFUNCTYPE(None)(callback)()
 """
 # The main thread runs no Python code at all, as while XLA compiles.
-NO_PYTHON = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)"
+NO_PYTHON = "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', 1_000_000_000)"
 SWALLOWED = """
 ready()
 while True:
@@ -90,6 +90,7 @@ while True:
 def test_a_command_ends_at_once_whatever_it_is_doing(program, number):
     with running(program) as process:
         assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # until it is there
         process.send_signal(number)
         assert ended(process) == (CODES[number], "", WORDS[number])
 
