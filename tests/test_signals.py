@@ -227,6 +227,8 @@ def test_the_commands_end_at_once_at_any_time(script, moments, models, tmp_path)
         with started(REPOSITORY / script, *options) as process:
             wait_for_the_first_line(process)
             time.sleep(moment)
+            if process.poll() == 0:  # a quick machine
+                break
             process.send_signal(signal.SIGINT)
             code, _, errors = ended(process)
         assert code == 130 and errors.endswith("interrupted\n"), (moment, code, errors)
