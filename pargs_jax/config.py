@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pargs_jax.errors import InputError
-from pargs_jax.options import check_each, option
+from pargs_jax.options import check_each, option, options, shown
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
