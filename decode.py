@@ -2,8 +2,7 @@
 
 import sys
 
-from pargs_jax.cli import command, parse
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.command import command
 
 DESCRIPTION = """Answer prompts with a frozen language model whose next token is guided by reward models. Without
 arguments it decodes the demo task's unseen prompts with every method and prints a table."""
@@ -15,6 +14,9 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
+    from pargs_jax.cli import parse
+    from pargs_jax.config import DEMO, DecodeConfig
+
     config = parse(DecodeConfig, prog="decode.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
     if config.compile_only:

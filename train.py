@@ -2,8 +2,7 @@
 
 import sys
 
-from pargs_jax.cli import command, parse
-from pargs_jax.config import TrainConfig
+from pargs_jax.command import command
 
 DESCRIPTION = """Train a reward model that can score unfinished answers, on preference pairs. Without arguments it
 trains one on the built-in demo task."""
@@ -17,6 +16,9 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
+    from pargs_jax.cli import parse
+    from pargs_jax.config import TrainConfig
+
     config = parse(TrainConfig, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
     # After the options are known to be right: these import jax.
     if config.compile_only:

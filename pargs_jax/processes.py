@@ -34,6 +34,7 @@ def start_processes(config: ProcessesConfig) -> None:
     reminder = threading.Timer(SILENCE, print, args=(said,), kwargs={"file": sys.stderr, "flush": True})
     reminder.daemon = True
     reminder.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us, and tell nobody
     try:
         jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pargs_jax.cli import command, from_mapping, parse, to_yaml
-from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names, option, options
+from pargs_jax.cli import from_mapping, parse, to_yaml
+from pargs_jax.command import command
+from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names
 from pargs_jax.errors import InputError
+from pargs_jax.options import option, options
 
 
 def train(*argv):
@@ -165,6 +167,49 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
     assert message(decode, *argv.split()) == expected
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            "--objective.name bt --objective.stride 2",
+            "--objective.stride: got 2, but means nothing with --objective.name bt; it is for partial_bt",
+        ),
+        (
+            "--objective.name sft --objective.margin 0.5",
+            "--objective.margin: got 0.5, but means nothing with --objective.name sft; it is for bt and partial_bt",
+        ),
+        ("--objective.name bt --objective.sample 4", "--objective.sample: got 4, but means nothing"),
+        ("--objective.name bt --objective.minimum-length 2", "--objective.minimum-length: got 2, but means nothing"),
+        ("--objective.name sft --objective.prefix-weights linear", '--objective.prefix-weights: got "linear", but'),
+        ("--objective.name sft --objective.centring 1", "--objective.centring: got 1.0, but means nothing"),
+        (
+            "--steps 10 --epochs 2",
+            "--steps and --epochs: got both (10 and 2), must be one of them (--steps null takes back a file's)",
+        ),
+    ],
+)
+def test_options_of_training_that_would_be_ignored(argv, expected):
+    assert message(train, *argv.split()).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--objective.name bt --objective.chunk 4 --objective.stride 1 --objective.margin 1",
+        "--objective.name sft --objective.chunk 4",
+        "--objective.stride 2 --objective.sample 3 --objective.minimum-length 2 --objective.prefix-weights linear",
+        "--steps 10 --epochs 1",
+        "--config configs/demo_lm.yaml --steps null --epochs 2",
+        "--config configs/hh.yaml --objective.name bt",
+        "--config configs/hh_deberta.yaml --objective.name bt",
+        "--config configs/paper_tldr.yaml --objective.name bt",
+    ],
+)
+def test_options_of_training_that_go_together(argv, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    train(*argv.split())
+
+
 def test_configs_made_in_python_are_checked_alike():
     config = replace(TrainConfig(), batch_size=10, optim=OptimConfig(accumulation=5))
     config.validate()
@@ -288,7 +333,7 @@ def test_options_are_read_without_importing_the_heavy_libraries():
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     result = run_python(
-        "import os, sys; from pargs_jax.cli import command\n"
+        "import os, sys; from pargs_jax.command import command\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
         "command(lambda: print('row'))"
     )

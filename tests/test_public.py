@@ -26,8 +26,11 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 # Which parts of the package each part may import, by the first part of a module's name. Arrows go down only.
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
-    "cli": {"config", "errors"},
+    "options": {"errors"},
+    "config": {"options", "errors"},
+    "signals": {"errors"},
+    "command": {"signals", "errors"},
+    "cli": {"options", "errors"},
     "durable_files": {"errors"},
     "processes": {"config", "errors"},
     "mesh": {"processes", "config", "errors"},
@@ -45,10 +48,12 @@ MAY_IMPORT = {
         "mesh",
         "sharding",
         "processes",
+        "signals",
         "durable_files",
         "progress",
         "cli",
         "config",
+        "options",
         "errors",
     },
     "generation": {
@@ -80,7 +85,7 @@ MAY_IMPORT = {
 }
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {"decoding.rules": set(), "decoding.methods": {"decoding.rules"}}
-WITHOUT_JAX = ("errors", "config", "durable_files", "cli", "data")
+WITHOUT_JAX = ("errors", "signals", "command", "options", "config", "durable_files", "cli", "data")
 
 
 def imported_modules(path):

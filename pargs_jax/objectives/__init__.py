@@ -8,10 +8,11 @@ from pargs_jax.objectives.bradley_terry import (
     choose_prefixes,
     partial_bradley_terry,
     preference_metrics,
-    prefix_length,
+    prefix_lengths,
     prefix_loss,
+    prefix_metrics,
     prefix_rewards,
-    spread,
+    rewards_at,
 )
 from pargs_jax.objectives.likelihood import answer_likelihood
 
@@ -24,8 +25,9 @@ __all__ = [
     "choose_prefixes",
     "partial_bradley_terry",
     "preference_metrics",
-    "prefix_length",
+    "prefix_lengths",
     "prefix_loss",
+    "prefix_metrics",
     "prefix_rewards",
-    "spread",
+    "rewards_at",
 ]

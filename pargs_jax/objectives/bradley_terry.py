@@ -134,11 +134,10 @@ def prefix_loss(
     return _mean(per_pair, weights)
 
 
-def spread(pairs: Float[Array, "B N 2"], prefixes: Prefixes, width: int) -> Float[Array, "B 2 R"]:
-    """Rewards of every prefix from those of some: each length gets the reward of the chosen prefix nearest to it."""
-    distance = jnp.abs(prefixes.lengths[:, None, :] - jnp.arange(1, width + 1)[:, None])
-    nearest = jnp.where(prefixes.weights[:, None, :] > 0, distance, 2 * width).argmin(axis=-1)
-    return jnp.take_along_axis(pairs, nearest[..., None], axis=1).transpose(0, 2, 1)
+def rewards_at(pairs: Float[Array, "B N 2"], prefixes: Prefixes, lengths: Int[Array, "B F"]) -> Float[Array, "B F 2"]:
+    """Rewards of the prefixes of these lengths, each of which has to be one of those that were scored."""
+    is_it = (prefixes.lengths[:, None, :] == lengths[..., None]) & (prefixes.weights[:, None, :] > 0)
+    return jnp.take_along_axis(pairs, is_it.argmax(axis=-1)[..., None], axis=1)
 
 
 def prefix_rewards(
@@ -149,29 +148,34 @@ def prefix_rewards(
     return jnp.take_along_axis(rewards, last[..., None], axis=-1)[..., 0]
 
 
-def prefix_length(longest: Int[Array, "B"], percent: int) -> Int[Array, "B"]:
-    """That percentage of the longer answer, in tokens, rounded up."""
-    return (longest * percent + 99) // 100
+def prefix_lengths(longest: Int[Array, "B"], fractions: tuple[int, ...] = FRACTIONS) -> Int[Array, "B F"]:
+    """These percentages of the longer answer, in tokens, rounded up."""
+    return (longest[:, None] * jnp.array(fractions) + 99) // 100
 
 
 def preference_metrics(
-    rewards: Float[Array, "B 2 R"],
-    lengths: Int[Array, "B 2"],
-    weights: Float[Array, "B"],
-    fractions: tuple[int, ...] = FRACTIONS,
+    rewards: Float[Array, "B 2 R"], lengths: Int[Array, "B 2"], weights: Float[Array, "B"]
 ) -> Metrics:
-    """What is logged of a batch, all fp32 scalars; `fractions` are percentages, the last of them 100.
+    """`prefix_metrics` at all `FRACTIONS`, from the rewards of every prefix."""
+    at = prefix_lengths(lengths.max(axis=1))
+    pairs = jax.vmap(partial(prefix_rewards, rewards, lengths), in_axes=1, out_axes=1)(at)
+    return prefix_metrics(pairs, weights)
+
+
+def prefix_metrics(
+    pairs: Float[Array, "B F 2"], weights: Float[Array, "B"], fractions: tuple[int, ...] = FRACTIONS
+) -> Metrics:
+    """What is logged of a batch, all fp32 scalars, from rewards at `fractions`: percentages, the last of them 100.
 
     `accuracy` (share of pairs whose chosen answer has the higher reward, a tie counting half), `accuracy_10` ..
     `accuracy_100` (the same at that percentage of the longer answer, rounded up; answers that still agree tie),
     `margin` (mean reward difference), and over all full answers `reward_mean`, `reward_min`, `reward_max`.
     """
-    longest = lengths.max(axis=1)
-    metrics: Metrics = {}
-    for percent in fractions:
-        pair = prefix_rewards(rewards, lengths, prefix_length(longest, percent))
-        metrics[f"accuracy_{percent}"] = _mean(0.5 + 0.5 * jnp.sign(pair[:, 0] - pair[:, 1]), weights)
-    full = prefix_rewards(rewards, lengths, longest)
+    metrics: Metrics = {
+        f"accuracy_{percent}": _mean(0.5 + 0.5 * jnp.sign(pairs[:, f, 0] - pairs[:, f, 1]), weights)
+        for f, percent in enumerate(fractions)
+    }
+    full = pairs[:, -1]
     counted = (weights > 0)[:, None]
     return metrics | {
         "accuracy": metrics["accuracy_100"],

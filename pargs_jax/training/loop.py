@@ -20,8 +20,9 @@ from pargs_jax.models.model import Params
 from pargs_jax.objectives import FRACTIONS, Metrics
 from pargs_jax.progress import ShownProgress
 from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
+from pargs_jax.signals import signals_wait
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.interrupts import signals_wait
+from pargs_jax.training.interrupts import agreed
 from pargs_jax.training.metrics_log import MetricsLog
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.prefetch import Prefetch
@@ -63,6 +64,8 @@ def run_steps(
     console: Console,
 ) -> TrainState:
     """Runs from `state.step` to `total`; Ctrl-C and SIGTERM end it after the running step, which is saved.
+
+    When it returns, the last step's checkpoint is whole.
 
     Of a report, `tokens_per_second` and `data_wait_share` are over the time since the last one, less evaluations. The
     latter is the share of it, 0 to 1, that the loop waited for batches. Steps run behind the loop's back, so a device
@@ -121,6 +124,11 @@ def run_steps(
             raise _diverged(number, "its update made weights or optimizer state that are not finite", checkpoints)
         checkpoints.save(state, metrics)
 
+    def say_stopped(number: int) -> None:
+        console.print(
+            f"stopped; step {number} of {total} is saved in {checkpoints.folder}; go on with --resume", highlight=False
+        )
+
     def load(index: int) -> tuple[Batch, int]:
         batch = batches.batch(index)
         return place_rows(mesh, batch), count_tokens(batch)
@@ -145,8 +153,9 @@ def run_steps(
                 evaluation = evaluated(number) if evaluates else None
                 if saves or (evaluation is not None and checkpoints.is_best(evaluation)):
                     save(number, evaluation)
-                if (ending := stop.agreed(reports)) is not None:
+                if (ending := agreed(stop, reports)) is not None:
                     raise ending
+            checkpoints.wait()  # for the last save: until it is whole, no signal may end the process
         except KeyboardInterrupt:
             if not stop.at_once:
                 number = int(state.step)
@@ -154,11 +163,11 @@ def run_steps(
                     report(number)
                 save(number, None)
                 checkpoints.wait()
-                console.print(
-                    f"stopped; step {number} of {total} is saved in {checkpoints.folder}; go on with --resume",
-                    highlight=False,
-                )
+                say_stopped(number)
             raise
+    if (ending := agreed(stop, True)) is not None:  # one that came after the last step
+        say_stopped(total)
+        raise ending
     return state
 
 
@@ -184,8 +193,8 @@ def _diverged(step: int, what: str, checkpoints: Checkpoints) -> InputError:
 
 
 def _describe_steps(values: dict[str, float]) -> str:
-    speed = f"{values['tokens_per_second']:,.0f} tokens/s"
-    return f"loss {values['loss']:.4f}  accuracy {values['accuracy']:.3f}  {speed}"
+    accuracy = f"  accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
+    return f"loss {values['loss']:.4f}{accuracy}  {values['tokens_per_second']:,.0f} tokens/s"
 
 
 def _describe_evaluation(values: dict[str, float]) -> str:

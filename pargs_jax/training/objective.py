@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,10 +23,10 @@ from pargs_jax.objectives import (
     bradley_terry,
     choose_prefixes,
     partial_bradley_terry,
-    preference_metrics,
-    prefix_length,
+    prefix_lengths,
     prefix_loss,
-    spread,
+    prefix_metrics,
+    rewards_at,
 )
 
 LENGTH_GROUPS = 4
@@ -99,30 +100,35 @@ class Objective:
     def _encoder_loss(
         self, params: Params, batch: Batch, dropout_key: PRNGKeyArray | None, sample_key: PRNGKeyArray | None
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of a model that reads every prefix as a text of its own, and so only those that are asked for."""
+        """The loss of a model that reads every prefix as a text of its own, and so only those that are asked for.
+
+        Metrics are of prefixes that were read. Evaluation (without a key) reads those at `FRACTIONS` besides the
+        loss's, if these are not all. A training step reads no others: it has the metrics at all `FRACTIONS` if the
+        loss is of every prefix, those of full answers if the loss surely includes these, and none if prefixes are
+        drawn.
+        """
         longest = batch.answer_lengths.max(axis=1)
-        width = batch.answers.shape[-1] if batch.prefixes is None else batch.prefixes.shape[2]
         is_partial = self.config.name == "partial_bt"
-        fractions = FRACTIONS if is_partial or sample_key is None else FRACTIONS[-1:]
+        is_evaluation = sample_key is None
+        has_all = is_partial and self.config.stride == 1 and self.config.minimum_length == 1
+        draws = is_partial and self.config.sample is not None and not is_evaluation
         if is_partial:
+            width = batch.answers.shape[-1] if batch.prefixes is None else batch.prefixes.shape[2]
             prefixes = choose_prefixes(batch.answer_lengths, width, **self._prefixes(sample_key))
         else:
-            lengths = jnp.stack([prefix_length(longest, percent) for percent in reversed(fractions)], axis=1)
-            prefixes = Prefixes(lengths, jnp.ones(lengths.shape))
-        pairs = encoder_rewards(
-            self.model,
-            params,
-            batch,
-            prefixes.lengths,
-            closing_id=self.closing_id,
-            chunk=self.config.chunk,
-            descending=is_partial,
-            key=dropout_key,
-        )
-        metrics = preference_metrics(spread(pairs, prefixes, width), batch.answer_lengths, batch.weights, fractions)
-        if not is_partial:
-            pairs, prefixes = pairs[:, :1], Prefixes(prefixes.lengths[:, :1], prefixes.weights[:, :1])
-        return prefix_loss(pairs, prefixes, batch.weights, **self._shape), metrics
+            prefixes = Prefixes(longest[:, None], jnp.ones((len(longest), 1)))
+        read = partial(encoder_rewards, self.model, params, batch, closing_id=self.closing_id, chunk=self.config.chunk)
+        pairs = read(prefixes.lengths, descending=is_partial, key=dropout_key)
+        loss = prefix_loss(pairs, prefixes, batch.weights, **self._shape)
+        if draws:
+            return loss, {}
+        if is_evaluation and not has_all:
+            others = read(prefix_lengths(longest, FRACTIONS[:-1]))
+            reported = jnp.concatenate([others, rewards_at(pairs, prefixes, longest[:, None])], axis=1)
+            return loss, prefix_metrics(reported, batch.weights)
+        fractions = FRACTIONS if has_all else FRACTIONS[-1:]
+        reported = rewards_at(pairs, prefixes, prefix_lengths(longest, fractions))
+        return loss, prefix_metrics(reported, batch.weights, fractions)
 
 
 def answer_states(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
-from pargs_jax.config import DEMO, TrainConfig, column_names, options, shown
+from pargs_jax.config import DEMO, TrainConfig, column_names
 from pargs_jax.data import demo
 from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
@@ -28,12 +28,14 @@ from pargs_jax.models.hf import EXPORTED, load_model, resolve, save_model
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
 from pargs_jax.models.model import M, Model
+from pargs_jax.options import options, shown
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
 from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.metrics_log import require_packages
 from pargs_jax.training.objective import Objective
+from pargs_jax.training.same_run import DATA_FILE, check_same_data, warn_of_another_schedule
 from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
@@ -45,15 +47,16 @@ FREE_ON_RESUME = (
     "objective.chunk", "optim.accumulation",
 )  # fmt: skip
 # What a command leaves that ended before its run began.
-BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.")
+BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.", DATA_FILE, f".{DATA_FILE}.partial")
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
     """Trains what the config says and returns the run's folder.
 
-    The folder gets `config.yaml` (the effective config), `metrics.jsonl`, `checkpoints/`, `bad_rows.*.jsonl` where rows
-    were refused, and `model/`: the result as a Hugging Face folder. Raises InputError for anything in the config, the
-    data or the model that cannot be used; nothing of an earlier run is written over.
+    The folder gets `config.yaml` (the effective config), `data.json` (a digest of the rows), `metrics.jsonl`,
+    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, and `model/`: the result as a Hugging Face folder.
+    Raises InputError for anything in the config, the data or the model that cannot be used; nothing of an earlier run
+    is written over.
     """
     config.validate()
     require_packages(config.log)
@@ -84,13 +87,15 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
     examples = load(config.data.train, "train")
+    saved = on_first(partial(_saved_config, out))  # None in a new run, and in all processes but the first
+    on_first(partial(check_same_data, out, config.data.train, examples, resumes=saved is not None))
     eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
     held_out = None
     if eval_source is not None:
         rows = config.batch_size // config.optim.accumulation  # what fits the device in training fits it here
         held_out = Batches(load(eval_source, "eval"), rows, config.max_length, config.seed)
     batches = Batches(examples, config.batch_size, config.max_length, config.seed)
-    total = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
+    total = total_steps(config, len(examples))
 
     objective = Objective(model, config.objective, config.dtype, closing_id=tokenizer.eos_id)
     optimizer, schedule = make_optimizer(config.optim, total)
@@ -110,6 +115,8 @@ def _train(config: TrainConfig, out: Path, console: Console) -> None:
             jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
             state = checkpoints.restore(like, partial(console.print, style="yellow", highlight=False))
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
+            if saved is not None:
+                warn_of_another_schedule(config.optim, total_steps(saved, len(examples)), total, int(state.step))
         if int(state.step) < total:
             state = run_steps(
                 config, state, frozen, step, objective, schedule, batches, held_out, checkpoints, total, console
@@ -150,6 +157,11 @@ def _form_of_run(out: Path) -> str | None:
         )
 
     return forms[int(from_first(np.asarray(on_first(read) or 0)))]
+
+
+def total_steps(config: TrainConfig, pairs: int) -> int:
+    """How many steps a run takes on so many pairs."""
+    return config.steps or max(1, math.ceil(config.epochs * pairs / config.batch_size))
 
 
 def model_to_train(config: TrainConfig, model: M) -> M:
@@ -204,17 +216,24 @@ def _save_config(config: TrainConfig, out: Path) -> None:
         write_whole(out / "config.yaml", to_yaml(config))
 
 
-def _check_folder(config: TrainConfig, out: Path) -> None:
-    """Raises InputError unless the folder is new, or holds the run to go on with."""
-    saved = out / "config.yaml"
+def _saved_config(out: Path) -> TrainConfig | None:
+    """The config of the run in the folder; None if there is no run."""
+    path = out / "config.yaml"
     try:
-        holds_run = saved.exists()
+        if not path.exists():
+            return None
     except OSError as error:
         raise InputError(f"{out}: cannot be read ({error.strerror}); give another --out") from error
-    if holds_run:
+    return from_mapping(TrainConfig, read_yaml(path), str(path))
+
+
+def _check_folder(config: TrainConfig, out: Path) -> None:
+    """Raises InputError unless the folder is new, or holds the run to go on with."""
+    saved = _saved_config(out)
+    if saved is not None:
         if not config.resume:
             raise InputError(f"{out}: holds a run already; go on with --resume, or give another --out")
-        _check_same(from_mapping(TrainConfig, read_yaml(saved), str(saved)), config, out)
+        _check_same(saved, config, out)
     elif out.exists() and (not out.is_dir() or any(not p.name.startswith(BEFORE_A_RUN) for p in out.iterdir())):
         raise InputError(f"{out}: is there already and holds no run; give another --out")
 

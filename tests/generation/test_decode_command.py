@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pargs_jax.cli import command
+from pargs_jax.command import command
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"

@@ -1,12 +1,15 @@
 """Two processes of two devices each do what one process of four does: training, resuming, decoding."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +30,15 @@ DECODING = ("--method", "pargs", "--max-new-tokens", "6", "--batch-size", "4", "
 GLOO = re.compile(r"\[Gloo\]|Rank|Expected number of|connected|peer ranks|is|to|[\s\d.:]")
 
 
-def run(command, *options, processes=1):
-    """Runs a front door in so many processes; returns what the first one printed, unwrapped."""
+@contextlib.contextmanager
+def started(command, *options, processes=1):
+    """A front door in so many processes, whose outputs are piped."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     together = ("--distributed", "--processes.coordinator", address, "--processes.count", str(processes))
-    started = [
+    running = [
         subprocess.Popen(
             [sys.executable, str(REPOSITORY / command), *options, *(
                 (*together, "--processes.index", str(index)) if processes > 1 else ()
@@ -43,8 +47,19 @@ def run(command, *options, processes=1):
         )
         for index in range(processes)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def run(command, *options, processes=1):
+    """Runs a front door in so many processes; returns what the first one printed, unwrapped."""
+    with started(command, *options, processes=processes) as running:
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(printed)
     said = [GLOO.sub("", text).strip() for text in printed[1:]]
     assert not any(said)
     return " ".join(printed[0].split())
@@ -76,6 +91,23 @@ def test_training_and_going_on_in_one_process_on_another_mesh(start, tmp_path):
     assert one.keys() == two.keys()
     for name, expected in one.items():
         np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
+
+
+def test_both_end_after_the_same_step_when_one_of_them_is_told_to(start, tmp_path):
+    out = tmp_path / "run"
+    options = ("--model.init", start, *TRAINING, "--steps", "1000000", "--save-every", "0", "--out", str(out))
+    with started("train.py", *options, "--mesh", "cpu-2", processes=2) as running:
+        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 200
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < deadline and running[0].poll() is None
+            time.sleep(0.1)
+        running[1].send_signal(signal.SIGTERM)
+        printed = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [143, 143], "\n".join(printed)
+    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    assert f"stopped; step {saved} of 1000000 is saved" in " ".join(printed[0].split())
+    assert "stopping after this step; send SIGTERM again to stop at once\nterminated\n" in printed[1]
+    assert "stopping" not in printed[0] and printed[0].endswith("terminated\n")
 
 
 def test_decoding_a_file_of_prompts_by_the_text(start, tmp_path):

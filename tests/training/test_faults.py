@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pargs_jax.cli import command
+from pargs_jax.command import command
 from pargs_jax.config import DataConfig, LogConfig, ModelConfig, TrainConfig
 from pargs_jax.errors import InputError
 from pargs_jax.training import metrics_log, run
@@ -254,12 +254,33 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(config, monkeypatch,
     assert f"resuming after step {stopped} of 6" in resumed(config)
 
 
-def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(config, tmp_path):
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(config, monkeypatch):
+    finish, printed = Checkpoints._finish, io.StringIO()
+
+    def signalled(self, step, response):
+        if step == config.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        return finish(self, step, response)
+
+    monkeypatch.setattr(Checkpoints, "_finish", signalled)
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: run.train(config, Console(file=printed, width=10_000)))
+    assert ended.value.code == 130 and "stopped; step 6 of 6 is saved" in printed.getvalue()
+    assert (Path(config.out) / "checkpoints" / "6" / "checksums.json").exists()
+    assert not (Path(config.out) / "model").exists()
+    resumed(config)
+    assert (Path(config.out) / "model").exists()
+
+
+@contextlib.contextmanager
+def in_a_process(config, *front_door, **changes):
+    """The run in a process of its own, with other options where changes say so."""
     options = {
         "--out": config.out, "--model.init": config.model.init, "--data.demo-pairs": 4, "--batch-size": 4,
-        "--max-length": 64, "--steps": 1_000_000, "--log-every": 1, "--save-every": 0,
+        "--max-length": 64, "--steps": 6, "--log-every": 1, "--save-every": 2,
     }  # fmt: skip
-    words = [str(word) for option in options.items() for word in option]
+    words = [str(word) for option in (options | changes).items() for word in option]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",  # with libtpu there and no TPU, JAX would have something to say
@@ -267,11 +288,20 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), *words],
+        [sys.executable, *front_door, *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
-    metrics = Path(config.out) / "metrics.jsonl"
     try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(config):
+    metrics = Path(config.out) / "metrics.jsonl"
+    endless = {"--steps": 1_000_000, "--save-every": 0}
+    with in_a_process(config, str(REPOSITORY / "train.py"), **endless) as process:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline
@@ -279,11 +309,25 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
         assert "another run is writing there" in refused(lambda: resumed(config))
         process.terminate()
         printed, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, errors) == (143, "terminated\n")
+    acknowledged = "stopping after this step; send SIGTERM again to stop at once\n"
+    assert (process.returncode, errors) == (143, acknowledged + "terminated\n")
     (stopped,) = steps_in(Path(config.out) / "checkpoints")
     assert f"stopped; step {stopped} of 1000000 is saved in" in " ".join(printed.split())
+
+
+def test_a_signal_during_the_export_ends_the_process_at_once_and_resuming_exports_again(config):
+    program = (
+        "import sys, time, runpy; from pargs_jax.training import run; front_door = sys.argv.pop(1)\n"
+        "run.save_model = lambda *_, **__: (print('exporting', flush=True), time.sleep(60))\n"
+        "runpy.run_path(front_door, run_name='__main__')"
+    )
+    with in_a_process(config, "-c", program, str(REPOSITORY / "train.py")) as process:
+        assert any(line == "exporting\n" for line in process.stdout)
+        process.terminate()
+        assert process.wait(10) == 143 and process.stderr.read() == "terminated\n"
+    assert steps_in(Path(config.out) / "checkpoints") == [4, 6] and not (Path(config.out) / "model").exists()
+    assert "resuming after step 6 of 6" in resumed(config)
+    assert (Path(config.out) / "model" / "model.safetensors").exists()
 
 
 def test_batches_come_in_order_and_errors_where_they_belong():

@@ -114,6 +114,7 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_model(finished):
     entries = {
         ".lock",
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "checkpoints",
         "model",

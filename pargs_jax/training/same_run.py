@@ -1,0 +1,68 @@
+"""Whether a resumed run goes on as it began: on the same data, and along the same schedule."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pargs_jax.config import OptimConfig
+from pargs_jax.data.batches import Example
+from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.errors import InputError, warn
+from pargs_jax.training.step import make_optimizer
+
+DATA_FILE = "data.json"
+
+
+def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, resumes: bool) -> None:
+    """Keeps a digest of a new run's training rows in `data.json`, and compares it where the run is resumed.
+
+    Raises InputError if the rows are others, or the file cannot be used. A run that was begun before there were
+    digests is warned of once.
+    """
+    path = folder / DATA_FILE
+    now = {"source": source, "rows": len(examples), "digest": digest_of(examples)}
+    if resumes and path.exists():
+        try:
+            before = json.loads(path.read_bytes())
+            rows, digest = before["rows"], before["digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read; bring it back, or remove it to go on unchecked") from error
+        if digest != now["digest"]:
+            raise InputError(
+                f"{source}: its rows, as tokens, are not those that the run in {folder} began with ({rows} then, "
+                f"{now['rows']} now); resume with the data and the tokenizer of then, or give another --out"
+            )
+        return
+    if resumes:
+        warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
+    with write_failures_named(path, "give another --out"):
+        write_whole(path, json.dumps(now) + "\n")
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """A digest of what training reads: all token ids, where texts begin and end, and the order of the rows."""
+    total = hashlib.sha256()
+    for example in examples:
+        prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
+        texts = [example.prompt, *example.answers, *prefixes]
+        lengths = np.array([*example.lengths, *map(len, texts)])
+        total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
+    return total.hexdigest()
+
+
+def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: int) -> None:
+    """Warns if a run that was to have `before` steps, and now has another number, goes on after `step` with other
+    learning rates than it was to have."""
+    if step >= now:
+        return
+    was, becomes = (make_optimizer(optim, steps)[1] for steps in (before, now))
+    rest = np.linspace(step, now - 1, 1000).astype(int)
+    if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
+        warn(
+            f"--steps, --epochs: the run was to have {before} steps and now has {now}, which changes its "
+            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(becomes(step)):.3g}, and was "
+            f"to be {float(was(step)):.3g}"
+        )
