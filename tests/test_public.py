@@ -84,7 +84,11 @@ MAY_IMPORT = {
     "testing": {"data", "models"},
 }
 # Parts of `decoding` that know arrays, never models.
-MAY_IMPORT_WITHIN = {"decoding.rules": set(), "decoding.methods": {"decoding.rules"}}
+MAY_IMPORT_WITHIN = {
+    "decoding.proposals": set(),
+    "decoding.rules": {"decoding.proposals"},
+    "decoding.methods": {"decoding.proposals", "decoding.rules"},
+}
 WITHOUT_JAX = ("errors", "signals", "command", "options", "config", "durable_files", "cli", "data")
 
 

@@ -31,7 +31,8 @@ class Answer:
     """One prompt's answer.
 
     `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
-    tokens under the language model, in nats; `guide_rewards` are the reward models' rewards of the whole answer;
+    tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
+    that a token was drawn from and p the language model's; `guide_rewards` are the reward models' rewards of the whole answer;
     `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out.
     """
 
@@ -40,6 +41,7 @@ class Answer:
     response: str
     finish_reason: str
     log_probability: float
+    kl: float
     guide_rewards: tuple[float, ...]
     tokens: int
     seconds: float
@@ -199,6 +201,7 @@ class Session:
                 texts[row],
                 "stop" if decoded.finished[row] else "length",
                 float(decoded.trace.log_probs[row].sum()),
+                float(decoded.trace.kls[row].sum()),
                 tuple(map(float, rewards[row])),
                 int(decoded.lengths[row]),
                 seconds,

@@ -27,7 +27,7 @@ PROMPTS = [Prompt("p0", "prompt"), Prompt("p1", "prompt")]
 
 
 def answer(number, response="fine"):
-    return Answer(f"p{number}", "prompt", response, "stop", -1.0, (), 3, 0.5)
+    return Answer(f"p{number}", "prompt", response, "stop", -1.0, 0.0, (), 3, 0.5)
 
 
 def ids(path):

@@ -41,7 +41,8 @@ def guided(session):
 
 
 def without_time(answer):
-    return dataclasses.replace(answer, seconds=0.0, log_probability=round(answer.log_probability, 3), guide_rewards=())
+    log_probability, kl = round(answer.log_probability, 3), round(answer.kl, 3)
+    return dataclasses.replace(answer, seconds=0.0, log_probability=log_probability, kl=kl, guide_rewards=())
 
 
 def test_an_answer_does_not_depend_on_its_batch(session, guided):
@@ -84,6 +85,7 @@ def test_an_answer_tells_the_truth_about_itself(session, guided, lm, rm):
         assert answer.response == session.tokenizer.decode_answer(prompt_ids, answer_ids)
         assert answer.finish_reason == ("stop" if answer_ids[-1] == session.tokenizer.eos_id else "length")
         assert answer.log_probability == pytest.approx(log_probability, abs=1e-3)
+        assert answer.kl == pytest.approx(-log_probability, abs=1e-3)  # all probability on one token
         reward = rewards(rm_params, padded(tokens))[len(tokens) - 1]
         assert answer.guide_rewards == pytest.approx([float(reward)], abs=1e-4)
     assert guided["1"].prompt == PROMPTS[1].text
