@@ -199,7 +199,8 @@ def test_the_documented_example_works(monkeypatch):
 
     assert len(loaded) == 2
     answers = scope["answers"]
-    assert answers.tokens.shape == (3, 128) and answers.lengths.shape == (3,) and answers.rewards.shape == (3, 128, 1)
+    assert answers.tokens.shape == (3, 128) and answers.lengths.shape == (3,)
+    assert answers.trace.rewards.shape == (3, 128, 1)
     assert ((answers.lengths == 128) | (answers.tokens[jnp.arange(3), answers.lengths - 1] == 2)).all()
     # The recorded rewards are those of the reward model on the answers as they came out.
     rm = scope["rm"]
@@ -207,6 +208,6 @@ def test_the_documented_example_works(monkeypatch):
     hidden = jax.jit(rm.model.encode)(rm.params, texts, 5 - scope["lengths"])
     rewards = np.asarray(rm.model.rewards(rm.params, hidden))[:, 5:]
     real = np.arange(128) < np.asarray(answers.lengths)[:, None]
-    np.testing.assert_allclose(answers.rewards[..., 0][real], rewards[real], atol=1e-4)
+    np.testing.assert_allclose(answers.trace.rewards[..., 0][real], rewards[real], atol=1e-4)
     assert 0 < float(scope["loss"]) < 20 and 0 <= float(scope["metrics"]["accuracy"]) <= 1
     assert scope["rewards"].shape == (2, 2, 6)

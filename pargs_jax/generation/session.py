@@ -32,8 +32,9 @@ class Answer:
 
     `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
     tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
-    that a token was drawn from and p the language model's; `guide_rewards` are the reward models' rewards of the whole answer;
-    `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out.
+    that a token was drawn from and p the language model's; `guide_rewards` are the reward models' rewards of the whole
+    answer; `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling
+    left out.
     """
 
     id: str
