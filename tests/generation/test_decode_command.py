@@ -56,7 +56,8 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     whole = rows(out)
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
-        "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds", "options"
+        "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
+        "options",
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
