@@ -199,7 +199,8 @@ def _read_config(folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise InputError(f"{path}: transformers cannot read it ({first_line(error)})") from error
+        reason = " ".join(str(error).split())  # of which the first line may say the least
+        raise InputError(f"{path}: transformers cannot read it ({reason})") from error
 
 
 @contextmanager
