@@ -33,7 +33,7 @@ CAUSAL: dict[str, Must] = {
 }
 
 _EVERYWHERE: dict[str, Must] = {
-    "quantization_config": Must("left out (quantised checkpoints cannot be read)", lambda value: not value),
+    "quantization_config": Must("left out, since quantised checkpoints cannot be read", lambda value: value is None),
     "per_layer_config": EMPTY,
     "pruned_heads": EMPTY,
     "is_encoder_decoder": FALSE,

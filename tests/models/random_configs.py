@@ -17,7 +17,7 @@ BOOLEANS = [True, False]
 MOSTLY_13 = [13] * 7 + [11]
 MOSTLY_16 = [16] * 7 + [8]
 MOSTLY_24 = [24] * 7 + [16]
-HEADS = [4] * 5 + [1, 2]
+HEADS = [4] * 6 + [1, 2]
 LAYERS = [2, 2, 2, 1]
 
 # What any config.json may say and what changes nothing.
@@ -33,7 +33,7 @@ HARMLESS: dict[str, list[Any]] = {
 GPT2: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
-    "n_positions": [16, 9],
+    "n_positions": [16] * 5 + [9],
     "n_embd": MOSTLY_16,
     "n_layer": LAYERS,
     "n_head": HEADS,
@@ -61,8 +61,8 @@ LLAMA: dict[str, list[Any]] = {
     "intermediate_size": MOSTLY_24,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "num_key_value_heads": [ABSENT, None, 1, 2],
-    "head_dim": [ABSENT, None, 4, 8],
+    "num_key_value_heads": [ABSENT, ABSENT, None, 2, 2, 1],
+    "head_dim": [ABSENT, ABSENT, None, 4, 4, 8],
     "hidden_act": ACTIVATIONS,
     "rms_norm_eps": [ABSENT, 1e-5, 0.1],
     "initializer_range": [ABSENT, 0.1],
@@ -79,9 +79,9 @@ LLAMA: dict[str, list[Any]] = {
 OPT: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
-    "max_position_embeddings": [16, 9],
+    "max_position_embeddings": [16] * 5 + [9],
     "hidden_size": MOSTLY_16,
-    "word_embed_proj_dim": [ABSENT, None, 8, 16, 12],
+    "word_embed_proj_dim": [ABSENT, None, 8, 8, 16],
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "ffn_dim": MOSTLY_24,
@@ -102,9 +102,9 @@ OPT: dict[str, list[Any]] = {
 DEBERTA: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
-    "max_position_embeddings": [16, 9],
+    "max_position_embeddings": [16] * 5 + [9],
     "hidden_size": MOSTLY_16,
-    "embedding_size": [ABSENT, 8, 16, 12],
+    "embedding_size": [ABSENT, ABSENT, 8, 8, 16],
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "attention_head_size": [ABSENT],
@@ -114,15 +114,15 @@ DEBERTA: dict[str, list[Any]] = {
     "pooler_hidden_act": [ABSENT, *ACTIVATIONS],
     "layer_norm_eps": [ABSENT, 1e-5, 0.1],
     "initializer_range": [ABSENT, 0.1],
-    "type_vocab_size": [ABSENT, 0, 2, 3],
+    "type_vocab_size": [ABSENT, 0, 2, 2, 2, 3],
     "relative_attention": [ABSENT, True, True, False],
-    "position_buckets": [ABSENT, -1, 0, 2, 3, 4, 5, 8],
-    "max_relative_positions": [ABSENT, -1, 0, 6, 8, 12, 24],
+    "position_buckets": [ABSENT, -1, 0, 4, 4, 4, 8, 8, 2, 3, 5],
+    "max_relative_positions": [ABSENT, ABSENT, -1, 0, 24, 24, 8],
     "pos_att_type": [ABSENT, None, [], ["c2p"], ["p2c"], ["p2c", "c2p"], "p2c|c2p", "C2P | P2C", ["C2P"], ["p2p"]],
     "share_att_key": [ABSENT, *BOOLEANS],
     "norm_rel_ebd": [ABSENT, "none", "layer_norm", "LAYER_NORM", "none | Layer_Norm", "layer_norms"],
     "position_biased_input": [ABSENT, *BOOLEANS],
-    "conv_kernel_size": [ABSENT, 0, -1, 1, 3, 5],
+    "conv_kernel_size": [ABSENT, 0, -1, 3, 3, 5],
     "conv_groups": [ABSENT, 1, 2, 4],
     "conv_act": [ABSENT, *ACTIVATIONS],
     "hidden_dropout_prob": [ABSENT, 0.5],
