@@ -1,4 +1,8 @@
-"""Random checkpoints of all families give transformers' logits or rewards in torch, or are refused in one line."""
+"""Random checkpoints of all families give transformers' logits or rewards in torch, or are refused in one line.
+
+A case is drawn from its number alone. Most have values that go together; one in three has one that does not, or that
+only some readers follow. As a script, with a seed and a count, this file runs other series.
+"""
 
 import collections
 import json
@@ -6,16 +10,297 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from random_configs import ABSENT, FIELDS, Case, draw
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import describe_model, load_model
 from pargs_jax.models.tables import FAMILIES
+
+ABSENT = object()
+"""The field is left out of config.json."""
+
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"]
+BOOLEANS = [True, False]
+# One size for most, so that few shapes have to be compiled.
+MOSTLY_13 = [13] * 7 + [11]
+MOSTLY_16 = [16] * 7 + [8]
+MOSTLY_24 = [24] * 7 + [16]
+HEADS = [4] * 6 + [1, 2]
+LAYERS = [2, 2, 2, 1]
+
+# What any config.json may say and what changes nothing.
+HARMLESS: dict[str, list[Any]] = {
+    "use_cache": [ABSENT, True, False],
+    "torch_dtype": [ABSENT, "float32", "float16"],
+    "architectures": [ABSENT, ["SomethingElse"]],
+    "pad_token_id": [ABSENT, None, 0, 5],
+    "temperature": [ABSENT, 0.3],
+    "pargs_prompt_form": [ABSENT, "hh"],
+}
+
+GPT2: dict[str, list[Any]] = {
+    **HARMLESS,
+    "vocab_size": MOSTLY_13,
+    "n_positions": [16] * 5 + [9],
+    "n_embd": MOSTLY_16,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_inner": [ABSENT, None, *MOSTLY_24],
+    "activation_function": ACTIVATIONS,
+    "layer_norm_epsilon": [ABSENT, 1e-5, 0.1],
+    "initializer_range": [ABSENT, 0.1],
+    "tie_word_embeddings": [ABSENT, *BOOLEANS],
+    "scale_attn_weights": [ABSENT, *BOOLEANS],
+    "scale_attn_by_inverse_layer_idx": [ABSENT, *BOOLEANS],
+    "reorder_and_upcast_attn": [ABSENT, *BOOLEANS],
+    "add_cross_attention": [ABSENT, False],
+    "resid_pdrop": [ABSENT, 0.5],
+    "embd_pdrop": [ABSENT, 0.5],
+    "attn_pdrop": [ABSENT, 0.5],
+    "summary_type": [ABSENT, "mean"],
+    "is_causal": [ABSENT, True],
+}
+
+LLAMA: dict[str, list[Any]] = {
+    **HARMLESS,
+    "vocab_size": MOSTLY_13,
+    "max_position_embeddings": [16, 6, 64],
+    "hidden_size": MOSTLY_16,
+    "intermediate_size": MOSTLY_24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": [ABSENT, ABSENT, None, 2, 2, 1],
+    "head_dim": [ABSENT, ABSENT, None, 4, 4, 8],
+    "hidden_act": ACTIVATIONS,
+    "rms_norm_eps": [ABSENT, 1e-5, 0.1],
+    "initializer_range": [ABSENT, 0.1],
+    "tie_word_embeddings": [ABSENT, *BOOLEANS],
+    "attention_bias": [ABSENT, *BOOLEANS],
+    "mlp_bias": [ABSENT, *BOOLEANS],
+    "attention_dropout": [ABSENT, 0.5],
+    "pretraining_tp": [ABSENT, 2],
+    "original_max_position_embeddings": [ABSENT, ABSENT, 4, 8, 5],
+    "sliding_window": [ABSENT, None],
+    "layer_types": [ABSENT, None],
+}
+
+OPT: dict[str, list[Any]] = {
+    **HARMLESS,
+    "vocab_size": MOSTLY_13,
+    "max_position_embeddings": [16] * 5 + [9],
+    "hidden_size": MOSTLY_16,
+    "word_embed_proj_dim": [ABSENT, None, 8, 8, 16],
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "ffn_dim": MOSTLY_24,
+    "activation_function": ACTIVATIONS,
+    "do_layer_norm_before": [ABSENT, *BOOLEANS],
+    "_remove_final_layer_norm": [ABSENT, *BOOLEANS],
+    "enable_bias": [ABSENT, *BOOLEANS],
+    "layer_norm_elementwise_affine": [ABSENT, *BOOLEANS],
+    "tie_word_embeddings": [ABSENT, *BOOLEANS],
+    "init_std": [ABSENT, 0.1],
+    "dropout": [ABSENT, 0.5],
+    "attention_dropout": [ABSENT, 0.5],
+    "activation_dropout": [ABSENT, 0.5],
+    "layerdrop": [ABSENT, 0.5],
+    "kv_sharing_modes": [ABSENT, None],
+}
+
+DEBERTA: dict[str, list[Any]] = {
+    **HARMLESS,
+    "vocab_size": MOSTLY_13,
+    "max_position_embeddings": [16] * 5 + [9],
+    "hidden_size": MOSTLY_16,
+    "embedding_size": [ABSENT, ABSENT, 8, 8, 16],
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "attention_head_size": [ABSENT],
+    "intermediate_size": MOSTLY_24,
+    "pooler_hidden_size": [ABSENT],
+    "hidden_act": ACTIVATIONS,
+    "pooler_hidden_act": [ABSENT, *ACTIVATIONS],
+    "layer_norm_eps": [ABSENT, 1e-5, 0.1],
+    "initializer_range": [ABSENT, 0.1],
+    "type_vocab_size": [ABSENT, 0, 2, 2, 2, 3],
+    "relative_attention": [ABSENT, True, True, False],
+    "position_buckets": [ABSENT, -1, 0, 4, 4, 4, 8, 8, 2, 3, 5],
+    "max_relative_positions": [ABSENT, ABSENT, -1, 0, 24, 24, 8],
+    "pos_att_type": [ABSENT, None, [], ["c2p"], ["p2c"], ["p2c", "c2p"], "p2c|c2p", "C2P | P2C", ["C2P"], ["p2p"]],
+    "share_att_key": [ABSENT, *BOOLEANS],
+    "norm_rel_ebd": [ABSENT, "none", "layer_norm", "LAYER_NORM", "none | Layer_Norm", "layer_norms"],
+    "position_biased_input": [ABSENT, *BOOLEANS],
+    "conv_kernel_size": [ABSENT, 0, -1, 3, 3, 5],
+    "conv_groups": [ABSENT, 1, 2, 4],
+    "conv_act": [ABSENT, *ACTIVATIONS],
+    "hidden_dropout_prob": [ABSENT, 0.5],
+    "attention_probs_dropout_prob": [ABSENT, 0.5],
+    "pooler_dropout": [ABSENT, 0.5],
+    "cls_dropout": [ABSENT, 0.5],
+    "legacy": [ABSENT, *BOOLEANS],
+    "tie_word_embeddings": [ABSENT, *BOOLEANS],
+}  # fmt: skip
+
+FIELDS = {"gpt2": GPT2, "llama": LLAMA, "opt": OPT, "deberta-v2": DEBERTA}
+
+# Values that no model can have, that change the computation, or that nobody knows. One or two go into an odd case.
+ODD_ANYWHERE: dict[str, list[Any]] = {
+    "is_encoder_decoder": [True],
+    "quantization_config": [{"quant_method": "gptq", "bits": 4}, {}],
+    "per_layer_config": [{"0": {"num_attention_heads": 1}}, {}],
+    "a_field_of_tomorrow": [1],
+    "auto_map": [{"AutoModel": "modeling_own.Own"}],
+    "is_decoder": [True],
+}
+ODD_CAUSAL: dict[str, list[Any]] = {
+    **ODD_ANYWHERE,
+    "is_causal": [False, None],
+    "sliding_window": [4],
+    "attention_chunk_size": [4],
+    "layer_types": [["full_attention"], ["sliding_attention"], ["full_attention", "full_attention"]],
+    "kv_sharing_modes": [["reuse", "reuse"]],
+}
+ODD: dict[str, dict[str, list[Any]]] = {
+    "gpt2": {
+        **ODD_CAUSAL,
+        **{name: [0, -1, 3] for name in ("n_head", "n_embd", "num_attention_heads")},
+        **{name: [0, -1] for name in ("vocab_size", "n_positions", "n_layer", "n_inner")},
+        "hidden_size": [16, 12],
+        "num_hidden_layers": [1, 0],
+        "max_position_embeddings": [12],
+        "activation_function": ["quick_gelu", "no such thing", "linear"],
+        "add_cross_attention": [True],
+    },
+    "llama": {
+        **ODD_CAUSAL,
+        **{name: [0, -1, 3] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")},
+        **{name: [0, -1] for name in ("vocab_size", "max_position_embeddings", "num_hidden_layers")},
+        "intermediate_size": [0],
+        "head_dim": [0, 1, 2, 3, 5, 7],
+        "hidden_act": ["quick_gelu", "no such thing", "relu2"],
+        "partial_rotary_factor": [0.5, 1.0, None],
+        "original_max_position_embeddings": [None, 0, -4, "4"],
+        "rope_theta": [0.0, -1.0, 1.0, 0.5],
+    },
+    "opt": {
+        **ODD_CAUSAL,
+        **{name: [0, -1, 3] for name in ("num_attention_heads", "hidden_size")},
+        **{name: [0, -1] for name in ("vocab_size", "max_position_embeddings", "num_hidden_layers", "ffn_dim")},
+        "word_embed_proj_dim": [0],
+        "activation_function": ["quick_gelu", "no such thing", "sigmoid"],
+    },
+    "deberta-v2": {
+        **ODD_ANYWHERE,
+        **{name: [0, -1, 3] for name in ("num_attention_heads", "hidden_size")},
+        **{name: [0, -1] for name in ("vocab_size", "max_position_embeddings", "num_hidden_layers", "embedding_size")},
+        "attention_head_size": [0, 4, 8, None],
+        "pooler_hidden_size": [4, 16, 8],
+        "intermediate_size": [0],
+        "type_vocab_size": [1, -1],
+        "position_buckets": [1, 64, None, 4.0],
+        "max_relative_positions": [1, 2, 3],
+        "norm_rel_ebd": [None, ["layer_norm"]],
+        "conv_kernel_size": [2, 4, None],
+        "conv_groups": [3, 0, 16],
+        "conv_act": ["no such thing", "sigmoid"],
+        "pooler_hidden_act": ["no such thing", "mish"],
+        "hidden_act": ["no such thing"],
+        "pargs_attention": ["full", "backwards"],
+    },
+}
+
+ROPE: dict[str, dict[str, list[Any]]] = {
+    "default": {},
+    "linear": {"factor": [2.0, 1, 4.0]},
+    "dynamic": {"factor": [2.0, 4.0]},
+    "llama3": {
+        "factor": [2.0, 8.0],
+        "low_freq_factor": [1.0, 0.5],
+        "high_freq_factor": [4.0, 2],
+        "original_max_position_embeddings": [ABSENT, 4, 8],
+    },
+    "yarn": {
+        "factor": [2.0, 4.0, 1.0, None],
+        "original_max_position_embeddings": [ABSENT, 4, 8, 16, 64],
+        "attention_factor": [ABSENT, ABSENT, None, 0.7],
+        "beta_fast": [ABSENT, None, 16.0, 0, 2],
+        "beta_slow": [ABSENT, None, 2.0, 4],
+        "mscale": [ABSENT, 1.5, 0],
+        "mscale_all_dim": [ABSENT, 0.5],
+        "truncate": [ABSENT, None, True, False],
+    },
+}
+ODD_ROPE: dict[str, list[Any]] = {
+    "rope_type": ["longrope", "proportional", "spiral", None],
+    "factor": [0, -1.0, None, "2", 0.5, ABSENT],
+    "low_freq_factor": [8.0, 4.0, 0, ABSENT],
+    "partial_rotary_factor": [0.5, 1.0],
+    "rope_theta": [None, 0.0, 1.0],
+    "original_max_position_embeddings": [None, 0, 1, 2],
+    "beta_slow": [64.0],
+    "attention_factor": [-1.0, 0],
+    "mrope_section": [[1, 1, 2]],
+    "full_attention": [{"rope_type": "default", "rope_theta": 10.0}],
+}
+
+
+class Case(NamedTuple):
+    """One checkpoint: its config.json, its kind of head, and how its weights are stored."""
+
+    number: int
+    head: str
+    config: dict[str, Any]
+    drawn: dict[str, Any]
+    is_odd: bool
+    head_stored: str
+    is_sharded: bool
+
+
+def draw(seed: int, number: int) -> Case:
+    """The case of that number in the series of that seed."""
+    rng = np.random.default_rng([seed, number])
+
+    def pick(values: list[Any]) -> Any:
+        return values[rng.integers(len(values))]
+
+    family = list(FIELDS)[number % len(FIELDS)]
+    is_odd = rng.random() < 0.33
+    drawn = {name: pick(values) for name, values in FIELDS[family].items()}
+    if family == "llama":
+        drawn |= _rope(pick, is_odd and rng.random() < 0.4)
+    if is_odd:
+        for name in rng.permutation(list(ODD[family]))[: rng.integers(1, 3)]:
+            drawn[str(name)] = pick(ODD[family][str(name)])
+    config = {name: value for name, value in drawn.items() if value is not ABSENT}
+    head = "reward" if family == "deberta-v2" else pick(["vocabulary", "reward"])
+    config = {"model_type": family, **config, **({"num_labels": 1} if head == "reward" else {})}
+    head_stored = pick(["as transformers does", "as transformers does", "equal", "another", "alone"])
+    return Case(number, head, config, drawn, is_odd, head_stored, rng.random() < 0.3)
+
+
+def _rope(pick: Any, is_odd: bool) -> dict[str, Any]:
+    """Rotary positions in one of the ways in which configs have them."""
+    kind = pick([*ROPE, *ROPE, "yarn", "llama3"])
+    numbers = {name: pick(values) for name, values in ROPE[kind].items()}
+    numbers |= {"rope_type": kind}
+    theta = pick([ABSENT, 100.0, 10000, 5.0])
+    form = pick(["rope_parameters", "rope_scaling", "both", "theta inside", "type"])
+    if form == "type":
+        numbers["type"] = numbers.pop("rope_type")
+    if is_odd:
+        name = pick(list(ODD_ROPE))
+        numbers[name] = pick(ODD_ROPE[name])
+    if form == "theta inside":
+        numbers["rope_theta"] = pick([50.0, 1000.0])
+    rope = {name: value for name, value in numbers.items() if value is not ABSENT}
+    field = "rope_scaling" if form in ("rope_scaling", "type") else "rope_parameters"
+    both = {"rope_parameters": rope, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}
+    return {"rope_theta": theta, **(both if form == "both" else {field: rope})}
+
 
 LENGTH = 8
 STARTS = np.array([3, 0])  # left padding; the shorter text first, since torch's dynamic RoPE remembers longer ones
