@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
@@ -27,8 +28,8 @@ DECODING = ("--method", "pargs", "--max-new-tokens", "6", "--batch-size", "4", "
 GLOO = re.compile(r"\[Gloo\]|Rank|Expected number of|connected|peer ranks|is|to|[\s\d.:]")
 
 
-def run(command, *options, processes=1):
-    """Runs a front door in so many processes; returns what the first one printed, unwrapped."""
+def run(command, *options, processes=1, code=0):
+    """Runs a front door in so many processes, which have to end so; returns what the first one printed, unwrapped."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -44,9 +45,9 @@ def run(command, *options, processes=1):
         for index in range(processes)
     ]  # fmt: skip
     printed = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(printed)
+    assert [process.returncode for process in started] == [code] * processes, "\n".join(printed)
     said = [GLOO.sub("", text).strip() for text in printed[1:]]
-    assert not any(said)
+    assert code or not any(said)  # each says what ended it
     return " ".join(printed[0].split())
 
 
@@ -63,6 +64,18 @@ def start(tmp_path_factory):
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     tiny_tokenizer().save(folder)
     return str(folder)
+
+
+def test_weights_that_are_not_finite_end_every_process(start, tmp_path):
+    """The one NaN lies on a device of the second process."""
+    shutil.copytree(start, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][-1, -1] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options = ("--model.init", str(tmp_path / "damaged"), *TRAINING, "--out", str(tmp_path / "out"))
+    printed = run("train.py", *options, "--mesh", "cpu-4,fsdp=2,tensor=2", processes=2, code=2)
+    assert "NaN or infinite numbers, read as float32, in layers.1.mlp.down_proj.weight" in printed
 
 
 def test_training_and_going_on_in_one_process_on_another_mesh(start, tmp_path):
