@@ -456,14 +456,6 @@ DAMAGE = {
         lambda folder: (folder / weights.SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1"),
         "not a readable safetensors file",
     ),
-    "index not JSON": (lambda folder: (folder / weights.INDEX).write_text("{"), weights.INDEX),
-    "index without a map": (lambda folder: (folder / weights.INDEX).write_text("{}"), weights.INDEX),
-    "index names a missing shard": (
-        lambda folder: (folder / weights.INDEX).write_text(
-            json.dumps({"weight_map": {"score.weight": "gone.safetensors"}})
-        ),
-        "gone.safetensors: not a readable safetensors file",
-    ),
     "generation config not JSON": (
         lambda folder: (folder / "generation_config.json").write_text("{"),
         "generation_config.json",

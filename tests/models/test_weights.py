@@ -118,6 +118,20 @@ def test_an_index_of_other_things_than_files_is_one_line(file, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "not a JSON object"),
+        ("{}", "has no weight_map, which says where each tensor is"),
+        ('{"weight_map": {"ln_f.bias": "gone.safetensors"}}', "gone.safetensors: not a readable safetensors file"),
+    ],
+)
+def test_an_index_that_leads_nowhere_is_one_line(text, told, tmp_path):
+    write(tmp_path)
+    (tmp_path / SINGLE).rename(tmp_path / INDEX).write_text(text)
+    assert told in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("dtype", "told"),
     [(np.int8, "I8"), (np.uint8, "U8"), (np.bool_, "BOOL"), (np.int64, "I64"), (jnp.float8_e4m3fn, "F8_E4M3")],
 )
