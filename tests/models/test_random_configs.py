@@ -27,9 +27,9 @@ ABSENT = object()
 
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"]
 BOOLEANS = [True, False]
-# One size for most, so that few shapes have to be compiled.
+# One size for all or most, so that few shapes have to be compiled: that is what takes the time.
 MOSTLY_13 = [13] * 7 + [11]
-MOSTLY_16 = [16] * 7 + [8]
+WIDTH = [16]
 MOSTLY_24 = [24] * 7 + [16]
 HEADS = [4] * 6 + [1, 2]
 LAYERS = [2] * 7 + [1]
@@ -48,7 +48,7 @@ GPT2: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
     "n_positions": [16] * 5 + [9],
-    "n_embd": MOSTLY_16,
+    "n_embd": WIDTH,
     "n_layer": LAYERS,
     "n_head": HEADS,
     "n_inner": [ABSENT, None, *MOSTLY_24],
@@ -71,7 +71,7 @@ LLAMA: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
     "max_position_embeddings": [16, 6, 64],
-    "hidden_size": MOSTLY_16,
+    "hidden_size": WIDTH,
     "intermediate_size": MOSTLY_24,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
@@ -94,7 +94,7 @@ OPT: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
     "max_position_embeddings": [16] * 5 + [9],
-    "hidden_size": MOSTLY_16,
+    "hidden_size": WIDTH,
     "word_embed_proj_dim": [ABSENT, None, 8, 8, 16],
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
@@ -117,7 +117,7 @@ DEBERTA: dict[str, list[Any]] = {
     **HARMLESS,
     "vocab_size": MOSTLY_13,
     "max_position_embeddings": [16] * 5 + [9],
-    "hidden_size": MOSTLY_16,
+    "hidden_size": WIDTH,
     "embedding_size": [ABSENT, ABSENT, 8, 8, 16],
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
