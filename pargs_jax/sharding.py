@@ -99,6 +99,8 @@ def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [axis.indices(size) for axis, size in zip(index, full, strict=True)]
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b, _), n in zip(bounds, shape, strict=True))
+        if any(axis.start == axis.stop for axis in inside):  # a device's part may be padding alone
+            return np.zeros([b - a for a, b, _ in bounds], dtype)
         block = np.asarray(read(inside)).astype(dtype, copy=False)
         missing = [(0, b - a - size) for (a, b, _), size in zip(bounds, block.shape, strict=True)]
         return np.pad(block, missing) if any(after for _, after in missing) else block

@@ -2,7 +2,7 @@
 position + position to content`, over log-bucketed relative positions."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
+from pargs_jax.models.config_fields import ConfigFields, activation, check_divides, whole_number
 from pargs_jax.models.disentangled import (
     MINIMUM,
     PositionTable,
@@ -67,6 +68,22 @@ class DebertaConfig:
     remat: Remat = "none"
     attention: Literal["full", "prefix_causal"] = "full"
 
+    HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
+        sizes=(
+            "vocab_size", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers",
+            "num_attention_heads", "attention_head_size", "intermediate_size", "pooler_hidden_size",
+        ),
+        read=(
+            "hidden_act", "pooler_hidden_act", "layer_norm_eps", "initializer_range", "type_vocab_size",
+            "relative_attention", "position_buckets", "max_relative_positions", "pos_att_type", "share_att_key",
+            "norm_rel_ebd", "position_biased_input", "conv_kernel_size", "conv_groups", "conv_act",
+        ),
+        harmless=(
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout",
+            "legacy", "tie_word_embeddings", "padding_idx",
+        ),
+    )  # fmt: skip
+
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
@@ -82,12 +99,17 @@ class DebertaConfig:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "DebertaConfig":
-        """Reads a `transformers.DebertaV2Config`."""
+        """Reads a `transformers.DebertaV2Config`. Raises InputError for what it cannot be."""
+        _check_sizes(hf)
         types = hf.pos_att_type or ()
         farthest = hf.max_relative_positions
         attention = getattr(hf, "pargs_attention", "full")
         if attention not in ("full", "prefix_causal"):
-            raise InputError(f"config.json: pargs_attention is {attention!r}, must be 'full' or 'prefix_causal'")
+            raise InputError(f"pargs_attention is {attention!r}, must be 'full' or 'prefix_causal'")
+        norms = getattr(hf, "norm_rel_ebd", "none")
+        if not isinstance(norms, str):
+            raise InputError(f"norm_rel_ebd is {norms!r}, must be 'layer_norm' or 'none'")
+        convolution = max(0, whole_number(hf, "conv_kernel_size", 0))
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.max_position_embeddings,
@@ -96,21 +118,21 @@ class DebertaConfig:
             heads=hf.num_attention_heads,
             feedforward=hf.intermediate_size,
             embedding_width=getattr(hf, "embedding_size", None),
-            activation=hf.hidden_act,
-            pooler_activation=hf.pooler_hidden_act,
+            activation=activation(hf, "hidden_act"),
+            pooler_activation=activation(hf, "pooler_hidden_act"),
             norm_epsilon=hf.layer_norm_eps,
             relative_attention=hf.relative_attention,
-            position_buckets=getattr(hf, "position_buckets", -1),
+            position_buckets=whole_number(hf, "position_buckets", -1),
             max_relative_positions=farthest if farthest > 0 else hf.max_position_embeddings,
             content_to_position="c2p" in types,
             position_to_content="p2c" in types,
-            share_attention_key=getattr(hf, "share_att_key", False),
-            normalise_positions="layer_norm" in getattr(hf, "norm_rel_ebd", "none"),
+            share_attention_key=bool(getattr(hf, "share_att_key", False)),
+            normalise_positions="layer_norm" in [name.strip() for name in norms.lower().split("|")],
             absolute_positions=hf.position_biased_input,
-            segments=hf.type_vocab_size,
-            convolution_width=getattr(hf, "conv_kernel_size", 0),
-            convolution_groups=getattr(hf, "conv_groups", 1),
-            convolution_activation=getattr(hf, "conv_act", "tanh"),
+            segments=max(0, hf.type_vocab_size),
+            convolution_width=convolution,
+            convolution_groups=getattr(hf, "conv_groups", 1) if convolution else 1,
+            convolution_activation=activation(hf, "conv_act", "tanh") if convolution else "tanh",
             initializer_range=hf.initializer_range,
             attention=attention,
         )
@@ -150,6 +172,33 @@ class DebertaConfig:
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Deberta":
         return Deberta(self, unrolled=unrolled, rngs=rngs)
+
+
+def _check_sizes(hf: Any) -> None:
+    """Raises InputError for sizes that do not go together."""
+    check_divides(hf, "num_attention_heads", "hidden_size")
+    sizes = {"attention_head_size": hf.hidden_size // hf.num_attention_heads, "pooler_hidden_size": hf.hidden_size}
+    for name, size in sizes.items():
+        if getattr(hf, name, size) != size:
+            raise InputError(f"{name} is {getattr(hf, name)!r}, must be {size} as hidden_size is {hf.hidden_size}")
+    if hf.type_vocab_size == 1:
+        raise InputError(
+            "type_vocab_size is 1, which has no row for the second text of a pair; must be 0, or 2 or more"
+        )
+    buckets, farthest = whole_number(hf, "position_buckets", -1), hf.max_relative_positions
+    farthest = farthest if farthest > 0 else hf.max_position_embeddings
+    if hf.relative_attention and buckets > 0 and not 1 <= buckets // 2 < farthest - 1:
+        raise InputError(
+            f"position_buckets is {buckets} with distances up to {farthest}; must be at least 2, and half of "
+            "them less than the longest distance"
+        )
+    width = whole_number(hf, "conv_kernel_size", 0)
+    if width > 0:
+        groups = whole_number(hf, "conv_groups", 1)
+        if width % 2 == 0:
+            raise InputError(f"conv_kernel_size is {width}, must be odd, so that a text keeps its length")
+        if groups < 1 or hf.hidden_size % groups:
+            raise InputError(f"conv_groups {groups} does not divide hidden_size {hf.hidden_size}")
 
 
 def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
@@ -278,7 +327,7 @@ class Deberta(nnx.Module):
         self.embed_out = Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
         self.embed_norm = norm()
         self.relative = embedding(2 * config.span * config.relative_attention, width)
-        self.relative_norm = norm() if config.relative_attention and config.normalise_positions else None
+        self.relative_norm = norm() if config.normalise_positions else None
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
         self.convolution = Convolution(config, rngs=rngs) if config.convolution_width else None
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, activation, check_divides
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -46,6 +47,23 @@ class GPT2Config:
     dropout: float = 0.0
     remat: Remat = "none"
 
+    HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
+        sizes=(
+            "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
+            "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        ),
+        read=(
+            "activation_function", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings",
+            "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+        ),
+        harmless=(
+            "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "summary_type", "summary_use_proj",
+            "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout",
+            "reorder_and_upcast_attn",  # attention is always computed in fp32 here
+        ),
+        must={**CAUSAL, "add_cross_attention": FALSE},
+    )  # fmt: skip
+
     @property
     def kv_heads(self) -> int:
         return self.heads
@@ -64,15 +82,16 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "GPT2Config":
-        """Reads a `transformers.GPT2Config`."""
+        """Reads a `transformers.GPT2Config`. Raises InputError for what it cannot be."""
+        check_divides(hf, "n_head", "n_embd")
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.n_positions,
             width=hf.n_embd,
             layers=hf.n_layer,
             heads=hf.n_head,
-            feedforward=hf.n_inner or 4 * hf.n_embd,
-            activation=hf.activation_function,
+            feedforward=4 * hf.n_embd if hf.n_inner is None else hf.n_inner,
+            activation=activation(hf, "activation_function"),
             norm_epsilon=hf.layer_norm_epsilon,
             scale_attention=hf.scale_attn_weights,
             scale_by_layer=hf.scale_attn_by_inverse_layer_idx,

@@ -8,12 +8,9 @@ import collections
 import dataclasses
 import json
 import os
-import re
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,14 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from pargs_jax.errors import InputError, first_line
-from pargs_jax.models.layers import ACTIVATIONS
+from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
-from pargs_jax.models.tables import FAMILIES, Family, Row
-from pargs_jax.sharding import map_paths, place_computed, place_param, to_host
+from pargs_jax.models.tables import FAMILIES
+from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
+from pargs_jax.sharding import place_computed
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 EXPORTED = "model"
 """Where a training run's folder has its result."""
@@ -81,8 +76,12 @@ def load_model(
 
     `attention` chooses that of a DeBERTa, where it is not to be as the checkpoint says. A head that the checkpoint
     lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`, which reads the config
-    alone. Raises InputError for an unknown architecture, a head or an attention that it does not have, a checkpoint
-    that does not match its config, or a classifier with more than one label.
+    alone. A language model with a head of its own has one, even where its config ties it to the embeddings.
+
+    Warns of fields of the config that nobody knows. Raises InputError for an unknown architecture, a field of the
+    config that would change the computation in a way that is not followed here, a head or an attention that the
+    model does not have, a checkpoint that does not match its config, weights that are not of floating point or not
+    finite, and a classifier with more than one label.
     """
     folder = resolve(source)
     hf = _read_config(folder)
@@ -93,12 +92,14 @@ def load_model(
     if from_scratch:
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
         return Pretrained(model, params, True, special, eos_ids)
-    tensors = _open_tensors(folder, family)
+    tensors = open_tensors(folder, family)
+    if head == "vocabulary" and model.config.tied_embeddings:
+        model = settle_tied_head(model, family, tensors, folder)
     has_head = all(row.tensor in tensors for row in family.heads[head].rows)
     if head == "reward" and has_head and hf.num_labels != 1:
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
     new_head = head == "reward" and not has_head
-    params = _import(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
+    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
 
 
@@ -114,14 +115,12 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     family = FAMILIES[hf.model_type]
     if head not in family.heads:
         raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
-    config = family.config.from_hf(hf)
+    with _errors_name(folder / "config.json"):
+        config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
             raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
         config = dataclasses.replace(config, attention=attention)
-    if config.activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(f"{folder}/config.json: activation {config.activation!r} is not known; known are {known}")
     return family.model(config, head)
 
 
@@ -148,7 +147,7 @@ def save_model(
     model, params = stack_layers(model, params)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
-    exported = _export(model, FAMILIES[name], params)
+    exported = export_tensors(model, FAMILIES[name], params)
     if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one keeps it
         collections.deque(exported, maxlen=0)
         return
@@ -192,23 +191,32 @@ def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; a model is a Hugging Face folder")
-    kind = _read_json(path).get("model_type")
-    if kind not in FAMILIES:
+    fields = read_json(path)
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
+    with _errors_name(path):
+        unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
+    if unknown:
+        warn(f"{path}: not known for {kind} and not used: {', '.join(unknown)}")
+    if fields.get("auto_map"):
+        warn(f"{path}: names code of its own (auto_map), which is not run; the model is read as an ordinary {kind}")
+    if (folder / "adapter_config.json").is_file():
+        warn(f"{folder}: the adapter of adapter_config.json is not applied; merge it into the weights if it should be")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise InputError(f"{path}: transformers cannot read it ({first_line(error)})") from error
+        reason = " ".join(str(error).split())  # of which the first line may say the least
+        raise InputError(f"{path}: transformers cannot read it ({reason})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Says in an InputError which file it is about."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return content
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
@@ -216,151 +224,6 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
     found = [eos]
     generation = folder / "generation_config.json"
     if generation.is_file():
-        found.append(_read_json(generation).get("eos_token_id"))
+        found.append(read_json(generation).get("eos_token_id"))
     flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))
-
-
-class _Tensors(dict[str, tuple[Path, str]]):
-    """Where each tensor of a checkpoint lies, by its name without the backbone's prefix; read only when asked for."""
-
-    def shape(self, row: Row, layer: int) -> tuple[int, ...]:
-        """Of the tensor that a row names, or, where that is several arrays, of all of them side by side."""
-        with self._open(row.tensor.format(layer)) as (file, stored):
-            shape = tuple(file.get_slice(stored).get_shape())
-            return shape[::-1] if row.transpose else shape
-
-    def read(self, row: Row, layer: int, size: int, index: tuple[slice, ...]) -> np.ndarray:
-        """What an index gives of the array that a row makes of a tensor; nothing else is read.
-
-        `size` is that of the array's last dimension.
-        """
-        start, stop, _ = index[-1].indices(size)
-        before = row.part[0] * size
-        index = (*index[:-1], slice(before + start, before + stop))
-        with self._open(row.tensor.format(layer)) as (file, stored):
-            if row.transpose:
-                return file.get_slice(stored)[index[::-1]].T
-            return file.get_slice(stored)[index]
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[tuple[Any, str]]:
-        from safetensors import safe_open
-
-        path, stored = self[name]
-        with safe_open(path, framework="numpy") as file:
-            yield file, stored
-
-
-def _open_tensors(folder: Path, family: Family) -> _Tensors:
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{folder / INDEX}: has no weight_map, which says where each tensor is")
-        files = sorted({folder / name for name in weight_map.values()})
-    elif (folder / SINGLE).is_file():
-        files = [folder / SINGLE]
-    else:
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only")
-    tensors = _Tensors()
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                tensors.update({family.without_prefix(name): (path, name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
-    return tensors
-
-
-def _import(
-    model: Model, family: Family, tensors: _Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
-) -> Params:
-    """Fills the model's parameters from the checkpoint, each read where it is to lie; every mismatch is collected and
-    raised once, before any is read."""
-    problems: list[str] = []
-    used: set[str] = set()
-
-    def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
-        name = row.tensor.format(layer)
-        if row.part[0] == 0:
-            used.add(name)
-            whole = (*shape[:-1], shape[-1] * row.part[1])
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-            elif (stored := tensors.shape(row, layer)) != whole:
-                problems.append(f"{name} has shape {stored}, the config needs {whole}")
-
-    def read(row: Row, size: int, index: tuple[slice, ...]) -> np.ndarray:
-        if "{}" not in row.tensor:
-            return tensors.read(row, 0, size, index)
-        layers = range(model.config.layers)[index[0]]
-        return np.stack([tensors.read(row, layer, size, index[1:]) for layer in layers])
-
-    readers: Params = {}
-    for path, leaf in _flatten(model.abstract_params()):
-        row = _row(family, model.head, path)
-        if path[0] == "head" and new_head:
-            std = model.config.initializer_range if path[-1] == "kernel" else 0.0
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
-            _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
-            continue
-        if "{}" in row.tensor:
-            for layer in range(leaf.shape[0]):
-                check(row, layer, leaf.shape[1:])
-        else:
-            check(row, 0, leaf.shape)
-        _set(readers, path, partial(read, row, leaf.shape[-1]))
-    # A language model may be read as a reward model and the other way round: the other head is no mistake.
-    used |= {row.tensor for head in family.heads.values() for row in head.rows}
-    unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
-    problems += [f"{name} is not part of this architecture" for name in unexpected]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise InputError(f"{folder}: the weights do not match config.json: {'; '.join(problems[:3])}{more}")
-    return map_paths(
-        lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
-    )
-
-
-def _export(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for path, leaf in _flatten(params):
-        row = _row(family, model.head, path)
-        prefix = "" if path[0] == "head" else family.backbone_prefix
-        value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
-        place, count = row.part
-        if count > 1:
-            found = parts.setdefault(row.tensor, {})
-            found[place] = value
-            if len(found) < count:
-                continue
-            value = np.concatenate([found[place] for place in range(count)], axis=-1)
-        if "{}" in row.tensor:
-            for layer, single in enumerate(value):
-                yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
-        else:
-            yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
-
-
-def _row(family: Family, head: HeadName, path: tuple[str, ...]) -> Row:
-    """The table's row for one array of the (stacked) parameters."""
-    rows = family.heads[head].rows if path[0] == "head" else family.rows
-    wanted = ".".join(path[1:])
-    return next(row for row in rows if row.path.replace(".{}", "") == wanted)
-
-
-def _flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, (*path, name))
-        else:
-            yield (*path, name), value
-
-
-def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

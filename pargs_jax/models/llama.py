@@ -1,13 +1,15 @@
 """Llama 1, 2 and 3 (Touvron et al., 2023): rotary positions, RMS norms, grouped queries, a gated feed-forward."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.errors import InputError
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -50,6 +52,20 @@ class LlamaConfig:
     dropout: float = 0.0
     remat: Remat = "none"
 
+    HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
+        sizes=(
+            "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim",
+        ),
+        read=(
+            "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings", "initializer_range",
+            "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
+            "original_max_position_embeddings",
+        ),
+        harmless=("attention_dropout", "pretraining_tp"),
+        must=CAUSAL,
+    )  # fmt: skip
+
     @property
     def head_width(self) -> int:
         return self.width
@@ -60,7 +76,15 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "LlamaConfig":
-        """Reads a `transformers.LlamaConfig`; transformers itself translates the older `rope_theta`/`rope_scaling`."""
+        """Reads a `transformers.LlamaConfig`; transformers itself translates the older `rope_theta`/`rope_scaling`.
+
+        Raises InputError for what a Llama cannot be.
+        """
+        check_divides(hf, "num_attention_heads", "hidden_size")
+        check_divides(hf, "num_key_value_heads", "num_attention_heads")
+        rotary = Rotary.from_hf(_rope_parameters(hf))
+        if hf.head_dim % 2 or (hf.head_dim == 2 and rotary.kind == "dynamic"):
+            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot turn")
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.max_position_embeddings,
@@ -68,11 +92,11 @@ class LlamaConfig:
             layers=hf.num_hidden_layers,
             heads=hf.num_attention_heads,
             kv_heads=hf.num_key_value_heads,
-            head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+            head_dim=hf.head_dim,
             feedforward=hf.intermediate_size,
-            activation=hf.hidden_act,
+            activation=activation(hf, "hidden_act"),
             norm_epsilon=hf.rms_norm_eps,
-            rotary=Rotary.from_hf(hf.rope_parameters),
+            rotary=rotary,
             attention_bias=hf.attention_bias,
             mlp_bias=hf.mlp_bias,
             tied_embeddings=hf.tie_word_embeddings,
@@ -102,6 +126,13 @@ class LlamaConfig:
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, unrolled=unrolled, rngs=rngs)
+
+
+def _rope_parameters(hf: Any) -> dict[str, Any]:
+    """What transformers' rotary embedding computes from: it reads the config once more than what loaded it, and only
+    then does `original_max_position_embeddings` beside `rope_parameters` replace the one in there."""
+    hf.standardize_rope_params()
+    return hf.rope_parameters
 
 
 class RMSNorm(nnx.Module):

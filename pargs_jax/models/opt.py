@@ -1,12 +1,13 @@
 """OPT (Zhang et al., 2022): learned positions that start at row 2; at 350m alone, projections and post-norm blocks."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -55,6 +56,19 @@ class OPTConfig:
     dropout: float = 0.0
     remat: Remat = "none"
 
+    HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
+        sizes=(
+            "vocab_size", "max_position_embeddings", "hidden_size", "word_embed_proj_dim", "num_hidden_layers",
+            "num_attention_heads", "ffn_dim",
+        ),
+        read=(
+            "activation_function", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
+            "layer_norm_elementwise_affine", "tie_word_embeddings", "init_std",
+        ),
+        harmless=("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
+        must=CAUSAL,
+    )  # fmt: skip
+
     @property
     def kv_heads(self) -> int:
         return self.heads
@@ -73,7 +87,8 @@ class OPTConfig:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "OPTConfig":
-        """Reads a `transformers.OPTConfig`."""
+        """Reads a `transformers.OPTConfig`. Raises InputError for what it cannot be."""
+        check_divides(hf, "num_attention_heads", "hidden_size")
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.max_position_embeddings,
@@ -82,7 +97,7 @@ class OPTConfig:
             layers=hf.num_hidden_layers,
             heads=hf.num_attention_heads,
             feedforward=hf.ffn_dim,
-            activation=hf.activation_function,
+            activation=activation(hf, "activation_function"),
             norm_first=hf.do_layer_norm_before,
             final_norm=not hf._remove_final_layer_norm,
             biases=hf.enable_bias,

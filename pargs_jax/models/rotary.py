@@ -6,22 +6,35 @@ Conventions are those of the Hugging Face checkpoints: the two halves of a head 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, warn
 
-# The numbers each scaling needs in config.json, beside `rope_type` and `rope_theta`.
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+
+class Scaling(NamedTuple):
+    """The numbers of one scaling in config.json, beside `rope_type` and `rope_theta`: those it needs, and others."""
+
+    needs: tuple[str, ...] = ()
+    may_have: tuple[str, ...] = ()
+
+
+SCALINGS: dict[str, Scaling] = {
+    "default": Scaling(),
+    "linear": Scaling(("factor",)),
+    "dynamic": Scaling(("factor",)),
+    "llama3": Scaling(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": Scaling(
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
+
+
+_OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +47,44 @@ class Rotary:
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any]) -> "Rotary":
-        """Reads `rope_parameters` of a transformers config. Raises InputError for an unknown or incomplete scaling."""
-        rest = {key: value for key, value in parameters.items() if value is not None}
-        kind = rest.pop("rope_type", rest.pop("type", "default"))
-        if kind not in REQUIRED:
-            raise InputError(f"config.json: RoPE scaling {kind!r} is not known; known are {', '.join(REQUIRED)}")
-        if missing := [key for key in REQUIRED[kind] if key not in rest]:
-            raise InputError(f"config.json: RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
-        if rest.get("partial_rotary_factor", 1.0) != 1.0:
-            raise InputError("config.json: partial_rotary_factor must be 1 for Llama")
-        theta = float(rest.pop("rope_theta", 10000.0))
-        return cls(theta, kind, tuple(sorted(rest.items())))
+        """Reads `rope_parameters` of a transformers config. Warns of numbers that the scaling does not use.
+
+        Raises InputError for an unknown or incomplete scaling, and for numbers that it cannot work with.
+        """
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if not isinstance(kind, str) or kind not in SCALINGS:
+            raise InputError(f"RoPE scaling {kind!r} is not known; known are {', '.join(SCALINGS)}")
+        if parameters.get("partial_rotary_factor") not in (None, 1):
+            raise InputError("partial_rotary_factor must be 1 for Llama")
+        needs, may_have = SCALINGS[kind]
+        rest = {key: value for key, value in parameters.items() if key not in _OF_EVERY_KIND}
+        # A factor of null is not one left out: YaRN then takes the ratio of the two lengths.
+        if missing := [key for key in needs if rest.get(key) is None and (kind, key) != ("yarn", "factor")]:
+            raise InputError(f"RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
+        if nested := [key for key, value in rest.items() if isinstance(value, Mapping)]:
+            raise InputError(f"rope_parameters has {', '.join(nested)}: scalings of single layers are not known here")
+        if unused := [key for key, value in rest.items() if key not in (*needs, *may_have) and value is not None]:
+            warn(f"config.json: rope_parameters has {', '.join(unused)}, which RoPE scaling {kind!r} does not use")
+        numbers = {key: rest[key] for key in (*needs, *may_have) if key in rest}
+        if "truncate" in numbers:  # null means no
+            numbers["truncate"] = bool(numbers["truncate"])
+        numbers = {key: value for key, value in numbers.items() if value is not None or key in needs}
+        rotary = cls(parameters.get("rope_theta", 10000.0), kind, tuple(sorted(numbers.items())))
+        rotary._check()
+        return dataclasses.replace(rotary, theta=float(rotary.theta))
+
+    def _check(self) -> None:
+        """Raises InputError for numbers that give no angles."""
+        numbers = dict(self.numbers)
+        for name, value in {"rope_theta": self.theta, **numbers}.items():
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            may_be_zero = name in SCALINGS[self.kind].may_have
+            if not (is_number and (value > 0 or (may_be_zero and value == 0))) and (name, value) != ("factor", None):
+                raise InputError(f"{name} is {value!r} in rope_parameters, must be a number above 0")
+        if self.kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+            raise InputError("high_freq_factor must be greater than low_freq_factor in rope_parameters")
+        if self.kind == "yarn" and self.theta == 1:
+            raise InputError("rope_theta must not be 1 with RoPE scaling 'yarn'")
 
     def to_hf(self) -> dict[str, Any]:
         return {"rope_type": self.kind, "rope_theta": self.theta, **dict(self.numbers)}
@@ -65,7 +105,7 @@ class Rotary:
             frequencies = self._dynamic_frequencies(positions, head_dim, trained_length)
             amplitude = 1.0
         else:
-            static, amplitude = self._static_frequencies(head_dim)
+            static, amplitude = self._static_frequencies(head_dim, trained_length)
             frequencies = jnp.asarray(static, jnp.float32)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
@@ -76,7 +116,7 @@ class Rotary:
         base = self.theta * (factor * length / trained_length - (factor - 1)) ** (head_dim / (head_dim - 2))
         return base ** -jnp.asarray(np.arange(0, head_dim, 2) / head_dim, jnp.float32)
 
-    def _static_frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+    def _static_frequencies(self, head_dim: int, trained_length: int) -> tuple[np.ndarray, float]:
         frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
         numbers = dict(self.numbers)
         if self.kind == "linear":
@@ -84,7 +124,7 @@ class Rotary:
         if self.kind == "llama3":
             return _llama3(frequencies, numbers), 1.0
         if self.kind == "yarn":
-            return _yarn(frequencies, numbers, self.theta, head_dim)
+            return _yarn(frequencies, numbers, self.theta, head_dim, trained_length)
         return frequencies, 1.0
 
 
@@ -96,19 +136,21 @@ def _llama3(frequencies: np.ndarray, numbers: Mapping[str, Any]) -> np.ndarray:
     return frequencies * (keep + (1 - keep) / numbers["factor"])
 
 
-def _yarn(frequencies: np.ndarray, numbers: Mapping[str, Any], theta: float, head_dim: int) -> tuple[np.ndarray, float]:
+def _yarn(
+    frequencies: np.ndarray, numbers: Mapping[str, Any], theta: float, head_dim: int, trained_length: int
+) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al., 2023): interpolation by the number of turns, and a larger amplitude."""
-    factor = numbers["factor"]
+    first_length = numbers["original_max_position_embeddings"]
+    factor = trained_length / first_length if numbers["factor"] is None else numbers["factor"]
 
     def dimension_of(turns: float) -> float:
-        length = numbers["original_max_position_embeddings"]
-        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return head_dim * math.log(first_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(numbers.get("beta_fast") or 32), dimension_of(numbers.get("beta_slow") or 1)
     if numbers.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - low) / (max(high - low, 0.001)), 0.0, 1.0)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
     return frequencies * ((1 - ramp) + ramp / factor), _yarn_amplitude(factor, numbers)
 
 

@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
                 (*linear("pooler.dense", "dense"), *linear("classifier", "linear")),
             )
         },
-        ignored=r"embeddings\.position_ids|(lm_predictions|mask_predictions|cls)\..*",
+        ignored=r"embeddings\.(position_ids|position_embeddings\.weight)|(lm_predictions|mask_predictions|cls)\..*",
     ),
     "gpt2": Family(
         CausalModel,

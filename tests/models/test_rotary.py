@@ -1,10 +1,13 @@
 """Rotary angles against transformers, and what config.json may say about them."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, InputWarning
+from pargs_jax.models.llama import LlamaConfig as OurConfig
 from pargs_jax.models.rotary import Rotary, rotate
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -34,6 +37,15 @@ CASES = {
     "yarn, mscale": ({**YARN, "mscale": 1.5, "mscale_all_dim": 0.5}, 16, 100),
     "yarn, mscale alone counts for nothing": ({**YARN, "mscale": 1.5}, 16, 100),
     "yarn, no stretch": ({**YARN, "factor": 1.0}, 16, 60),
+    "yarn, the ratio of lengths for a factor": (
+        {**YARN, "factor": None, "original_max_position_embeddings": 8},
+        16,
+        60,
+    ),
+    "yarn, not truncated by null": ({**YARN, "truncate": None}, 64, 100),
+    "yarn, an empty range": ({**YARN, "original_max_position_embeddings": 6}, 16, 60),
+    "yarn, a range upside down": ({**YARN, "beta_fast": 1.0, "beta_slow": 8.0, "truncate": False}, 64, 60),
+    "yarn, a narrow range": ({**YARN, "beta_fast": 1.0001, "beta_slow": 1.0, "truncate": False}, 64, 60),
 }
 
 
@@ -58,6 +70,31 @@ def test_angles_equal_transformers(case):
     for mine, theirs in zip(ours, reference, strict=True):
         # Half the width: the reference repeats every angle for the second half. fp32 angles are good to 1e-7 of 200.
         np.testing.assert_allclose(mine, theirs[..., : head_dim // 2], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("parameters", [YARN, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 16}, {"rope_theta": 77.0}])
+def test_fields_beside_rope_parameters_count_as_in_transformers(parameters, beside, tmp_path):
+    torch = pytest.importorskip("torch", reason="the reference is transformers on torch")
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": TRAINED_LENGTH}
+    config = AutoConfig.for_model("llama", **sizes, **beside, rope_parameters=dict(parameters))
+    rotary = OurConfig.from_hf(config).rotary
+    positions = np.arange(TRAINED_LENGTH)[None]
+    reference = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    for mine, theirs in zip(rotary.cos_sin(jnp.asarray(positions), 16, TRAINED_LENGTH), reference, strict=True):
+        np.testing.assert_allclose(mine, theirs[..., :8], rtol=0, atol=5e-5)
+    # What is written says the same in one place.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **OurConfig.from_hf(config).to_hf()}))
+    assert OurConfig.from_hf(AutoConfig.from_pretrained(tmp_path)).rotary == rotary
+
+
+def test_numbers_that_a_scaling_does_not_use_are_named():
+    with pytest.warns(InputWarning, match="rope_parameters has low_freq_factor, which RoPE scaling 'linear' does not"):
+        rotary = Rotary.from_hf({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0})
+    assert rotary == Rotary(10000.0, "linear", (("factor", 2.0),))
 
 
 def test_dynamic_scaling_follows_each_row_of_a_batch():
@@ -114,6 +151,15 @@ def test_only_dynamic_scaling_reaches_beyond_the_trained_length():
         ({"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high_freq_factor, original_max_position"),
         ({"rope_type": "linear", "factor": None}, "needs factor"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ({"rope_type": None}, "RoPE scaling None is not known"),
+        ({"rope_type": "proportional", "factor": 2.0}, "RoPE scaling 'proportional' is not known"),
+        ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention: scalings of single layers"),
+        ({"rope_type": "linear", "factor": 0}, "factor is 0 in rope_parameters, must be a number above 0"),
+        ({"rope_type": "linear", "factor": "2"}, "factor is '2' in rope_parameters"),
+        ({"rope_type": "default", "rope_theta": None}, "rope_theta is None in rope_parameters"),
+        ({**LLAMA3, "low_freq_factor": 4.0}, "high_freq_factor must be greater than low_freq_factor"),
+        ({**YARN, "rope_theta": 1.0}, "rope_theta must not be 1 with RoPE scaling 'yarn'"),
+        ({**YARN, "attention_factor": -1.0}, "attention_factor is -1.0 in rope_parameters"),
     ],
 )
 def test_scalings_that_cannot_be_used_are_named(parameters, told):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
@@ -55,13 +56,13 @@ def started(command, *options, processes=1):
             process.communicate()
 
 
-def run(command, *options, processes=1):
-    """Runs a front door in so many processes; returns what the first one printed, unwrapped."""
+def run(command, *options, processes=1, code=0):
+    """Runs a front door in so many processes, which have to end so; returns what the first one printed, unwrapped."""
     with started(command, *options, processes=processes) as running:
         printed = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(printed)
+    assert [process.returncode for process in running] == [code] * processes, "\n".join(printed)
     said = [GLOO.sub("", text).strip() for text in printed[1:]]
-    assert not any(said)
+    assert code or not any(said)  # each says what ended it
     return " ".join(printed[0].split())
 
 
@@ -78,6 +79,18 @@ def start(tmp_path_factory):
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     tiny_tokenizer().save(folder)
     return str(folder)
+
+
+def test_weights_that_are_not_finite_end_every_process(start, tmp_path):
+    """The one NaN lies on a device of the second process."""
+    shutil.copytree(start, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][-1, -1] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options = ("--model.init", str(tmp_path / "damaged"), *TRAINING, "--out", str(tmp_path / "out"))
+    printed = run("train.py", *options, "--mesh", "cpu-4,fsdp=2,tensor=2", processes=2, code=2)
+    assert "NaN or infinite numbers, read as float32, in layers.1.mlp.down_proj.weight" in printed
 
 
 def test_training_and_going_on_in_one_process_on_another_mesh(start, tmp_path):

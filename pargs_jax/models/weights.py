@@ -1,0 +1,264 @@
+"""The tensors of a Hugging Face checkpoint, by the tables of `pargs_jax.models.tables`: safetensors files to a model's
+parameters, each read where it is to lie, and back."""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.tables import Family, Row
+from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The formats of tensors that are weights as they are; integers and 8-bit floats need scales, or are masks."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and its name, shape and format there."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    format: str
+
+
+class Tensors(dict[str, Stored]):
+    """The tensors of a checkpoint, by their names without the backbone's prefix; read only when asked for."""
+
+    def shape(self, row: Row, layer: int) -> tuple[int, ...]:
+        """Of the tensor that a row names, or, where that is several arrays, of all of them side by side."""
+        shape = self[row.tensor.format(layer)].shape
+        return shape[::-1] if row.transpose else shape
+
+    def read(self, row: Row, layer: int, size: int, index: tuple[slice, ...]) -> np.ndarray:
+        """What an index gives of the array that a row makes of a tensor; nothing else is read.
+
+        `size` is that of the array's last dimension.
+        """
+        start, stop, _ = index[-1].indices(size)
+        before = row.part[0] * size
+        index = (*index[:-1], slice(before + start, before + stop))
+        with self._open(row.tensor.format(layer)) as tensor:
+            return tensor[index[::-1]].T if row.transpose else tensor[index]
+
+    def are_equal(self, one: str, other: str, rows: int = 4096) -> bool:
+        """Whether two matrices have the same values; so many rows at a time are read, up to the first difference."""
+        if self[one].shape != self[other].shape:
+            return False
+        with self._open(one) as first, self._open(other) as second:
+            count = self[one].shape[0]
+            blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+            return all(np.array_equal(first[block], second[block]) for block in blocks)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        from safetensors import safe_open
+
+        with safe_open(self[name].path, framework="numpy") as file:
+            yield file.get_slice(self[name].name)
+
+
+def open_tensors(folder: Path, family: Family) -> Tensors:
+    """Finds a checkpoint's tensors: those of `model.safetensors`, or else of the files that the index names.
+
+    Raises InputError where neither can be read, where two tensors have one name, and for a tensor that is not of
+    floating point.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = Tensors()
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for stored in file.keys():  # noqa: SIM118
+                    name, part = family.without_prefix(stored), file.get_slice(stored)
+                    if name in tensors and tensors[name].name != stored:
+                        raise InputError(f"{path}: {tensors[name].name} and {stored} are both {name} of the model")
+                    tensors[name] = Stored(path, stored, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    for name, stored in tensors.items():
+        if stored.format not in FLOATS and not re.fullmatch(family.ignored, name):
+            raise InputError(
+                f"{stored.path}: {stored.name} is stored as {stored.format}, weights must be {', '.join(FLOATS)}; "
+                "quantised checkpoints cannot be read"
+            )
+    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: has no weight_map, which says where each tensor is")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: {name} is in {file!r}, must be the name of a safetensors file")
+    return sorted({folder / file for file in weight_map.values()})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError for a file that is not a JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON object ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
+def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Path) -> Model:
+    """The language model that a checkpoint holds whose config ties the head to the embeddings, settled as transformers
+    settles it: a stored head that differs counts, with a warning, and one without embeddings is the embeddings too."""
+    (head,) = (row.tensor for row in family.heads["vocabulary"].rows)
+    embed = next(row.tensor for row in family.rows if row.path == "embed.embedding")
+    if head not in tensors:
+        return model
+    tensors.setdefault(embed, tensors[head])
+    if tensors.are_equal(head, embed):
+        return model
+    warn(f"{folder}: config.json ties {head} to {embed}, but another one is stored and used")
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
+
+
+def import_params(
+    model: Model, family: Family, tensors: Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
+) -> Params:
+    """Fills the model's parameters from the checkpoint, each read where it is to lie.
+
+    Raises InputError for tensors that do not match the model, all of them once, before any is read; and, once they are
+    in place, for those with a number that is not finite.
+    """
+    problems: list[str] = []
+    used: set[str] = set()
+
+    def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
+        name = row.tensor.format(layer)
+        if row.part[0] == 0:
+            used.add(name)
+            whole = (*shape[:-1], shape[-1] * row.part[1])
+            if name not in tensors:
+                problems.append(f"{name} is missing")
+            elif (stored := tensors.shape(row, layer)) != whole:
+                problems.append(f"{name} has shape {stored}, the config needs {whole}")
+
+    def read(row: Row, size: int, index: tuple[slice, ...]) -> np.ndarray:
+        if "{}" not in row.tensor:
+            return tensors.read(row, 0, size, index)
+        layers = range(model.config.layers)[index[0]]
+        return np.stack([tensors.read(row, layer, size, index[1:]) for layer in layers])
+
+    readers: Params = {}
+    for path, leaf in _flatten(model.abstract_params()):
+        row = _row(family, model.head, path)
+        if path[0] == "head" and new_head:
+            std = model.config.initializer_range if path[-1] == "kernel" else 0.0
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
+            _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
+            continue
+        if "{}" in row.tensor:
+            for layer in range(leaf.shape[0]):
+                check(row, layer, leaf.shape[1:])
+        else:
+            check(row, 0, leaf.shape)
+        _set(readers, path, partial(read, row, leaf.shape[-1]))
+    # A language model may be read as a reward model and the other way round: the other head is no mistake.
+    used |= {row.tensor for head in family.heads.values() for row in head.rows}
+    unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
+    problems += [f"{name} is not part of this architecture" for name in unexpected]
+    if problems:
+        raise InputError(f"{folder}: the weights do not match config.json: {_list(problems)}")
+    params = map_paths(
+        lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
+    )
+    _check_finite(params, model.head, family, folder, dtype)
+    return params
+
+
+def _check_finite(params: Params, head: HeadName, family: Family, folder: Path, dtype: np.dtype) -> None:
+    """Raises InputError, in every process alike, naming the tensors that hold NaN or infinity."""
+    rows = {path: _row(family, head, path) for path, _ in _flatten(params)}
+    bad: dict[str, None] = {}
+    for path, is_finite in _flatten(_are_finite(params)):
+        tensor = rows[path].tensor
+        found = np.atleast_1d(to_host(is_finite))
+        layers = np.flatnonzero(~(found if "{}" in tensor else found.all(keepdims=True)))
+        bad |= dict.fromkeys(tensor.format(layer) for layer in layers)
+    if bad:
+        raise InputError(f"{folder}: NaN or infinite numbers, read as {dtype}, in {_list(list(bad))}")
+
+
+@jax.jit
+def _are_finite(params: Params) -> Params:
+    """For each array, whether the entries along its first dimension (layers, where it is a stack) are finite."""
+
+    def is_finite(x: jax.Array) -> jax.Array:
+        # A sum of floats, since `all` takes CPUs three times as long to compile.
+        return jnp.where(jnp.isfinite(x), 0.0, 1.0).sum(axis=range(1, x.ndim)) == 0
+
+    return on_every_device(jax.tree.map(is_finite, params))
+
+
+def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a checkpoint, one by one, of a model with stacked layers; all processes must take all of them."""
+    shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path, leaf in _flatten(params):
+        row = _row(family, model.head, path)
+        prefix = "" if path[0] == "head" else family.backbone_prefix
+        value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
+        place, count = row.part
+        if count > 1:
+            found = parts.setdefault(row.tensor, {})
+            found[place] = value
+            if len(found) < count:
+                continue
+            value = np.concatenate([found[place] for place in range(count)], axis=-1)
+        if "{}" in row.tensor:
+            for layer, single in enumerate(value):
+                yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
+        else:
+            yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
+
+
+def _row(family: Family, head: HeadName, path: tuple[str, ...]) -> Row:
+    """The table's row for one array of the (stacked) parameters."""
+    rows = family.heads[head].rows if path[0] == "head" else family.rows
+    wanted = ".".join(path[1:])
+    return next(row for row in rows if row.path.replace(".{}", "") == wanted)
+
+
+def _flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _set(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def _list(items: list[str]) -> str:
+    return "; ".join(items[:3]) + (f" (and {len(items) - 3} more)" if len(items) > 3 else "")

@@ -1,0 +1,191 @@
+"""Which fields of config.json are read, harmless, not followed, or unknown."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from pargs_jax.data.demo import DEMO_LM
+from pargs_jax.errors import InputError, InputWarning
+from pargs_jax.models.hf import describe_model
+from pargs_jax.models.tables import FAMILIES
+
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SMALL = {
+    "gpt2": {"vocab_size": 61, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4},
+    "llama": {
+        "vocab_size": 61,
+        "max_position_embeddings": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "opt": {
+        "vocab_size": 61,
+        "max_position_embeddings": 32,
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "deberta-v2": {
+        "vocab_size": 61,
+        "max_position_embeddings": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+    },
+}
+
+
+def describe(folder, family, **fields):
+    (folder / "config.json").write_text(json.dumps({"model_type": family, **SMALL[family], **fields}))
+    return describe_model(folder, "reward")
+
+
+def refusal(folder, family, **fields):
+    with pytest.raises(InputError) as caught:
+        describe(folder, family, **fields)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/config.json: ") and "\n" not in message
+    return message.removeprefix(f"{folder}/config.json: ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_that_transformers_knows_is_known_here(family):
+    import transformers
+    from transformers import GenerationConfig
+
+    config = transformers.CONFIG_MAPPING[family]
+    names = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
+    names |= GenerationConfig._get_default_generation_params().keys()
+    defaults = config(**SMALL[family]).to_dict()
+    fields = {name: defaults.get(name) for name in names}
+    assert FAMILIES[family].config.HF_FIELDS.check(fields) == []
+
+
+@pytest.mark.parametrize("folder", [*sorted(SHAPES.iterdir()), Path(DEMO_LM)], ids=lambda path: path.name)
+def test_what_comes_with_the_package_is_read_without_a_warning(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)
+        describe_model(folder, "reward")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unknown_fields_are_named_in_one_warning_and_ours_are_not(family, tmp_path):
+    with pytest.warns(InputWarning) as caught:
+        describe(tmp_path, family, qk_norm=True, mystery=None, pargs_anything="hh", torch_dtype="bfloat16", top_k=3)
+    assert [str(warning.message) for warning in caught if warning.category is InputWarning] == [
+        f"{tmp_path}/config.json: not known for {family} and not used: qk_norm, mystery"
+    ]
+
+
+def test_code_that_comes_with_a_checkpoint_and_adapters_are_not_used_in_silence(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.warns(InputWarning) as caught:
+        describe(tmp_path, "llama", auto_map={"AutoConfig": "configuration_own.Own"}, architectures=["Own"])
+    code, adapter = (str(warning.message) for warning in caught if warning.category is InputWarning)
+    assert "names code of its own (auto_map), which is not run" in code
+    assert "adapter_config.json is not applied" in adapter
+
+
+EVERYWHERE = {
+    "quantization_config": {"quant_method": "fp8"},
+    "per_layer_config": {"0": {"intermediate_size": 8}},
+    "is_encoder_decoder": True,
+    "pruned_heads": {"1": [0]},
+    "transformers_weights": "other.safetensors",
+    "configuration_files": ["config.4.0.0.json"],
+}
+IN_CAUSAL = {
+    "is_causal": False,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "kv_sharing_modes": ["own", "reuse"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        *((family, name, value) for family in FAMILIES for name, value in EVERYWHERE.items()),
+        *((family, name, value) for family in ("gpt2", "llama", "opt") for name, value in IN_CAUSAL.items()),
+        ("gpt2", "add_cross_attention", True),
+    ],
+)
+def test_a_field_that_would_change_the_computation_is_refused_by_name(family, name, value, tmp_path):
+    assert refusal(tmp_path, family, **{name: value}).startswith(f"{name} is ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_fields_are_read_where_they_change_nothing(family, tmp_path):
+    expected = describe(tmp_path, family)
+    not_null = ("is_causal", "is_encoder_decoder", "configuration_files")
+    harmless = {name: None for name in (*EVERYWHERE, *IN_CAUSAL) if name not in not_null}
+    if family != "deberta-v2":
+        assert describe(tmp_path, family, **harmless, is_causal=True) == expected
+        assert describe(tmp_path, family, layer_types=["full_attention"] * 2) == expected
+    assert describe(tmp_path, family, is_encoder_decoder=False, quantization_config=None) == expected
+
+
+IMPOSSIBLE = [
+    *((family, {name: value}, f"{name} is {value}, must be a whole number of at least 1")
+      for family, name, value in [
+          ("gpt2", "n_head", 0), ("gpt2", "n_layer", 0), ("gpt2", "n_inner", 0), ("gpt2", "num_attention_heads", -4),
+          ("llama", "num_attention_heads", 0), ("llama", "num_hidden_layers", 0), ("llama", "num_key_value_heads", 0),
+          ("llama", "head_dim", 0), ("llama", "vocab_size", 0), ("llama", "hidden_size", 16.0),
+          ("opt", "num_attention_heads", 0), ("opt", "num_hidden_layers", 0), ("opt", "word_embed_proj_dim", 0),
+          ("deberta-v2", "num_attention_heads", 0), ("deberta-v2", "num_hidden_layers", 0),
+          ("deberta-v2", "embedding_size", 0), ("deberta-v2", "max_position_embeddings", True),
+      ]),
+    ("gpt2", {"n_head": 3}, "n_head 3 does not divide n_embd 16"),
+    ("opt", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
+    ("deberta-v2", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
+    ("llama", {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    ("llama", {"num_key_value_heads": 8}, "num_key_value_heads 8 does not divide num_attention_heads 4"),
+    ("llama", {"head_dim": 3}, "head_dim is 3, which rotary positions (default) cannot turn"),
+    ("llama", {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+     "head_dim is 2, which rotary positions (dynamic) cannot turn"),
+    ("deberta-v2", {"pooler_hidden_act": "no such thing"}, "pooler_hidden_act 'no such thing' is not known; known are"),
+    ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "mish"}, "conv_act 'mish' is not known; known are"),
+    ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 3}, "conv_groups 3 does not divide hidden_size 16"),
+    ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 0}, "conv_groups 0 does not divide hidden_size 16"),
+    ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size is 4, must be odd"),
+    ("deberta-v2", {"position_buckets": 1}, "position_buckets is 1 with distances up to 32"),
+    ("deberta-v2", {"position_buckets": 62}, "position_buckets is 62 with distances up to 32"),
+    ("deberta-v2", {"position_buckets": None}, "position_buckets is None, must be a whole number"),
+    ("deberta-v2", {"norm_rel_ebd": ["layer_norm"]}, "norm_rel_ebd is ['layer_norm'], must be 'layer_norm' or 'none'"),
+    ("deberta-v2", {"attention_head_size": 8}, "attention_head_size is 8, must be 4 as hidden_size is 16"),
+    ("deberta-v2", {"pooler_hidden_size": 8}, "pooler_hidden_size is 8, must be 16 as hidden_size is 16"),
+    ("deberta-v2", {"type_vocab_size": 1}, "type_vocab_size is 1, which has no row for the second text of a pair"),
+    ("deberta-v2", {"pargs_attention": "sideways"}, "pargs_attention is 'sideways', must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "fields", "told"), IMPOSSIBLE)
+def test_sizes_and_names_that_cannot_be_are_one_line(family, fields, told, tmp_path):
+    assert told in refusal(tmp_path, family, **fields)
+
+
+def test_an_architecture_that_is_not_a_name_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": ["llama"]}))
+    with pytest.raises(InputError, match=r"architecture \['llama'\] is not known"):
+        describe_model(tmp_path, "reward")
+
+
+def test_what_no_convolution_needs_may_be_anything(tmp_path):
+    assert describe(tmp_path, "deberta-v2", conv_act="mish", conv_kernel_size=-1) == describe(tmp_path, "deberta-v2")
+
+
+@pytest.mark.parametrize("norms", ["LAYER_NORM", "none | Layer_Norm", "layer_norm"])
+def test_norms_of_relative_positions_are_read_in_capitals_too(norms, tmp_path):
+    assert describe(tmp_path, "deberta-v2", norm_rel_ebd=norms).config.normalise_positions
+    assert not describe(tmp_path, "deberta-v2", norm_rel_ebd="layer_norms").config.normalise_positions
