@@ -207,7 +207,7 @@ def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> In
     Distances below half the number of buckets have rows of their own; farther ones share rows, in steps that grow with
     the logarithm of the distance. The rounding is that of float32, as checkpoints were trained with.
     """
-    if config.position_buckets > 0:
+    if config.relative_attention and config.position_buckets > 0:
         middle = config.position_buckets // 2
         far = np.maximum(np.abs(distances), middle).astype(np.float32)
         ratio = np.log(far / np.float32(middle)) / np.log(np.float32((config.max_relative_positions - 1) / middle))

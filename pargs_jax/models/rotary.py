@@ -59,7 +59,8 @@ class Rotary:
         needs, may_have = SCALINGS[kind]
         rest = {key: value for key, value in parameters.items() if key not in _OF_EVERY_KIND}
         # A factor of null is not one left out: YaRN then takes the ratio of the two lengths.
-        if missing := [key for key in needs if rest.get(key) is None and (kind, key) != ("yarn", "factor")]:
+        given = {key for key, value in rest.items() if value is not None or (kind, key) == ("yarn", "factor")}
+        if missing := [key for key in needs if key not in given]:
             raise InputError(f"RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
         if nested := [key for key, value in rest.items() if isinstance(value, Mapping)]:
             raise InputError(f"rope_parameters has {', '.join(nested)}: scalings of single layers are not known here")

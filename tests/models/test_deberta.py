@@ -29,6 +29,7 @@ VARIANTS = {
     "absolute positions and segments": dataclasses.replace(
         TINY_DEBERTA,
         relative_attention=False,
+        position_buckets=1,
         normalise_positions=False,
         absolute_positions=True,
         segments=2,

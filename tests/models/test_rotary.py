@@ -151,6 +151,7 @@ def test_only_dynamic_scaling_reaches_beyond_the_trained_length():
         ({"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high_freq_factor, original_max_position"),
         ({"rope_type": "linear", "factor": None}, "needs factor"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 8}, "RoPE scaling 'yarn' needs factor"),
         ({"rope_type": None}, "RoPE scaling None is not known"),
         ({"rope_type": "proportional", "factor": 2.0}, "RoPE scaling 'proportional' is not known"),
         ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention: scalings of single layers"),
