@@ -31,6 +31,8 @@ class Decoded(NamedTuple):
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     finished: Bool[Array, "B"]
+    rewards: Float[Array, "B J"]
+    """Each guide's reward of the answer: the last token's, or the sum over its tokens for guides that add up."""
     trace: Trace
 
 
@@ -156,7 +158,11 @@ class Decoder:
         def blank(x: Array) -> Array:
             return jnp.where(written.reshape(*written.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
-        return Decoded(tokens, lengths, finished, jax.tree.map(blank, state.trace))
+        trace = jax.tree.map(blank, state.trace)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        newest = jnp.take_along_axis(trace.rewards, last, axis=1)[:, 0]
+        adds_up = jnp.asarray([guide.adds_up for guide in self.guides], bool)
+        return Decoded(tokens, lengths, finished, jnp.where(adds_up, trace.rewards.sum(axis=1), newest), trace)
 
     def _step(self, params: AllParams, state: DecodeState) -> DecodeState:
         fused = self._fuse(params, state)

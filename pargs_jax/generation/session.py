@@ -255,8 +255,7 @@ class Session:
     ) -> Float[np.ndarray, "B J"]:
         """Every reward model's reward of the whole answers."""
         if guided:
-            last = np.maximum(decoded.lengths - 1, 0)
-            return np.take_along_axis(decoded.trace.rewards, last[:, None, None], axis=1)[:, 0]
+            return decoded.rewards
         finished = decoded.finished[: len(texts)]
         scored = [
             model.score(own, decoded.tokens, decoded.lengths, texts, finished)

@@ -41,6 +41,7 @@ class OffsetGuide:
 
     inner: CausalGuide
     scores_vocabulary: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = True
 
     def prefill(self, params, prompts, capacity, own_prompts):
         return self.inner.prefill(params["inner"], prompts, capacity, own_prompts)
@@ -183,6 +184,8 @@ def assert_equal_to_naive(decoded: Decoded, rows):
     for ours, expected in zip(found, numbers, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-4)
     assert (trace.kls >= -1e-6).all()
+    last = [row[-1][-1] if row else 0.0 for row in rows]
+    np.testing.assert_allclose(decoded.rewards[:, 0], last, atol=1e-4)
     beyond = np.arange(STEPS) >= decoded.lengths[:, None]
     assert not any(x[beyond].any() for x in found)
 
@@ -291,6 +294,9 @@ def test_weights_of_two_guides_add_up_and_a_constant_reward_changes_nothing(main
     real = np.arange(STEPS) < main.lengths[:, None]
     np.testing.assert_allclose(both.trace.rewards[..., 0], main.trace.rewards[..., 0], atol=1e-5)
     np.testing.assert_allclose(both.trace.rewards[..., 1], main.trace.rewards[..., 0] + offset * real, atol=1e-5)
+    # The second guide adds its rewards up.
+    expected = np.stack([main.rewards[:, 0], (main.trace.rewards[..., 0] + offset * real).sum(axis=1)], axis=1)
+    np.testing.assert_allclose(both.rewards, expected, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_batch(main):

@@ -69,6 +69,7 @@ def test_a_candidate_guide_of_a_user():
     guided = decode(LongAnswers(EOS), 100.0, pj.TopK(5), (EOS,))
     assert (guided.lengths == STEPS).all() and not (guided.tokens == EOS).any()
     np.testing.assert_array_equal(guided.trace.rewards, 1.0)
+    np.testing.assert_array_equal(guided.rewards, STEPS)
 
 
 def test_a_vocabulary_guide_of_a_user():
