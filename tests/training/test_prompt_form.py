@@ -91,7 +91,8 @@ def test_without_a_memory_the_form_is_plain(settings):
     content = yaml.safe_load(saved.read_text())
     del content["data"]["columns"]
     saved.write_text(yaml.safe_dump(content))
-    assert not train(dataclasses.replace(config, resume=True, steps=2))[1]
+    assert not train(dataclasses.replace(config, resume=True))[1]
+    assert saved_form(config) == "plain"
 
 
 def test_a_form_that_is_not_known_is_one_line(settings, tmp_path):
