@@ -197,16 +197,24 @@ def constrain(x: Float[Array, "..."], *axes: str | tuple[str, ...] | None) -> Ar
 
     Axes that do not divide their dimension are left out.
     """
+    spec = spec_of(x.shape, *axes)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_of(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> PartitionSpec | None:
+    """How an array of this shape is split, the last dimensions by these axes; None without a mesh.
+
+    Axes that do not divide their dimension are left out.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
-    axes = (None,) * (x.ndim - len(axes)) + axes
+        return None
+    axes = (None,) * (len(shape) - len(axes)) + axes
     divides = [
         axis is not None and size % int(np.prod([mesh.shape[name] for name in np.atleast_1d(axis)])) == 0
-        for axis, size in zip(axes, x.shape, strict=True)
+        for axis, size in zip(axes, shape, strict=True)
     ]
-    spec = [axis if divides_it else None for axis, divides_it in zip(axes, divides, strict=True)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return PartitionSpec(*(axis if divides_it else None for axis, divides_it in zip(axes, divides, strict=True)))
 
 
 def on_every_device(tree: Any) -> Any:

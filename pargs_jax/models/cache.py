@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from pargs_jax.sharding import ROWS, constrain
+from pargs_jax.sharding import ROWS, constrain, spec_of
 
 SLOT_MULTIPLE = 64
 """Caches have a multiple of so many slots: odd lengths keep GPUs and TPUs from their fast products."""
@@ -74,8 +75,25 @@ def with_slots(new: Any, slots: int) -> Any:
 
 def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
     """Writes `[... B H T D]` into `[... B H S D]`, each row from its own slot on."""
-    write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
-    return (jax.vmap(write, (0, 0, None)) if stored.ndim == 5 else write)(stored, new.astype(stored.dtype), places)
+    new = new.astype(stored.dtype)
+    if stored.ndim == 4:
+        write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
+        return write(stored, new, places)
+    # Stacked layers, row by row: for one scatter of all rows, TPUs would lay the cache out so that every layer's
+    # attention has to copy its part.
+
+    def write_all(stored: Array, new: Array, places: Array) -> Array:
+        def write_row(row: int, stored: Array) -> Array:
+            tokens = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)
+            return jax.lax.dynamic_update_slice(stored, tokens, (0, row, 0, places[row], 0))
+
+        return jax.lax.fori_loop(0, len(places), write_row, stored)
+
+    spec = spec_of(stored.shape, ROWS, "tensor", None, None)
+    if spec is None:
+        return write_all(stored, new, places)
+    split = jax.shard_map(write_all, in_specs=(spec, spec, PartitionSpec(spec[1])), out_specs=spec, check_vma=False)
+    return split(stored, new, places)
 
 
 def _pick(stored: Array, slots: Int[Array, "B"]) -> Array:
