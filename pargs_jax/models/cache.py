@@ -83,11 +83,9 @@ def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
     # attention has to copy its part.
 
     def write_all(stored: Array, new: Array, places: Array) -> Array:
-        def write_row(row: int, stored: Array) -> Array:
-            tokens = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)
-            return jax.lax.dynamic_update_slice(stored, tokens, (0, row, 0, places[row], 0))
-
-        return jax.lax.fori_loop(0, len(places), write_row, stored)
+        for row in range(len(places)):
+            stored = jax.lax.dynamic_update_slice(stored, new[:, row : row + 1], (0, row, 0, places[row], 0))
+        return stored
 
     spec = spec_of(stored.shape, ROWS, "tensor", None, None)
     if spec is None:
