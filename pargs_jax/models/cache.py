@@ -12,6 +12,9 @@ from pargs_jax.sharding import ROWS, constrain, spec_of
 SLOT_MULTIPLE = 64
 """Caches have a multiple of so many slots: odd lengths keep GPUs and TPUs from their fast products."""
 
+MOST_SLICES = 256
+"""Rows of a cache of stacked layers that are written one by one; more of them would take too long to compile."""
+
 
 class Cache(NamedTuple):
     """Keys and values of B rows: slot s of a row holds its token at position s, and slots `s < lengths[b]` are real.
@@ -76,11 +79,11 @@ def with_slots(new: Any, slots: int) -> Any:
 def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
     """Writes `[... B H T D]` into `[... B H S D]`, each row from its own slot on."""
     new = new.astype(stored.dtype)
-    if stored.ndim == 4:
+    if stored.ndim == 4 or len(places) > MOST_SLICES:
         write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
-        return write(stored, new, places)
-    # Stacked layers, row by row: for one scatter of all rows, TPUs would lay the cache out so that every layer's
-    # attention has to copy its part.
+        return (jax.vmap(write, (0, 0, None)) if stored.ndim == 5 else write)(stored, new, places)
+    # Stacked layers, a slice for each row: for one scatter of all rows, TPUs would lay the cache out so that every
+    # layer's attention has to copy its part.
 
     def write_all(stored: Array, new: Array, places: Array) -> Array:
         for row in range(len(places)):
