@@ -212,7 +212,7 @@ def _are_finite(params: Params) -> Params:
 
     def is_finite(x: jax.Array) -> jax.Array:
         # A sum of floats, since `all` takes CPUs three times as long to compile.
-        return jnp.where(jnp.isfinite(x), 0.0, 1.0).sum(axis=range(1, x.ndim)) == 0
+        return jnp.where(jnp.isfinite(x), 0.0, 1.0).sum(axis=tuple(range(1, x.ndim))) == 0
 
     return on_every_device(jax.tree.map(is_finite, params))
 

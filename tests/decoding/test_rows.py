@@ -23,11 +23,26 @@ from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model, tiny_toke
 ROWS, NEW, K = 4, 2, 4
 WIDTH, STEPS = 16, 14
 TEXTS = ("Hi", "My lamp broke.", "", "Thank you.", "It is late", "No", "Yes, Eva", "a b c")
+WORDS = (" lamp", " Omar", " heater", " fan")
 KINDS = ("causal", "stacked causal", "retokenised", "prefix-causal", "encoder")
 
 tokenizer = lru_cache(tiny_tokenizer)
 rewind = jax.jit(Decoder.rewind, static_argnums=0)
 take, insert = jax.jit(take), jax.jit(insert)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyWords:
+    """Proposes whole words, so that a reward model with another tokenizer can settle what it has read."""
+
+    tokens: tuple[int, ...]
+
+    def size(self, vocab_size):
+        return len(self.tokens)
+
+    def __call__(self, logits, vocabulary_rewards, counts):
+        tokens = jnp.broadcast_to(jnp.asarray(self.tokens, jnp.int32), (len(logits), K))
+        return tokens, jnp.ones(tokens.shape, bool)
 
 
 @lru_cache
@@ -49,7 +64,9 @@ def parts(kind):
     if kind == "causal":
         rm, rm_params = unstack_layers(rm, rm_params)
         guide = CausalGuide(rm)
-    decoder = Decoder(lm, (guide,), TopK(K), eos_ids=(tokenizer().eos_id,), pad_id=0)
+    words = tuple(token for word in WORDS for token in tokenizer().encode_answer(word))
+    proposer = OnlyWords(words) if isinstance(guide, RetokenisedGuide) else TopK(K)
+    decoder = Decoder(lm, (guide,), proposer, eos_ids=(tokenizer().eos_id,), pad_id=0)
     return decoder, (lm_params, (rm_params,)), "causal" not in kind.split()
 
 
@@ -143,6 +160,8 @@ def test_rows_go_on_after_any_sequence_of_moves(kind):
             state = insert(state, begin(kind, numbers), rows)
             histories[rows[0]] = [("begin", numbers[0])]
     assert_true_to_its_text(kind, state)
+    if isinstance(decoder.guides[0], RetokenisedGuide):
+        assert (np.asarray(state.guides[0].settled) > 2).any()  # the cache was used, and taken back
 
     found = jax.device_get(decoder.read(state))
     row = int(rng.integers(ROWS))
