@@ -106,7 +106,7 @@ class Session:
             [(lm, loaded.prompt_form)],
         )
         """The prompt forms that the models were trained with, as `choose_form` takes them."""
-        self._compiled: dict[Any, Callable[..., Decoded]] = {}
+        self._compiled: dict[Any, Callable[..., tuple[Decoded, tuple[Any, ...]]]] = {}
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[list[Answer]]:
         """Answers prompts, shortest first; yields the answers of each batch as it is done.
