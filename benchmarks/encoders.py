@@ -38,13 +38,11 @@ import numpy as np
 from models import SHAPES, on_device, random_params, reason_without_torch, torch_device, torch_twin
 
 from pargs_jax.data.batches import Batch
-from pargs_jax.data.demo import DEMO_LM, preferences
-from pargs_jax.data.retokenisation import Retokeniser
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.rules import Greedy
 from pargs_jax.decoding.state import RowSettings
+from pargs_jax.demo.task import DEMO_LM, preferences
 from pargs_jax.evaluation.cost import layer_weights, step_operations
 from pargs_jax.generation.reward_models import RewardModel, left_pad
 from pargs_jax.models.causal import CausalModel
@@ -54,6 +52,8 @@ from pargs_jax.models.model import Model, Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.objectives import prefix_loss
 from pargs_jax.objectives.bradley_terry import choose_prefixes
+from pargs_jax.text.retokenisation import Retokeniser
+from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.objective import answer_states, encoder_rewards
 
 ENCODERS = {

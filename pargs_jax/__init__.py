@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from pargs_jax.config import DecodeConfig, TrainConfig
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
-    from pargs_jax.data.retokenisation import Retokeniser
     from pargs_jax.decoding.guides import (
         CandidateGuide,
         Capacity,
@@ -72,6 +71,7 @@ if TYPE_CHECKING:
     from pargs_jax.models.model import unstack_layers
     from pargs_jax.models.prefix_causal import PrefixCausalModel
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
+    from pargs_jax.text.retokenisation import Retokeniser
     from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
     from pargs_jax.training.run import train
     from pargs_jax.training.step import make_optimizer, make_train_step
@@ -81,7 +81,7 @@ _HOMES = {
     "pargs_jax.config": ("DecodeConfig", "TrainConfig"),
     "pargs_jax.data.batches": ("Batch",),
     "pargs_jax.data.preferences": ("Prompt",),
-    "pargs_jax.data.retokenisation": ("Retokeniser",),
+    "pargs_jax.text.retokenisation": ("Retokeniser",),
     "pargs_jax.decoding.guides": (
         "CandidateGuide",
         "Capacity",

@@ -16,12 +16,12 @@ from pargs_jax.aot.chips import CHIPS
 from pargs_jax.aot.operations import count_operations
 from pargs_jax.aot.report import Report, compile_report
 from pargs_jax.config import DEMO, DecodeConfig, TrainConfig
-from pargs_jax.data import demo
 from pargs_jax.data.batches import Batch
 from pargs_jax.decoding.guides import CausalGuide, Guide, Prompts
 from pargs_jax.decoding.loop import Decoder, decode, row_keys
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.decoding.state import RowSettings
+from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import guide_by_text
 from pargs_jax.generation.run import settings_of

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pargs_jax.data import demo
 from pargs_jax.data.preferences import Preference
-from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.demo import task as demo
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.gpt2 import GPT2Config
@@ -20,6 +19,7 @@ from pargs_jax.models.llama import LlamaConfig
 from pargs_jax.models.model import HeadName, Model, Params
 from pargs_jax.models.opt import OPTConfig
 from pargs_jax.models.rotary import Rotary
+from pargs_jax.text.tokenization import TextTokenizer
 
 Family = Literal["gpt2", "llama", "opt"]
 

@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "sharding": {"errors"},
     "aot": {"errors"},
     "progress": set(),
-    "data": {"errors"},
+    "text": {"errors"},
+    "data": {"text", "errors"},
+    "demo": {"errors"},
     "models": {"sharding", "errors"},
     "objectives": set(),
     "decoding": {"models", "sharding", "errors"},
@@ -45,6 +47,8 @@ MAY_IMPORT = {
         "objectives",
         "models",
         "data",
+        "text",
+        "demo",
         "mesh",
         "sharding",
         "processes",
@@ -60,6 +64,8 @@ MAY_IMPORT = {
         "decoding",
         "models",
         "data",
+        "text",
+        "demo",
         "sharding",
         "processes",
         "durable_files",
@@ -68,7 +74,7 @@ MAY_IMPORT = {
         "config",
         "errors",
     },
-    "evaluation": {"generation", "decoding", "models", "data", "processes", "cli", "config", "errors"},
+    "evaluation": {"generation", "decoding", "models", "data", "text", "demo", "processes", "cli", "config", "errors"},
     "compile_only": {
         "aot",
         "training",
@@ -76,12 +82,14 @@ MAY_IMPORT = {
         "decoding",
         "models",
         "data",
+        "text",
+        "demo",
         "mesh",
         "sharding",
         "config",
         "errors",
     },
-    "testing": {"data", "models"},
+    "testing": {"data", "text", "demo", "models"},
 }
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {
@@ -89,7 +97,7 @@ MAY_IMPORT_WITHIN = {
     "decoding.rules": {"decoding.proposals"},
     "decoding.methods": {"decoding.proposals", "decoding.rules"},
 }
-WITHOUT_JAX = ("errors", "signals", "command", "options", "config", "durable_files", "cli", "data")
+WITHOUT_JAX = ("errors", "signals", "command", "options", "config", "durable_files", "cli", "text", "data", "demo")
 
 
 def imported_modules(path):

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pargs_jax.data.preferences import Preference
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
+from pargs_jax.text.tokenization import TextTokenizer
 
 WINDOW = 16
 """How many batches, at most, are filled together from rows sorted by size."""

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pargs_jax.data.prompts import PromptForm, Turn, form_of_dialogue
 from pargs_jax.data.sources import Rows, SourceRow
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
+from pargs_jax.text.prompts import PromptForm, Turn, form_of_dialogue
+from pargs_jax.text.tokenization import TextTokenizer
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
 """Where a row may hold the answer to imitate, first found first."""

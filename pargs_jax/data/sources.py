@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.data.tokenizer_files import HUB_ID
 from pargs_jax.errors import InputError, first_line
+from pargs_jax.text.tokenizer_files import HUB_ID
 
 SPLITS = {
     "train": ("train", "training"),

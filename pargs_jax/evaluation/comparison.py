@@ -12,8 +12,8 @@ from rich.table import Table
 
 from pargs_jax.cli import to_yaml
 from pargs_jax.config import DecodeConfig
-from pargs_jax.data import demo
 from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row

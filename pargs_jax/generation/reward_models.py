@@ -11,8 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.data.retokenisation import Retokeniser
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, Prompts, RetokenisedGuide
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
@@ -22,6 +20,8 @@ from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import Params, unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.sharding import on_every_device
+from pargs_jax.text.retokenisation import Retokeniser
+from pargs_jax.text.tokenization import TextTokenizer
 
 SMALLEST_WIDTH = 16
 

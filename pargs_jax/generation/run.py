@@ -11,15 +11,15 @@ from rich.console import Console
 
 from pargs_jax.cli import to_yaml
 from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
-from pargs_jax.data import demo
 from pargs_jax.data.preferences import Prompt, load_prompts
-from pargs_jax.data.prompts import choose_form, get_form
 from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.session import Answer, Session, Settings
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.progress import ShownProgress
+from pargs_jax.text.prompts import choose_form, get_form
 
 DEMO_PROMPTS = 200
 DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import Prompts
 from pargs_jax.decoding.loop import Decoded, Decoder, row_keys
 from pargs_jax.decoding.methods import Method
@@ -24,6 +23,7 @@ from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_wid
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
+from pargs_jax.text.tokenization import TextTokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,9 @@ from rich.console import Console
 
 from pargs_jax.cli import from_mapping, read_yaml, to_yaml
 from pargs_jax.config import DEMO, TrainConfig, column_names
-from pargs_jax.data import demo
 from pargs_jax.data.batches import Batches, Example, tokenise
 from pargs_jax.data.preferences import Preference, load_preferences, write_bad_rows
-from pargs_jax.data.prompts import PROMPT_FORMS, choose_form, get_form
-from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.demo import task as demo
 from pargs_jax.durable_files import hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import some_mesh
@@ -31,6 +29,8 @@ from pargs_jax.models.model import M, Model
 from pargs_jax.options import options, shown
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
+from pargs_jax.text.prompts import PROMPT_FORMS, choose_form, get_form
+from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME, Checkpoints
 from pargs_jax.training.loop import run_steps
 from pargs_jax.training.metrics_log import require_packages

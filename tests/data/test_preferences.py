@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pargs_jax.data.preferences import BadRow, load_preferences, load_prompts, write_bad_rows
-from pargs_jax.data.prompts import get_form
 from pargs_jax.errors import InputError
+from pargs_jax.text.prompts import get_form
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 HH, PLAIN = get_form("hh"), get_form("plain")

@@ -7,7 +7,7 @@ import sys
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from pargs_jax.data.retokenisation import Retokeniser
+from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.decoding.guides import Capacity, Chosen, Prompts, RetokenisedGuide, Text
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import shift_left

@@ -5,10 +5,10 @@ from typing import get_args
 import pytest
 
 from pargs_jax import config
-from pargs_jax.data.prompts import PROMPT_FORMS
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.rules import Greedy, Sample
+from pargs_jax.text.prompts import PROMPT_FORMS
 
 # (k, weight, temperature, rule, what the reward model is trained on)
 PUBLISHED = {

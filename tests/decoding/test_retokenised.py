@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from pargs_jax.data.demo import DEMO_LM
-from pargs_jax.data.retokenisation import Retokeniser
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.guides import Capacity, Chosen, EncoderGuide, RetokenisedGuide, Text
+from pargs_jax.demo.task import DEMO_LM
 from pargs_jax.generation.reward_models import causal_answer_rewards, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
+from pargs_jax.text.retokenisation import Retokeniser
+from pargs_jax.text.tokenization import TextTokenizer
 
 torch = pytest.importorskip("torch")
 AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer

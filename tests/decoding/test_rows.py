@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.data.retokenisation import Retokeniser
 from pargs_jax.decoding import loop
 from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, RetokenisedGuide
 from pargs_jax.decoding.loop import Decoder, row_keys
@@ -19,6 +18,7 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model, tiny_tokenizer
+from pargs_jax.text.retokenisation import Retokeniser
 
 ROWS, NEW, K = 4, 2, 4
 WIDTH, STEPS = 16, 14

@@ -10,8 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.data.prompts import get_form
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation import reward_models
@@ -20,6 +18,8 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
+from pargs_jax.text.prompts import get_form
+from pargs_jax.text.tokenization import TextTokenizer
 
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", "", "Thank you, Eva."))]
 TOKENS = 12

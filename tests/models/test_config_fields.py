@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pargs_jax.data.demo import DEMO_LM
+from pargs_jax.demo.task import DEMO_LM
 from pargs_jax.errors import InputError, InputWarning
 from pargs_jax.models.hf import describe_model
 from pargs_jax.models.tables import FAMILIES

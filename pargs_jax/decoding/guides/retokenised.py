@@ -49,7 +49,7 @@ class Splits(NamedTuple):
 
 
 class Retokeniser(Protocol):
-    """The host's part, in numpy; hashable. See `pargs_jax.data.retokenisation`."""
+    """The host's part, in numpy; hashable. See `pargs_jax.text.retokenisation`."""
 
     def candidates(
         self,

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pargs_jax.data.tokenizer_files import load_tokenizer
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.text.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

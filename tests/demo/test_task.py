@@ -9,8 +9,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from pargs_jax.data import demo, demo_language
-from pargs_jax.data.demo import oracle, oracle_terms
+from pargs_jax.demo import language as demo_language
+from pargs_jax.demo import task as demo
+from pargs_jax.demo.task import oracle, oracle_terms
 from pargs_jax.errors import InputError
 
 PROMPT = "Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\nAgent:"

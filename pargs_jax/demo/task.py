@@ -1,12 +1,12 @@
 """The demo task: customer-service exchanges made here, preferences between them, and an exact oracle.
 
-    python -m pargs_jax.data.demo --show 5            # exchanges and what the oracle says of them
-    python -m pargs_jax.data.demo --write DIR         # train.jsonl, eval.jsonl, test.jsonl of preferences
-    python -m pargs_jax.data.demo --tokenizer DIR     # the tokenizer that comes with the package, made again
+    python -m pargs_jax.demo.task --show 5            # exchanges and what the oracle says of them
+    python -m pargs_jax.demo.task --write DIR         # train.jsonl, eval.jsonl, test.jsonl of preferences
+    python -m pargs_jax.demo.task --tokenizer DIR     # the tokenizer that comes with the package, made again
 
 A prompt names a customer, a product and a problem. An answer is an opening, a look at the order, a remedy and a
 closing, with chatter between; each part is good, plain or bad on its own, at about equal odds, so that a model of these
-answers has something to choose at every sentence. `demo_language` holds the sentences and the oracle.
+answers has something to choose at every sentence. `language` holds the sentences and the oracle.
 
 Every function is deterministic: the same arguments give the same rows on every machine. The splits "train", "eval" and
 "test" share no prompt.
@@ -25,8 +25,8 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-from pargs_jax.data import demo_language as language
-from pargs_jax.data.demo_language import Line, Request, oracle, oracle_terms, parse_prompt
+from pargs_jax.demo import language
+from pargs_jax.demo.language import Line, Request, oracle, oracle_terms, parse_prompt
 from pargs_jax.errors import InputError
 
 __all__ = [
@@ -240,7 +240,7 @@ def _write(folder: Path, n: int, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command of this module's docstring; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pargs_jax.data.demo", description="The demo task's data.")
+    parser = argparse.ArgumentParser(prog="python -m pargs_jax.demo.task", description="The demo task's data.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--show", type=int, metavar="N", help="print N exchanges with the oracle's terms")
     action.add_argument("--write", type=Path, metavar="DIR", help="write preferences as JSONL, one file a split")

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 
-from pargs_jax.data.prompts import PROMPT_FORMS, choose_form, get_form
 from pargs_jax.errors import InputError, InputWarning
+from pargs_jax.text.prompts import PROMPT_FORMS, choose_form, get_form
 
 TURNS = [
     {"role": "user", "content": "Hi"},

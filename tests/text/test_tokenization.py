@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError
+from pargs_jax.text.tokenization import TextTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 FOLDERS = {

@@ -9,7 +9,7 @@ import random
 import re
 from typing import Any, NamedTuple, Protocol
 
-from pargs_jax.data.tokenization import TextTokenizer, stages
+from pargs_jax.text.tokenization import TextTokenizer, stages
 
 UNFINISHED = "\ufffd"
 """What an unfinished character is decoded as."""

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from pargs_jax.data.answer_text import AnswerText, fastest_reader
-from pargs_jax.data.tokenization import Place, TextTokenizer, stages
 from pargs_jax.errors import InputError
+from pargs_jax.text.answer_text import AnswerText, fastest_reader
+from pargs_jax.text.tokenization import Place, TextTokenizer, stages
 
 MEMO_ROWS = 2048
 """Rows of earlier steps that are remembered; at least twice the rows of a step have to be, for any use."""

@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pargs_jax.data import demo_language
-from pargs_jax.data.answer_text import fastest_reader
-from pargs_jax.data.retokenisation import Retokeniser, words_stand_apart
-from pargs_jax.data.tokenization import TextTokenizer
+from pargs_jax.demo import language as demo_language
 from pargs_jax.errors import InputError
+from pargs_jax.text.answer_text import fastest_reader
+from pargs_jax.text.retokenisation import Retokeniser, words_stand_apart
+from pargs_jax.text.tokenization import TextTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 FOLDERS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError, InputWarning
+from pargs_jax.text.tokenization import TextTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
 TEXTS = [f"good answer {i} and bad reply {i * i}, said the {word}\n" for i in range(200) for word in ("cat", "old man")]

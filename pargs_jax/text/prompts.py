@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pargs_jax.data.tokenization import TextTokenizer
 from pargs_jax.errors import InputError, warn
+from pargs_jax.text.tokenization import TextTokenizer
 
 Turn = dict[str, str]
 """One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": text}`."""
