@@ -2,22 +2,24 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
-from pargs_jax.cli import from_mapping, read_yaml
+from pargs_jax.commands.demo import REWARD_MODELS
+from pargs_jax.commands.generate import generate, open_session
 from pargs_jax.config import DEMO, DecodeConfig, column_names
+from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.demo import task as demo
 from pargs_jax.durable_files import write_failures_named, write_whole
 from pargs_jax.errors import InputError, first_line, warn
-from pargs_jax.evaluation.answers import System, check_prompts, load_systems
+from pargs_jax.evaluation.answers import System, check_prompts, load_systems, name_and_file
 from pargs_jax.evaluation.config import REFERENCE_NAMES, EvaluateConfig
 from pargs_jax.evaluation.endpoint import Comparison, PairwiseJudge
 from pargs_jax.evaluation.figures import Drawn, check_matplotlib, draw
@@ -47,13 +49,18 @@ from pargs_jax.evaluation.report import (
 from pargs_jax.evaluation.scoring import ScoringModel
 from pargs_jax.evaluation.sweeps import Setting, settings
 from pargs_jax.evaluation.tables import print_tables, tables
-from pargs_jax.generation.run import DEMO_GUIDES, generate
-from pargs_jax.mesh import make_mesh, open_compile_cache
+from pargs_jax.generation.session import Session
 from pargs_jax.models.hf import resolve
 from pargs_jax.progress import ShownProgress
 from pargs_jax.text.prompts import choose_form, get_form
 
 DEMO_PAIRS = 1000
+
+
+def run(config: EvaluateConfig) -> None:
+    """What `evaluate.py` does. The exit code is 1 if a judge failed, so that the report lacks it or a part of it."""
+    if evaluate(config).problems:
+        sys.exit(1)
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
@@ -66,31 +73,28 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     console = console or Console()
     if config.figures:
         check_matplotlib()
+    given = [name_and_file(word) for word in config.answers]
     folder = Path(config.out)
     with write_failures_named(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    base = _decode_base(config)
-    swept = settings(config.sweep, base) if config.sweep else []
+    swept = _swept(config)
     functions = {name: FunctionJudge(name) for name in config.function}
     for source in (*config.rm, *config.guide, *filter(None, [config.perplexity])):
         resolve(source)  # what is not there is said before anything is decoded
     pairs_of = _pairs_reader(config)
-    open_compile_cache(config.compile_cache)
-    mesh = config.mesh if config.mesh != "auto" or not swept else base.mesh
-    with jax.set_mesh(make_mesh(mesh, "decode")):
-        files = [*config.answers, *_decode_missing(swept, folder, mesh)]
-        systems = load_systems(files, guides_of=guides_of)
-        baseline = _baseline(config, systems)
-        _refuse_guides(config, systems)
-        problems: list[str] = []
-        metrics, comparisons = [], {}
-        if systems:
-            references = _references(config, systems)
-            check_prompts(systems, baseline)
-            metrics = _judged(config, systems, functions, references, problems)
-            metrics += [*given_metrics(systems), *_perplexity(config, systems, problems), *text_metrics(systems)]
-            comparisons = _compared(config, systems, baseline, folder, problems)
-        reward_models = _reward_models(config, functions, pairs_of, problems)
+    files = [*given, *_decode_missing(swept, folder, config.mesh)]
+    systems = load_systems(files, guides_of=guides_of)
+    baseline = _baseline(config, systems)
+    _refuse_guides(config, systems)
+    problems: list[str] = []
+    metrics, comparisons = [], {}
+    if baseline is not None:
+        references = _references(config, systems)
+        check_prompts(systems, baseline)
+        metrics = _judged(config, systems, functions, references, problems)
+        metrics += [*given_metrics(systems), *_perplexity(config, systems, problems), *text_metrics(systems)]
+        comparisons = _compared(config, systems, baseline, folder, problems)
+    reward_models = _reward_models(config, functions, pairs_of, problems)
     report = make_report(
         systems,
         baseline.name if baseline else "",
@@ -104,7 +108,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     print_tables(tables(report), console)
     for line in problems:
         warn(line)
-    console.print(f"the report is {folder / 'report.html'}; its numbers are in {folder / 'report.json'}", highlight=False)
+    console.print(
+        f"the report is {folder / 'report.html'}; its numbers are in {folder / 'report.json'}", highlight=False
+    )
     return report
 
 
@@ -132,23 +138,33 @@ def _values(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _decode_base(config: EvaluateConfig) -> DecodeConfig:
+def _swept(config: EvaluateConfig) -> list[Setting]:
+    if not config.sweep:
+        return []
     if config.decode is None:
-        return DecodeConfig()
-    mapping = read_yaml(config.decode)
-    # Each setting of a sweep is checked by itself: the base alone need not be a way to decode.
-    for name in ("out", "prompt"):
-        mapping.pop(name, None)
-    return from_mapping(DecodeConfig, mapping, config.decode)
+        return settings(config.sweep, {})
+    # The options of an earlier run serve as well; where that wrote its answers does not matter here.
+    base = {name: value for name, value in read_yaml(config.decode).items() if name != "out"}
+    return settings(config.sweep, base, f"{config.decode} with --sweep")
 
 
-def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[str]:
-    """Decodes what the sweep's answers files lack; returns them, each with its name."""
+def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[tuple[str, str]]:
+    """Decodes what the sweep's answers files lack; returns them, each with its name. Settings with the same models load
+    them once, one after the other."""
+    loaded: dict[Any, Session] = {}
+
+    def remembered(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
+        key = (config.lm, tuple(map(str, reward_models)), config.dtype, config.unroll)
+        if key not in loaded:
+            loaded.clear()
+            loaded[key] = open_session(config, reward_models)
+        return loaded[key]
+
     found = []
     for setting in swept:
         out = folder / "answers" / setting.file
-        generate(dataclasses.replace(setting.config, out=str(out), mesh=mesh))
-        found.append(f"{setting.name}={out}")
+        generate(dataclasses.replace(setting.config, out=str(out), mesh=mesh), open_models=remembered)
+        found.append((setting.name, str(out)))
     return found
 
 
@@ -161,7 +177,7 @@ def guides_of(options: Mapping[str, Any]) -> tuple[str, ...]:
     if given or options.get("lm") != DEMO:
         return given
     # In the demo's comparison the full model stands in for itself only where it was there; both count as guides then.
-    return tuple(map(str, DEMO_GUIDES.values())) if method is None else (str(DEMO_GUIDES[method.reward_model]),)
+    return tuple(map(str, REWARD_MODELS.values())) if method is None else (str(REWARD_MODELS[method.reward_model]),)
 
 
 def _baseline(config: EvaluateConfig, systems: Sequence[System]) -> System | None:
@@ -210,7 +226,9 @@ def _judged(
 ) -> list[Metric]:
     """The scores of every judge; one that fails becomes a line in `problems`."""
     options = {"dtype": config.dtype, "batch_size": config.batch_size}
-    makers: list[tuple[str, Callable[[], Judge]]] = [(name, lambda judge=judge: judge) for name, judge in functions.items()]
+    makers: list[tuple[str, Callable[[], Judge]]] = [
+        (name, lambda judge=judge: judge) for name, judge in functions.items()
+    ]
     for source in (*config.rm, *config.guide):
         is_guide = source in config.guide
         makers.append((source, lambda s=source, g=is_guide: RewardModelJudge(s, is_guide=g, **options)))
@@ -229,12 +247,12 @@ def _judged(
         except InputError as error:
             problems.append(f"judge {name}: {error}")
             continue
+        unknown = ", ".join(system.name for system in systems if system.guides is None) if name in config.rm else ""
+        meaning = judge.meaning + (f" (what guided {unknown} is not known)" if unknown else "")
+        reasons = dict(judge.problems)
         metrics.append(
-            metric_of_answers(
-                judge.name, judge.meaning, "judge", systems, scores, is_guide=judge.is_guide, problems=judge.problems
-            )
+            metric_of_answers(judge.name, meaning, "judge", systems, scores, is_guide=judge.is_guide, problems=reasons)
         )
-        problems += [f"judge {judge.name}: {n} answers have no score: {reason}" for reason, n in judge.problems.items()]
     return metrics
 
 
@@ -243,9 +261,7 @@ def _perplexity(config: EvaluateConfig, systems: Sequence[System], problems: lis
     if config.perplexity is None:
         return []
     try:
-        model = ScoringModel.load(
-            config.perplexity, "vocabulary", dtype=config.dtype, batch_size=config.batch_size
-        )
+        model = ScoringModel.load(config.perplexity, "vocabulary", dtype=config.dtype, batch_size=config.batch_size)
         scores, left_out = {}, 0
         for system in systems:
             check_prompt_form(model, system)
@@ -287,14 +303,11 @@ def _compared(
             problems.append(f"judge {config.endpoint.model}: {error}")
             return {config.endpoint.model: found} if found else {}
     missing = sum(each.is_missing for system in found.values() for every in system.values() for each in every)
-    unparsable = sum(each.is_unparsable for system in found.values() for every in system.values() for each in every)
     if missing:
         problems.append(
             f"judge {judge.name}: {missing} pairs have no verdict ({judge.failure}); the same command asks for these "
             "alone"
         )
-    if unparsable:
-        problems.append(f"judge {judge.name}: {unparsable} pairs have a reply without a verdict, and do not count")
     return {judge.name: found}
 
 
@@ -343,9 +356,7 @@ def _pairs_reader(config: EvaluateConfig) -> Callable[[ScoringModel | None], lis
         loaded = load_preferences(config.pairs.file, form, tokenizer=tokenizer, split="eval", columns=columns)
         if loaded.bad_rows:
             first = loaded.bad_rows[0]
-            warn(
-                f"{config.pairs.file}: {len(loaded.bad_rows)} rows cannot be used; line {first.line}: {first.reason}"
-            )
+            warn(f"{config.pairs.file}: {len(loaded.bad_rows)} rows cannot be used; line {first.line}: {first.reason}")
         return loaded.rows[: config.pairs.limit]
 
     if config.pairs.file is not None and config.pairs.format not in (None, "chat"):

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pargs_jax.cli import read_yaml
+from pargs_jax.config_files import read_yaml
 from pargs_jax.data.sources import Rows, SourceRow
 from pargs_jax.errors import InputError
 
@@ -63,21 +63,31 @@ class System:
         return found
 
 
+def name_and_file(word: str) -> tuple[str, str]:
+    """What `FILE` or `NAME=FILE` says; the name of the former is empty. Raises InputError for what is neither."""
+    name, equals, file = word.partition("=")
+    if not equals or Path(word).exists():
+        return "", word
+    if not name or not file:
+        raise InputError(f"--answers: got {word!r}, must be FILE or NAME=FILE")
+    return name, file
+
+
 def load_systems(
-    words: Sequence[str], guides_of: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda options: ()
+    files: Sequence[tuple[str, str]], guides_of: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda options: ()
 ) -> list[System]:
-    """Reads answers files, `FILE` or `NAME=FILE`. One whose rows have a field `method` is a system for each method.
+    """Reads answers files, each with the name of its system; an empty one stands for the file's. A file whose rows have
+    a field `method` is a system for each method.
 
     The options of `decode.py` come from `FILE.config.yaml` where that is there; `guides_of` says which reward models
     they mean.
 
     Raises:
-        InputError: a file that cannot be read, a row without what is needed or with a field of the wrong type, an answer
-            that is there twice, or two systems of one name.
+        InputError: a file that cannot be read, a row that lacks a field or has one of the wrong type, an answer that is
+            there twice, or two systems of one name.
     """
     systems: list[System] = []
-    for word in words:
-        name, source = _name_and_file(word)
+    for name, source in files:
         options = _options(source)
         for method, answers in _read(source).items():
             label = " ".join(filter(None, (name, method)))
@@ -110,15 +120,6 @@ def check_prompts(systems: Sequence[System], baseline: System) -> None:
                     f"{system.source}: the prompt with the id {prompt_id!r} is another one in {baseline.source}; "
                     "decode both from the same prompts"
                 )
-
-
-def _name_and_file(word: str) -> tuple[str, str]:
-    name, equals, file = word.partition("=")
-    if not equals or Path(word).exists():
-        return "", word
-    if not name or not file:
-        raise InputError(f"--answers: got {word!r}, must be FILE or NAME=FILE")
-    return name, file
 
 
 def _stem(source: str) -> str:

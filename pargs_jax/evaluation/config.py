@@ -69,7 +69,9 @@ class PairsConfig:
         (), "columns that the file calls otherwise, such as chosen=best", metavar="NAME=COLUMN"
     )
     format: PromptFormName | None = option(
-        None, "the form that prompts are written in", unset="the one that each reward model was trained with, else plain"
+        None,
+        "the form that prompts are written in",
+        unset="the one that each reward model was trained with, else plain",
     )
     max_length: int = option(512, "tokens of prompt and answer together; longer ones are cut", at_least=2)
     limit: int | None = option(None, "take only the first N pairs", unset="all", at_least=1)
@@ -131,6 +133,8 @@ class EvaluateConfig:
         self.endpoint.validate()
         self.references.validate()
         self.pairs.validate()
+        if self.decode is not None and not self.sweep:
+            raise InputError("--decode: needs --sweep NAME=VALUE,..., which says what to decode")
         if not self.answers and not self.sweep and self.pairs.file is None:
             raise InputError(
                 "nothing to evaluate: give --answers F.jsonl, or --sweep NAME=VALUE,... to decode them, or "
@@ -138,7 +142,5 @@ class EvaluateConfig:
             )
         if self.pairs.file is not None and not (self.rm or self.guide or self.function):
             raise InputError("--pairs.file: needs reward models to test; give --rm PATH or --function NAME")
-        if self.decode is not None and not self.sweep:
-            raise InputError("--decode: needs --sweep NAME=VALUE,..., which says what to decode")
         if both := set(self.rm) & set(self.guide):
             raise InputError(f"--rm and --guide: got {min(both)} in both, must be in one of them")

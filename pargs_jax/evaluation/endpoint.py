@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint that says which of two answers is better.
 
 Every pair is asked about in both orders (Zheng et al., 2023, arXiv:2306.05685): a model that prefers whatever stands
-first is then found out, and such a flip counts as a tie. A reply is kept on disk as soon as it is there, so that a second
-run asks only for what is missing.
+first is then found out, and such a flip counts as a tie. A reply is kept on disk as soon as it is there, so that a
+second run asks only for what is missing.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple

@@ -110,7 +110,7 @@ def _scores(report: Report, judges: Sequence[Metric]) -> "Figure":
         axis.set_yticks(range(len(names)), map(_literal, names))
         axis.set_xlabel(_literal(_short(metric.name)) + (" (a guide)" if metric.is_guide else ""))
         axis.grid(axis="x", alpha=0.25)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     return figure
 
 
@@ -127,12 +127,14 @@ def _wins(report: Report, judges: Sequence[Metric]) -> "Figure":
             if each is not None and each.win is not None:
                 win = each.win
                 _point(axis, 100 * win.rate, [100 * x for x in win.interval], place + offset, colour, filled=True)
-                axis.plot(100 * win.length_controlled, place + offset, "o", color=colour, fillstyle="none", markersize=9)
+                axis.plot(
+                    100 * win.length_controlled, place + offset, "o", color=colour, fillstyle="none", markersize=9
+                )
         axis.plot([], [], "o", color=colour, label=_literal(_short(judge)) + (" (a guide)" if is_guide else ""))
     axis.axvline(50, color=_INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(names)), map(_literal, names))
     axis.set_xlim(0, 100)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel(_literal(f"wins against {report.baseline}, %"))
     axis.grid(axis="x", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=min(3, len(rows)))
@@ -185,7 +187,9 @@ def _best_of_n(axis: "Axes", report: Report, judge: Metric, kl: Metric) -> int:
             continue
         sizes, means = found
         xs = [start[0].mean + best_of_n_kl(n) for n in sizes]
-        axis.plot(xs, np.mean(means, axis=0), "--", color=_INK, linewidth=1, label=_literal(f"best of n of {system.name}"))
+        axis.plot(
+            xs, np.mean(means, axis=0), "--", color=_INK, linewidth=1, label=_literal(f"best of n of {system.name}")
+        )
         for x, y, n in list(zip(xs, np.mean(means, axis=0), sizes, strict=True))[1:]:
             axis.annotate(f"n={n}", (x, y), xytext=(2, -9), textcoords="offset points", fontsize=7, color=_INK)
         drawn += 1
@@ -216,10 +220,14 @@ def _reward_models(report: Report) -> "Figure":
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         percents = [row.percent for row in model.rows]
         accuracy.plot(percents, [100 * row.accuracy for row in model.rows], f"{marker}-", color=colour, markersize=4)
-        lows, highs = zip(*((100 * low, 100 * high) for low, high in (row.accuracy_interval for row in model.rows)), strict=True)
+        lows, highs = zip(
+            *((100 * low, 100 * high) for low, high in (row.accuracy_interval for row in model.rows)), strict=True
+        )
         accuracy.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
         label = _literal(_short(model.name))
-        agreement.plot(percents, [row.spearman for row in model.rows], f"{marker}-", color=colour, markersize=4, label=label)
+        agreement.plot(
+            percents, [row.spearman for row in model.rows], f"{marker}-", color=colour, markersize=4, label=label
+        )
         lows, highs = zip(*(row.spearman_interval for row in model.rows), strict=True)
         agreement.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
         confidences, right = zip(*((100 * b.confidence, 100 * b.accuracy) for b in model.reliability), strict=True)

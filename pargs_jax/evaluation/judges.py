@@ -97,7 +97,9 @@ def load_function(name: str) -> Callable[[str, str], float]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"--function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})") from error
+        raise InputError(
+            f"--function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise InputError(f"--function {name}: {place} has no function {attribute!r}")

@@ -35,9 +35,7 @@ def page(report: Report, figures: Sequence[Drawn], examples: int) -> str:
     parts += [f'<p class="problem">{_escaped(line)}</p>' for line in report.problems]
     if figures:
         parts.append("<h2>Figures</h2>")
-        parts += [
-            f"<figure>{each.svg}<figcaption>{_escaped(each.caption)}</figcaption></figure>" for each in figures
-        ]
+        parts += [f"<figure>{each.svg}<figcaption>{_escaped(each.caption)}</figcaption></figure>" for each in figures]
     parts.append("<h2>Tables</h2>")
     parts += map(_table, tables(report))
     if report.systems and examples:

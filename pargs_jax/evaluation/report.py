@@ -203,10 +203,7 @@ def make_report(
             if compared is not None:
                 found[metric.name] = compared
     pairwise = {
-        judge: {
-            name: _pairwise(found, by_name[name], by_name[baseline], seed)
-            for name, found in by_system.items()
-        }
+        judge: {name: _pairwise(found, by_name[name], by_name[baseline], seed) for name, found in by_system.items()}
         for judge, by_system in comparisons.items()
     }
     is_tested = {metric.name for metric in metrics if metric.kind == "judge" and not metric.is_guide}
@@ -239,9 +236,7 @@ def _versus(metric: Metric, system: System, baseline: System, seed: int) -> Vers
     return Versus(difference, win=_win_rate(wins, ties, system, baseline, seed))
 
 
-def _pairwise(
-    comparisons: Mapping[str, Sequence[Comparison]], system: System, baseline: System, seed: int
-) -> Pairwise:
+def _pairwise(comparisons: Mapping[str, Sequence[Comparison]], system: System, baseline: System, seed: int) -> Pairwise:
     every = [comparison for found in comparisons.values() for comparison in found]
     scores = {i: [c.score for c in found if c.score is not None] for i, found in comparisons.items()}
     wins = {i: float(np.mean(found)) for i, found in scores.items() if found}
@@ -261,9 +256,7 @@ def _pairwise(
     )
 
 
-def _win_rate(
-    wins: Mapping[str, float], ties: float, system: System, baseline: System, seed: int
-) -> WinRate:
+def _win_rate(wins: Mapping[str, float], ties: float, system: System, baseline: System, seed: int) -> WinRate:
     scores = np.array(list(wins.values()))
     lengths = np.array([_length(system, i) - _length(baseline, i) for i in wins])
     rate = float(scores.mean())

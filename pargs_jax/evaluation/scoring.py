@@ -120,9 +120,7 @@ class ScoringModel:
         return np.asarray(_rewards_of_prefixes(self.model, self.params, prompts, lengths, answers, prefixes))
 
     def _encoder_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
-        return np.asarray(
-            encoder_answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id)
-        )
+        return np.asarray(encoder_answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id))
 
     def _log_likelihoods(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
         return np.asarray(_answer_log_likelihoods(self.model, self.params, *self._arrays(batch)))

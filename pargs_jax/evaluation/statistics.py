@@ -153,27 +153,31 @@ def length_controlled_win_rate(
 
 
 def _fit_logistic(wins: Float[np.ndarray, "S N"], terms: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "S 2"]:
-    """Intercepts and slopes of S logistic regressions, by Newton's method with halved steps where a step is too long."""
-    design = np.stack([np.ones_like(terms), terms], axis=-1)
+    """Intercepts and slopes of S logistic regressions, by Newton's method; a step that is too long is halved."""
     weights = np.zeros((len(wins), 2))
 
-    def objective(weights: np.ndarray) -> np.ndarray:
-        logits = np.einsum("snf,sf->sn", design, weights)
-        return (np.logaddexp(0, logits) - wins * logits).sum(axis=1) + _PRIOR / 2 * (weights**2).sum(axis=1)
+    def logits(weights: np.ndarray) -> np.ndarray:
+        return weights[:, :1] + weights[:, 1:] * terms
 
+    def loss(weights: np.ndarray) -> np.ndarray:
+        z = logits(weights)
+        return (np.logaddexp(0, z) - wins * z).sum(axis=1) + _PRIOR / 2 * (weights**2).sum(axis=1)
+
+    best = loss(weights)
     for _ in range(50):
-        chances = special.expit(np.einsum("snf,sf->sn", design, weights))
-        gradient = np.einsum("snf,sn->sf", design, chances - wins) + _PRIOR * weights
-        curvature = np.einsum("snf,sn,sng->sfg", design, chances * (1 - chances), design) + _PRIOR * np.eye(2)
+        chances = special.expit(logits(weights))
+        excess, spread = chances - wins, chances * (1 - chances)
+        gradient = np.stack([excess.sum(axis=1), (excess * terms).sum(axis=1)], axis=1) + _PRIOR * weights
+        mixed = (spread * terms).sum(axis=1)
+        own = [spread.sum(axis=1) + _PRIOR, (spread * terms**2).sum(axis=1) + _PRIOR]
+        curvature = np.stack([own[0], mixed, mixed, own[1]], axis=1).reshape(-1, 2, 2)
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        before, scale = objective(weights), np.ones((len(wins), 1))
-        for _ in range(20):
-            worse = objective(weights - scale * step) > before + 1e-12 * np.abs(before)
-            if not worse.any():
-                break
-            scale[worse] /= 2
-        weights = weights - scale * step
-        if np.abs(scale * step).max() < 1e-8:
+        tried, found = weights - step, loss(weights - step)
+        while (worse := found > best + 1e-9).any() and np.abs(step).max() > 1e-8:
+            step[worse] /= 2
+            tried, found = weights - step, loss(weights - step)
+        weights, best = tried, found
+        if np.abs(step).max() < 1e-7:
             break
     return weights
 
@@ -248,9 +252,7 @@ def best_of_n_kl(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
-def best_of_n_means(
-    proxies: Sequence[float], values: Sequence[float], sizes: Sequence[int]
-) -> Float[np.ndarray, "S"]:
+def best_of_n_means(proxies: Sequence[float], values: Sequence[float], sizes: Sequence[int]) -> Float[np.ndarray, "S"]:
     """The expected value of the best of n samples by a proxy, for each n of `sizes`, from at least that many samples.
 
     With the samples sorted by the proxy, rank i of N is the best of n with probability C(i-1, n-1) / C(N, n); no

@@ -1,13 +1,12 @@
 """Sweeps: every combination of some options' values, each a way to decode with an answers file of its own."""
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from pargs_jax.cli import from_mapping
 from pargs_jax.config import DecodeConfig
+from pargs_jax.config_files import from_mapping
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.options import options, shown
@@ -16,19 +15,19 @@ NOT_SWEPT = ("out", "prompt", "compile_only", "distributed", "processes", "mesh"
 
 
 class Setting(NamedTuple):
-    """One way to decode: its name, such as `pargs weight=2 k=10`, the name of its file, and its options."""
+    """One way to decode: its name, which says the method and what differs, such as `pargs weight=2`; the name of its
+    file, which says all that was swept; and its options."""
 
     name: str
     file: str
     config: DecodeConfig
 
 
-def settings(words: Sequence[str], base: DecodeConfig) -> list[Setting]:
-    """Every combination of what `NAME=VALUE,...` words say, each on top of `base`.
+def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--sweep") -> list[Setting]:
+    """Every combination of what `NAME=VALUE,...` words say, each on top of `base`, the options in the file `where`.
 
-    A list of numbers, such as a weight for each of two reward models, is written with spaces: `weight=1 2,2 1`. A number
-    that means nothing to a method (the weight of an unguided one) is left out for it, and what is then the same comes
-    once.
+    A list, such as a weight for each of two reward models, is written with spaces: `weight=1 2,2 1`. A number that
+    means nothing to a method (the weight of an unguided one) is left out for it, and what is then the same comes once.
 
     Raises:
         InputError: a word of another shape, an option that `decode.py` does not have or that cannot be swept, a value
@@ -50,7 +49,7 @@ def settings(words: Sequence[str], base: DecodeConfig) -> list[Setting]:
     found: dict[str, Setting] = {}
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
-        method = chosen.get("method", base.method)
+        method = chosen.get("method", base.get("method"))
         if method is None:
             raise InputError(f"--sweep: needs a method; give --sweep method=NAME,... of {', '.join(METHODS)}")
         unused = METHODS[method].unused if method in METHODS else {}
@@ -60,20 +59,16 @@ def settings(words: Sequence[str], base: DecodeConfig) -> list[Setting]:
             for name, value in chosen.items()
         }
         cleared = {name: getattr(DecodeConfig(), name) for name in unused if name in known}
-        config = from_mapping(DecodeConfig, _mapping(base) | cleared | changes, "--sweep")
-        words_of_name = [method, *(f"{name}={value}" for name, value in chosen.items() if name != "method")]
-        name = " ".join(words_of_name)
-        file = re.sub(r"[^\w=.+-]+", "_", "_".join(words_of_name)) + ".jsonl"
+        config = from_mapping(DecodeConfig, {**base, **cleared, **changes}, where)
+        told = {name: f"{name}={value}" for name, value in chosen.items() if name != "method"}
+        name = " ".join([method, *(word for option, word in told.items() if len(swept[option]) > 1)])
+        file = re.sub(r"[^\w=.+-]+", "_", "_".join([method, *told.values()])) + ".jsonl"
         found.setdefault(name, Setting(name, file, config))
     files = [setting.file for setting in found.values()]
     for setting in found.values():
         if files.count(setting.file) > 1:
             raise InputError(f"--sweep: two settings would be written to {setting.file}; give values of other names")
     return list(found.values())
-
-
-def _mapping(config: DecodeConfig) -> dict[str, object]:
-    return dataclasses.asdict(config)
 
 
 def _plain(value: str, kind: type) -> object:

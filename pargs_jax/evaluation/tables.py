@@ -50,7 +50,7 @@ def print_tables(found: Sequence[Table], console: Console) -> None:
             blocks[-1].append(c)
         shown = []
         for block in blocks:
-            part = RichTable(box=SIMPLE, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+            part = RichTable(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
             part.add_column(table.headings[0], overflow="fold")
             for c in block:
                 part.add_column(table.headings[c], justify="right", overflow="fold")
@@ -103,7 +103,9 @@ def _pairwise_table(judge: str, by_system: dict[str, Pairwise]) -> Table:
         for name, found in by_system.items()
     ]
     headings = ("wins %", "LC wins %", "p", "pairs", "flips %", "first %", "unparsable", "missing")
-    note = "wins need both orders; a flip, where the orders contradict each other, is a tie; first: how often the first "
+    note = (
+        "wins need both orders; a flip, where the orders contradict each other, is a tie; first: how often the first "
+    )
     return Table(f"{judge}: asked which answer is better", ("", *headings), rows, note + "answer was preferred")
 
 
