@@ -117,11 +117,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
 def write_report(report: Report, folder: Path, *, figures: bool = True, examples: int = 10) -> None:
     """Writes `report.json`, `report.html`, `values.jsonl` and, with `figures`, a folder of these. Raises InputError if
     they cannot be written."""
-    drawn: list[Drawn] = draw(report, folder / "figures") if figures else []
     with write_failures_named(folder, "give another --out"):
         write_whole(folder / "report.json", report.to_json())
-        write_whole(folder / "report.html", page(report, drawn, examples))
         write_whole(folder / "values.jsonl", "".join(json.dumps(row) + "\n" for row in _values(report)))
+        drawn: list[Drawn] = draw(report, folder / "figures") if figures else []
+        write_whole(folder / "report.html", page(report, drawn, examples))
 
 
 def _values(report: Report) -> list[dict[str, Any]]:

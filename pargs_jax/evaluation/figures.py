@@ -152,6 +152,7 @@ def _frontier(report: Report, judge: Metric) -> tuple["Figure", str]:
         if x is not None and y is not None:
             label, value, word = _place_on_curve(system.name)
             curves.setdefault(label, []).append((value, word, x, y))
+    reached = [x[0].mean for points in curves.values() for *_, x, _ in points]
     for number, (label, points) in enumerate(curves.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
         points.sort(key=lambda point: point[0])
@@ -159,15 +160,30 @@ def _frontier(report: Report, judge: Metric) -> tuple["Figure", str]:
         reach = [max(0.0, y[1].high - y[0].mean) if not math.isnan(y[1].high) else 0.0 for *_, y in points]
         axis.errorbar(xs, ys, reach, fmt=f"{marker}-", color=colour, label=_literal(label), markersize=5, capsize=2)
         for (_, word, *_), x, y in zip(points, xs, ys, strict=True):
-            axis.annotate(_literal(word), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+            axis.annotate(
+                _literal(word.partition("=")[2]),
+                (x, y),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+            )
     drawn = _best_of_n(axis, report, judge, kl)
-    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axis.set_xlim(left=0)
-    axis.set_xlabel("exact KL from the language model, nats an answer (square-root scale)")
+    scale = "logarithmic"
+    if min(reached) > 0 and max(reached) > 30 * min(reached):
+        axis.set_xscale("log")
+    else:
+        scale = "square-root"
+        axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+        axis.set_xlim(left=0)
+    axis.set_xlabel(f"exact KL from the language model, nats an answer ({scale} scale)")
     axis.set_ylabel(_literal(_short(judge.name)) + (" (a guide)" if judge.is_guide else ""))
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=min(2, len(curves) + drawn))
+    options = sorted({word.partition("=")[0] for points in curves.values() for _, word, *_ in points if word})
     caption = f"{judge.name} against the distance from the language model; bars are 95 % intervals."
+    if options:
+        caption += f" Numbers at the points: {' or '.join(options)}."
     if drawn:
         caption += (
             " Best of n: computed from the samples of one system and its guide's rewards, at log n - (n - 1) / n nats "
@@ -232,8 +248,8 @@ def _reward_models(report: Report) -> "Figure":
         agreement.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
         confidences, right = zip(*((100 * b.confidence, 100 * b.accuracy) for b in model.reliability), strict=True)
         reach = [
-            [right[i] - 100 * b.interval.low for i, b in enumerate(model.reliability)],
-            [100 * b.interval.high - right[i] for i, b in enumerate(model.reliability)],
+            [max(0.0, right[i] - 100 * b.interval.low) for i, b in enumerate(model.reliability)],
+            [max(0.0, 100 * b.interval.high - right[i]) for i, b in enumerate(model.reliability)],
         ]
         calibration.errorbar(confidences, right, reach, fmt=marker, color=colour, markersize=4, elinewidth=0.8)
     accuracy.axhline(50, color=_INK, linewidth=0.8, linestyle=":")

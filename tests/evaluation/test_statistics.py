@@ -103,19 +103,19 @@ def test_wins_by_length_alone_vanish_at_equal_lengths():
     assert wins.mean() > 0.6
     assert interval.low < 0.5 < interval.high and interval.high - interval.low < 0.2
 
-    def negative_log_likelihood(weights):
+    def negative_log_posterior(weights):
         logits = weights[0] + weights[1] * np.tanh(lengths / lengths.std())
-        return (np.logaddexp(0, logits) - wins * logits).sum()
+        return (np.logaddexp(0, logits) - wins * logits).sum() + (np.square(weights) / 2.5**2 / 2).sum()
 
-    fitted = optimize.minimize(negative_log_likelihood, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-7})
-    assert rate == pytest.approx(special.expit(fitted.x[0]), abs=1e-3)
+    fitted = optimize.minimize(negative_log_posterior, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-7})
+    assert rate == pytest.approx(special.expit(fitted.x[0]), abs=1e-4)
 
 
 def test_a_length_controlled_rate_is_the_plain_one_where_lengths_are_alike_and_stays_finite_where_one_side_wins():
     wins = np.array([1, 1, 1, 0, 0.5] * 10)
-    assert length_controlled_win_rate(wins, np.zeros(50))[0] == pytest.approx(0.7, abs=1e-3)
+    assert length_controlled_win_rate(wins, np.zeros(50))[0] == pytest.approx(0.7, abs=5e-3)
     rate, interval = length_controlled_win_rate(np.ones(30), RNG.normal(size=30))
-    assert 0.97 < rate < 1 and 0.9 < interval.low <= interval.high <= 1
+    assert 0.95 < rate < 1 and 0.85 < interval.low <= interval.high <= 1
 
 
 def test_spearman_is_scipys_with_ties():
