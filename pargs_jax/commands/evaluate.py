@@ -82,18 +82,20 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     for source in (*config.rm, *config.guide, *filter(None, [config.perplexity])):
         resolve(source)  # what is not there is said before anything is decoded
     pairs_of = _pairs_reader(config)
-    files = [*given, *_decode_missing(swept, folder, config.mesh)]
-    systems = load_systems(files, guides_of=guides_of)
-    baseline = _baseline(config, systems)
-    _refuse_guides(config, systems)
     problems: list[str] = []
     metrics, comparisons = [], {}
-    if baseline is not None:
-        references = _references(config, systems)
-        check_prompts(systems, baseline)
-        metrics = _judged(config, systems, functions, references, problems)
-        metrics += [*given_metrics(systems), *_perplexity(config, systems, problems), *text_metrics(systems)]
-        comparisons = _compared(config, systems, baseline, folder, problems)
+    with ExitStack() as stack:
+        asked = _open_endpoint(config, folder, stack)
+        files = [*given, *_decode_missing(swept, folder, config.mesh)]
+        systems = load_systems(files, guides_of=guides_of)
+        baseline = _baseline(config, systems)
+        _refuse_guides(config, systems)
+        if baseline is not None:
+            references = _references(config, systems)
+            check_prompts(systems, baseline)
+            metrics = _judged(config, systems, functions, references, problems)
+            metrics += [*given_metrics(systems), *_perplexity(config, systems, problems), *text_metrics(systems)]
+            comparisons = {} if asked is None else _compared(asked, systems, baseline, problems)
     reward_models = _reward_models(config, functions, pairs_of, problems)
     report = make_report(
         systems,
@@ -283,25 +285,25 @@ def _perplexity(config: EvaluateConfig, systems: Sequence[System], problems: lis
     return [metric_of_answers("nats_per_token", meaning, "likelihood", systems, scores, problems=reasons)]
 
 
+def _open_endpoint(config: EvaluateConfig, folder: Path, stack: ExitStack) -> PairwiseJudge | None:
+    if config.endpoint.url is None:
+        return None
+    cache = Path(config.endpoint.cache) if config.endpoint.cache is not None else folder / "replies.jsonl"
+    return stack.enter_context(PairwiseJudge(config.endpoint, cache))
+
+
 def _compared(
-    config: EvaluateConfig, systems: Sequence[System], baseline: System, folder: Path, problems: list[str]
+    judge: PairwiseJudge, systems: Sequence[System], baseline: System, problems: list[str]
 ) -> dict[str, dict[str, dict[str, list[Comparison]]]]:
     """What the endpoint says of every system beside the baseline."""
-    if config.endpoint.url is None:
-        return {}
-    cache = Path(config.endpoint.cache) if config.endpoint.cache is not None else folder / "replies.jsonl"
     found: dict[str, dict[str, list[Comparison]]] = {}
-    with ExitStack() as stack:
-        try:
-            judge = stack.enter_context(PairwiseJudge(config.endpoint, cache))
-            for system in systems:
-                if system is not baseline:
-                    label = f"{judge.name}: {system.name}"
-                    progress = stack.enter_context(_progress(label, len(system.answers)))
+    try:
+        for system in systems:
+            if system is not baseline:
+                with _progress(f"{judge.name}: {system.name}", len(system.answers)) as progress:
                     found[system.name] = judge.compare(system, baseline, lambda done, _, p=progress: p.update(done, ""))
-        except InputError as error:
-            problems.append(f"judge {config.endpoint.model}: {error}")
-            return {config.endpoint.model: found} if found else {}
+    except InputError as error:
+        problems.append(f"judge {judge.name}: {error}")
     missing = sum(each.is_missing for system in found.values() for every in system.values() for each in every)
     if missing:
         problems.append(

@@ -141,6 +141,16 @@ def test_what_cannot_be_used_is_refused_in_one_line_before_any_work(evaluate, tm
     assert err.splitlines()[-1].startswith("error: ") and message in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [("openai", ("--endpoint.url", "http://x", "--endpoint.model", "m", "--no-figures")), ("matplotlib", ())],
+)
+def test_a_missing_library_is_said_before_any_work(evaluate, answers_file, monkeypatch, library, words):
+    monkeypatch.setitem(sys.modules, library, None)
+    code, _, err, report = evaluate("--answers", answers_file("top_k", TOP_K), *words)
+    assert code == 2 and report is None and "pip install 'pargs-jax[" in err
+
+
 def test_a_baseline_that_is_not_there(evaluate, answers_file):
     code, _, err, _ = evaluate("--answers", answers_file("top_k", TOP_K), "--baseline", "greedy")
     assert code == 2 and "no answers of that name; there are top_k" in err
