@@ -162,6 +162,21 @@ def test_the_reward_of_an_answer_is_the_sum_or_the_last_as_its_guide_says(lm, rm
         assert answer.guide_rewards == pytest.approx([sum(worth) if adds_up else worth[-1]])
 
 
+@dataclasses.dataclass(frozen=True)
+class OneIsNotANumber(EveryToken):
+    """Of the candidates, the least likely."""
+
+    def score(self, params, state, text, candidates):
+        return jnp.where(jnp.arange(candidates.shape[1]) == candidates.shape[1] - 1, jnp.nan, 0.0) + 0 * candidates, ()
+
+
+def test_a_candidates_reward_that_is_not_finite_ends_the_run_also_where_another_is_chosen(lm, rm, monkeypatch):
+    session = Session(lm, [rm])
+    monkeypatch.setattr(type(session.reward_models[0]), "guide", lambda *_: OneIsNotANumber(True))
+    with pytest.raises(InputError, match=r"prompt '2': a (candidate's reward|reward of .*) is not finite"):
+        answers(session)
+
+
 def test_prompts_are_padded_to_few_widths():
     widths = {length: padded_width(length) for length in range(1, 4097)}
     assert all(length <= width < length + max(16, min(64, length)) for length, width in widths.items())
