@@ -64,7 +64,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + lines[3][:17])
     code, _, err = decode(*options)
-    assert code == 0 and "3 of 5 prompts are answered already" in " ".join(err.split())
+    assert code == 0 and "3 of 5 answers are there already" in " ".join(err.split())
     again = rows(out)
     assert again[:3] == whole[:3]
     assert {row["id"]: row["response"] for row in again} == {row["id"]: row["response"] for row in whole}
