@@ -9,6 +9,7 @@ arguments it decodes the demo task's unseen prompts with every method and prints
 EXAMPLES = """examples:
   decode.py                                         the demo task, all methods compared
   decode.py --method pargs --weight 2 --k 10        one method on it
+  decode.py --method pargs --limit 5 --explain page.html   why five of its answers came out as they did
   decode.py --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   decode.py --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl"""
 
@@ -29,12 +30,15 @@ def main() -> None:
     import jax
 
     from pargs_jax.evaluation.comparison import compare_methods
+    from pargs_jax.evaluation.decode_and_explain import decode_and_explain
     from pargs_jax.generation.run import generate
     from pargs_jax.mesh import start
 
     with jax.set_mesh(start(config)):
         if config.method is None and config.lm == DEMO:
             compare_methods(config)
+        elif config.explain is not None:
+            decode_and_explain(config)
         else:
             generate(config)
 

@@ -1,4 +1,4 @@
-"""The page that explains an answer: one HTML file, which needs no network, made of trace rows.
+"""The page that explains an answer: one HTML file, which needs no network, made of traces (docs/traces.md).
 
     python -m pargs_jax.evaluation.explain guided.jsonl unguided.jsonl --out page.html
 
@@ -7,11 +7,13 @@ beside a guided answer the unguided one of the same id.
 """
 
 import base64
+import dataclasses
 import hashlib
+import heapq
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,44 +22,38 @@ from pargs_jax.cli import Parser
 from pargs_jax.command import command
 from pargs_jax.durable_files import write_failures_named, write_whole
 from pargs_jax.errors import InputError
-
-Row = Mapping[str, Any]
-"""An answer with its trace: a row of `decode.py --trace`."""
+from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken, read_traces
 
 SHOWN_CANDIDATES = 40
 """Most candidates of a token that the page holds: the likeliest under p and under q, half each."""
 
-_ROW_FIELDS = ("id", "prompt", "finish_reason", "log_probability", "kl", "guide_reward", "method", "lm", "tokens")
-_TOKEN_FIELDS = ("id", "text", "log_p", "log_q", "rewards", "entropy", "kl")
-_CANDIDATE_FIELDS = ("id", "text", "log_p", "log_q", "rewards")
 
-
-def explanation_page(rows: Sequence[Row], unguided: Sequence[Row] = ()) -> str:
+def explanation_page(traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTrace] = ()) -> str:
     """The page, as HTML.
 
     Args:
-        rows: trace rows, each an answer of the page's list. They may lack candidates, and may be of unguided methods.
-        unguided: the unguided answers; each is shown beside the row with its id. Those without one are left out.
+        traces: the answers that it explains. They may lack candidates, and may be of unguided methods.
+        unguided: the unguided answers; each is shown beside the trace with its id and sample. Those without one are
+            left out.
 
     Raises:
-        InputError: there are no rows, an id comes twice, or an unguided answer is to another prompt or by another
-            language model than the row with its id.
+        InputError: there are no traces, an answer comes twice, or an unguided answer is to another prompt or by another
+            language model than the guided one.
     """
-    if not rows:
+    if not traces:
         raise InputError("the page needs at least one answer; the trace has none")
-    beside = _by_id(unguided, "the unguided answers")
+    beside = _by_identity(unguided, "the unguided answers")
     answers = []
-    for prompt_id, row in _by_id(rows, "the trace").items():
-        other = beside.get(prompt_id)
+    for identity, trace in _by_identity(traces, "the trace").items():
+        other = beside.get(identity)
         for name in ("prompt", "lm") if other is not None else ():
-            if other[name] != row[name]:
+            if getattr(other, name) != getattr(trace, name):
                 raise InputError(
-                    f"the unguided answer with the id {prompt_id!r} has another {name} ({other[name]!r}) than the "
-                    f"guided one ({row[name]!r}); decode both alike"
+                    f"the unguided answer with the id {trace.id!r} has another {name} ({getattr(other, name)!r}) than "
+                    f"the guided one ({getattr(trace, name)!r}); decode both alike"
                 )
-        answers.append(
-            {"guided": _shown(row), "unguided": None if other is None else _shown(other), "adds_up": _adds_up(row)}
-        )
+        rows = {"guided": _row(trace), "unguided": None if other is None else _row(other)}
+        answers.append(rows | {"adds_up": _adds_up(trace)})
     parts = {name: _asset(name) for name in ("page.html", "page.css", "page.js")}
     style, script = parts["page.css"], parts["page.js"]
     policy = (
@@ -69,100 +65,64 @@ def explanation_page(rows: Sequence[Row], unguided: Sequence[Row] = ()) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], parts["page.html"])
 
 
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The rows of a trace file (JSONL).
-
-    Raises:
-        InputError: the file cannot be read, or a line is not a trace row; the message names it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a trace ({error}); give a file of decode.py --trace") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}: line {number} is not JSON ({error}); give a file of decode.py --trace") from None
-        if (reason := _what_is_missing(row)) is not None:
-            raise InputError(f"{path}: line {number} is not a trace row: {reason}; give a file of decode.py --trace")
-        rows.append(row)
-    return rows
-
-
-def write_page(path: Path, rows: Sequence[Row], unguided: Sequence[Row] = ()) -> None:
+def write_page(path: Path, traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTrace] = ()) -> None:
     """Writes `explanation_page` to a file. Raises InputError as that does, or if the file cannot be written."""
-    page = explanation_page(rows, unguided)
+    page = explanation_page(traces, unguided)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; the page is a file")
     with write_failures_named(path, "give another file for the page"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
 
 
-def _what_is_missing(row: Any) -> str | None:
-    """Why a value is not a trace row, or None."""
-    if not isinstance(row, dict):
-        return "it is not an object"
-    levels = [("the row", [row], _ROW_FIELDS)]
-    if isinstance(row.get("tokens"), list):
-        levels.append(("a token", row["tokens"], _TOKEN_FIELDS))
-        candidates = [each for token in row["tokens"] if isinstance(token, dict) for each in token.get("candidates") or ()]
-        levels.append(("a candidate", candidates, _CANDIDATE_FIELDS))
-    for name, values, fields in levels:
-        for value in values:
-            absent = [field for field in fields if not isinstance(value, dict) or field not in value]
-            if absent:
-                return f"{name} has no {absent[0]!r}"
-    return None if isinstance(row["tokens"], list) else "its tokens are not a list"
-
-
-def _by_id(rows: Sequence[Row], where: str) -> dict[str, Row]:
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row["id"] in found:
-            raise InputError(f"the id {row['id']!r} comes twice in {where}; each answer needs an id of its own")
-        found[row["id"]] = row
+def _by_identity(traces: Sequence[AnswerTrace], where: str) -> dict[tuple[str, int], AnswerTrace]:
+    found: dict[tuple[str, int], AnswerTrace] = {}
+    for trace in traces:
+        if (trace.id, trace.sample) in found:
+            raise InputError(f"the answer with the id {trace.id!r} comes twice in {where}; give each one once")
+        found[trace.id, trace.sample] = trace
     return found
 
 
-def _shown(row: Row) -> dict[str, Any]:
-    """The row as the page holds it: rounded, and without candidates that are too many to look at."""
-    return _rounded({**row, "tokens": [_with_fewer_candidates(token) for token in row["tokens"]]})
+def _row(trace: AnswerTrace) -> dict[str, Any]:
+    """The trace as the page holds it: numbers rounded, and the candidates of a token as short lists."""
+    row = dataclasses.asdict(dataclasses.replace(trace, tokens=()))
+    return _rounded(row | {"tokens": [_token_row(token) for token in trace.tokens]})
 
 
-def _with_fewer_candidates(token: Row) -> Row:
-    candidates = token.get("candidates") or ()
+def _token_row(token: TracedToken) -> dict[str, Any]:
+    candidates = token.candidates or ()
+    row = token._asdict() | {"candidates": _likeliest(candidates, token.id)}
+    return row | ({"candidate_count": len(candidates)} if len(candidates) > SHOWN_CANDIDATES else {})
+
+
+def _likeliest(candidates: Sequence[TracedCandidate], drawn: int) -> list[TracedCandidate]:
+    """Those candidates that the page shows, among them the one that was drawn."""
     if len(candidates) <= SHOWN_CANDIDATES:
-        return token
-    likeliest = {token["id"]}
-    for name in ("log_p", "log_q"):
-        ordered = sorted(candidates, key=lambda each: -math.inf if each[name] is None else each[name], reverse=True)
-        likeliest |= {each["id"] for each in ordered[: SHOWN_CANDIDATES // 2]}
-    chosen = [each for each in candidates if each["id"] in likeliest]
-    return {**token, "candidates": chosen, "candidate_count": len(candidates)}
+        return list(candidates)
+    half = SHOWN_CANDIDATES // 2
+    shown = {drawn}
+    for log_probability in (lambda each: each.log_p, lambda each: each.log_q):
+        shown |= {each.id for each in heapq.nlargest(half, candidates, key=log_probability)}
+    return [each for each in candidates if each.id in shown]
 
 
 def _rounded(value: Any) -> Any:
-    """The same with floats of four decimals, which is more than the page shows, and None for those that JSON lacks."""
+    """The same with floats of four decimals, which is more than the page shows, and None for minus infinity."""
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _adds_up(row: Row) -> list[bool]:
-    """For each guide whether its rewards add up to that of the answer; a row says so by its numbers alone."""
-    final = row["guide_reward"]
-    finals = [] if final is None else list(final) if isinstance(final, list | tuple) else [final]
+def _adds_up(trace: AnswerTrace) -> list[bool]:
+    """For each guide whether its rewards add up to that of the answer, which the numbers say: a trace does not."""
     adds_up = []
-    for j, reward in enumerate(finals):
-        of_tokens = [token["rewards"][j] for token in row["tokens"] if j < len(token["rewards"])]
-        known = [each for each in of_tokens if each is not None]
-        is_last = bool(known) and math.isclose(known[-1], reward, rel_tol=1e-3, abs_tol=1e-3)
-        adds_up.append(bool(known) and not is_last and math.isclose(sum(known), reward, rel_tol=1e-3, abs_tol=1e-3))
+    for j, final in enumerate(trace.guide_rewards):
+        of_tokens = [token.rewards[j] for token in trace.tokens if j < len(token.rewards)]
+        is_last = bool(of_tokens) and math.isclose(of_tokens[-1], final, rel_tol=1e-3, abs_tol=1e-3)
+        adds_up.append(not is_last and math.isclose(sum(of_tokens), final, rel_tol=1e-3, abs_tol=1e-3))
     return adds_up
 
 
@@ -191,8 +151,8 @@ def main() -> None:
     )
     parser.add_argument("--out", metavar="F.html", type=Path, required=True, help="the page")
     given = parser.parse_args()
-    unguided = [] if given.unguided is None else read_trace(given.unguided)
-    write_page(given.out, read_trace(given.trace), unguided)
+    unguided = [] if given.unguided is None else list(read_traces(given.unguided))
+    write_page(given.out, list(read_traces(given.trace)), unguided)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -48,23 +49,11 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     The effective config and the progress go to standard error, so that the answers can be piped. Raises InputError for
     anything that cannot be used, before any decoding.
     """
-    config.validate()
-    console = console or Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
-    if config.method is None:
-        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
-    method = METHODS[config.method]
-    settings = settings_of(config, method)
-    is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
-    form = choose_form(config.format, session.remembered_forms, "--format")
-    config = dataclasses.replace(config, format=form)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    prompts = _read_prompts(config, session)
+    console = console or error_console()
+    config, session, prompts, settings = prepare(config, console)
     if config.out is None:
-        answers = list(decode_all(session, prompts, settings, config.method, console))
-        order = {prompt.id: number for number, prompt in enumerate(prompts)}
-        for answer in sorted(answers, key=lambda answer: order[answer.id]) if jax.process_index() == 0 else ():
-            print(answer.response)
+        answers = in_order(decode_all(session, prompts, settings, config.method, console), prompts)
+        print_responses(answers)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
@@ -79,6 +68,47 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
             answers += batch
     console.print(f"{len(answers)} answers written to {config.out}", highlight=False)
     return answers
+
+
+class Prepared(NamedTuple):
+    """All that a run needs to decode. `config` is the one in effect, with the form that prompts are written in."""
+
+    config: DecodeConfig
+    session: Session
+    prompts: list[Prompt]
+    settings: Settings
+
+
+def prepare(config: DecodeConfig, console: Console) -> Prepared:
+    """Loads what the config names, and shows the config in effect. Raises InputError for what cannot be used."""
+    config.validate()
+    if config.method is None:
+        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
+    method = METHODS[config.method]
+    settings = settings_of(config, method)
+    is_demo = config.lm == DEMO and method.guided and not config.rm
+    session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
+    form = choose_form(config.format, session.remembered_forms, "--format")
+    config = dataclasses.replace(config, format=form)
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    return Prepared(config, session, _read_prompts(config, session), settings)
+
+
+def error_console() -> Console:
+    """Standard error, of the first process alone."""
+    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+
+
+def in_order(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[Answer]:
+    """The answers in the order of their prompts."""
+    order = {prompt.id: number for number, prompt in enumerate(prompts)}
+    return sorted(answers, key=lambda answer: (order[answer.id], answer.sample))
+
+
+def print_responses(answers: Sequence[Answer]) -> None:
+    """Prints the texts of the answers, in the first process alone."""
+    for answer in answers if jax.process_index() == 0 else ():
+        print(answer.response)
 
 
 def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:

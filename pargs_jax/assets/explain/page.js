@@ -1,6 +1,7 @@
 "use strict";
 // Texts come from models and from users: they reach the page as text nodes and attributes, never as markup.
-const { answers } = JSON.parse(document.getElementById("trace").textContent);
+const { answers } = JSON.parse(document.getElementById("trace").textContent, (key, value) =>
+  key === "candidates" ? value.map(([id, text, log_p, log_q, rewards]) => ({ id, text, log_p, log_q, rewards })) : value);
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const ROWS = ["guided", "unguided"];
@@ -29,14 +30,8 @@ const SIGNS = { "\n": "⏎", "\t": "⇥", "\r": "␍" };
 const INVISIBLE = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/gu;
 const named = (text) => text.replace(INVISIBLE, (c) => SIGNS[c] ?? `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
 
-const endIds = new Set();
-for (const pair of answers) {
-  for (const name of ROWS) {
-    const last = pair[name]?.finish_reason === "stop" ? pair[name].tokens.at(-1) : null;
-    if (last?.text === "") endIds.add(last.id);
-  }
-}
-const withoutText = (token) => (endIds.has(token.id) ? "⟨end⟩" : `⟨${token.id}⟩`);
+// The token that ends an answer, other special tokens, and those that are a part of a character have no text.
+const withoutText = (token) => (pair.guided.eos_ids.includes(token.id) ? "⟨end⟩" : `⟨${token.id}⟩`);
 const visible = (token) => (token.text === "" ? withoutText(token) : named(token.text).replaceAll(" ", "␣"));
 const lines = (text) => text.split("\n").map(named).join("\n");
 /** As `visible`, with the signs of spaces paler than letters. */
@@ -49,18 +44,18 @@ const best = (candidates, key) => candidates.reduce((a, b) => ((b[key] ?? -Infin
 
 /** The likeliest candidate before and after guidance, where these differ; null elsewhere. */
 function change(token) {
-  if (!token.candidates?.length) return null;
+  if (!token.candidates.length) return null;
   const [before, after] = [best(token.candidates, "log_p"), best(token.candidates, "log_q")];
   return (after.log_q ?? -Infinity) > (before.log_q ?? -Infinity) ? { before, after } : null;
 }
 
 const influence = (token) => minus(token.log_q, token.log_p);
 const rewardNames = (pair) => {
-  const names = (pair.guided.reward_models ?? []).map((path) => path.split(/[\\/]/).filter((part) => part && part !== "model").at(-1));
+  const names = pair.guided.reward_models.map((path) => path.split(/[\\/]/).filter((part) => part && part !== "model").at(-1));
   const count = Math.max(...ROWS.map((name) => Math.max(pair[name]?.tokens[0]?.rewards.length ?? 0, finalRewards(pair[name]).length)));
   return Array.from({ length: count }, (_, j) => (count === 1 ? "reward" : `reward ${j + 1}${names[j] ? ` (${names[j]})` : ""}`));
 };
-const finalRewards = (row) => (row?.guide_reward == null ? [] : [row.guide_reward].flat());
+const finalRewards = (row) => row?.guide_rewards ?? [];
 
 /** What tokens can be coloured by; words and sentences get the sum or the mean of their tokens. */
 function measuresOf(pair) {
@@ -117,7 +112,7 @@ let measureName = "log q − log p", unit = "token", focus = null;
 const tokensOf = (name) => pair[name].tokens;
 const shownRows = () => ROWS.filter((name) => pair[name]);
 const titleOf = (name) => (name === "guided" && isUnguided(pair.guided) ? "Answer" : name[0].toUpperCase() + name.slice(1));
-const isUnguided = (row) => !(row.weights ?? []).some((weight) => weight !== 0);
+const isUnguided = (row) => !row.weights.some((weight) => weight !== 0);
 
 function show(index) {
   pair = answers[index];
@@ -143,8 +138,8 @@ function show(index) {
 function showSettings() {
   const row = pair.guided;
   const facts = {
-    method: row.method, weight: (row.weights ?? []).map(String).join(", "), k: row.k, temperature: row.temperature, seed: row.seed,
-    "language model": row.lm, [row.reward_models?.length > 1 ? "reward models" : "reward model"]: row.reward_models?.join(", "), options: row.options,
+    method: row.method, weight: row.weights.join(", "), k: row.k, temperature: row.temperature, seed: row.seed,
+    "language model": row.lm, [row.reward_models.length > 1 ? "reward models" : "reward model"]: row.reward_models.join(", "), options: row.options,
   };
   const shown = Object.entries(facts).filter(([, value]) => value != null && value !== "");
   byId("settings").replaceChildren(...shown.map(fact));
@@ -181,7 +176,8 @@ function showCurves() {
       final: (row) => finalRewards(row)[j] ?? null,
     })),
   ];
-  charts = curves.map(drawCurve);
+  // Without guidance a trace has no rewards of tokens, only those of the whole answer.
+  charts = curves.filter(({ of }) => shownRows().some((row) => of(pair[row]).length)).map(drawCurve);
   byId("curves").replaceChildren(...charts.map(({ figure }) => figure));
 }
 
@@ -225,8 +221,9 @@ function drawCurve({ name, of, final }) {
 function markCurves(place) {
   for (const { here, values, lines } of charts) {
     here.setAttribute("d", place === null ? "" : `M${place.index + 1} 0V100`);
-    const known = place === null ? [] : lines.filter((line) => (line.values[place.index + 1] ?? null) !== null);
-    values.textContent = known.map((line) => `${line.row} ${number(line.values[place.index + 1])}`).join(" · ");
+    const shown = lines.map(({ row, values, final }) => [row, (place === null ? values.at(-1) ?? final : values[place.index + 1]) ?? null]);
+    const known = shown.filter(([, value]) => value !== null);
+    values.textContent = known.map(([row, value]) => (lines.length > 1 ? `${row} ` : "") + number(value)).join(" · ");
   }
 }
 
@@ -295,18 +292,20 @@ function colour() {
     });
   }
   const ends = { signed: [`${number(-most)} or less`, `+${number(most)} or more`], amount: ["0", `${number(most)} or more`], range: [number(least), number(most)] }[measure.scale];
+  const isGreedy = measure.of === influence && shownRows().every((row) => tokensOf(row).every((token) => token.log_q === 0));
+  const greedy = isGreedy ? " Here each token was certain, since the method does not sample: the number is −log p." : "";
   const of = unit === "token" ? "" : ` Each ${unit} has the ${measure.fold} over its tokens.`;
   const underlined = changed.some(Boolean) ? " Underlined: guidance changed which token is likeliest." : "";
   byId("legend").replaceChildren(
     make("span", {}, ends[0]), make("i", { class: measure.scale === "signed" ? "signed" : "amount" }), make("span", {}, ends[1]),
-    make("p", {}, measure.says + of + underlined));
+    make("p", {}, measure.says + greedy + of + underlined));
 }
 
 // ---- The list of changes
 
 function showChanges() {
   const tokens = tokensOf("guided"), places = [...tokens.keys()];
-  const hasCandidates = tokens.some((token) => token.candidates?.length);
+  const hasCandidates = tokens.some((token) => token.candidates.length);
   const isGuided = !isUnguided(pair.guided);
   const atChanges = places.filter((i) => changed[i]);
   const strongest = places.filter((i) => influence(tokens[i]) !== null).sort((a, b) => tokens[b].kl - tokens[a].kl).slice(0, 10);
@@ -380,7 +379,7 @@ function inspect(place) {
 
 function candidatesOf(token) {
   const candidates = token.candidates;
-  if (!candidates?.length) return make("p", { class: "muted" }, "The trace has no candidates of this token.");
+  if (!candidates.length) return make("p", { class: "muted" }, "The trace has no candidates of this token.");
   const count = token.candidate_count ?? candidates.length;
   const rewards = candidates[0].rewards.map((_, j) => (candidates[0].rewards.length === 1 ? "reward" : `r${j + 1}`));
   const bar = (log, kind) => {
@@ -482,9 +481,9 @@ byId("unit").addEventListener("change", (event) => {
 
 byId("page").classList.toggle("alone", answers.length === 1);
 byId("answers").replaceChildren(...answers.map(({ guided, unguided }, index) => {
-  const rewards = [guided, unguided].map((row) => finalRewards(row)[0]).filter((x) => x !== undefined);
-  const numbers = rewards.length ? `reward ${rewards.reverse().map((x) => number(x)).join(" → ")}` : `${guided.tokens.length} tokens`;
-  const button = make("button", { type: "button" }, make("span", {}, named(guided.prompt)), make("span", { class: "muted" }, `${guided.id} · ${numbers}`));
+  const [reward, other] = [guided, unguided].map((row) => finalRewards(row)[0] ?? null);
+  const numbers = reward === null ? `${guided.tokens.length} tokens` : `reward ${number(reward)}${other === null ? "" : `, unguided ${number(other)}`}`;
+  const button = make("button", { type: "button" }, make("span", {}, named(guided.prompt)), make("span", { class: "muted" }, `${guided.id}${guided.sample ? ` · answer ${guided.sample + 1}` : ""} · ${numbers}`));
   button.addEventListener("click", () => show(index));
   return make("li", {}, button);
 }));
