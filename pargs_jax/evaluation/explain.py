@@ -136,11 +136,11 @@ def _digest(content: str) -> str:
 
 
 def _json_in_html(value: Any) -> str:
-    """JSON that HTML cannot take for the end of its element, or for a comment."""
+    """JSON in which HTML finds neither the end of its element nor a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Surrogates without a partner, which bytes that are not text become, have no UTF-8.
     text = re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return text.replace("<", "\\u003c")
 
 
 def main() -> None:
