@@ -312,6 +312,7 @@ def test_it_fits_and_is_readable(open_page, story, width, colours):
     assert boxes[0]["y"] + boxes[0]["height"] <= panel["y"] or width > 360, "the panel does not hide the token"
     for measure in ("log q − log p", "entropy"):
         page.get_by_label(measure, exact=True).check()
+        assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('#legend i')).backgroundImage")
         contrasts = page.evaluate(CONTRASTS)
         assert min(contrasts) >= 4.5 and len(contrasts) > 30
 
