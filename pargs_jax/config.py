@@ -1,7 +1,8 @@
 """Every option of training and decoding, as frozen dataclasses.
 
-An option is declared once, here (`pargs_jax.options`): YAML files, the command line and `--help` (`pargs_jax.cli`) are
-derived from these classes, and `validate()` checks them when they are made from Python.
+An option is declared once, here (`pargs_jax.options`): YAML files (`pargs_jax.config_files`), the command line and
+`--help` (`pargs_jax.commands`) are derived from these classes, and `validate()` checks them when they are made from
+Python.
 
     config = TrainConfig(batch_size=32, objective=ObjectiveConfig(name="bt"))
     config = dataclasses.replace(config, seed=1)
@@ -380,7 +381,7 @@ class DecodeConfig:
         if self.explain is not None and self.out is not None:
             raise InputError(
                 "--explain: is for answers that are printed; for those of --out, write traces (--trace F.jsonl "
-                "--trace-candidates) and make the page of them (python -m pargs_jax.evaluation.explain)"
+                "--trace-candidates) and make the page of them (python -m pargs_jax.commands.explain)"
             )
         named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
         if self.method is None and not self.compile_only and any(named.values()):

@@ -164,7 +164,7 @@ class TracesFile:
                     )
             if len(lines) > len(answered) and not is_known:
                 raise InputError(
-                    f"{path}: is there already, and does not belong to {answers_path}; give another --trace"
+                    f"{path}: already exists, and does not belong to {answers_path}; give another --trace"
                 )
             for number, line in enumerate(lines[len(answered) :], start=len(answered) + 1):
                 is_whole, found = line.endswith(b"\n"), _identity(line)

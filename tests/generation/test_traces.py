@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pargs_jax.commands.generate import generate
 from pargs_jax.config import DecodeConfig
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
-from pargs_jax.generation.run import generate
 from pargs_jax.generation.session import Session, Settings
 from pargs_jax.generation.traces import AnswerTrace, read_traces
 from pargs_jax.models.hf import load_model
@@ -160,7 +160,7 @@ def test_answers_without_a_trace_and_traces_of_other_answers_are_refused(config,
     generate(config)
     before = trace.read_bytes()
     other = dataclasses.replace(config, out=str(tmp_path / "other.jsonl"))
-    with pytest.raises(InputError, match=r"traces.jsonl: is there already, and does not belong to .*other.jsonl"):
+    with pytest.raises(InputError, match=r"traces.jsonl: already exists, and does not belong to .*other.jsonl"):
         generate(other)
     with AnswersFile(out, config), pytest.raises(InputError, match="another decode\\.py is writing it"):
         AnswersFile(tmp_path / "other.jsonl", other)

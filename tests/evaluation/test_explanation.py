@@ -1,4 +1,4 @@
-"""The page that explains an answer, as a file: what it holds, what it refuses. `test_explain_page.py` looks at it."""
+"""The page that explains answers, as a file: what it holds and refuses. `test_explanation_page.py` looks at it."""
 
 import dataclasses
 import html.parser
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pargs_jax.errors import InputError
-from pargs_jax.evaluation.explain import SHOWN_CANDIDATES, explanation_page
+from pargs_jax.evaluation.explanation import SHOWN_CANDIDATES, explanation_page
 from pargs_jax.generation.traces import TracedCandidate
 
 
@@ -104,7 +104,7 @@ def test_the_command_makes_the_page_from_trace_files(make_trace, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(make_trace([text]).as_row()) + "\n")
 
     def run(*arguments):
-        command = [sys.executable, "-m", "pargs_jax.evaluation.explain", *arguments]
+        command = [sys.executable, "-m", "pargs_jax.commands.explain", *arguments]
         ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         return ended.returncode, ended.stderr.strip()
 

@@ -1,6 +1,4 @@
-"""The page that explains an answer: one HTML file, which needs no network, made of traces (docs/traces.md).
-
-    python -m pargs_jax.evaluation.explain guided.jsonl unguided.jsonl --out page.html
+"""The page that explains answers: one HTML file, which needs no network, made of traces (docs/explain.md).
 
 It shows each token with its numbers and candidates, where guidance changed the likeliest token, running sums, and
 beside a guided answer the unguided one of the same id.
@@ -18,11 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pargs_jax.cli import Parser
-from pargs_jax.command import command
 from pargs_jax.durable_files import write_failures_named, write_whole
 from pargs_jax.errors import InputError
-from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken, read_traces
+from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
 
 SHOWN_CANDIDATES = 40
 """Most candidates of a token that the page holds: the likeliest under p and under q, half each."""
@@ -141,19 +137,3 @@ def _json_in_html(value: Any) -> str:
     # Surrogates without a partner, which bytes that are not text become, have no UTF-8.
     text = re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.replace("<", "\\u003c")
-
-
-def main() -> None:
-    parser = Parser(prog="python -m pargs_jax.evaluation.explain", description="Make the page that explains answers.")
-    parser.add_argument("trace", metavar="TRACE.jsonl", type=Path, help="trace of the answers (decode.py --trace)")
-    parser.add_argument(
-        "unguided", metavar="UNGUIDED.jsonl", type=Path, nargs="?", help="trace of the unguided answers, shown beside"
-    )
-    parser.add_argument("--out", metavar="F.html", type=Path, required=True, help="the page")
-    given = parser.parse_args()
-    unguided = [] if given.unguided is None else list(read_traces(given.unguided))
-    write_page(given.out, list(read_traces(given.trace)), unguided)
-
-
-if __name__ == "__main__":
-    command(main)

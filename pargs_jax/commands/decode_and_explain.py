@@ -1,4 +1,4 @@
-"""What `python decode.py --explain` does: answers prompts with and without guidance, and makes the page of both."""
+"""`decode.py --explain`: answers with guidance and without, and the page of both."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pargs_jax.commands.generate import decode_all, error_console, prepare, print_responses
 from pargs_jax.config import DecodeConfig
-from pargs_jax.evaluation.explain import write_page
-from pargs_jax.generation.answers import Answer
+from pargs_jax.evaluation.explanation import write_page
 from pargs_jax.generation.output import options_digest
-from pargs_jax.generation.run import decode_all, error_console, in_order, prepare, print_responses
+from pargs_jax.generation.session import Answer
 from pargs_jax.generation.traces import AnswerTrace
 from pargs_jax.processes import on_first
 
@@ -24,7 +24,7 @@ def decode_and_explain(config: DecodeConfig, console: Console | None = None) -> 
     console = console or error_console()
     config, session, prompts, settings = prepare(config, console)
     settings = dataclasses.replace(settings, trace="candidates")
-    answers = in_order(decode_all(session, prompts, settings, config.method, console), prompts)
+    answers = decode_all(session, prompts, settings, config.method, console)
     unguided: list[Answer] = []
     if settings.method.guided:
         without = dataclasses.replace(settings, weights=(0.0,))

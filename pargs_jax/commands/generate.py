@@ -1,4 +1,4 @@
-"""What `python decode.py` does: one prompt, a file of prompts, or the demo."""
+"""Answers by one method: to one prompt, a file of prompts, or the demo's."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,24 +11,22 @@ import numpy as np
 from jaxtyping import Bool
 from rich.console import Console
 
-from pargs_jax.cli import to_yaml
+from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
 from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
+from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt, load_prompts
 from pargs_jax.decoding.methods import METHODS, Method
-from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.session import Answer, Session, Settings
+from pargs_jax.models.model import unrolls_by_default
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.progress import ShownProgress
 from pargs_jax.text.prompts import choose_form, get_form
 
-DEMO_PROMPTS = 200
-DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
-"""Where `train.py` leaves the demo's reward models, trained on all prefixes and on full answers."""
-
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
+    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
     traced = "candidates" if config.trace_candidates else "tokens"
     return Settings(
         method,
@@ -52,7 +50,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     console = console or error_console()
     config, session, prompts, settings = prepare(config, console)
     if config.out is None:
-        answers = in_order(decode_all(session, prompts, settings, config.method, console), prompts)
+        answers = decode_all(session, prompts, settings, config.method, console)
         print_responses(answers)
         return answers
     with ExitStack() as stack:
@@ -71,7 +69,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
 
 
 class Prepared(NamedTuple):
-    """All that a run needs to decode. `config` is the one in effect, with the form that prompts are written in."""
+    """All that decoding needs. `config` is the one in effect, with the form that prompts are written in."""
 
     config: DecodeConfig
     session: Session
@@ -87,7 +85,7 @@ def prepare(config: DecodeConfig, console: Console) -> Prepared:
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
+    session = open_session(config, [demo_reward_model(method)] if is_demo else config.rm)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -99,39 +97,34 @@ def error_console() -> Console:
     return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
 
 
-def in_order(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[Answer]:
-    """The answers in the order of their prompts."""
-    order = {prompt.id: number for number, prompt in enumerate(prompts)}
-    return sorted(answers, key=lambda answer: (order[answer.id], answer.sample))
-
-
 def print_responses(answers: Sequence[Answer]) -> None:
-    """Prints the texts of the answers, in the first process alone."""
+    """Prints the answers' texts, in the first process alone."""
     for answer in answers if jax.process_index() == 0 else ():
         print(answer.response)
 
 
 def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
     """The config's language model with these reward models."""
-    lm = str(demo.DEMO_LM) if config.lm == DEMO else config.lm
-    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
-    return Session(lm, [str(path) for path in reward_models], dtype=config.dtype, unroll=unroll)
+    return Session(
+        model_source(config.lm),
+        [str(path) for path in reward_models],
+        dtype=config.dtype,
+        unroll=unrolls(config, jax.default_backend()),
+    )
 
 
-def demo_guide(method: Method) -> Path:
-    """The demo's reward model of a guided method. Raises InputError if it was not trained yet."""
-    path = DEMO_GUIDES[method.reward_model]
-    if not path.exists():
-        objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
-        raise InputError(f"{path}: no reward model of the demo there; run 'python train.py{objective}' first")
-    return path
+def unrolls(config: DecodeConfig, platform: str) -> bool:
+    """Whether layers run one by one on a platform, such as `tpu`."""
+    return unrolls_by_default(platform) if config.unroll == "auto" else config.unroll == "yes"
 
 
 def decode_all(
     session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
 ) -> list[Answer]:
-    """All answers, with progress."""
-    return [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    """All answers in the order of their prompts, with progress."""
+    order = {prompt.id: number for number, prompt in enumerate(prompts)}
+    answers = [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    return sorted(answers, key=lambda answer: (order[answer.id], answer.sample))
 
 
 def _decode_batches(
@@ -162,9 +155,3 @@ def _read_prompts(config: DecodeConfig, session: Session) -> list[Prompt]:
         columns = column_names(config.columns, "--columns", PROMPT_COLUMNS)
         return load_prompts(config.prompts, form, session.tokenizer, columns=columns)[: config.limit]
     return demo_prompts(config)
-
-
-def demo_prompts(config: DecodeConfig) -> list[Prompt]:
-    """Prompts of the demo's test split, which no demo model was trained on."""
-    rows = demo.prompts(config.limit or DEMO_PROMPTS, seed=config.seed, split="test")
-    return [Prompt(row["id"], row["prompt"]) for row in rows]

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from pargs_jax.evaluation.explain import explanation_page
+from pargs_jax.evaluation.explanation import explanation_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
