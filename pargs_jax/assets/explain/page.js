@@ -49,6 +49,12 @@ function change(token) {
   return (after.log_q ?? -Infinity) > (before.log_q ?? -Infinity) ? { before, after } : null;
 }
 
+/** The two tokens of a change in words; their spaces are shown where nothing else tells them apart. */
+function changeInWords({ before, after }) {
+  const name = quoted(before) === quoted(after) ? visible : quoted;
+  return [make("s", {}, name(before)), ` → ${name(after)}`];
+}
+
 const influence = (token) => minus(token.log_q, token.log_p);
 const rewardNames = (pair) => {
   const names = pair.guided.reward_models.map((path) => path.split(/[\\/]/).filter((part) => part && part !== "model").at(-1));
@@ -333,9 +339,7 @@ function showChanges() {
 
 function placeButton(index) {
   const token = tokensOf("guided")[index], found = changed[index];
-  const words = found
-    ? [make("s", {}, quoted(found.before)), " → ", quoted(found.after)]
-    : [quoted(token)];
+  const words = found ? changeInWords(found) : [quoted(token)];
   const drawn = found && token.id !== found.after.id ? `, drew ${quoted(token)}` : "";
   const button = make("button", { type: "button" }, make("span", {}, ...words), make("span", { class: "muted" }, `token ${index + 1}, KL ${number(token.kl)}${drawn}`));
   button.addEventListener("click", () => moveTo({ row: "guided", index }));
@@ -364,7 +368,7 @@ function inspect(place) {
   const close = make("button", { id: "close", type: "button", "aria-label": "Close" }, "×");
   close.addEventListener("click", () => choose(null));
   const notes = [];
-  if (found) notes.push(make("p", { class: "note" }, "Guidance changed the likeliest token: ", make("s", {}, quoted(found.before)), ` → ${quoted(found.after)}.`));
+  if (found) notes.push(make("p", { class: "note" }, "Guidance changed the likeliest token: ", ...changeInWords(found), "."));
   if (row === "guided" && pair.unguided && index <= parting && tokensOf("unguided")[index]) {
     const other = tokensOf("unguided")[index];
     notes.push(make("p", { class: "muted" }, `Without guidance: ${quoted(other)} was drawn here, log q ${number(other.log_q)}.`));
