@@ -1,70 +1,105 @@
-"""Traces with made-up numbers, whose parts fit together as a decode's do."""
+"""Tiny models on disk, answers files and a local endpoint, shared by the tests of this folder."""
 
-import numpy as np
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 
-from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
-
-END = 2
-"""The end-of-sequence token."""
-
-
-def log_softmax(scores):
-    return scores - np.log(np.exp(scores).sum())
+from pargs_jax.models.hf import save_model
+from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
-def make_trace():
-    """Makes the trace of an answer whose tokens have the given texts, the end-of-sequence token behind them.
+def save_tiny(tmp_path_factory):
+    """Saves a random model with the demo's tokenizer and returns its folder."""
 
-    Candidate c of step t has the id 100 * t + c + 10 and the drawn token is candidate 0 or, with `drawn`, another.
-    """
+    def save(head, *, seed=0):
+        folder = tmp_path_factory.mktemp(head)
+        model, params = tiny_model("llama", head, seed=seed, vocab_size=512)
+        save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
+        tiny_tokenizer().save(folder)
+        return str(folder)
 
-    def make(texts, *, seed=0, weights=(2.0,), k=4, keeps_candidates=True, drawn=(), adds_up=False, **changes):
-        rng = np.random.default_rng(seed)
-        guides = len(weights)
-        tokens = []
-        for t, text in enumerate([*texts, ""]):
-            log_p = log_softmax(rng.normal(size=k) * 2) + np.log(0.9)
-            rewards = rng.normal(size=(k, guides)).round(3)
-            log_q = log_softmax(log_p + rewards @ np.asarray(weights, float))
-            index = drawn[t] if t < len(drawn) else 0
-            is_end = t == len(texts)
-            candidates = tuple(
-                TracedCandidate(
-                    END if is_end and c == index else 100 * t + c + 10,
-                    text if c == index else f" other{c}",
-                    float(log_p[c]),
-                    float(log_q[c]),
-                    tuple(map(float, rewards[c])),
-                )
-                for c in range(k)
-            )
-            chosen = candidates[index]
-            kl = float((np.exp(log_q) * (log_q - log_p)).sum())
-            entropy = float(rng.uniform(0, 3))
-            kept = candidates if keeps_candidates else None
-            tokens.append(TracedToken(chosen.id, text, chosen.log_p, chosen.log_q, chosen.rewards, entropy, kl, kept))
-        rewards = np.array([token.rewards for token in tokens])
-        fields = {
-            "id": "a",
-            "sample": 0,
-            "prompt": "Tell me a story.",
-            "response": "".join(texts),
-            "finish_reason": "stop",
-            "log_probability": sum(token.log_p for token in tokens),
-            "kl": sum(token.kl for token in tokens),
-            "guide_rewards": tuple(map(float, rewards.sum(axis=0) if adds_up else rewards[-1])),
-            "method": "pargs",
-            "weights": weights,
-            "k": k,
-            "temperature": 1.0,
-            "seed": 0,
-            "lm": "models/lm",
-            "reward_models": tuple(f"runs/rm{j}/model" for j in range(guides)),
-            "eos_ids": (END,),
-            "tokens": tuple(tokens),
-        }
-        return AnswerTrace(**fields | changes)
+    return save
 
-    return make
+
+@pytest.fixture(scope="session")
+def lm(save_tiny):
+    return save_tiny("vocabulary")
+
+
+@pytest.fixture(scope="session")
+def rm(save_tiny):
+    return save_tiny("reward", seed=1)
+
+
+@pytest.fixture
+def answers_file(tmp_path):
+    """Writes an answers file of these responses, to prompts p0, p1, ..., and returns its path."""
+
+    def write(name, responses, **fields):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [
+            {"id": f"p{i}", "prompt": "My lamp broke.", "response": text} | fields for i, text in enumerate(responses)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def longer_wins(a, b):
+    return "I prefer the longer one. " + ("[[A]]" if len(a) > len(b) else "[[B]]" if len(b) > len(a) else "[[C]]")
+
+
+class FakeEndpoint:
+    """Answers chat completions by `reply(a, b)`: a text, an HTTP status, or seconds to hang. Keeps the requests."""
+
+    def __init__(self, reply=longer_wins):
+        self.reply = reply
+        self.requests, self.keys = [], []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.requests.append(body)
+                fake.keys.append(self.headers["Authorization"])
+                user = body["messages"][-1]["content"]
+                a, b = re.search(r"# Answer A\n(.*)\n\n# Answer B\n(.*)", user, re.DOTALL).groups()
+                said = fake.reply(a, b)
+                if isinstance(said, float):
+                    time.sleep(said)
+                    said = "too late [[A]]"
+                status = said if isinstance(said, int) else 200
+                content = {"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]}
+                payload = json.dumps({"error": {"message": "no"}} if isinstance(said, int) else content).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(payload)))
+                    self.end_headers()
+                    self.wfile.write(payload)
+                except BrokenPipeError:
+                    pass
+
+            def log_message(self, *words):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def endpoint():
+    fake = FakeEndpoint()
+    yield fake
+    fake.close()
