@@ -41,10 +41,12 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
     )
 
 
+OpenModels = Callable[[DecodeConfig, Sequence[str | Path]], Session]
+"""Opens a config's language model with reward models, as `open_session` does."""
+
+
 def generate(
-    config: DecodeConfig,
-    console: Console | None = None,
-    open_models: Callable[[DecodeConfig, Sequence[str | Path]], Session] | None = None,
+    config: DecodeConfig, console: Console | None = None, open_models: OpenModels | None = None
 ) -> list[Answer]:
     """Answers the config's prompts with its method; prints the answers, or writes them to `out` with progress.
 
@@ -52,7 +54,7 @@ def generate(
     called in place of `open_session`. Raises InputError for anything that cannot be used, before any decoding.
     """
     console = console or error_console()
-    config, session, prompts, settings = prepare(config, console)
+    config, session, prompts, settings = prepare(config, console, open_models)
     if config.out is None:
         answers = decode_all(session, prompts, settings, config.method, console)
         print_responses(answers)
@@ -81,8 +83,9 @@ class Prepared(NamedTuple):
     settings: Settings
 
 
-def prepare(config: DecodeConfig, console: Console) -> Prepared:
-    """Loads what the config names, and shows the config in effect. Raises InputError for what cannot be used."""
+def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | None = None) -> Prepared:
+    """Loads what the config names, and shows the config in effect. `open_models` is called in place of `open_session`.
+    Raises InputError for what cannot be used."""
     config.validate()
     if config.method is None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}")
