@@ -339,7 +339,7 @@ class DecodeConfig:
         "docs/explain.md",
         metavar="F.html",
     )
-    n: int = option(1, "answers to each prompt, of the methods that sample", at_least=1)
+    n: int = option(1, "answers to each prompt; more than one only from a method that samples", at_least=1)
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
         (), "reward weight: one for all reward models, or one for each", unset="the method's"
