@@ -48,12 +48,9 @@ class CausalGuide:
     def read_prefixes(
         self, params: Params, state: Cache, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B W"], Cache]:
-        offsets = jnp.broadcast_to(jnp.arange(width), (len(new), width))
-        at = jnp.minimum((text.lengths - new)[:, None] + offsets, text.tokens.shape[1] - 1)
-        tokens = jnp.take_along_axis(text.tokens, at, axis=1)
-        causal = jnp.tril(jnp.ones((width, width), bool))
-        hidden, pending = self.model.extend(params, state, tokens, offsets, causal)
-        return self.model.rewards(params, hidden), state.append(pending, new)
+        at = jnp.minimum((text.lengths - new)[:, None] + jnp.arange(width), text.tokens.shape[1] - 1)
+        hidden, cache = self.model.read(params, state, jnp.take_along_axis(text.tokens, at, axis=1), new)
+        return self.model.rewards(params, hidden), cache
 
     def _prefill(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None

@@ -106,8 +106,8 @@ class Judge(Guide, Protocol):
     def read(
         self, params: Any, state: Any, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], Any]:
-        """Reads the last `new[b]` tokens of each text, at most `width`. Returns the reward of each text, how many of the
-        model's own tokens were read, and the state. Where `new[b]` is 0 there is no reward, and the row stays."""
+        """Reads the last `new[b]` tokens of each text, at most `width`. Returns the reward of each text, how many
+        of the model's own tokens were read, and the state. Where `new[b]` is 0 there is no reward and the row stays."""
         ...
 
     def read_prefixes(

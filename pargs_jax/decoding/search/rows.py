@@ -218,7 +218,7 @@ def require_judge(method: Any, searcher: Searcher) -> None:
 
 def of_prompts(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
     """Rows by prompt."""
-    return x.reshape(prompts, -1, *x.shape[1:])
+    return x.reshape(prompts, len(x) // prompts, *x.shape[1:])
 
 
 def branch_keys(keys: PRNGKeyArray, numbers: Int[Array, "*n"]) -> PRNGKeyArray:
@@ -264,7 +264,7 @@ def pick(tree: Any, index: Int[Array, "B *m"]) -> Any:
 
     def of_array(x: Array) -> Array:
         taken = jax.vmap(lambda rows, i: rows[i])(of_prompts(x, len(index)), chosen)
-        return taken.reshape(-1, *x.shape[1:])
+        return taken.reshape(chosen.size, *x.shape[1:])
 
     return jax.tree.map(of_array, tree)
 

@@ -71,7 +71,7 @@ class SpeculativeRejection:
 
         def all_of(*parts: jax.Array) -> jax.Array:
             joined = jnp.concatenate([of_prompts(part, batch) for part in parts], axis=1)
-            return joined.reshape(-1, *joined.shape[2:])
+            return joined.reshape(batch * joined.shape[1], *joined.shape[2:])
 
         scores = jnp.concatenate([scores for _, scores in ended], axis=1)
         chosen = scores.argmax(axis=1)
