@@ -89,8 +89,8 @@ class CausalModel(Model):
     def read(
         self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them. Needs
-        room for all T."""
+        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.
+        Needs room for all T."""
         offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if not self.unrolled:
             causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
