@@ -395,3 +395,34 @@ def test_what_does_not_go_together_is_refused():
             search(method, Searcher(searcher.decoder), given, STEPS)
     with pytest.raises(InputError, match="give no judges"):
         run(TwistedSmc(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class AddsUp:
+    """A guide without ways to read several tokens at once, whose rewards add up over an answer."""
+
+    inner: CausalGuide
+    scores_vocabulary = False
+    adds_up = True
+
+    def prefill(self, *arguments):
+        return self.inner.prefill(*arguments)
+
+    def score(self, *arguments):
+        return self.inner.score(*arguments)
+
+    def commit(self, *arguments):
+        return self.inner.commit(*arguments)
+
+    def rewind(self, *arguments):
+        return self.inner.rewind(*arguments)
+
+
+@pytest.mark.parametrize("method", [ChunkBeam(1, 3, 4), CARDS], ids=["blockwise", "cards"])
+def test_any_guide_can_judge_and_rewards_that_add_up_do(method):
+    searcher, params, judge_params = parts()
+    searcher = Searcher(searcher.decoder, (AddsUp(searcher.judges[0]),))
+    found = jax.device_get(search(method, searcher, inputs(params, judge_params, make_prompts()), STEPS))
+    for row, (prompt, answer) in enumerate(zip(make_prompts(), answers_of(found), strict=True)):
+        expected = sum(reward_of(prompt + answer[: i + 1]) for i in range(len(answer)))
+        assert found.scores[row] == pytest.approx(expected, abs=1e-4)
