@@ -57,9 +57,15 @@ class CausalModel(Model):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
         state too."""
+        hidden, cache = self.prefill_states(params, prompts, lengths, slots)
+        return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0], cache
+
+    def prefill_states(
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
+    ) -> tuple[Float[Array, "B P D"], Cache]:
+        """`prefill` with the final hidden states of all the prompts' tokens, in the slots that the cache has them in."""
         hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        return last, Cache(with_slots(new, slots), lengths)
+        return hidden, Cache(with_slots(new, slots), lengths)
 
     def siblings(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]

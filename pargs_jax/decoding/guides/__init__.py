@@ -2,17 +2,23 @@
 
 from pargs_jax.decoding.guides.causal import CausalGuide
 from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
+from pargs_jax.decoding.guides.next_token import AutoregressiveGuide, NextTokenGuide, RatioGuide
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
+from pargs_jax.decoding.guides.similarity import SimilarityGuide
 
 __all__ = [
+    "AutoregressiveGuide",
     "CandidateGuide",
     "Capacity",
     "CausalGuide",
     "Chosen",
     "EncoderGuide",
     "Guide",
+    "NextTokenGuide",
     "Prompts",
+    "RatioGuide",
     "RetokenisedGuide",
+    "SimilarityGuide",
     "Text",
     "VocabularyGuide",
 ]
