@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from pargs_jax.models.lora import Lora
+from pargs_jax.models.preference_lora import PreferenceLora
 
 Params = dict[str, Any]
 HeadName = Literal["vocabulary", "reward"]
@@ -43,7 +44,7 @@ class Model:
     config: Any
     head: HeadName = "vocabulary"
     unrolled: bool = False
-    lora: Lora | None = None
+    lora: Lora | PreferenceLora | None = None
 
     def make_head(self, rngs: nnx.Rngs) -> nnx.Module:
         """The module that reads logits or rewards off hidden states."""

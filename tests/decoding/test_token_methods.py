@@ -152,7 +152,11 @@ def naive_scores(case, said):
     """A method's equation: scores of the whole vocabulary, and each guide's rewards."""
     log_p = said["lm"]
     rewards = [
-        said[name[0]] - said[name[1]] if isinstance(name, tuple) else -said["similarity"] if name == "lm" else said[name]
+        said[name[0]] - said[name[1]]
+        if isinstance(name, tuple)
+        else -said["similarity"]
+        if name == "lm"
+        else said[name]
         for name in case.guides
     ]
     top = np.argsort(-log_p)[:K]

@@ -2,7 +2,13 @@
 
 from pargs_jax.decoding.guides.causal import CausalGuide
 from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
-from pargs_jax.decoding.guides.next_token import AutoregressiveGuide, NextTokenGuide, RatioGuide
+from pargs_jax.decoding.guides.next_token import (
+    AutoregressiveGuide,
+    NextTokenGuide,
+    PreferenceGuide,
+    PreferredPrompts,
+    RatioGuide,
+)
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
 from pargs_jax.decoding.guides.similarity import SimilarityGuide
 
@@ -15,6 +21,8 @@ __all__ = [
     "EncoderGuide",
     "Guide",
     "NextTokenGuide",
+    "PreferenceGuide",
+    "PreferredPrompts",
     "Prompts",
     "RatioGuide",
     "RetokenisedGuide",

@@ -15,6 +15,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
+from pargs_jax.models.preference_lora import with_preferences
 
 
 class NextTokenState(NamedTuple):
@@ -80,6 +81,41 @@ class AutoregressiveGuide(NextTokenGuide):
 
     def of_head(self, numbers: Float[Array, "B V"]) -> Float[Array, "B V"]:
         return jax.nn.log_softmax(numbers, axis=-1)
+
+
+class PreferredPrompts(NamedTuple):
+    """What a `PreferenceGuide` takes for its own prompts: these, None where they are the language model's, and the
+    preference vector of each row."""
+
+    prompts: Prompts | None
+    preferences: Float[Array, "B M"]
+
+
+class PreferenceState(NamedTuple):
+    reader: NextTokenState
+    preferences: Float[Array, "B M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceGuide(AutoregressiveGuide):
+    """One autoregressive reward model for all weightings of several objectives: its low-rank additions depend on each
+    row's preference vector (PARM; Lin et al., 2025). Its model's `lora` is a `PreferenceLora`."""
+
+    def prefill(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: PreferredPrompts
+    ) -> PreferenceState:
+        own, preferences = own_prompts
+        with_own = with_preferences(params, preferences)
+        return PreferenceState(super().prefill(with_own, prompts, capacity, own), preferences)
+
+    def score(self, params: Params, state: PreferenceState, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        return super().score(with_preferences(params, state.preferences), state.reader, text)
+
+    def commit(self, params: Params, state: PreferenceState, pending: Any, chosen: Chosen) -> PreferenceState:
+        return state._replace(reader=super().commit(params, state.reader, pending, chosen))
+
+    def rewind(self, state: PreferenceState, text: Text, dropped: Int[Array, "B"]) -> PreferenceState:
+        return state._replace(reader=super().rewind(state.reader, text, dropped))
 
 
 @dataclasses.dataclass(frozen=True)
