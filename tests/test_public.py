@@ -77,7 +77,7 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = MAY_IMPORT.keys() - {"testing"}
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {
-    "decoding.proposals": set(),
+    "decoding.proposals": {"errors"},
     "decoding.rules": {"decoding.proposals"},
     "decoding.methods": {"decoding.proposals", "decoding.rules"},
 }

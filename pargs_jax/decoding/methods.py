@@ -6,9 +6,11 @@ from typing import Literal
 from pargs_jax.decoding.proposals import AllTokens, Proposer, RewardForm, TopK, TopKOfSum, TopP
 from pargs_jax.decoding.rules import Contrastive, Greedy, Rule, Sample
 
-RewardModelKind = Literal["full", "partial", "autoregressive", "ratio"]
-"""What guides a method: a reward model trained on full answers, or on their prefixes; language models whose
-log-probabilities are rewards; or pairs of language models, tuned and reference, whose log-ratio is."""
+RewardModelKind = Literal["full", "partial", "autoregressive", "preference", "ratio", "look_ahead"]
+"""What guides a method: reward models trained on full answers, or on their prefixes; language models whose
+log-probabilities are rewards; one of these that takes a preference vector; pairs of language models, tuned and
+reference, whose log-ratio is the reward; or an aligned language model, and a reward model of full answers, which scores
+what it writes."""
 
 CandidateKind = Literal["top_k", "top_k_of_sum", "top_p", "all"]
 
@@ -22,7 +24,8 @@ class Method:
         score: its equation, in the terms of docs/methods.md.
         reward_model: what guides it; None for a method without a reward model.
         rule: how a token is drawn.
-        k, weight, temperature, top_p: the numbers that the paper or its code uses.
+        k, weight, temperature, top_p, look_ahead: the numbers that the paper or its code uses. The last is how many
+            tokens an aligned model writes after each candidate.
         candidates: the language model's k likeliest tokens; the k highest scores; the nucleus; or the whole vocabulary.
             A reward model that scores one text at a time cannot score them all: the k likeliest are scored.
         reward_form: how rewards enter the scores.
@@ -37,6 +40,7 @@ class Method:
     weight: float = 0.0
     temperature: float = 1.0
     top_p: float = 1.0
+    look_ahead: int = 0
     candidates: CandidateKind = "top_k"
     reward_form: RewardForm = "plain"
     keeps_rest: bool = False
@@ -80,7 +84,7 @@ class Method:
             reasons["temperature"] = "does not sample"
         if self.rule == Greedy() and not self.guided:
             reasons["k"] = "takes the likeliest token"
-        if self.candidates == "top_p" or self.reward_model in ("autoregressive", "ratio"):
+        if self.candidates == "top_p" or self.reward_model in ("autoregressive", "preference", "ratio"):
             reasons["k"] = "does not take the k likeliest tokens"
         if self.candidates != "top_p":
             reasons["top_p"] = "has other candidates"
@@ -129,9 +133,17 @@ METHODS: dict[str, Method] = {
         "GenARM (Xu et al., 2025)", "log p(v) + sum_j w_j log pi_j(v)", "autoregressive", Sample(), weight=1.0,
         candidates="all",
     ),
+    "parm": Method(
+        "PARM (Lin et al., 2025)", "log p(v) + w log pi(v | a), a row's preference vector a", "preference", Sample(),
+        weight=1.0, candidates="all",
+    ),
     "expert_ratio": Method(
         "EFT (Mitchell et al., 2024) and DExperts (Liu et al., 2021)",
         "log p(v) + sum_j w_j (log pi_tuned,j(v) - log pi_ref,j(v))", "ratio", Sample(), weight=1.0, candidates="all",
+    ),
+    "transfer_q": Method(
+        "Transfer Q* (Chakraborty et al., 2024)", "log p(v) + w r(y, v, and what an aligned model writes after it)",
+        "look_ahead", Greedy(), weight=1.0, look_ahead=20,
     ),
 }  # fmt: skip
 """What `--method` takes. The scores of a sampled method are divided by the temperature as a whole: q is

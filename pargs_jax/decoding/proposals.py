@@ -81,8 +81,8 @@ class TopKOfSum:
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """The nucleus: the fewest tokens, likeliest first, whose probability under the language model at temperature 1 is at
-    least `mass` (Holtzman et al., 2020, section 3.1). Tokens as likely as its last one belong to it too.
+    """The nucleus: the fewest tokens, likeliest first, whose probability under the language model at temperature 1 is
+    at least `mass` (Holtzman et al., 2020). Tokens as likely as its last one belong to it too.
 
     Candidates come in the order of their ids.
     """

@@ -1,8 +1,8 @@
-"""The tokens that are not among the candidates, as one more candidate, for methods that guide a few tokens and keep all.
+"""The tokens that are not candidates, as one more candidate, for methods that guide a few tokens and keep all.
 
-If a row draws any of those tokens, it draws the one with the highest sum of scaled log-probability and Gumbel noise. That
-one is known before the candidates' rewards are. So it stands for all of them: its score has their whole probability, and
-guides score it and keep it like any other candidate.
+If a row draws any of those tokens, it draws the one with the highest sum of scaled log-probability and Gumbel noise.
+That one is known before the candidates' rewards are. So it stands for all of them: its score has their whole
+probability, and guides score it and keep it like any other candidate.
 """
 
 from typing import NamedTuple

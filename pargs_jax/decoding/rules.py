@@ -40,7 +40,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """Contrastive search (Su et al., 2022): the candidate with the highest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j).
+    """Contrastive search (Su et al., 2022): the candidate with the highest
+
+        (1 - alpha) p(v) - alpha max_j cos(h_v, h_j)
 
     The rewards are those of one `SimilarityGuide`, minus the largest cosine, and alpha is its weight.
     """

@@ -63,7 +63,7 @@ class CausalModel(Model):
     def prefill_states(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B P D"], Cache]:
-        """`prefill` with the final hidden states of all the prompts' tokens, in the slots that the cache has them in."""
+        """`prefill` with the final hidden states of all tokens, at the slots where the cache has them."""
         hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
         return hidden, Cache(with_slots(new, slots), lengths)
 

@@ -21,7 +21,9 @@ PREFERENCE = "preference"
 class BilinearAddition(nnx.Module):
     """The addition of one linear layer, all zero at first. `preference` is `[M]`, or `[B M]` with one for each row."""
 
-    def __init__(self, stack: tuple[int, ...], inputs: int, outputs: int, rank: int, objectives: int, scale: float):
+    def __init__(
+        self, stack: tuple[int, ...], inputs: int, outputs: int, rank: int, objectives: int, scale: float
+    ) -> None:
         def zeros(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.zeros((*stack, *shape)))
 

@@ -5,14 +5,21 @@ softmax(score / T) with the key of the row and step.
 """
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.decoding.guides import AutoregressiveGuide, CausalGuide, NextTokenGuide, RatioGuide, SimilarityGuide
+from pargs_jax.decoding.guides import (
+    AutoregressiveGuide,
+    CausalGuide,
+    LookAheadGuide,
+    NextTokenGuide,
+    RatioGuide,
+    SimilarityGuide,
+)
 from pargs_jax.decoding.loop import Decoder, advance, decode, row_keys, start
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.decoding.proposals import AllTokens, TopP
@@ -23,7 +30,7 @@ from pargs_jax.models.model import unstack_layers
 from pargs_jax.sharding import place_params
 from pargs_jax.testing import tiny_model
 
-V, PAD, EOS_IDS, STEPS, K = 61, 60, (0, 1, 2, 3), 7, 5
+V, PAD, EOS_IDS, STEPS, K, AHEAD = 61, 60, (0, 1, 2, 3), 7, 5, 3
 LENGTHS = (6, 3, 1, 4, 0)  # the last row is filler
 NUMBERS = (11, 12, 13, 14, 0)
 PROMPTS = [np.random.default_rng(length).integers(6, PAD, length).tolist() for length in LENGTHS]
@@ -36,6 +43,8 @@ def model(name):
         return tiny_model("gpt2")
     if name == "scalar":
         return unstack_layers(*tiny_model("llama", "reward", seed=1, std=0.3))
+    if name == "baseline":
+        return tiny_model("gpt2", "reward", seed=5, std=0.3)
     family, seed = {"one": ("llama", 2), "other": ("opt", 3), "table": ("gpt2", 4)}[name]
     return unstack_layers(*tiny_model(family, seed=seed))
 
@@ -50,7 +59,10 @@ GUIDES = {
 
 
 def guide(name):
-    """A guide and its params, by the name of its model; two names are a ratio's."""
+    """A guide and its params, by the name of its model; two names are a ratio's, or an aligned model's and judges'."""
+    if name[-1] in ("scalar", "baseline"):
+        aligned, *judges = (model(part)[0] for part in name)
+        return LookAheadGuide(aligned, tuple(judges), AHEAD, EOS_IDS), tuple(model(part)[1] for part in name)
     if isinstance(name, tuple):
         parts = [guide(part) for part in name]
         return RatioGuide(*(part for part, _ in parts)), tuple(params for _, params in parts)
@@ -97,6 +109,8 @@ CASES = {
     "genarm": Case("genarm", ("one",), (1.0,)),
     "genarm, two": Case("genarm", ("one", "other"), (0.7, 0.4), temperature=1.3),
     "expert_ratio": Case("expert_ratio", (("one", "other"),), (1.5,)),
+    "transfer_q": Case("transfer_q", (("one", "scalar"),), (1.0,)),
+    "transfer_q, indirect": Case("transfer_q", (("other", "scalar", "baseline"),), (1.0,)),
 }
 GUIDED = [name for name, case in CASES.items() if case.guides]
 
@@ -131,7 +145,7 @@ def states(network, params, texts):
     return hidden, network.rewards(params, hidden) if network.head == "reward" else network.logits(params, hidden)
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(text):
     """What the models say of a text with each token of the vocabulary appended, from whole passes, `[V]`."""
     ids = np.zeros((V, max(LENGTHS) + STEPS + 1), np.int32)
@@ -148,17 +162,38 @@ def read(text):
     return said
 
 
-def naive_scores(case, said):
+@cache
+def look_ahead(text, names):
+    """The reward of a text with each token, once the aligned model has gone on from there, `[V]`."""
+    ids = np.zeros((V, max(LENGTHS) + STEPS + 1 + AHEAD), np.int32)
+    ids[:, : len(text)] = text
+    ids[:, len(text)] = np.arange(V)
+    ends = np.full(V, len(text))  # the last token of each
+    for at in range(len(text), len(text) + AHEAD):
+        goes_on = (ends == at) & ~np.isin(ids[:, at], EOS_IDS)
+        logits = np.asarray(states(*model(names[0]), ids)[1][:, at])
+        ids[:, at + 1] = np.where(goes_on, logits.argmax(axis=1), 0)
+        ends = ends + goes_on
+    target, *baseline = (np.float64(states(*model(name), ids)[1])[np.arange(V), ends] for name in names[1:])
+    return np.exp(0.5 * (target - baseline[0])) * target if baseline else target
+
+
+def naive_reward(name, text):
+    """What a guide says of a text with each token appended."""
+    if name == "lm":
+        return -read(text)["similarity"]
+    if isinstance(name, str):
+        return read(text)[name]
+    if name[-1] in ("scalar", "baseline"):
+        return look_ahead(text, name)
+    return read(text)[name[0]] - read(text)[name[1]]
+
+
+def naive_scores(case, text):
     """A method's equation: scores of the whole vocabulary, and each guide's rewards."""
+    said = read(text)
     log_p = said["lm"]
-    rewards = [
-        said[name[0]] - said[name[1]]
-        if isinstance(name, tuple)
-        else -said["similarity"]
-        if name == "lm"
-        else said[name]
-        for name in case.guides
-    ]
+    rewards = [naive_reward(name, text) for name in case.guides]
     top = np.argsort(-log_p)[:K]
     among = np.isin(np.arange(V), top)
     total = sum(w * r for w, r in zip(case.weights, rewards, strict=True)) if rewards else np.zeros(V)
@@ -177,6 +212,9 @@ def naive_scores(case, said):
         case "farma" if case.guides == ("table",):
             fused = log_p + total
             scores = np.where(fused >= np.sort(fused)[-K], fused, -np.inf)
+        case "transfer_q":
+            best = np.where(among, log_p + total, -np.inf).argmax()
+            scores = np.where(np.arange(V) == best, 0.0, -np.inf)
         case "farma" | "cd" if case.guides == ("scalar",):
             scores = np.where(among, log_p + total, -np.inf)
         case _:
@@ -190,7 +228,7 @@ def drawn(case, decoder, scores, key, log_p):
     if decoder.candidates < V and not decoder.keeps_rest:
         by = scores if case.guides == ("table",) else log_p
         places = np.argsort(-by)[:K]
-    if case.temperature == 0 or case.method == "contrastive":
+    if case.temperature == 0 or case.method in ("contrastive", "transfer_q"):
         return int(scores.argmax())
     return int(places[jax.random.categorical(key, jnp.asarray(scores[places] / case.temperature, jnp.float32))])
 
@@ -199,8 +237,9 @@ def naive(case, prompt, number):
     key = jax.random.fold_in(jax.random.key(0), number)
     decoder, row = case.decoder, []
     while prompt and len(row) < STEPS and not (row and row[-1][0] in EOS_IDS):
-        said = read(tuple(prompt + [step[0] for step in row]))
-        scores, rewards = naive_scores(case, said)
+        text = tuple(prompt + [step[0] for step in row])
+        said = read(text)
+        scores, rewards = naive_scores(case, text)
         token = drawn(case, decoder, scores, jax.random.fold_in(key, len(row)), said["lm"])
         if case.temperature == 0:
             log_q = np.where(np.arange(V) == scores.argmax(), 0.0, -np.inf)
@@ -284,7 +323,7 @@ def test_the_gate_is_guided_at_zero_and_unguided_at_infinity(name):
         text = list(prompt)
         for step in range(found.lengths[row]):
             is_guided = bool(found.trace.entropies[row, step] >= gates[row])
-            scores, _ = naive_scores(case if is_guided else unguided, read(tuple(text)))
+            scores, _ = naive_scores(case if is_guided else unguided, tuple(text))
             log_q = scores / case.temperature - np.logaddexp.reduce(scores / case.temperature)
             token = int(found.tokens[row, step])
             assert found.trace.guided_log_probs[row, step] == pytest.approx(log_q[token], abs=1e-4)

@@ -2,6 +2,7 @@
 
 from pargs_jax.decoding.guides.causal import CausalGuide
 from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
+from pargs_jax.decoding.guides.look_ahead import LookAheadGuide
 from pargs_jax.decoding.guides.next_token import (
     AutoregressiveGuide,
     NextTokenGuide,
@@ -20,6 +21,7 @@ __all__ = [
     "Chosen",
     "EncoderGuide",
     "Guide",
+    "LookAheadGuide",
     "NextTokenGuide",
     "PreferenceGuide",
     "PreferredPrompts",

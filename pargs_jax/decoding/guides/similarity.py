@@ -27,10 +27,10 @@ class _Pending(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityGuide:
-    """The degeneration penalty of contrastive search (Su et al., 2022): minus the largest cosine of the hidden states of
-    a candidate and of any token before it, prompt included.
+    """The degeneration penalty of contrastive search (Su et al., 2022): minus the largest cosine of the hidden states
+    of a candidate and of any token before it, prompt included.
 
-    `model` is the language model itself, with its own params. It reads each text a second time, into a cache of its own.
+    `model` is the language model, with its own params. It reads each text a second time, into another cache.
     """
 
     model: CausalModel
