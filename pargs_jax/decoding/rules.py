@@ -52,3 +52,6 @@ class Contrastive:
         scores = (1.0 - alpha) * jnp.exp(proposal.log_probs) + alpha * proposal.rewards[..., 0]
         scores = jnp.where(proposal.is_candidate, scores, -jnp.inf)
         return Greedy()(proposal._replace(scores=scores), temperature)
+
+
+RULES: dict[str, Rule] = {"greedy": Greedy(), "sample": Sample(), "contrastive": Contrastive()}
