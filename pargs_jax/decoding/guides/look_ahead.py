@@ -25,9 +25,9 @@ class LookAheadGuide:
     """Transfer Q* (Chakraborty et al., 2024): the reward of the text, a candidate, and what an aligned model writes
     after it.
 
-    All models read the language model's tokens. The params are those of the aligned model, then each judge's. With two
-    judges, r of the target and b of the one that the aligned model was trained on, the reward is exp((r - b) / 2) r,
-    as in the published code of the paper's indirect transfer.
+    All models read the language model's tokens. The params, and the own prompts, are those of the aligned model, then
+    each judge's. With two judges, r of the target and b of the one that the aligned model was trained on, the reward is
+    exp((r - b) / 2) r, as in the published code of the paper's indirect transfer.
 
     Attributes:
         aligned: a language model; it writes greedily.
@@ -44,15 +44,20 @@ class LookAheadGuide:
     adds_up: ClassVar[bool] = False
 
     def prefill(
-        self, params: tuple[Params, ...], prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+        self,
+        params: tuple[Params, ...],
+        prompts: Prompts,
+        capacity: Capacity,
+        own_prompts: tuple[Prompts | None, ...] | None,
     ) -> LookAheadState:
-        tokens, lengths = prompts if own_prompts is None else own_prompts
-        slots = tokens.shape[1] + capacity.answer + self.tokens + 1
-        aligned, *judges = (
-            model.prefill(model_params, tokens, lengths, slots)[1]
-            for model, model_params in zip((self.aligned, *self.judges), params, strict=True)
-        )
-        return LookAheadState(aligned, tuple(judges))
+        caches = []
+        for model, model_params, own in zip(
+            (self.aligned, *self.judges), params, own_prompts or (None,) * len(params), strict=True
+        ):
+            tokens, lengths = prompts if own is None else own
+            slots = tokens.shape[1] + capacity.answer + self.tokens + 1
+            caches.append(model.prefill(model_params, tokens, lengths, slots)[1])
+        return LookAheadState(caches[0], tuple(caches[1:]))
 
     def score(
         self, params: tuple[Params, ...], state: LookAheadState, text: Text, candidates: Int[Array, "B K"]

@@ -121,7 +121,8 @@ class PreferenceGuide(AutoregressiveGuide):
 @dataclasses.dataclass(frozen=True)
 class RatioGuide:
     """The log-ratio of a tuned language model and the one that it was tuned from: log pi_tuned - log pi_ref (EFT;
-    Mitchell et al., 2024), or of an expert and an anti-expert (DExperts; Liu et al., 2021). Its params are a pair too.
+    Mitchell et al., 2024), or of an expert and an anti-expert (DExperts; Liu et al., 2021). Its params are a pair too,
+    and so are its own prompts.
     """
 
     tuned: VocabularyGuide
@@ -129,11 +130,11 @@ class RatioGuide:
     scores_vocabulary: ClassVar[bool] = True
     adds_up: ClassVar[bool] = True
 
-    def prefill(self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> Any:
-        return tuple(
-            guide.prefill(guide_params, prompts, capacity, own_prompts)
-            for guide, guide_params in zip((self.tuned, self.reference), params, strict=True)
-        )
+    def prefill(
+        self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: tuple[Prompts | None, ...] | None
+    ) -> Any:
+        parts = zip((self.tuned, self.reference), params, own_prompts or (None, None), strict=True)
+        return tuple(guide.prefill(guide_params, prompts, capacity, own) for guide, guide_params, own in parts)
 
     def score(self, params: Any, state: Any, text: Text) -> tuple[Float[Array, "B V"], Any]:
         tuned, tuned_pending = self.tuned.score(params[0], state[0], text)
