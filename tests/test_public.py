@@ -82,7 +82,7 @@ MAY_IMPORT_WITHIN = {
     "decoding.methods": {"decoding.proposals", "decoding.rules"},
 }
 WITHOUT_JAX = ("errors", "signals", "options", "config", "config_files", "durable_files", "text", "data", "demo")
-WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line")
+WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line", "generation.traces")
 
 
 def imported_modules(path):
