@@ -14,11 +14,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.session import Answer
-
-# Options that do not change what a row says, so that a second run may change them.
-FREE_ON_CONTINUE = (
-    "out", "prompts", "columns", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
-)  # fmt: skip
+from pargs_jax.options import deciding_values
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
@@ -93,8 +89,7 @@ class AnswersFile:
         if not self._settings.exists():
             raise InputError(f"{self._path}: is there already and was not written by decode.py; give another --out")
         before = from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
-        free = {name: getattr(config, name) for name in FREE_ON_CONTINUE}
-        if dataclasses.replace(before, **free) != config:
+        if deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
                 "run with those, or give another --out"
@@ -122,8 +117,7 @@ class AnswersFile:
 
 def options_digest(config: DecodeConfig) -> str:
     """A short digest of the options that decide what an answer is."""
-    deciding = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_ON_CONTINUE}
-    return _digest(json.dumps(deciding, sort_keys=True)).hex()
+    return _digest(json.dumps(deciding_values(config), sort_keys=True)).hex()
 
 
 def _digest(text: str) -> bytes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,7 +25,7 @@ from pargs_jax.models.hf import EXPORTED, load_model, resolve, save_model
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, merge_lora, split_params
 from pargs_jax.models.model import M, Model
-from pargs_jax.options import options, shown
+from pargs_jax.options import options, shown, value_of
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.sharding import place_computed, row_shards, shardings_of
 from pargs_jax.text.prompts import PROMPT_FORMS, choose_form, get_form
@@ -39,13 +38,6 @@ from pargs_jax.training.same_run import DATA_FILE, check_same_data, warn_of_anot
 from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 DEMO_HELD_OUT = 256  # pairs of the demo's evaluation split
-# Options, and groups of them, that a resumed run may change, to fit another machine or to go on for longer; any other
-# would make it a different run.
-FREE_ON_RESUME = (
-    "out", "resume", "mesh", "distributed", "processes", "steps", "epochs", "eval_every", "save_every", "log_every",
-    "keep", "keep_best", "best_metric", "log", "loss_limit", "compile_cache", "data.eval", "model.remat",
-    "objective.chunk", "optim.accumulation",
-)  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.", DATA_FILE, f".{DATA_FILE}.partial")
 
@@ -240,12 +232,10 @@ def _check_folder(config: TrainConfig, out: Path) -> None:
 
 def _check_same(before: TrainConfig, now: TrainConfig, out: Path) -> None:
     for option in options(TrainConfig):
-        if option.key in FREE_ON_RESUME or option.key.partition(".")[0] in FREE_ON_RESUME:
-            continue
-        was, becomes = (operator.attrgetter(option.key)(config) for config in (before, now))
+        was, becomes = (value_of(config, option) for config in (before, now))
         if option.key == "data.format" and becomes is None:
             continue  # left open: the run goes on with its own
-        if was != becomes:
+        if was != becomes and not option.may_change:
             raise InputError(
                 f"{out}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
                 "resume with the same options, or give another --out"
