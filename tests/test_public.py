@@ -72,6 +72,7 @@ MAY_IMPORT = {
         "progress",
         "cli",
         "config",
+        "options",
         "errors",
     },
     "evaluation": {"generation", "decoding", "models", "data", "text", "demo", "processes", "cli", "config", "errors"},

@@ -167,8 +167,8 @@ def make_lora(config: TrainConfig) -> Lora | None:
 
 
 def trained_names(model: Model) -> tuple[str, ...]:
-    """What is trained beside a frozen model: the additions, and a reward head, which is new."""
-    return ("head", *LORA_NAMES) if model.head == "reward" else LORA_NAMES
+    """What is trained beside a frozen model: the additions, and a head that may be new, as reward heads are."""
+    return ("head", *LORA_NAMES) if model.head_kind.may_be_new else LORA_NAMES
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
