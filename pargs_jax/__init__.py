@@ -41,6 +41,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pargs_jax.commands.train import train
     from pargs_jax.config import DecodeConfig, TrainConfig
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
     from pargs_jax.text.retokenisation import Retokeniser
     from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
-    from pargs_jax.training.run import train
     from pargs_jax.training.step import make_optimizer, make_train_step
 
 # Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
@@ -109,7 +109,7 @@ _HOMES = {
     "pargs_jax.models.model": ("unstack_layers",),
     "pargs_jax.models.prefix_causal": ("PrefixCausalModel",),
     "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
-    "pargs_jax.training.run": ("train",),
+    "pargs_jax.commands.train": ("train",),
     "pargs_jax.training.objective": ("Objective", "answer_states", "encoder_rewards"),
     "pargs_jax.training.step": ("make_optimizer", "make_train_step"),
 }

@@ -1,7 +1,8 @@
 """Every option of training and decoding, as frozen dataclasses.
 
-An option is declared once, here (`pargs_jax.options`): YAML files, the command line and `--help` (`pargs_jax.cli`) are
-derived from these classes, and `validate()` checks them when they are made from Python.
+An option is declared once, here (`pargs_jax.options`): YAML files (`pargs_jax.config_files`), the command line and
+`--help` (`pargs_jax.commands`) are derived from these classes, and `validate()` checks them when they are made from
+Python.
 
     config = TrainConfig(batch_size=32, objective=ObjectiveConfig(name="bt"))
     config = dataclasses.replace(config, seed=1)

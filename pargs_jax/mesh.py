@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
+from pargs_jax.aot.gpu import describe_h100
 from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.processes import start_processes
@@ -162,13 +163,19 @@ def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
 
 
 def make_topology_mesh(text: str, task: Task) -> Mesh:
-    """The mesh of a TPU slice that is not here, for compiling only. Needs libtpu.
+    """The mesh of a TPU slice, or of one H100 (`gpu-1`), that is not here, for compiling only. Needs libtpu, or
+    NVIDIA's compiler (`pargs_jax.aot.gpu`).
 
-    Raises InputError if the request is no TPU preset, or libtpu is missing or cannot describe it.
+    Raises InputError if the request is neither, or its compiler is missing or cannot describe it.
     """
     request = parse_mesh(text)
+    if (request.platform, request.devices) == ("gpu", 1):
+        return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(f"--mesh {text}: --compile-only needs a TPU slice, such as tpu-v4-8, to compile for")
+        raise InputError(
+            f"--mesh {text}: --compile-only needs something to compile for: a TPU slice, such as tpu-v4-8, or one H100, "
+            "gpu-1"
+        )
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]
@@ -193,7 +200,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
 
 
 @contextlib.contextmanager
-def some_mesh() -> Iterator[Mesh]:
+def ensured_mesh() -> Iterator[Mesh]:
     """The mesh that is set (`jax.set_mesh`); where none is, one of a single device is set meanwhile."""
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:

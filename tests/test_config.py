@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pargs_jax.cli import from_mapping, parse, to_yaml
-from pargs_jax.command import command
+from pargs_jax.commands.command_line import parse
+from pargs_jax.commands.process import run_as_command
 from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config_files import from_mapping, to_yaml
 from pargs_jax.errors import InputError
 from pargs_jax.options import option, options
 
@@ -319,13 +320,13 @@ def test_commands_end_with_one_line_and_the_right_code(capsys):
             raise error
 
         with pytest.raises(SystemExit) as caught:
-            command(main)
+            run_as_command(main)
         return caught.value.code, capsys.readouterr().err
 
     assert ends_with(InputError("pairs.jsonl: empty\nfile")) == (2, "error: pairs.jsonl: empty file\n")
     assert ends_with(KeyboardInterrupt()) == (130, "interrupted\n")
     with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
-        command(lambda: 1 // 0)
+        run_as_command(lambda: 1 // 0)
 
 
 def run_python(program):
@@ -335,14 +336,16 @@ def run_python(program):
 
 def test_options_are_read_without_importing_the_heavy_libraries():
     heavy = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
-    result = run_python(f"import sys, pargs_jax.cli; print({heavy} & set(sys.modules))")
+    result = run_python(
+        f"import sys, pargs_jax.commands.command_line, pargs_jax.commands.doors; print({heavy} & set(sys.modules))"
+    )
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     result = run_python(
-        "import os, sys; from pargs_jax.command import command\n"
+        "import os, sys; from pargs_jax.commands.process import run_as_command\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "command(lambda: print('row'))"
+        "run_as_command(lambda: print('row'))"
     )
     assert (result.returncode, result.stderr) == (141, "")

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pargs_jax.cli import from_mapping, read_yaml, to_yaml
 from pargs_jax.config import DecodeConfig
+from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError

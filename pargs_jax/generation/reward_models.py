@@ -17,7 +17,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve
-from pargs_jax.models.model import Params, unstack_layers
+from pargs_jax.models.model import Model, Params, unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
@@ -56,12 +56,8 @@ class RewardModel:
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         tokenizer.check_embeddings(model.config.vocab_size, source)
-        shares_tokens = isinstance(model, CausalModel) and lm_tokenizer.same_vocabulary(tokenizer)
-        if shares_tokens and model.config.vocab_size < lm_vocab_size:
-            raise InputError(
-                f"{source}: has {model.config.vocab_size} token embeddings, the language model proposes {lm_vocab_size}"
-            )
-        retokeniser = None if shares_tokens else Retokeniser(lm_tokenizer, tokenizer)
+        shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
+        retokeniser = None if shares else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
         return cls(source, model, params, tokenizer, retokeniser, has_own_template, loaded.prompt_form)
 
@@ -110,10 +106,8 @@ class RewardModel:
     def guide(self, prompts: Prompts, max_new_tokens: int, room: int = 0) -> Guide:
         """The guide for a batch of prompts in this model's tokens; with room for answers of at least so many tokens of
         its own, as far as the model has positions for them."""
-        if self.retokeniser is None:
-            return CausalGuide(self.model)
         longest = int(prompts.lengths.max())
-        return guide_by_text(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
+        return make_guide(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
 
     def guide_prompts(self, prompts: Prompts, lm_prompts: Prompts) -> Prompts | None:
         """A batch of prompts in this model's tokens, as its guide takes them: None if they are the language model's."""
@@ -166,15 +160,37 @@ class RewardModel:
         return np.asarray(rewards)
 
 
-def guide_by_text(
+def shares_tokens(
+    source: str, model: Model, lm_vocab_size: int, tokenizers: tuple[TextTokenizer, TextTokenizer] | None
+) -> bool:
+    """Whether a reward model reads the language model's tokens as they are: it is causal, and both vocabularies are the
+    same. Without tokenizers (models that are only described) vocabularies of one size are taken to be the same.
+
+    Raises InputError if the vocabularies are the same and the reward model lacks embeddings for some of it.
+    """
+    if not isinstance(model, CausalModel):
+        return False
+    vocab_size = model.config.vocab_size
+    if tokenizers is None:
+        return vocab_size == lm_vocab_size
+    shares = tokenizers[0].same_vocabulary(tokenizers[1])
+    if shares and vocab_size < lm_vocab_size:
+        raise InputError(f"{source}: has {vocab_size} token embeddings, the language model proposes {lm_vocab_size}")
+    return shares
+
+
+def make_guide(
     model: CausalModel | PrefixCausalModel | EncoderModel,
-    retokeniser: RetokeniserContract,
+    retokeniser: RetokeniserContract | None,
     longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
     room: int = 0,
-) -> EncoderGuide | RetokenisedGuide:
-    """The guide of a reward model with a tokenizer of its own, in whose tokens the prompt and the room are counted."""
+) -> Guide:
+    """The guide of a reward model: of one with a tokenizer of its own if there is a retokeniser, in whose tokens the
+    prompt and the room are counted then."""
+    if retokeniser is None:
+        return CausalGuide(model)
     answer_width = max(first_room(max_new_tokens), room)
     if (positions := table_of_positions(model)) is not None:
         closing = int(isinstance(model, EncoderModel))

@@ -6,7 +6,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +14,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.guides import Prompts
-from pargs_jax.decoding.loop import Decoded, Decoder, row_keys
+from pargs_jax.decoding.loop import Decoded, row_keys
 from pargs_jax.decoding.methods import Method
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
+from pargs_jax.generation.program import DecodingProgram
 from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_width
 from pargs_jax.models.hf import load_model, resolve
-from pargs_jax.models.model import unstack_layers
+from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -89,7 +89,7 @@ class Session:
         Raises:
             InputError: if a model cannot be used.
         """
-        unroll = jax.default_backend() != "tpu" if unroll is None else unroll
+        unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         folder = resolve(lm)
         loaded = load_model(folder, "vocabulary", dtype=dtype)
         self._lm, self._lm_params = loaded.model, loaded.params
@@ -156,23 +156,23 @@ class Session:
                 model.guide(own, settings.max_new_tokens, room)
                 for (model, own), room in zip(guiding, rooms[: len(guiding)], strict=True)
             )
-            decoder = Decoder(
+            program = DecodingProgram.assemble(
                 self._lm,
                 guides,
-                settings.method.proposer(settings.k),
-                settings.method.rule,
+                settings.method,
+                settings.k,
+                settings.max_new_tokens,
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
             )
-            by_text = tuple(j for j, (model, _) in enumerate(guiding) if model.retokeniser is not None)
-            run = self._compile(decoder, by_text, arguments, settings.max_new_tokens)
+            run = self._compile(program, arguments)
             began = time.perf_counter()
             with input_errors_of_callbacks():
                 decoded, needed = jax.block_until_ready(run(*arguments))
             seconds = time.perf_counter() - began
             # A text may take more of a reward model's tokens than was thought: then the batch is done again.
             is_void = False
-            for j, most in zip(by_text, map(int, needed), strict=True):
+            for j, most in zip(program.by_text, map(int, needed), strict=True):
                 model, own = guiding[j]
                 if most > guides[j].answer_width:
                     rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
@@ -181,12 +181,12 @@ class Session:
                 return jax.device_get(decoded), seconds
 
     def _compile(
-        self, decoder: Decoder, by_text: tuple[int, ...], arguments: tuple[Any, ...], max_new_tokens: int
+        self, program: DecodingProgram, arguments: tuple[Any, ...]
     ) -> Callable[..., tuple[Decoded, tuple[Any, ...]]]:
         arrays, structure = jax.tree.flatten(arguments[1:])
-        shape = (decoder, tuple(np.shape(x) for x in arrays), structure, max_new_tokens)
+        shape = (program, tuple(np.shape(x) for x in arrays), structure)
         if shape not in self._compiled:
-            self._compiled[shape] = _decode.lower(decoder, by_text, max_new_tokens, *arguments).compile()
+            self._compiled[shape] = program.lower(*arguments).compile()
         return self._compiled[shape]
 
     def _read(self, batch: "_Batch", decoded: Decoded, seconds: float, settings: Settings) -> list[Answer]:
@@ -296,24 +296,6 @@ def input_errors_of_callbacks() -> Iterator[None]:
         if found is None:
             raise
         raise InputError(found[1]) from error
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _decode(
-    decoder: Decoder,
-    by_text: tuple[int, ...],
-    max_new_tokens: int,
-    params: Any,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    keys: PRNGKeyArray,
-    settings: RowSettings,
-    guide_prompts: tuple[Prompts | None, ...],
-) -> tuple[Decoded, tuple[Int[Array, ""], ...]]:
-    """`decode`, and the room that the texts of each guide `by_text` needed."""
-    state = decoder.start(params, prompts, lengths, keys, settings, max_new_tokens, guide_prompts)
-    state = decoder.advance(params, state, max_new_tokens)
-    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in by_text)))
 
 
 @jax.jit

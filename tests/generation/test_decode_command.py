@@ -1,13 +1,12 @@
 """`decode.py`: files of prompts and answers, going on after an interruption, and what it refuses."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from pargs_jax.command import command
+from pargs_jax.commands import doors
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -16,15 +15,12 @@ SHARED = REPOSITORY.parent / "shared"
 @pytest.fixture
 def decode(monkeypatch, capsys):
     """Runs the front door in this process; returns exit code, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location("decode_command", REPOSITORY / "decode.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, arguments)])
         code = 0
         try:
-            command(module.main)
+            doors.decode()
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()

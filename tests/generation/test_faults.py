@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pargs_jax.cli import parse
+from pargs_jax.commands.command_line import parse
+from pargs_jax.commands.generate import generate
 from pargs_jax.config import DecodeConfig
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
-from pargs_jax.generation.run import generate
 from pargs_jax.generation.session import Answer
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What `python decode.py` does: one prompt, a file of prompts, or the demo."""
+"""Answers by one method: to one prompt, a file of prompts, or the demo's."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,24 +9,22 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from pargs_jax.cli import to_yaml
+from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
 from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
+from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt, load_prompts
 from pargs_jax.decoding.methods import METHODS, Method
-from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.session import Answer, Session, Settings
+from pargs_jax.models.model import unrolls_by_default
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.progress import ShownProgress
 from pargs_jax.text.prompts import choose_form, get_form
 
-DEMO_PROMPTS = 200
-DEMO_GUIDES = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
-"""Where `train.py` leaves the demo's reward models, trained on all prefixes and on full answers."""
-
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
+    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
     return Settings(
         method, config.weight, config.k, config.temperature, config.max_new_tokens, config.batch_size, config.seed
     )
@@ -45,7 +43,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = open_session(config, [demo_guide(method)] if is_demo else config.rm)
+    session = open_session(config, [demo_reward_model(method)] if is_demo else config.rm)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -74,18 +72,17 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
 
 def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
     """The config's language model with these reward models."""
-    lm = str(demo.DEMO_LM) if config.lm == DEMO else config.lm
-    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
-    return Session(lm, [str(path) for path in reward_models], dtype=config.dtype, unroll=unroll)
+    return Session(
+        model_source(config.lm),
+        [str(path) for path in reward_models],
+        dtype=config.dtype,
+        unroll=unrolls(config, jax.default_backend()),
+    )
 
 
-def demo_guide(method: Method) -> Path:
-    """The demo's reward model of a guided method. Raises InputError if it was not trained yet."""
-    path = DEMO_GUIDES[method.reward_model]
-    if not path.exists():
-        objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
-        raise InputError(f"{path}: no reward model of the demo there; run 'python train.py{objective}' first")
-    return path
+def unrolls(config: DecodeConfig, platform: str) -> bool:
+    """Whether layers run one by one on a platform, such as `tpu`."""
+    return unrolls_by_default(platform) if config.unroll == "auto" else config.unroll == "yes"
 
 
 def decode_all(
@@ -117,9 +114,3 @@ def _read_prompts(config: DecodeConfig, session: Session) -> list[Prompt]:
         columns = column_names(config.columns, "--columns", PROMPT_COLUMNS)
         return load_prompts(config.prompts, form, session.tokenizer, columns=columns)[: config.limit]
     return demo_prompts(config)
-
-
-def demo_prompts(config: DecodeConfig) -> list[Prompt]:
-    """Prompts of the demo's test split, which no demo model was trained on."""
-    rows = demo.prompts(config.limit or DEMO_PROMPTS, seed=config.seed, split="test")
-    return [Prompt(row["id"], row["prompt"]) for row in rows]
