@@ -68,6 +68,7 @@ MAY_IMPORT = {
         "progress",
         "config_files",
         "config",
+        "options",
         "errors",
     },
     "evaluation": {"generation", "decoding", "models", "data", "text", "processes", "config_files", "config", "errors"},
