@@ -107,6 +107,37 @@ def take_rows(tree: Any, rows: Int[Array, "N"]) -> Any:
     return _map_rows(lambda x, axis: jnp.take(x, rows, axis=axis), tree)
 
 
+def repeat_rows(tree: Any, count: int) -> Any:
+    """Every row `count` times, its copies side by side."""
+    return _map_rows(lambda x, axis: jnp.repeat(x, count, axis=axis), tree)
+
+
+def copy_rows(tree: Any, sources: Int[Array, "B n"]) -> Any:
+    """Overwrites rows by copies of others, in place; the rows are B groups of n. Place i of group b gets a copy of the
+    group's row `sources[b, i]`. A row that others are copied from has to stay: `sources[b, sources[b, i]]` is itself.
+
+    Only rows that change are written, as many at a time as there are groups.
+    """
+    groups, count = sources.shape
+    is_copy = sources != jnp.arange(count)
+    places = jnp.argsort(~is_copy, axis=1, stable=True)
+
+    def copy(x: Array, axis: int, source: Array, place: Array) -> Array:
+        apart = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
+        write = jax.vmap(lambda rows, source, place: rows.at[place].set(rows[source], mode="drop"))
+        for _ in range(axis):
+            write = jax.vmap(write, (0, None, None))
+        return write(apart, source, place).reshape(x.shape)
+
+    def copy_one(step: Int[Array, ""], tree: Any) -> Any:
+        place = places[:, step]
+        source = jnp.take_along_axis(sources, place[:, None], axis=1)[:, 0]
+        place = jnp.where(step < is_copy.sum(axis=1), place, count)  # nowhere
+        return _map_rows(lambda x, axis: copy(x, axis, source, place), tree)
+
+    return jax.lax.fori_loop(0, is_copy.sum(axis=1).max(), copy_one, tree)
+
+
 def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:
     """Replaces rows of all arrays of a tree by those of another, whose row n goes to `rows[n]`; nowhere if there is no
     such row. The new arrays may be narrower: what they lack is zero."""

@@ -86,6 +86,21 @@ class CausalModel(Model):
             return cache._replace(kv=pending).keep_one(counts, index)
         return cache.append_one(pending, counts, index)
 
+    def read(
+        self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.
+        Needs room for all T."""
+        offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if not self.unrolled:
+            causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+            hidden, new = self.extend(params, cache, tokens, offsets, causal)
+            return hidden, cache.append(new, counts)
+        positions = cache.lengths[:, None] + offsets
+        mask = jnp.arange(cache.slots) <= positions[..., None]
+        hidden, kv = self.network(params).backbone(tokens, positions, Within(cache.lengths, mask), cache.kv)
+        return hidden, cache._replace(kv=kv, lengths=cache.lengths + counts)
+
     def extend(
         self,
         params: Params,

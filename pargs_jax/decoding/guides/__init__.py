@@ -1,7 +1,16 @@
 """What scores tokens: the contracts that guides keep, and the guides."""
 
 from pargs_jax.decoding.guides.causal import CausalGuide
-from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
+from pargs_jax.decoding.guides.contract import (
+    CandidateGuide,
+    Capacity,
+    Chosen,
+    Guide,
+    Judge,
+    Prompts,
+    Text,
+    VocabularyGuide,
+)
 from pargs_jax.decoding.guides.look_ahead import LookAheadGuide
 from pargs_jax.decoding.guides.next_token import (
     AutoregressiveGuide,
@@ -21,6 +30,7 @@ __all__ = [
     "Chosen",
     "EncoderGuide",
     "Guide",
+    "Judge",
     "LookAheadGuide",
     "NextTokenGuide",
     "PreferenceGuide",
