@@ -187,6 +187,13 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
             "--steps 10 --epochs 2",
             "--steps and --epochs: got both (10 and 2), must be one of them (--steps null takes back a file's)",
         ),
+        (
+            "--data.train f.jsonl --data.demo-pairs 64",
+            "--data.demo-pairs: got 64, but the pairs are those of --data.train f.jsonl; leave it out, or train on",
+        ),
+        ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so that the whole model is trained; give a"),
+        ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
+        ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
     ],
 )
 def test_options_of_training_that_would_be_ignored(argv, expected):
@@ -200,6 +207,7 @@ def test_options_of_training_that_would_be_ignored(argv, expected):
         "--objective.name sft --objective.chunk 4",
         "--objective.stride 2 --objective.sample 3 --objective.minimum-length 2 --objective.prefix-weights linear",
         "--steps 10 --epochs 1",
+        "--lora.rank 4 --lora.alpha 16 --lora.layers query",
         "--config configs/demo_lm.yaml --steps null --epochs 2",
         "--config configs/hh.yaml --objective.name bt",
         "--config configs/hh_deberta.yaml --objective.name bt",

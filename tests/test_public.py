@@ -68,6 +68,7 @@ MAY_IMPORT = {
         "progress",
         "config_files",
         "config",
+        "options",
         "errors",
     },
     "evaluation": {"generation", "decoding", "models", "data", "text", "processes", "config_files", "config", "errors"},
@@ -77,12 +78,12 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = MAY_IMPORT.keys() - {"testing"}
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {
-    "decoding.proposals": set(),
+    "decoding.proposals": {"errors"},
     "decoding.rules": {"decoding.proposals"},
     "decoding.methods": {"decoding.proposals", "decoding.rules"},
 }
 WITHOUT_JAX = ("errors", "signals", "options", "config", "config_files", "durable_files", "text", "data", "demo")
-WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line")
+WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line", "generation.traces")
 
 
 def imported_modules(path):

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
-from pargs_jax.models.tables import FAMILIES
 from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
 from pargs_jax.sharding import place_computed
 
@@ -93,12 +93,13 @@ def load_model(
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
-    if head == "vocabulary" and model.config.tied_embeddings:
+    kind = model.head_kind
+    if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
-    has_head = all(row.tensor in tensors for row in family.heads[head].rows)
-    if head == "reward" and has_head and hf.num_labels != 1:
+    has_head = all(row.tensor in tensors for row in kind.rows)
+    if has_head and kind.labels(model.config) not in (None, hf.num_labels):
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
-    new_head = head == "reward" and not has_head
+    new_head = kind.may_be_new and not has_head
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
 
@@ -113,15 +114,16 @@ def describe_model(
 
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
-    if head not in family.heads:
-        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
     with _errors_name(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
             raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
         config = dataclasses.replace(config, attention=attention)
-    return family.model(config, head)
+    model = family.model(config, head)
+    if head not in model.heads:
+        raise InputError(f"{folder}: {hf.model_type} is not a language model; it can be a reward model (--rm)")
+    return model
 
 
 def save_model(
@@ -147,16 +149,18 @@ def save_model(
     model, params = stack_layers(model, params)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
-    exported = export_tensors(model, FAMILIES[name], params)
+    family = FAMILIES[name]
+    exported = export_tensors(model, family, params)
     if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one keeps it
         collections.deque(exported, maxlen=0)
         return
     tensors = dict(exported)
-    extra = {"num_labels": 1} if model.head == "reward" else {}
+    labels = model.head_kind.labels(model.config)
+    extra = {} if labels is None else {"num_labels": labels}
     if prompt_form is not None:  # that it was trained with; transformers keeps fields that it does not know
         extra["pargs_prompt_form"] = prompt_form
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
-    hf.architectures = [FAMILIES[name].heads[model.head].class_name]
+    hf.architectures = [family.class_name(model)]
     hf.dtype = str(next(iter(tensors.values())).dtype)
 
     target = Path(folder)

@@ -11,9 +11,19 @@ from pargs_jax.decoding.guides.contract import (
     Text,
     VocabularyGuide,
 )
+from pargs_jax.decoding.guides.look_ahead import LookAheadGuide
+from pargs_jax.decoding.guides.next_token import (
+    AutoregressiveGuide,
+    NextTokenGuide,
+    PreferenceGuide,
+    PreferredPrompts,
+    RatioGuide,
+)
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
+from pargs_jax.decoding.guides.similarity import SimilarityGuide
 
 __all__ = [
+    "AutoregressiveGuide",
     "CandidateGuide",
     "Capacity",
     "CausalGuide",
@@ -21,8 +31,14 @@ __all__ = [
     "EncoderGuide",
     "Guide",
     "Judge",
+    "LookAheadGuide",
+    "NextTokenGuide",
+    "PreferenceGuide",
+    "PreferredPrompts",
     "Prompts",
+    "RatioGuide",
     "RetokenisedGuide",
+    "SimilarityGuide",
     "Text",
     "VocabularyGuide",
 ]
