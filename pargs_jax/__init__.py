@@ -60,6 +60,17 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.methods import METHODS
     from pargs_jax.decoding.proposals import AllTokens, TopK
     from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.search import (
+        BestOfN,
+        Cards,
+        ChunkBeam,
+        Searcher,
+        SearchInputs,
+        SpeculativeRejection,
+        TwistedSmc,
+        best_of_n_curve,
+        search,
+    )
     from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
@@ -100,6 +111,17 @@ _HOMES = {
     "pargs_jax.decoding.methods": ("METHODS",),
     "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.search": (
+        "BestOfN",
+        "Cards",
+        "ChunkBeam",
+        "SearchInputs",
+        "Searcher",
+        "SpeculativeRejection",
+        "TwistedSmc",
+        "best_of_n_curve",
+        "search",
+    ),
     "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),

@@ -17,11 +17,25 @@ from typing import Literal, get_args
 
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option, options, shown
+from pargs_jax.search_config import SearchConfig
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
-MethodName = Literal["greedy", "top_k", "args", "args_stochastic", "pargs_greedy", "pargs"]
+MethodName = Literal[
+    "greedy",
+    "top_k",
+    "args",
+    "args_stochastic",
+    "pargs_greedy",
+    "pargs",
+    "best_of_n",
+    "blockwise",
+    "chunk_beam",
+    "cards",
+    "speculative_rejection",
+    "smc",
+]
 DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
@@ -392,7 +406,9 @@ class DecodeConfig:
     )
     temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
-    batch_size: int = option(16, "prompts decoded together", at_least=1, may_change=True)
+    batch_size: int = option(
+        16, "prompts decoded together; a search has several rows of each", at_least=1, may_change=True
+    )
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
@@ -406,6 +422,7 @@ class DecodeConfig:
         may_change=True,
     )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
+    search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()
 
     def validate(self) -> None:
@@ -429,6 +446,9 @@ class DecodeConfig:
         if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
             flag = "--trace" if self.trace is not None else "--n"
             raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+        if self.method is None and self.search.given:
+            flag = next(iter(self.search.given)).replace("_", "-")
+            raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
         if len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(
                 f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "

@@ -61,6 +61,8 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
             f"{lm.config.max_positions} tokens"
         )
     method = METHODS[config.method or "pargs"]
+    if method.search is not None:
+        raise InputError(f"--compile-only: is not for --method {config.method}, a search; give a method of one row")
     settings = settings_of(config, method)
     sources = config.rm if method.guided else ()
     reward_models = [described(describe_model(source, "reward")) for source in sources]

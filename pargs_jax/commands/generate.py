@@ -37,6 +37,7 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.seed,
         config.n,
         None if config.trace is None else traced,
+        tuple(config.search.given.items()),
     )
 
 

@@ -5,11 +5,13 @@ docs/methods.md says of each what it needs, what it costs, and what to watch.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pargs_jax.decoding.proposals import Proposer
     from pargs_jax.decoding.rules import Rule
+    from pargs_jax.decoding.search import SearchMethod
 
 RewardModelKind = Literal["full", "partial", "autoregressive", "preference", "ratio", "look_ahead"]
 """What guides a method: reward models trained on full answers, or on their prefixes; language models whose
@@ -18,6 +20,7 @@ reference, whose log-ratio is the reward; or an aligned language model, and a re
 what it writes."""
 
 CandidateKind = Literal["top_k", "top_k_of_sum", "top_p", "all"]
+SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection", "smc"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Method:
             A reward model that scores one text at a time cannot score them all: the k likeliest are scored.
         reward_form: how rewards enter the scores (see `RewardForm`).
         keeps_rest: whether tokens that are not scored keep their probability.
+        search: how several rows of a prompt are searched (docs/search.md). The reward models then judge what the
+            language model draws, but for the particles of `smc`, which they guide.
+        search_options: the options of that search with their usual values.
     """
 
     source: str
@@ -49,10 +55,24 @@ class Method:
     candidates: CandidateKind = "top_k"
     reward_form: Literal["plain", "clipped", "centred"] = "plain"
     keeps_rest: bool = False
+    search: SearchKind | None = None
+    search_options: tuple[tuple[str, float | str | bool | None], ...] = ()
 
     @property
     def guided(self) -> bool:
         return self.reward_model is not None
+
+    @property
+    def judged(self) -> bool:
+        """Whether reward models judge what was drawn, and do not guide it."""
+        return self.search not in (None, "smc")
+
+    def make_search(self, given: Mapping[str, float | str | bool]) -> "SearchMethod":
+        """The search of a method that has one, with these options instead of its own."""
+        from pargs_jax.decoding.search import SEARCHES
+
+        options = {**dict(self.search_options), **given}
+        return SEARCHES[self.search](**{name: value for name, value in options.items() if value is not None})
 
     @property
     def rule(self) -> "Rule":
@@ -72,6 +92,8 @@ class Method:
         """
         from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 
+        if self.judged and self.candidates == "all":
+            return AllTokens() if k is None else TopK(k)
         k = self.k if k is None else k
         if self.candidates == "top_p":
             return TopP(self.top_p if top_p is None else top_p)
@@ -103,8 +125,9 @@ class Method:
         numbers = [
             f"{name} {getattr(self, name.replace(' ', '_')):g}"
             for name in ("k", "weight", "temperature", "top_p", "look_ahead")
-            if name not in self.unused
+            if name not in self.unused and not (name == "k" and self.judged and self.candidates == "all")
         ]
+        numbers += [f"{name} {value}" for name, value in self.search_options if value is not None]
         return ", ".join(numbers).replace("_", " ")
 
 
@@ -159,6 +182,37 @@ METHODS: dict[str, Method] = {
     "transfer_q": Method(
         "Transfer Q* (Chakraborty et al., 2024)", "log p(v) + w r(y, v, what an aligned model writes after it)",
         "look_ahead", "greedy", weight=1.0, look_ahead=20,
+    ),
+    "best_of_n": Method(
+        "best-of-n (Beirami et al., 2024), soft best-of-n (Verdun et al., 2025)",
+        "the sample with the highest w r(y), or one drawn by exp(w r(y) / smoothing)", "full", "sample", weight=1.0,
+        candidates="all", search="best_of_n", search_options=(("samples", 16), ("smoothing", 0.0), ("by", "last")),
+    ),
+    "blockwise": Method(
+        "CD, blockwise best-of-K (Mudgal et al., 2024)", "the best of K blocks by w V(y), block after block", "partial",
+        "sample", weight=1.0, candidates="all", search="chunk_beam", search_options=(("successors", 6), ("chunk", 32)),
+    ),
+    "chunk_beam": Method(
+        "chunk-level beam search (Zhou et al., 2024)", "the W best of W K continuations by w r(y), chunk after chunk",
+        "partial", "sample", k=50, weight=1.0, temperature=0.7, search="chunk_beam",
+        search_options=(("beams", 4), ("successors", 4), ("chunk", 10)),
+    ),
+    "cards": Method(
+        "CARDS (Li et al., 2024)", "segments, accepted with probability min(1, exp((w r(y) - tau) / T))", "partial",
+        "sample", k=40, weight=1.0, temperature=0.7, search="cards",
+        search_options=(
+            ("target", 1.0), ("mean", None), ("deviation", None), ("acceptance_temperature", 0.7), ("start", 0.5),
+            ("entropy", 3.0), ("shortest", 4), ("longest", 64), ("most_rejections", 20), ("hard", False),
+        ),
+    ),
+    "speculative_rejection": Method(
+        "speculative rejection (Sun et al., 2024)", "best-of-n by w r(y); the lowest are dropped chunk by chunk",
+        "partial", "sample", weight=1.0, candidates="all", search="speculative_rejection",
+        search_options=(("samples", 16), ("alpha", 0.5), ("chunk", 32)),
+    ),
+    "smc": Method(
+        "twisted SMC (Zhao et al., 2024)", "particles for p(y) exp(w r(y)), drawn by log p(v) + w r(y, v)", "partial",
+        "sample", weight=1.0, search="smc", search_options=(("particles", 16), ("threshold", 0.5)),
     ),
 }  # fmt: skip
 """What `--method` takes."""

@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from pargs_jax.decoding.loop import Decoded
 from pargs_jax.errors import InputError
+from pargs_jax.generation.outcome import Outcome
 from pargs_jax.generation.plan import Batch, Settings
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
@@ -22,9 +23,11 @@ class Answer:
 
     `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
     tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
-    that a token was drawn from and p the language model's; `guide_rewards` are the reward models' rewards of the whole
-    answer; `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling
-    left out. `sample` counts the answers to one prompt, from 0; `trace` is there where it was asked for.
+    that a token was drawn from and p the language model's, or of a search what docs/search.md says; `guide_rewards` are
+    the reward models' rewards of the whole answer; `tokens` counts the end-of-sequence token too; `seconds` is the
+    row's share of its batch's time, compiling left out. `sample` counts the answers to one prompt, from 0. `lm_tokens`
+    and `rm_tokens` count what the language model, and the reward models while it decoded, read for it (`Outcome`).
+    `log_z` is there for particles, `trace` where it was asked for.
     """
 
     id: str
@@ -37,6 +40,9 @@ class Answer:
     tokens: int
     seconds: float
     sample: int = 0
+    lm_tokens: int = 0
+    rm_tokens: int | None = None
+    log_z: float | None = None
     trace: AnswerTrace | None = None
 
 
@@ -48,9 +54,10 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._reward_models = reward_models
 
-    def read(self, batch: Batch, decoded: Decoded, seconds: float, settings: Settings) -> list[Answer]:
+    def read(self, batch: Batch, outcome: Outcome, seconds: float, settings: Settings) -> list[Answer]:
         """The answers of a decoded batch; `seconds` are those of each row. Raises InputError for a number that no
         answer can have."""
+        decoded = outcome.decoded
         tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.prompts))]
         texts = list(map(self._tokenizer.decode_answer, batch.lm_ids, tokens))
         rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
@@ -62,11 +69,14 @@ class AnswerReader:
                 texts[row],
                 "stop" if decoded.finished[row] else "length",
                 float(decoded.trace.log_probs[row].sum()),
-                float(decoded.trace.kls[row].sum()),
+                float(outcome.kls[row]),
                 tuple(map(float, rewards[row])),
                 int(decoded.lengths[row]),
                 seconds,
                 batch.samples[row],
+                int(outcome.lm_tokens[row]),
+                None if outcome.rm_tokens is None else int(outcome.rm_tokens[row]),
+                None if outcome.log_z is None else float(outcome.log_z[row]),
             )
             for row, prompt in enumerate(batch.prompts)
         ]

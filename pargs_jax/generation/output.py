@@ -22,6 +22,8 @@ def answer_row(answer: Answer) -> dict[str, Any]:
     """An answer as a row of the output: `guide_reward` is a number for one reward model, a list for several."""
     row = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if field.name != "trace"}
     row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
+    if row["log_z"] is None:
+        del row["log_z"]  # particles alone have it
     return row
 
 

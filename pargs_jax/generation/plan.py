@@ -23,7 +23,8 @@ class Settings:
     """How to decode: a method, and what differs from its defaults.
 
     `n` is the number of answers to each prompt. `trace` says what is recorded of every token: its own numbers, or all
-    candidates with theirs. Raises InputError for a number that means nothing to the method.
+    candidates with theirs. `search` has the options of a search method that differ from its own. Raises InputError for
+    a number that means nothing to the method.
     """
 
     method: Method
@@ -35,12 +36,25 @@ class Settings:
     seed: int = 0
     n: int = 1
     trace: Literal["tokens", "candidates"] | None = None
+    search: tuple[tuple[str, float | str | bool], ...] = ()
 
     def __post_init__(self) -> None:
         given = {"k": self.k is not None, "weight": bool(self.weights), "temperature": self.temperature is not None}
         for name, reason in self.method.unused.items():
             if given[name]:
                 raise InputError(f"--{name}: means nothing to {self.method.source}, which {reason}; leave it out")
+        for name, _ in self.search:
+            if name not in dict(self.method.search_options):
+                flag = name.replace("_", "-")
+                raise InputError(f"--search.{flag}: means nothing to {self.method.source}; leave it out")
+        if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
+            raise InputError("--search.mean and --search.deviation: got one of them; give both, or neither")
+        if self.method.search is not None:
+            self.method.make_search(dict(self.search))
+        if self.trace is not None and self.method.search is not None:
+            raise InputError(
+                f"--trace: is not for {self.method.source}, which draws more than the answer; leave it out"
+            )
         if self.n > 1 and not self.samples:
             raise InputError(
                 f"--n: {self.n} answers of {self.method.source} would be the same, since it does not sample; leave it "
@@ -51,6 +65,15 @@ class Settings:
     def samples(self) -> bool:
         """Whether the method draws tokens at random."""
         return "temperature" not in self.method.unused
+
+    @property
+    def measures_rewards(self) -> bool:
+        """Whether the method needs to know what rewards the language model's own answers have, and was not told."""
+        return "deviation" in dict(self.method.search_options) and "deviation" not in dict(self.search)
+
+    def with_reward_scale(self, mean: float, deviation: float) -> "Settings":
+        """These settings, told that."""
+        return dataclasses.replace(self, search=(*self.search, ("mean", mean), ("deviation", deviation)))
 
     @property
     def method_name(self) -> str:

@@ -1,5 +1,6 @@
 """A language model and its reward models, loaded and ready to answer prompts in batches."""
 
+import dataclasses
 import re
 import time
 import zlib
@@ -13,16 +14,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.decoding.loop import Decoded, row_keys
+from pargs_jax.decoding.loop import row_keys
+from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
+from pargs_jax.generation.outcome import Outcome
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
-from pargs_jax.generation.program import DecodingProgram
+from pargs_jax.generation.program import DecodingProgram, SearchProgram
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.tokenization import TextTokenizer
+
+SCALE_ANSWERS = 64
+"""Answers on which the scale of rewards is measured."""
 
 
 class Session:
@@ -65,7 +71,7 @@ class Session:
         """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self.lm = lm
         self._reader = AnswerReader(lm, self.tokenizer, self.reward_models)
-        self._compiled: dict[Any, Callable[..., tuple[Decoded, tuple[Any, ...]]]] = {}
+        self._compiled: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {}
 
     def answer(
         self, prompts: Sequence[Prompt], settings: Settings, answered: Bool[np.ndarray, "P n"] | None = None
@@ -79,13 +85,31 @@ class Session:
             InputError: before any decoding, if a prompt does not fit or the settings do not suit the models; and after
                 the batch in which a log-probability or a reward is not finite.
         """
+        if settings.measures_rewards:
+            settings = settings.with_reward_scale(*self._reward_scale(prompts, settings))
         rooms = [0] * len(self.reward_models)
         batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
         for batch in batches:
-            decoded, seconds = self._decode(batch, settings, rooms)
-            yield self._reader.read(batch, decoded, seconds / len(batch.prompts), settings)
+            outcome, seconds = self._decode(batch, settings, rooms)
+            yield self._reader.read(batch, outcome, seconds / len(batch.prompts), settings)
 
-    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded, float]:
+    def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
+        """Mean and standard deviation of the weighted rewards of answers that the language model draws by itself to the
+        first prompts: to each one, or several to few."""
+        first = prompts[:SCALE_ANSWERS]
+        if not first:
+            return 0.0, 1.0
+        own = dataclasses.replace(
+            settings, method=METHODS["top_k"], weights=(), k=settings.candidates,
+            temperature=settings.sampling_temperature, n=-(-SCALE_ANSWERS // len(first)), search=(),
+        )  # fmt: skip
+        weights = settings.reward_weights(len(self.reward_models))
+        rewards = [np.dot(answer.guide_rewards, weights) for batch in self.answer(first, own) for answer in batch]
+        if not np.std(rewards) > 0:
+            raise InputError("the rewards of the language model's own answers are all alike; give --search.deviation")
+        return float(np.mean(rewards)), float(np.std(rewards))
+
+    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Outcome, float]:
         """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
         grow where a text needs more."""
         guiding = list(zip(self.reward_models, batch.own_prompts, strict=True)) if settings.method.guided else []
@@ -113,10 +137,13 @@ class Session:
                 pad_id=self.tokenizer.eos_id,
                 keeps_candidates=settings.trace == "candidates",
             )
+            if settings.method.search is not None:
+                search = settings.method.make_search(dict(settings.search))
+                program = SearchProgram.assemble(program, settings.method, search)
             run = self._compile(program, arguments)
             began = time.perf_counter()
             with input_errors_of_callbacks():
-                decoded, needed = jax.block_until_ready(run(*arguments))
+                found, needed = jax.block_until_ready(run(*arguments))
             seconds = time.perf_counter() - began
             # A text may take more of a reward model's tokens than was thought: then the batch is done again.
             is_void = False
@@ -126,11 +153,15 @@ class Session:
                     rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
                     is_void = True
             if not is_void:
-                return jax.device_get(decoded), seconds
+                found = jax.device_get(found)
+                if isinstance(program, SearchProgram):
+                    counts = settings.method.judged or not program.by_text
+                    return Outcome.of_search(found, counts_guides=counts), seconds
+                return Outcome.of_decoding(found, program, batch), seconds
 
     def _compile(
-        self, program: DecodingProgram, arguments: tuple[Any, ...]
-    ) -> Callable[..., tuple[Decoded, tuple[Any, ...]]]:
+        self, program: DecodingProgram | SearchProgram, arguments: tuple[Any, ...]
+    ) -> Callable[..., tuple[Any, tuple[Any, ...]]]:
         arrays, structure = jax.tree.flatten(arguments[1:])
         shape = (program, tuple(np.shape(x) for x in arrays), structure)
         if shape not in self._compiled:

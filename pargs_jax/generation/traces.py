@@ -163,9 +163,7 @@ class TracesFile:
                         "made without --trace cannot get one: give another --out and --trace"
                     )
             if len(lines) > len(answered) and not is_known:
-                raise InputError(
-                    f"{path}: already exists, and does not belong to {answers_path}; give another --trace"
-                )
+                raise InputError(f"{path}: already exists, and does not belong to {answers_path}; give another --trace")
             for number, line in enumerate(lines[len(answered) :], start=len(answered) + 1):
                 is_whole, found = line.endswith(b"\n"), _identity(line)
                 if is_whole and (found is None or found[2] != options):

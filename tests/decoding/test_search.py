@@ -147,7 +147,7 @@ N = 6
 
 
 def naive_best_of_n(prompt, key, method):
-    samples = [draw_answer(prompt, branch_key(key, i)) for i in range(method.n)]
+    samples = [draw_answer(prompt, branch_key(key, i)) for i in range(method.samples)]
     scores = []
     for answer in samples:
         prefixes = [reward_of(prompt + answer[: i + 1]) for i in range(len(answer))]
@@ -190,7 +190,7 @@ def naive_chunk_beam(prompt, key, method):
 
 
 def naive_speculative_rejection(prompt, key, method):
-    pool = [(i, []) for i in range(method.n)]
+    pool = [(i, []) for i in range(method.samples)]
     ended = []
     lm_tokens, rm_tokens = len(prompt) - 1, len(prompt)
     written = 0
@@ -236,7 +236,9 @@ def naive_cards(prompt, key, method):
         u = event_uniform(key, proposals)
         proposals += 1
         if forced or (
-            reward >= threshold if method.hard else u < math.exp(min(0, (reward - threshold) / method.temperature))
+            reward >= threshold
+            if method.hard
+            else u < math.exp(min(0, (reward - threshold) / method.acceptance_temperature))
         ):
             answer, carried = answer + segment, tail
             rejections, rejected, forced = 0, [], False
@@ -368,8 +370,8 @@ def test_a_search_that_has_no_choice_gives_the_language_models_own_tokens(method
     np.testing.assert_allclose(found.kls, (trace.guided_log_probs - trace.log_probs).sum(axis=1), atol=1e-4)
 
 
-def test_particles_without_twists_are_samples():
-    found = run(TwistedSmc(N), guided=True, weight=0.0, t=1.0)
+def test_particles_that_are_not_resampled_nor_twisted_are_samples():
+    found = run(TwistedSmc(N, 0.0), guided=True, weight=0.0, t=1.0)
     best = run(BestOfN(N), t=1.0)
     np.testing.assert_array_equal(found.samples.tokens, best.samples.tokens)
 

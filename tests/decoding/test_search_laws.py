@@ -194,7 +194,7 @@ def cards_law(method):
         lengths = np.array([len(prefix) + len(segment) for segment in names])
         thresholds = np.minimum(method.target, start + lengths * (method.target - start) / LENGTH)
         rewards = np.array([scaled(prefix + segment) for segment in names])
-        a = np.exp(np.minimum(0.0, (rewards - thresholds) / method.temperature))
+        a = np.exp(np.minimum(0.0, (rewards - thresholds) / method.acceptance_temperature))
         share, count = (p * a).sum(), method.most_rejections
         law = {name: p[i] * a[i] / share * (1 - (1 - share) ** count) for i, name in enumerate(names)}
         fallback = best_rejected(p * (1 - a), names, count, lambda segment: reward[prefix + segment])

@@ -9,7 +9,17 @@ from pargs_jax.decoding.search.run import search
 from pargs_jax.decoding.search.smc import TwistedSmc
 from pargs_jax.decoding.search.speculative_rejection import SpeculativeRejection
 
+SEARCHES: dict[str, type[SearchMethod]] = {
+    "best_of_n": BestOfN,
+    "chunk_beam": ChunkBeam,
+    "cards": Cards,
+    "speculative_rejection": SpeculativeRejection,
+    "smc": TwistedSmc,
+}
+"""What a method's `search` names."""
+
 __all__ = [
+    "SEARCHES",
     "BestOfN",
     "Cards",
     "ChunkBeam",

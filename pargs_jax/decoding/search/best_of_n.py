@@ -31,13 +31,13 @@ class BestOfN:
     al., 2025, Definition 1). The prompt is read once for all samples.
 
     Attributes:
-        n: samples a prompt.
+        samples: n, of each prompt.
         smoothing: `lambda` of soft best-of-n; 0 takes the best.
         by: which reward counts: that of the whole answer (`last`), or the least or the mean of its prefixes' rewards,
             for reward models that can score prefixes.
     """
 
-    n: int = 16
+    samples: int = 16
     smoothing: float = 0.0
     by: Judging = "last"
     kl: ClassVar[str] = (
@@ -46,14 +46,16 @@ class BestOfN:
     )
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.smoothing < 0:
-            raise InputError(f"best-of-n: got n {self.n} and smoothing {self.smoothing}; at least 1 and 0 are right")
+        if self.samples < 1 or self.smoothing < 0:
+            raise InputError(
+                f"best-of-n: got n {self.samples} and smoothing {self.smoothing}; at least 1 and 0 are right"
+            )
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)
         batch = len(inputs.lengths)
         rows, tokens = searcher.start(inputs, max_new_tokens, max_new_tokens)
-        rows, tokens = searcher.draw(inputs, spread(rows, self.n), tokens, max_new_tokens)
+        rows, tokens = searcher.draw(inputs, spread(rows, self.samples), tokens, max_new_tokens)
         if self.by == "last":
             rows, tokens = searcher.judge(inputs, rows, tokens, max_new_tokens)
             scores = weighted(rows.rewards, inputs.judge_weights)
@@ -65,7 +67,7 @@ class BestOfN:
         answers = pick(samples, chosen)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         kls = jnp.where(inputs.lengths > 0, kls + drift(answers), 0.0)
-        return Found(answers, best, kls, tokens, samples, scores, needed=searcher.needed(rows))
+        return Found(answers, best, kls, tokens, samples, scores)
 
     def _over_prefixes(self, scores: Float[Array, "R N"], lengths: Array) -> Float[Array, "R"]:
         written = jnp.arange(scores.shape[1]) < lengths[:, None]
@@ -76,7 +78,7 @@ class BestOfN:
 
     def _choose(self, inputs: SearchInputs, scores: Float[Array, "B n"]) -> tuple[Array, Float[Array, "B"]]:
         if self.smoothing == 0:
-            return scores.argmax(axis=1), jnp.full(len(scores), best_of_n_kl(self.n))
+            return scores.argmax(axis=1), jnp.full(len(scores), best_of_n_kl(self.samples))
         log_q = jax.nn.log_softmax(scores / self.smoothing, axis=1)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_q)
-        return chosen, jnp.log(self.n) + (jnp.exp(log_q) * log_q).sum(axis=1)
+        return chosen, jnp.log(self.samples) + (jnp.exp(log_q) * log_q).sum(axis=1)

@@ -28,7 +28,7 @@ from pargs_jax.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class Cards:
     """Cascade reward sampling (Li et al., 2024, Algorithm 1): a segment ends before a token that the language model is
-    uncertain of, and is accepted with probability min(1, exp((r - tau(t)) / temperature)), where
+    uncertain of, and is accepted with probability min(1, exp((r - tau(t)) / T)), where
 
         tau(t) = min(r*, r0 + t (r* - r0) / N),    r0 = (1 - start) r(prompt) + start r*,
 
@@ -41,7 +41,7 @@ class Cards:
     Attributes:
         target: r*.
         mean, deviation: of the scores of the language model's own answers.
-        temperature: of acceptance.
+        acceptance_temperature: of acceptance; the published code has that of the tokens.
         start: `alpha` in the code: how far the threshold begins from the prompt's reward towards r*.
         entropy: a segment ends before a token whose distribution has at least so many nats.
         shortest, longest: tokens of a segment; the end of the answer ends one too.
@@ -52,7 +52,7 @@ class Cards:
     target: float = 1.0
     mean: float = 0.0
     deviation: float = 1.0
-    temperature: float = 0.7
+    acceptance_temperature: float = 0.7
     start: float = 0.5
     entropy: float = 3.0
     shortest: int = 4
@@ -68,7 +68,7 @@ class Cards:
     def __post_init__(self) -> None:
         if not (1 <= self.shortest <= self.longest and self.most_rejections >= 1):
             raise InputError(f"{self}: segments must have 1 <= shortest <= longest tokens, and 1 rejection at least")
-        if not (self.deviation > 0 and self.temperature > 0):
+        if not (self.deviation > 0 and self.acceptance_temperature > 0):
             raise InputError(f"{self}: the deviation and the temperature must be above 0")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
@@ -123,7 +123,7 @@ class Cards:
         answers = searcher.found(last.rows)
         scores = weighted(answers.rewards, inputs.judge_weights)
         kls = jnp.where(inputs.lengths > 0, last.kls + drift(answers), 0.0)
-        return Found(answers, scores, kls, last.tokens, needed=searcher.needed(last.rows))
+        return Found(answers, scores, kls, last.tokens)
 
     def _draw(self, searcher: Searcher, inputs: SearchInputs, carry: "_Carry") -> tuple[Rows, Tokens]:
         """A segment for every row that is not over. Rows whose segment has ended wait for the others."""
@@ -167,7 +167,7 @@ class Cards:
         threshold = jnp.minimum(self.target, start + length * (self.target - start) / limit)
         if self.hard:
             return jnp.where(reward >= threshold, 0.0, -jnp.inf)
-        return jnp.minimum(0.0, (reward - threshold) / self.temperature)
+        return jnp.minimum(0.0, (reward - threshold) / self.acceptance_temperature)
 
 
 class _Carry(NamedTuple):

@@ -39,7 +39,7 @@ class ChunkBeam:
         chunk: L, in tokens.
     """
 
-    beams: int = 4
+    beams: int = 1
     successors: int = 4
     chunk: int = 10
     kl: ClassVar[str] = (
@@ -80,7 +80,7 @@ class ChunkBeam:
         per_chunk = best_of_n_kl(self.successors) if self.beams == 1 else float(np.log(self.successors))
         kls = chunks * per_chunk + float(np.log(self.beams)) + drift(answers)
         kls = jnp.where(inputs.lengths > 0, kls, 0.0)
-        return Found(answers, scores, kls, tokens, needed=searcher.needed(rows))
+        return Found(answers, scores, kls, tokens)
 
 
 class _Carry(NamedTuple):

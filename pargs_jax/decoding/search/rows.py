@@ -41,11 +41,13 @@ class SearchInputs(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens that were read for each prompt, the prompt and all rejected tokens included."""
+    """Tokens that were read for each prompt, the prompt and all rejected tokens included; and the room they took."""
 
     lm: Int[Array, "B"]
     rm: Int[Array, "B"]
-    """By all guides and judges together, each in its own tokens; a step of a candidate guide reads K."""
+    """By all guides and judges together; a judge's are its own model's tokens. A step of a candidate guide reads K."""
+    needed: tuple[Int[Array, ""], ...]
+    """The most room that a text took, for each judge, and then each guide, that goes by the text."""
 
 
 class Found(NamedTuple):
@@ -64,8 +66,6 @@ class Found(NamedTuple):
     """Estimate of log E_p[exp(score)], of particles."""
     log_weights: Float[Array, "B n"] | None = None
     """Of particles, not normalised."""
-    needed: tuple[Int[Array, ""], ...] = ()
-    """The most room that a text took, for each judge, and then each guide, that goes by the text."""
 
 
 class Rows(NamedTuple):
@@ -134,7 +134,7 @@ class Searcher:
         blank = jnp.zeros((len(lengths), len(self.judges)))
         prompt_rewards = jnp.stack(of_prompts, axis=-1) if of_prompts else blank
         rows = Rows(state, tuple(judges), jnp.zeros_like(lengths), blank)
-        return rows, Tokens(jnp.maximum(lengths - 1, 0), read), prompt_rewards
+        return rows, Tokens(jnp.maximum(lengths - 1, 0), read, _needed(rows)), prompt_rewards
 
     def draw(self, inputs: SearchInputs, rows: Rows, tokens: Tokens, steps: int) -> tuple[Rows, Tokens]:
         """`steps` more tokens for every row that is not done."""
@@ -143,7 +143,8 @@ class Searcher:
         drawn = of_prompts(state.text.lengths - before, len(tokens.lm)).sum(axis=1)
         # The guides' part: all candidates of a step, or the newest token alone.
         a_step = sum(1 if guide.scores_vocabulary else self.decoder.candidates for guide in self.decoder.guides)
-        return rows._replace(decode=state), Tokens(tokens.lm + drawn, tokens.rm + drawn * a_step)
+        rows = rows._replace(decode=state)
+        return rows, Tokens(tokens.lm + drawn, tokens.rm + drawn * a_step, _most_needed(tokens, rows))
 
     def judge(
         self,
@@ -166,7 +167,8 @@ class Searcher:
             judges.append(state)
             read = read + of_prompts(count, len(read)).sum(axis=1)
         stacked = jnp.stack(rewards, axis=-1) if rewards else rows.rewards
-        return Rows(rows.decode, tuple(judges), text.answer_lengths, stacked), tokens._replace(rm=read)
+        rows = Rows(rows.decode, tuple(judges), text.answer_lengths, stacked)
+        return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows))
 
     def judge_prefixes(
         self, inputs: SearchInputs, rows: Rows, tokens: Tokens, width: int
@@ -175,14 +177,15 @@ class Searcher:
         text = self._text(rows, None)
         judges, rewards, read = [], [], tokens.rm
         for guide, params, state in zip(self.judges, inputs.judge_params, rows.judges, strict=True):
-            reward, state = _prefix_rewards(guide, params, state, text, text.answer_lengths, width)
+            reward, count, state = _prefix_rewards(guide, params, state, text, text.answer_lengths, width)
             rewards.append(jnp.cumsum(reward, axis=1) if guide.adds_up else reward)
             judges.append(state)
-            read = read + of_prompts(text.answer_lengths, len(read)).sum(axis=1)
+            read = read + of_prompts(count, len(read)).sum(axis=1)
         stacked = jnp.stack(rewards, axis=-1)
         last = jnp.maximum(text.answer_lengths - 1, 0)[:, None, None]
         newest = jnp.take_along_axis(stacked, last, axis=1)[:, 0]
-        return Rows(rows.decode, tuple(judges), text.answer_lengths, newest), tokens._replace(rm=read), stacked
+        rows = Rows(rows.decode, tuple(judges), text.answer_lengths, newest)
+        return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows)), stacked
 
     def rewind(self, rows: Rows, answer_lengths: Int[Array, "R"], keys: PRNGKeyArray) -> Rows:
         """Takes back the tokens beyond `answer_lengths[r]`, from the judges' memory too."""
@@ -199,11 +202,6 @@ class Searcher:
         """The answers of all rows, with the judges' rewards if there are judges."""
         decoded = self.decoder.read(rows.decode)
         return decoded._replace(rewards=rows.rewards) if self.judges else decoded
-
-    def needed(self, rows: Rows) -> tuple[Int[Array, ""], ...]:
-        """The room that texts took, of each judge and guide that goes by the text."""
-        states = (*rows.judges, *rows.decode.guides)
-        return tuple(state.needed.max() for state in states if hasattr(state, "needed"))
 
     def _text(self, rows: Rows, answer_lengths: Int[Array, "R"] | None) -> Text:
         text = rows.decode.text
@@ -287,29 +285,45 @@ def best_of_n_kl(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
+def _needed(rows: Rows) -> tuple[Int[Array, ""], ...]:
+    states = (*rows.judges, *rows.decode.guides)
+    return tuple(state.needed.max() for state in states if hasattr(state, "needed"))
+
+
+def _most_needed(tokens: Tokens, rows: Rows) -> tuple[Int[Array, ""], ...]:
+    """Rows that are dropped or overwritten count too: what they lacked room for was ranked."""
+    return tuple(map(jnp.maximum, tokens.needed, _needed(rows)))
+
+
 def _reward_so_far(
     guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
 ) -> tuple[Float[Array, "R"], Int[Array, "R"], Any]:
     """The reward of each text, or of its new tokens for a guide that adds up; tokens read; and the state."""
     if hasattr(guide, "read"):
         return guide.read(params, state, text, new, width)
-    rewards, state = _prefix_rewards(guide, params, state, text, new, width)
+    rewards, count, state = _prefix_rewards(guide, params, state, text, new, width)
     if guide.adds_up:
-        return jnp.where(jnp.arange(width) < new[:, None], rewards, 0.0).sum(axis=1), new, state
-    return jnp.take_along_axis(rewards, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0], new, state
+        return jnp.where(jnp.arange(width) < new[:, None], rewards, 0.0).sum(axis=1), count, state
+    return jnp.take_along_axis(rewards, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0], count, state
 
 
 def _prefix_rewards(
     guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
-) -> tuple[Float[Array, "R W"], Any]:
-    """The guide's reward at each of the new tokens."""
+) -> tuple[Float[Array, "R W"], Int[Array, "R"], Any]:
+    """The guide's reward at each of the new tokens; tokens read; and the state."""
     if hasattr(guide, "read_prefixes"):
-        return guide.read_prefixes(params, state, text, new, width)
+        rewards, state = guide.read_prefixes(params, state, text, new, width)
+        return rewards, new, state
     start = text.lengths - new
 
-    def read(state: Any, step: Int[Array, ""]) -> tuple[Any, Float[Array, "R"]]:
+    def read(carry: tuple[Any, Array], step: Int[Array, ""]) -> tuple[tuple[Any, Array], Float[Array, "R"]]:
+        state, count = carry
         live = step < new
         at = jnp.where(live, start + step, text.lengths)
+        if hasattr(guide, "read"):
+            longer = text._replace(lengths=at + live)
+            rewards, more, state = guide.read(params, state, longer, live.astype(jnp.int32), 1)
+            return (state, count + more), rewards
         token = jnp.take_along_axis(text.tokens, jnp.minimum(at, text.tokens.shape[1] - 1)[:, None], axis=1)
         before = text._replace(lengths=at)
         if guide.scores_vocabulary:
@@ -318,7 +332,7 @@ def _prefix_rewards(
         else:
             rewards, pending = guide.score(params, state, before, token)
         chosen = Chosen(token[:, 0], jnp.zeros_like(new), live)
-        return guide.commit(params, state, pending, chosen), rewards[:, 0]
+        return (guide.commit(params, state, pending, chosen), count + live), rewards[:, 0]
 
-    state, rewards = jax.lax.scan(read, state, jnp.arange(width))
-    return rewards.T, state
+    (state, count), rewards = jax.lax.scan(read, (state, jnp.zeros_like(new)), jnp.arange(width))
+    return rewards.T, count, state

@@ -87,9 +87,7 @@ class TwistedSmc:
         scores = of_prompts(_log_twists(searcher, rows), batch)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         return Found(
-            pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights,
-            needed=searcher.needed(rows),
-        )  # fmt: skip
+            pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
 
 
 class _Carry(NamedTuple):

@@ -32,12 +32,12 @@ class SpeculativeRejection:
     program of its own. The paper goes on until memory is full; here the chunk has a fixed length.
 
     Attributes:
-        n: samples to begin with.
+        samples: n, to begin with.
         alpha: the share that is dropped, below 1; 0 is best-of-n.
         chunk: tokens between two selections.
     """
 
-    n: int = 16
+    samples: int = 16
     alpha: float = 0.5
     chunk: int = 32
     kl: ClassVar[str] = (
@@ -46,7 +46,7 @@ class SpeculativeRejection:
     )
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
+        if self.samples < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
             raise InputError(f"{self}: n and the chunk must be at least 1, alpha at least 0 and below 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
@@ -55,7 +55,7 @@ class SpeculativeRejection:
         sizes = self.sizes(max_new_tokens)
         rest = max_new_tokens - (len(sizes) - 1) * self.chunk
         rows, tokens = searcher.start(inputs, max_new_tokens, rest if len(sizes) == 1 else max(rest, self.chunk))
-        rows = spread(rows, self.n)
+        rows = spread(rows, self.samples)
         ended: list[tuple[Decoded, jax.Array]] = []
         for size in sizes[1:]:
             rows, tokens = searcher.draw(inputs, rows, tokens, self.chunk)
@@ -76,14 +76,14 @@ class SpeculativeRejection:
         scores = jnp.concatenate([scores for _, scores in ended], axis=1)
         chosen = scores.argmax(axis=1)
         answers = pick(jax.tree.map(all_of, *(decoded for decoded, _ in ended)), chosen)
-        kl = best_of_n_kl(self.n) if len(sizes) == 1 else float(np.log(self.n))
+        kl = best_of_n_kl(self.samples) if len(sizes) == 1 else float(np.log(self.samples))
         kls = jnp.where(inputs.lengths > 0, kl + drift(answers), 0.0)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
-        return Found(answers, best, kls, tokens, needed=searcher.needed(rows))
+        return Found(answers, best, kls, tokens)
 
     def sizes(self, max_new_tokens: int) -> list[int]:
         """How many rows a prompt has, until that no longer changes."""
-        sizes = [self.n]
+        sizes = [self.samples]
         for _ in range(math.ceil(max_new_tokens / self.chunk) - 1):
             size = sizes[-1] - math.floor(self.alpha * sizes[-1])
             if size == sizes[-1]:
