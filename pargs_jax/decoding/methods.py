@@ -67,17 +67,18 @@ class Method:
         """What proposes candidates.
 
         Args:
-            k, top_p: instead of the method's own.
+            k, top_p: instead of the method's own. With k, a method whose candidates are all tokens has only so many.
             scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens stand for all.
         """
         from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 
+        scores_all = self.candidates == "all" and scores_vocabulary and k is None
         k = self.k if k is None else k
         if self.candidates == "top_p":
             return TopP(self.top_p if top_p is None else top_p)
         if self.candidates == "top_k_of_sum":
             return TopKOfSum(k)
-        return AllTokens() if self.candidates == "all" and scores_vocabulary else TopK(k)
+        return AllTokens() if scores_all else TopK(k)
 
     @property
     def unused(self) -> dict[str, str]:

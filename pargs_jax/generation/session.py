@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.loop import Decoded, row_keys
+from pargs_jax.decoding.methods import Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
+from pargs_jax.generation.guidance import check_roles, make_guides, roles_of
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
 from pargs_jax.generation.program import DecodingProgram
 from pargs_jax.generation.reward_models import RewardModel
@@ -33,6 +35,7 @@ class Session:
         lm: str,
         reward_models: Sequence[str] = (),
         *,
+        method: Method | None = None,
         dtype: str = "float32",
         unroll: bool | None = None,
     ) -> None:
@@ -40,6 +43,8 @@ class Session:
 
         Args:
             lm, reward_models: Hugging Face folders, hub ids, or folders of runs.
+            method: what the reward models are to guide, which says what kind of model each is; without it, they are
+                models with a scalar head.
             dtype: of the parameters and of the computation; softmax and rewards stay float32.
             unroll: run layers one by one and not as a scan; by default everywhere but on TPU (see `CausalModel`).
 
@@ -47,16 +52,19 @@ class Session:
             InputError: if a model cannot be used.
         """
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
+        roles = roles_of(method, reward_models)
         folder = resolve(lm)
         loaded = load_model(folder, "vocabulary", dtype=dtype)
+        if loaded.model.lora is not None:
+            raise InputError(f"{lm}: takes a preference vector; it can be a reward model of --method parm")
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
         self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         self.tokenizer.check_embeddings(self._lm.config.vocab_size, lm)
         self.reward_models = [
-            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll)
-            for path in reward_models
+            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
+            for path, role in zip(reward_models, roles, strict=True)
         ]
         self.remembered_forms = (
             [(model.source, model.prompt_form) for model in self.reward_models],
@@ -79,6 +87,7 @@ class Session:
             InputError: before any decoding, if a prompt does not fit or the settings do not suit the models; and after
                 the batch in which a log-probability or a reward is not finite.
         """
+        check_roles(settings.method, self.reward_models)
         rooms = [0] * len(self.reward_models)
         batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
         for batch in batches:
@@ -88,27 +97,34 @@ class Session:
     def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded, float]:
         """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
         grow where a text needs more."""
-        guiding = list(zip(self.reward_models, batch.own_prompts, strict=True)) if settings.method.guided else []
         rows = len(batch.lm_prompts.lengths)
         numbers, samples = np.zeros((2, rows), np.uint32)
         numbers[: len(batch.prompts)] = [prompt_number(prompt.id) for prompt in batch.prompts]
         samples[: len(batch.prompts)] = batch.samples
         keys = _row_keys(settings.seed, numbers, samples)
-        params = tuple(model.params for model, _ in guiding)
-        guide_prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in guiding)
-        row_settings = settings.of_rows(rows, len(self.reward_models))
-        arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
+        row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
+        preferences = settings.preferences_of(batch.prompts, rows)
         while True:
-            guides = tuple(
-                model.guide(own, settings.max_new_tokens, room)
-                for (model, own), room in zip(guiding, rooms[: len(guiding)], strict=True)
+            guides, params, guide_prompts = make_guides(
+                settings.method,
+                (self._lm, self._lm_params),
+                self.reward_models,
+                batch.own_prompts,
+                batch.lm_prompts,
+                settings.max_new_tokens,
+                rooms,
+                settings.tokens_ahead,
+                preferences,
+                self.tokenizer.eos_ids,
             )
+            arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
             program = DecodingProgram.assemble(
                 self._lm,
                 guides,
                 settings.method,
                 settings.k,
                 settings.max_new_tokens,
+                top_p=settings.top_p,
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
                 keeps_candidates=settings.trace == "candidates",
@@ -121,7 +137,7 @@ class Session:
             # A text may take more of a reward model's tokens than was thought: then the batch is done again.
             is_void = False
             for j, most in zip(program.by_text, map(int, needed), strict=True):
-                model, own = guiding[j]
+                model, own = self.reward_models[j], batch.own_prompts[j]
                 if most > guides[j].answer_width:
                     rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
                     is_void = True
