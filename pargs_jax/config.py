@@ -23,24 +23,15 @@ DEMO = "demo"  # names the built-in task and its language model; a folder of tha
 
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
 MethodName = Literal[
-    "greedy",
-    "top_k",
-    "args",
-    "args_stochastic",
-    "pargs_greedy",
-    "pargs",
-    "best_of_n",
-    "blockwise",
-    "chunk_beam",
-    "cards",
-    "speculative_rejection",
-    "smc",
-]
+    "greedy", "top_k", "top_p", "contrastive", "args", "args_stochastic", "pargs_greedy", "pargs", "rad", "farma", "cd",
+    "vas", "genarm", "parm", "expert_ratio", "transfer_q", "best_of_n", "blockwise", "chunk_beam",
+    "weak_to_strong", "cards", "speculative_rejection", "smc",
+]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-UNGUIDED_METHODS = ("greedy", "top_k")
+UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
 LARGEST_SEED = 2**32 - 1
 
 
@@ -362,8 +353,12 @@ class DecodeConfig:
         "the language model: 'demo' (comes with the package), a Hugging Face folder, or a hub id",
         metavar="PATH_OR_HUB_ID",
     )
-    rm: tuple[str, ...] = option((), "reward models that guide it: folders or hub ids", metavar="PATH")
-    method: MethodName | None = option(None, "how the next token is chosen", unset="all are compared, on the demo only")
+    rm: tuple[str, ...] = option(
+        (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
+    )
+    method: MethodName | None = option(
+        None, "how the next token is chosen: see the list below", unset="all are compared, on the demo only"
+    )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(
         None,
@@ -402,7 +397,22 @@ class DecodeConfig:
     n: int = option(1, "answers to each prompt, of the methods that sample", at_least=1, may_change=True)
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
-        (), "reward weight: one for all reward models, or one for each", unset="the method's"
+        (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"
+    )
+    top_p: float | None = option(
+        None, "top_p: the probability of its candidates together", unset="the method's", above=0, at_most=1
+    )
+    gate_entropy: float | None = option(
+        None,
+        "guide only the steps where the language model's entropy is at least so many nats",
+        unset="all are guided",
+        at_least=0,
+    )
+    look_ahead: int | None = option(
+        None, "transfer_q: tokens that the aligned model writes after each candidate", unset="the method's", at_least=1
+    )
+    preference: tuple[float, ...] = option(
+        (), "parm: weights of the objectives, which sum to 1; a column of that name gives each prompt its own"
     )
     temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
@@ -449,11 +459,6 @@ class DecodeConfig:
         if self.method is None and self.search.given:
             flag = next(iter(self.search.given)).replace("_", "-")
             raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
-        if len(self.weight) not in (0, 1, len(self.rm)):
-            raise InputError(
-                f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
-                "must be one for all or one for each"
-            )
         if self.lm != DEMO:
             self._validate_without_demo()
 

@@ -6,6 +6,7 @@ signals.
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +22,14 @@ class Door(NamedTuple):
         config: the class of its options in `pargs_jax.config`.
         description: what it does, for `--help`.
         examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
+        more: gives what stands below the examples.
     """
 
     module: str
     config: str
     description: str
     examples: str
+    more: Callable[[], str] = str
 
     def __call__(self) -> None:
         run_as_command(self._run)
@@ -36,8 +39,8 @@ class Door(NamedTuple):
         from pargs_jax.commands.command_line import parse
 
         prog = Path(sys.argv[0]).name
-        examples = "examples:\n" + self.examples.format(prog=prog)
-        config = parse(getattr(configs, self.config), prog=prog, description=self.description, epilog=examples)
+        epilog = "examples:\n" + self.examples.format(prog=prog) + self.more()
+        config = parse(getattr(configs, self.config), prog=prog, description=self.description, epilog=epilog)
         module = f"pargs_jax.commands.{self.module}"
         if config.compile_only:
             from pargs_jax.aot import expect_no_devices
@@ -50,6 +53,19 @@ class Door(NamedTuple):
 
         with jax.set_mesh(start(config)):
             importlib.import_module(module).run(config)
+
+
+def list_methods() -> str:
+    """What `--method` takes, for `--help`: each method's score, where it is from, and its numbers."""
+    from pargs_jax.decoding.methods import METHODS
+
+    parts = (
+        f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
+        for name, method in METHODS.items()
+    )
+    return "\n\nmethods, their scores, and their numbers where no others are given (docs/methods.md):\n" + "".join(
+        parts
+    )
 
 
 train = Door(
@@ -76,4 +92,5 @@ decode = Door(
   {prog} --method pargs --weight 2 --k 10        one method on it
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
+    list_methods,
 )

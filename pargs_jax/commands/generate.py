@@ -25,9 +25,10 @@ from pargs_jax.text.prompts import choose_form, get_form
 
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
-    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
+    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores, and for
+    the wrong number of reward models or weights."""
     traced = "candidates" if config.trace_candidates else "tokens"
-    return Settings(
+    settings = Settings(
         method,
         config.weight,
         config.k,
@@ -37,8 +38,15 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.seed,
         config.n,
         None if config.trace is None else traced,
+        config.top_p,
+        config.gate_entropy,
+        config.look_ahead,
+        config.preference,
         tuple(config.search.given.items()),
     )
+    if config.rm:
+        settings.guide_weights(len(config.rm))
+    return settings
 
 
 def generate(config: DecodeConfig, console: Console | None = None) -> list[Answer]:
@@ -54,7 +62,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = open_session(config, [demo_reward_model(method)] if is_demo else config.rm)
+    session = open_session(config, [demo_reward_model(method)] if is_demo else config.rm, method)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -80,11 +88,12 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     return answers
 
 
-def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
-    """The config's language model with these reward models."""
+def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
+    """The config's language model with reward models that guide a method."""
     return Session(
         model_source(config.lm),
         [str(path) for path in reward_models],
+        method=method,
         dtype=config.dtype,
         unroll=unrolls(config, jax.default_backend()),
     )

@@ -87,19 +87,18 @@ class Method:
         """What proposes candidates.
 
         Args:
-            k, top_p: instead of the method's own.
+            k, top_p: instead of the method's own. With k, a method whose candidates are all tokens has only so many.
             scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens stand for all.
         """
         from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 
-        if self.judged and self.candidates == "all":
-            return AllTokens() if k is None else TopK(k)
+        scores_all = self.candidates == "all" and scores_vocabulary and k is None
         k = self.k if k is None else k
         if self.candidates == "top_p":
             return TopP(self.top_p if top_p is None else top_p)
         if self.candidates == "top_k_of_sum":
             return TopKOfSum(k)
-        return AllTokens() if self.candidates == "all" and scores_vocabulary else TopK(k)
+        return AllTokens() if scores_all else TopK(k)
 
     @property
     def unused(self) -> dict[str, str]:
@@ -107,7 +106,7 @@ class Method:
         is_contrastive = self.draws == "contrastive"
         reasons = {
             "weight": "" if self.guided or is_contrastive else "is not guided",
-            "gate_entropy": "" if self.guided else "is not guided",
+            "gate_entropy": "" if self.guided and not self.judged else "is not guided at each token",
             "temperature": "" if self.draws == "sample" else "does not sample",
             "top_p": "" if self.candidates == "top_p" else "has other candidates",
             "look_ahead": "" if self.look_ahead else "does not look ahead",
@@ -115,7 +114,9 @@ class Method:
         }
         if self.draws == "greedy" and not self.guided:
             reasons["k"] = "takes the likeliest token"
-        elif self.candidates == "top_p" or self.reward_model in ("autoregressive", "preference", "ratio"):
+        elif self.candidates == "top_p" or (
+            self.reward_model in ("autoregressive", "preference", "ratio") and not self.judged
+        ):
             reasons["k"] = "does not take the k likeliest tokens"
         return {name: reason for name, reason in reasons.items() if reason}
 
@@ -195,6 +196,11 @@ METHODS: dict[str, Method] = {
     "chunk_beam": Method(
         "chunk-level beam search (Zhou et al., 2024)", "the W best of W K continuations by w r(y), chunk after chunk",
         "partial", "sample", k=50, weight=1.0, temperature=0.7, search="chunk_beam",
+        search_options=(("beams", 4), ("successors", 4), ("chunk", 10)),
+    ),
+    "weak_to_strong": Method(
+        "weak-to-strong search (Zhou et al., 2024)", "chunk_beam by sum_t log pi_tuned(y_t) - log pi_ref(y_t)", "ratio",
+        "sample", k=50, weight=1.0, temperature=0.7, search="chunk_beam",
         search_options=(("beams", 4), ("successors", 4), ("chunk", 10)),
     ),
     "cards": Method(

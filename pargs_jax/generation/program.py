@@ -39,12 +39,25 @@ class DecodingProgram(NamedTuple):
         k: int | None,
         max_new_tokens: int,
         *,
+        top_p: float | None = None,
         eos_ids: tuple[int, ...],
         pad_id: int,
         keeps_candidates: bool = False,
     ) -> "DecodingProgram":
-        """The program of a method with these models; `k` candidates, or as many as the method usually has."""
-        decoder = Decoder(lm, guides, method.proposer(k), method.rule, eos_ids, pad_id, keeps_candidates)
+        """The program of a method with these models; `k` candidates, or as many as the method usually has, and its
+        `top_p` likewise."""
+        in_vocabulary = method.judged or all(guide.scores_vocabulary for guide in guides)
+        decoder = Decoder(
+            lm,
+            guides,
+            method.proposer(k, top_p=top_p, scores_vocabulary=in_vocabulary),
+            method.rule,
+            eos_ids,
+            pad_id,
+            keeps_candidates,
+            method.reward_form,
+            method.keeps_rest,
+        )
         by_text = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
         return cls(decoder, max_new_tokens, by_text)
 

@@ -19,7 +19,7 @@ from pargs_jax.models.model import Model, Params
 
 @dataclasses.dataclass(frozen=True)
 class CausalModel(Model):
-    """A GPT-2, Llama or OPT with a vocabulary head (a language model) or a scalar head (a reward model)."""
+    """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
 
@@ -38,7 +38,7 @@ class CausalModel(Model):
         return self._encode(params, tokens, start, key)[0]
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits (fp32) of a model with a vocabulary head."""
+        """Next-token logits (fp32) of a model with a vocabulary head; with a table, rewards of all next tokens."""
         network = self.network(params)
         return network.head(hidden, network.backbone.embed)[..., : self.config.vocab_size]
 

@@ -20,7 +20,7 @@ from pargs_jax.models.preference_lora import PreferenceLora
 
 Params = dict[str, Any]
 HeadName = str
-"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary` or `reward`."""
+"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `reward` or `table`."""
 
 
 class Network(nnx.Module):

@@ -6,16 +6,22 @@ The vector is an input like any other: each row of a batch may have its own.
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.layers import Linear
+from pargs_jax.models.lora import split_params
+from pargs_jax.sharding import map_paths, place_param, to_host
 
 PREFERENCE = "preference"
+ADDITIONS = "preference_lora.safetensors"
+"""The file in a model's folder that has the additions, beside the weights that they are added to."""
 
 
 class BilinearAddition(nnx.Module):
@@ -58,6 +64,14 @@ class PreferenceLora:
     alpha: float = 8.0
     layers: str = "query|key|value"
 
+    @classmethod
+    def of_config(cls, fields: Any, folder: Path) -> "PreferenceLora":
+        """What `pargs_preference_lora` in a config.json says. Raises InputError if it is not that."""
+        try:
+            return cls(int(fields["objectives"]), int(fields["rank"]), float(fields["alpha"]), str(fields["layers"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{folder}/config.json: pargs_preference_lora is {fields!r}: {error!r}") from error
+
     def adapt(self, block: nnx.Module) -> None:
         """Gives a block's chosen layers their additions. `block` may be a stack of blocks."""
         linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
@@ -94,3 +108,37 @@ def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array,
     added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
     kernel = params["kernel"]
     return rest | {"kernel": (kernel.astype(jnp.float32) + lora.alpha / lora.rank * added).astype(kernel.dtype)}
+
+
+def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:
+    """All arrays of the additions, by their dotted paths, and the params without them; all processes must call."""
+    found: dict[str, np.ndarray] = {}
+
+    def without(tree: Any, path: str) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "addition" in tree:
+            found.update({f"{path}addition.{name}": to_host(x) for name, x in tree["addition"].items()})
+        return {name: without(part, f"{path}{name}.") for name, part in tree.items() if name != "addition"}
+
+    rest = without(params, "")
+    return found, rest
+
+
+def read_additions(folder: Path, model: Any, dtype: np.dtype) -> Any:
+    """The additions of a model with stacked layers, from its folder, placed on the mesh.
+
+    Raises InputError if the file is missing, or does not have exactly the arrays that the model needs.
+    """
+    from safetensors.numpy import load_file
+
+    path = folder / ADDITIONS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, but config.json says that the model has preference additions")
+    tensors = load_file(path)
+    expected, _ = split_params(model.abstract_params(), ("addition",))
+    shapes: dict[str, tuple[int, ...]] = {}
+    map_paths(lambda name, x: shapes.setdefault(name, x.shape), expected)
+    if {name: x.shape for name, x in tensors.items()} != shapes:
+        raise InputError(f"{path}: its arrays are not those of pargs_preference_lora in config.json")
+    return map_paths(lambda name, x: place_param(name, x.shape, dtype, lambda index: tensors[name][index]), expected)

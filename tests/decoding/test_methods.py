@@ -8,6 +8,8 @@ from pargs_jax import config
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 from pargs_jax.decoding.rules import Contrastive, Greedy, Sample
+from pargs_jax.decoding.search import BestOfN, Cards, ChunkBeam, SpeculativeRejection, TwistedSmc
+from pargs_jax.options import options
 from pargs_jax.text.prompts import PROMPT_FORMS
 
 # (k, weight, temperature, rule, kind of reward model)
@@ -28,9 +30,17 @@ PUBLISHED = {
     "parm": (10, 1.0, 1.0, Sample(), "preference"),
     "expert_ratio": (10, 1.0, 1.0, Sample(), "ratio"),
     "transfer_q": (10, 1.0, 1.0, Greedy(), "look_ahead"),
+    "best_of_n": (10, 1.0, 1.0, Sample(), "full"),
+    "blockwise": (10, 1.0, 1.0, Sample(), "partial"),
+    "chunk_beam": (50, 1.0, 0.7, Sample(), "partial"),
+    "weak_to_strong": (50, 1.0, 0.7, Sample(), "ratio"),
+    "cards": (40, 1.0, 0.7, Sample(), "partial"),
+    "speculative_rejection": (10, 1.0, 1.0, Sample(), "partial"),
+    "smc": (10, 1.0, 1.0, Sample(), "partial"),
 }
 PROPOSERS = {
     "top_p": TopP(0.95), "farma": TopKOfSum(10),
+    "best_of_n": AllTokens(), "blockwise": AllTokens(), "speculative_rejection": AllTokens(),
     "cd": AllTokens(), "genarm": AllTokens(), "parm": AllTokens(), "expert_ratio": AllTokens(),
 }  # fmt: skip
 
@@ -42,6 +52,24 @@ def test_defaults_are_the_published_ones(name):
     assert method.proposer() == PROPOSERS.get(name, TopK(method.k))
     if isinstance(method.proposer(), TopK):
         assert method.proposer(3) == TopK(3)
+
+
+SEARCHES = {
+    "best_of_n": BestOfN(16, 0.0, "last"),
+    "blockwise": ChunkBeam(1, 6, 32),
+    "chunk_beam": ChunkBeam(4, 4, 10),
+    "weak_to_strong": ChunkBeam(4, 4, 10),
+    "cards": Cards(1.0, 0.0, 1.0, 0.7, 0.5, 3.0, 4, 64, 20, False),
+    "speculative_rejection": SpeculativeRejection(16, 0.5, 32),
+    "smc": TwistedSmc(16, 0.5),
+}
+
+
+def test_searches_have_their_published_numbers_and_take_others():
+    assert {name: method.make_search({}) for name, method in METHODS.items() if method.search} == SEARCHES
+    assert METHODS["chunk_beam"].make_search({"beams": 2, "chunk": 30}) == ChunkBeam(2, 4, 30)
+    names = {option.key for option in options(config.DecodeConfig) if option.key.startswith("search.")}
+    assert names == {f"search.{name}" for method in METHODS.values() for name, _ in method.search_options}
 
 
 def test_what_is_not_a_candidate_or_a_plain_reward():

@@ -97,6 +97,9 @@ class Judge(Guide, Protocol):
     """What a guide may have besides, for search methods, which ask for the reward of a text that has grown by several
     tokens. A guide without these reads them one by one, by its score and `commit`."""
 
+    rereads: bool
+    """Whether every text is read from its beginning."""
+
     def read_prompts(
         self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> tuple[Float[Array, "B"], Any]:

@@ -239,6 +239,7 @@ class EncoderGuide:
     answer_width: int
     closing_id: int
     finest: int = 16
+    rereads: ClassVar[bool] = True
     scores_vocabulary: ClassVar[bool] = False
     adds_up: ClassVar[bool] = False
 

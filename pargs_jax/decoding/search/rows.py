@@ -45,7 +45,8 @@ class Tokens(NamedTuple):
 
     lm: Int[Array, "B"]
     rm: Int[Array, "B"]
-    """By all guides and judges together; a judge's are its own model's tokens. A step of a candidate guide reads K."""
+    """By all guides and judges together: a judge's part in its own tokens, a guide's in the language model's, K a step
+    for one that scores candidates."""
     needed: tuple[Int[Array, ""], ...]
     """The most room that a text took, for each judge, and then each guide, that goes by the text."""
 
@@ -130,7 +131,7 @@ class Searcher:
             judges.append(judge)
         read = jnp.zeros_like(lengths)
         for own in (*(inputs.guide_prompts or (None,) * len(self.decoder.guides)), *own_prompts):
-            read = read + (lengths if own is None else own.lengths)
+            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _of_models(own))
         blank = jnp.zeros((len(lengths), len(self.judges)))
         prompt_rewards = jnp.stack(of_prompts, axis=-1) if of_prompts else blank
         rows = Rows(state, tuple(judges), jnp.zeros_like(lengths), blank)
@@ -140,11 +141,17 @@ class Searcher:
         """`steps` more tokens for every row that is not done."""
         before = rows.decode.text.lengths
         state = self.decoder.advance(inputs.params, rows.decode, steps)
-        drawn = of_prompts(state.text.lengths - before, len(tokens.lm)).sum(axis=1)
-        # The guides' part: all candidates of a step, or the newest token alone.
-        a_step = sum(1 if guide.scores_vocabulary else self.decoder.candidates for guide in self.decoder.guides)
+        drawn = state.text.lengths - before
+        read = jnp.zeros_like(drawn)
+        guide_prompts = inputs.guide_prompts or (None,) * len(self.decoder.guides)
+        for guide, own in zip(self.decoder.guides, guide_prompts, strict=True):
+            # All candidates of a step, or the newest token alone; or each candidate's text from its beginning.
+            texts = drawn * before + drawn * (drawn + 1) // 2 if getattr(guide, "rereads", False) else drawn
+            a_step = 1 if guide.scores_vocabulary else self.decoder.candidates
+            read = read + texts * a_step * len(_of_models(own))
+        drawn, read = (of_prompts(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
         rows = rows._replace(decode=state)
-        return rows, Tokens(tokens.lm + drawn, tokens.rm + drawn * a_step, _most_needed(tokens, rows))
+        return rows, Tokens(tokens.lm + drawn, tokens.rm + read, _most_needed(tokens, rows))
 
     def judge(
         self,
@@ -159,13 +166,14 @@ class Searcher:
         text = self._text(rows, answer_lengths)
         new = text.answer_lengths - rows.judged
         judges, rewards, read = [], [], tokens.rm
-        parts = zip(self.judges, inputs.judge_params, rows.judges, strict=True)
-        for j, (guide, params, state) in enumerate(parts):
+        own_prompts = inputs.judge_prompts or (None,) * len(self.judges)
+        parts = zip(self.judges, inputs.judge_params, rows.judges, own_prompts, strict=True)
+        for j, (guide, params, state, own) in enumerate(parts):
             reward, count, state = _reward_so_far(guide, params, state, text, new, width)
             before = rows.rewards[:, j]
             rewards.append(jnp.where(new > 0, reward + before if guide.adds_up else reward, before))
             judges.append(state)
-            read = read + of_prompts(count, len(read)).sum(axis=1)
+            read = read + of_prompts(count, len(read)).sum(axis=1) * len(_of_models(own))
         stacked = jnp.stack(rewards, axis=-1) if rewards else rows.rewards
         rows = Rows(rows.decode, tuple(judges), text.answer_lengths, stacked)
         return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows))
@@ -283,6 +291,11 @@ def best_of_n_kl(n: int) -> float:
     """log n - (n - 1)/n: no less than KL(best of n || p), and near it where no answer has much probability (Beirami et
     al., 2024, Theorem 1)."""
     return float(np.log(n) - (n - 1) / n)
+
+
+def _of_models(own: Any) -> tuple[Prompts | None, ...]:
+    """The prompts of each model of a guide, which may have several."""
+    return own if isinstance(own, tuple) and not hasattr(own, "lengths") else (own,)
 
 
 def _needed(rows: Rows) -> tuple[Int[Array, ""], ...]:
