@@ -17,7 +17,8 @@ PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. 
 TOKENS = 8
 SMALL = {
     "best_of_n": {"samples": 3}, "blockwise": {"successors": 2, "chunk": 3},
-    "chunk_beam": {"beams": 2, "successors": 2, "chunk": 3}, "weak_to_strong": {"beams": 2, "successors": 2, "chunk": 3},
+    "chunk_beam": {"beams": 2, "successors": 2, "chunk": 3},
+    "weak_to_strong": {"beams": 2, "successors": 2, "chunk": 3},
     "cards": {"longest": 4, "most_rejections": 3}, "speculative_rejection": {"samples": 4, "chunk": 3},
     "smc": {"particles": 3},
 }  # fmt: skip
