@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -28,7 +29,8 @@ class Answer:
     are the reward models' rewards of the whole answer, one for each group that guides together; `tokens` counts the
     end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out. `sample` counts the
     answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are the tokens that the language model, and all reward
-    models together, read for it (`TokensRead`). `log_z` is there for particles, `trace` where it was asked for.
+    models together, read for it (`TokensRead`). `kl_is` says whether `kl` is exact, an upper bound or an estimate.
+    `log_z` is there for particles, `trace` where it was asked for.
     """
 
     id: str
@@ -43,6 +45,7 @@ class Answer:
     sample: int = 0
     lm_tokens: int = 0
     rm_tokens: int = 0
+    kl_is: Literal["exact", "bound", "estimate"] = "exact"
     log_z: float | None = None
     trace: AnswerTrace | None = None
 
@@ -78,6 +81,7 @@ class AnswerReader:
                 seconds,
                 batch.samples[row],
                 *self._tokens_read(batch, row, int(decoded.lengths[row]), settings, found),
+                settings.kl_is,
                 None if found is None or found.log_z is None else float(found.log_z[row]),
             )
             for row, prompt in enumerate(batch.prompts)

@@ -78,6 +78,11 @@ class Settings:
         return "temperature" not in self.method.unused
 
     @property
+    def kl_is(self) -> Literal["exact", "bound", "estimate"]:
+        """What an answer's `kl` is: the exact KL, or of a search a bound or an estimate (docs/search.md)."""
+        return "exact" if self.method.search is None else self.method.make_search(dict(self.search)).kl
+
+    @property
     def measures_rewards(self) -> bool:
         """Whether the method needs to know what rewards the language model's own answers have, and was not told."""
         return "deviation" in dict(self.method.search_options) and "deviation" not in dict(self.search)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from pargs_jax.decoding.search.rows import (
     Found,
+    KlKind,
     Searcher,
     SearchInputs,
     best_of_n_kl,
@@ -40,10 +41,7 @@ class BestOfN:
     samples: int = 16
     smoothing: float = 0.0
     by: Judging = "last"
-    kl: ClassVar[str] = (
-        "upper bound: log n - (n - 1)/n; soft: the mean of log n - H(softmax(scores / smoothing)); and what the "
-        "sampler drew away from the language model"
-    )
+    kl: ClassVar[KlKind] = "bound"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.smoothing < 0:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pargs_jax.decoding.search.rows import (
     Found,
+    KlKind,
     Rows,
     Searcher,
     SearchInputs,
@@ -59,11 +60,7 @@ class Cards:
     longest: int = 64
     most_rejections: int = 20
     hard: bool = False
-    kl: ClassVar[str] = (
-        "estimate: log a + H(c) for each segment that was accepted with probability a after c rejections, H a harmonic "
-        "number (its mean is exact), log m - (m - 1)/m for the best of m rejected ones; and what the sampler drew away "
-        "from the language model"
-    )
+    kl: ClassVar[KlKind] = "estimate"
 
     def __post_init__(self) -> None:
         if not (1 <= self.shortest <= self.longest and self.most_rejections >= 1):

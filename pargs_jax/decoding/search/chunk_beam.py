@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pargs_jax.decoding.search.rows import (
     Found,
+    KlKind,
     Rows,
     Searcher,
     SearchInputs,
@@ -42,10 +43,7 @@ class ChunkBeam:
     beams: int = 1
     successors: int = 4
     chunk: int = 10
-    kl: ClassVar[str] = (
-        "upper bound: c (log K - (K - 1)/K) for one beam, log W + c log K for more, with the c chunks of the answer; "
-        "and what the sampler drew away from the language model"
-    )
+    kl: ClassVar[KlKind] = "bound"
 
     def __post_init__(self) -> None:
         if min(self.beams, self.successors, self.chunk) < 1:

@@ -4,7 +4,7 @@ The R = B * n rows of a search belong to B prompts; those of prompt b are rows b
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from pargs_jax.models.cache import copy_rows, repeat_rows
 EVENTS = 1 << 31
 """Keys of a row are folded with the numbers of its tokens, which are small. Other draws have numbers from here on, and
 the keys of branches count down from the largest."""
+
+
+KlKind = Literal["bound", "estimate"]
+"""An upper bound of the KL of the answers' distribution from the language model's, or a number with that mean.
+docs/search.md has the equations."""
 
 
 class SearchInputs(NamedTuple):
@@ -58,7 +63,7 @@ class Found(NamedTuple):
     scores: Float[Array, "B"]
     """What answers were chosen by: the weighted sum of the rewards."""
     kls: Float[Array, "B"]
-    """Of the distribution of answers from the language model's, in nats: see the method's `kl`."""
+    """Of the distribution of answers from the language model's, in nats: a bound or an estimate (the method's `kl`)."""
     tokens: Tokens
     samples: Decoded | None = None
     """All R rows, for methods that finish them."""
@@ -83,8 +88,8 @@ class Rows(NamedTuple):
 class SearchMethod(Protocol):
     """A search method: static and hashable, its fields are its options."""
 
-    kl: str
-    """What `Found.kls` is, in words."""
+    kl: KlKind
+    """What `Found.kls` is."""
 
     def __call__(self, searcher: "Searcher", inputs: SearchInputs, max_new_tokens: int) -> Found: ...
 

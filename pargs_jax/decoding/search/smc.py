@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.decoding.rules import Greedy
 from pargs_jax.decoding.search.rows import (
     Found,
+    KlKind,
     Rows,
     Searcher,
     SearchInputs,
@@ -43,10 +44,7 @@ class TwistedSmc:
 
     particles: int = 16
     threshold: float = 0.5
-    kl: ClassVar[str] = (
-        "score - log Z of the estimate: its mean is an upper bound, which tightens as particles are added; of the "
-        "language model cut to the candidates"
-    )
+    kl: ClassVar[KlKind] = "bound"
 
     def __post_init__(self) -> None:
         if self.particles < 1 or not 0 <= self.threshold <= 1:

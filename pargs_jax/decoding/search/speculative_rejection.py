@@ -11,6 +11,7 @@ import numpy as np
 from pargs_jax.decoding.loop import Decoded
 from pargs_jax.decoding.search.rows import (
     Found,
+    KlKind,
     Searcher,
     SearchInputs,
     best_of_n_kl,
@@ -40,10 +41,7 @@ class SpeculativeRejection:
     samples: int = 16
     alpha: float = 0.5
     chunk: int = 32
-    kl: ClassVar[str] = (
-        "upper bound: log n, or log n - (n - 1)/n where nothing is dropped; and what the sampler drew away from the "
-        "language model"
-    )
+    kl: ClassVar[KlKind] = "bound"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
