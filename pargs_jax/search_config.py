@@ -8,7 +8,7 @@ from pargs_jax.options import option
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What only search methods have (docs/search.md); without these, each method's published numbers."""
+    """For search methods (docs/search.md)."""
 
     samples: int | None = option(
         None,

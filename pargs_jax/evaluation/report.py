@@ -29,7 +29,7 @@ Kind = Literal["judge", "guide", "likelihood", "text", "cost"]
 _GIVEN: dict[str, tuple[Kind, str]] = {
     "kl": (
         "likelihood",
-        "KL(q || p) of an answer from the language model, in nats: exact, but for searches (docs/search.md)",
+        "KL(q || p) of an answer from the language model, in nats: exact but for searches",
     ),
     "log_probability": ("likelihood", "log-probability of an answer under the language model, in nats (decode.py)"),
     "tokens": ("text", "tokens of an answer, its end included (decode.py)"),

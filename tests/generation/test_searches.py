@@ -102,4 +102,6 @@ def test_what_means_nothing_to_a_search_is_refused():
     refused("smc", "--trace: is not for twisted SMC", trace="tokens")
     refused("cards", "--search.mean and --search.deviation: got one", search=(("mean", 1.0),))
     refused("cards", "1 <= shortest <= longest", search=(("shortest", 9), ("longest", 3)))
+    with pytest.raises(InputError, match="--weight: got 3 weights for 2 reward models"):
+        Settings(METHODS["cards"], weights=(1.0, 2.0, 3.0)).guide_weights(2)
     refused("best_of_n", "--gate-entropy: means nothing to .*, which is not guided at each token", gate_entropy=1.0)
