@@ -158,7 +158,8 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
         ),
         (
             "--lm x --prompt a --method args",
-            "--method args: needs a reward model; give --rm PATH, or an unguided method (greedy, top_k, top_p, contrastive)",
+            "--method args: needs a reward model; give --rm PATH, or an unguided method "
+            "(greedy, top_k, top_p, contrastive)",
         ),
     ],
 )

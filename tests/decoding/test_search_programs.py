@@ -1,5 +1,7 @@
 """Compiled search programs: what they do with caches."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,10 @@ from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.search import Cards, Searcher, SearchInputs, TwistedSmc, search
+from pargs_jax.decoding.search.rows import sources_of
 from pargs_jax.decoding.state import RowSettings
+from pargs_jax.mesh import make_mesh
+from pargs_jax.models.cache import Cache, copy_rows
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.testing import tiny_model
 
@@ -56,12 +61,22 @@ def test_caches_are_written_in_place(method, guided):
     assert set(rows) <= {ROWS}
 
 
-def test_without_judging_in_place_copies_would_be_seen():
-    """The check itself: a program that gathers all rows of a cache at every step has copies."""
-
-    def shuffle(cache, order):
-        return jax.lax.fori_loop(0, 3, lambda _, x: x[order] + x, cache)
-
-    text = jax.jit(shuffle).lower(jnp.zeros((ROWS, 4, 64, 8)), jnp.arange(ROWS)).compile().as_text()
-    module = parse_module(text)
-    assert any(of_caches(module, opcode) for opcode in ("copy", "gather", "fusion"))
+@pytest.mark.parametrize("mesh", [None, "cpu-4,data=4", "cpu-4,data=2,tensor=2"])
+@pytest.mark.parametrize("prompts", [4, 3])
+def test_rows_become_copies_where_they_are(mesh, prompts):
+    """Stacked layers, single ones and plain arrays; three prompts do not divide by the mesh."""
+    rng, n = np.random.default_rng(prompts), 4
+    counts = np.stack([rng.multinomial(n, [0.1, 0.2, 0.3, 0.4]) for _ in range(prompts)])
+    sources = np.asarray(sources_of(jnp.asarray(counts)))
+    assert [np.bincount(row, minlength=n).tolist() for row in sources] == counts.tolist()
+    assert all(row[row[i]] == row[i] for row in sources for i in range(n))  # what others are copied from stays
+    rows = prompts * n
+    stacked, single, plain = (jnp.asarray(rng.normal(size=s)) for s in ((2, rows, 2, 8, 4), (rows, 2, 8, 4), (rows, 3)))
+    tree = {"stacked": Cache(stacked, jnp.arange(rows)), "single": Cache((single,), jnp.arange(rows)), "plain": plain}
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, "decode")):
+        copied = jax.device_get(jax.jit(copy_rows)(tree, sources))
+    wanted = (np.arange(prompts)[:, None] * n + sources).ravel()
+    np.testing.assert_array_equal(copied["stacked"].kv, stacked[:, wanted])
+    np.testing.assert_array_equal(copied["single"].kv[0], single[wanted])
+    np.testing.assert_array_equal(copied["plain"], plain[wanted])
+    np.testing.assert_array_equal(copied["stacked"].lengths, wanted)
