@@ -392,7 +392,9 @@ class DecodeConfig:
     trace_candidates: bool = option(
         False, "with --trace: also the candidates of every token, with their numbers", may_change=True
     )
-    n: int = option(1, "answers to each prompt, of the methods that sample", at_least=1, may_change=True)
+    n: int = option(
+        1, "answers to each prompt; more than one only from a method that samples", at_least=1, may_change=True
+    )
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
         (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"

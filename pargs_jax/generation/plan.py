@@ -55,8 +55,7 @@ class Settings:
             check_preference(self.preference, "--preference")
         if self.n > 1 and not self.samples:
             raise InputError(
-                f"--n: {self.n} answers of {self.method.source} would be the same, since it does not sample; leave it "
-                "out"
+                f"--n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
             )
 
     @property

@@ -189,4 +189,3 @@ def test_another_tokenizer_is_refused_where_all_next_tokens_are_scored(folder, t
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="has another tokenizer than the language model"):
         answer(folder | {"other": str(tmp_path)}, "genarm", ["other"])
-
