@@ -96,7 +96,7 @@ class Settings:
         guides = count_guides(self.method, reward_models)
         weights = own or self.weights or (self.method.weight,)
         if guides and len(weights) not in (1, guides):
-            what = {"ratio": "pairs of models", "look_ahead": "reward to weigh"}.get(
+            what = {"ratio": "pairs of models", "look_ahead": "look-ahead"}.get(
                 self.method.reward_model, "reward models"
             )
             raise InputError(
