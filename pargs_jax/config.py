@@ -29,6 +29,8 @@ DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
+GROUPED_METHODS = ("expert_ratio", "transfer_q")
+"""Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
 LARGEST_SEED = 2**32 - 1
 
@@ -453,6 +455,11 @@ class DecodeConfig:
         if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
             flag = "--trace" if self.trace is not None else "--n"
             raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+        if self.method not in GROUPED_METHODS and len(self.weight) not in (0, 1, len(self.rm)):
+            raise InputError(
+                f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
+                "must be one for all or one for each"
+            )
         if self.lm != DEMO:
             self._validate_without_demo()
 

@@ -404,3 +404,14 @@ def test_four_devices_equal_one(name):
 def test_a_smaller_vocabulary_than_the_language_models_is_refused():
     with pytest.raises(InputError, match="scores 61 tokens, the language model proposes 64; they must share a vocab"):
         AutoregressiveGuide(model("one")[0], 64)
+
+
+def test_vas_with_every_token_a_candidate_has_no_rest():
+    """Centring over the whole vocabulary is a constant then: it does nothing."""
+    case = dataclasses.replace(CASES["vas, table"], temperature=0.7)
+    decoder = dataclasses.replace(case.decoder, proposer=METHODS["vas"].proposer(V))
+    plain_sum = dataclasses.replace(case.decoder, proposer=AllTokens(), reward_form="plain", keeps_rest=False)
+    found, expected = run(case, decoder=decoder), run(case, decoder=plain_sum)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.trace.kls, expected.trace.kls, atol=1e-5)
+    assert np.isfinite(found.trace.kls).all() and found.trace.kls.max() > 0.01
