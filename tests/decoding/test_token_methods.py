@@ -84,7 +84,8 @@ class Case:
         method = METHODS[self.method]
         guides = tuple(guide(name)[0] for name in self.guides)
         in_vocabulary = all(part.scores_vocabulary for part in guides)
-        proposer = method.proposer(K, top_p=self.top_p, scores_vocabulary=in_vocabulary)
+        every = method.candidates == "all" and in_vocabulary
+        proposer = method.proposer(None if every else K, top_p=self.top_p, scores_vocabulary=in_vocabulary)
         return Decoder(
             model("lm")[0], guides, proposer, method.rule, EOS_IDS, PAD,
             reward_form=method.reward_form, keeps_rest=method.keeps_rest,
