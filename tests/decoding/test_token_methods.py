@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pargs_jax.decoding import loop
 from pargs_jax.decoding.guides import (
     AutoregressiveGuide,
     CausalGuide,
@@ -416,3 +417,16 @@ def test_vas_with_every_token_a_candidate_has_no_rest():
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.trace.kls, expected.trace.kls, atol=1e-5)
     assert np.isfinite(found.trace.kls).all() and found.trace.kls.max() > 0.01
+
+
+def test_of_many_candidates_the_trace_has_the_chosen_and_the_likeliest(monkeypatch):
+    monkeypatch.setattr(loop, "MOST_TRACED", 4)
+    case = CASES["genarm"]
+    found = run(case, decoder=dataclasses.replace(case.decoder, keeps_candidates=True, pad_id=59))
+    candidates = found.trace.candidates
+    assert candidates.tokens.shape == (5, STEPS, 4)
+    scores, _ = naive_scores(case, tuple(PROMPTS[0]))
+    chosen = found.tokens[0, 0]
+    others = [v for v in np.argsort(-scores) if v != chosen][:3]
+    assert candidates.tokens[0, 0].tolist() == [chosen, *others]
+    assert candidates.guided_log_probs[0, 0, 0] == found.trace.guided_log_probs[0, 0]
