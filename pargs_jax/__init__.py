@@ -46,20 +46,27 @@ if TYPE_CHECKING:
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
     from pargs_jax.decoding.guides import (
+        AutoregressiveGuide,
         CandidateGuide,
         Capacity,
         CausalGuide,
         Chosen,
         EncoderGuide,
+        LookAheadGuide,
+        NextTokenGuide,
+        PreferenceGuide,
+        PreferredPrompts,
         Prompts,
+        RatioGuide,
         RetokenisedGuide,
+        SimilarityGuide,
         Text,
         VocabularyGuide,
     )
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
-    from pargs_jax.decoding.proposals import AllTokens, TopK
-    from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
+    from pargs_jax.decoding.rules import Contrastive, Greedy, Sample
     from pargs_jax.decoding.search import (
         BestOfN,
         Cards,
@@ -97,20 +104,27 @@ _HOMES = {
     "pargs_jax.data.preferences": ("Prompt",),
     "pargs_jax.text.retokenisation": ("Retokeniser",),
     "pargs_jax.decoding.guides": (
+        "AutoregressiveGuide",
         "CandidateGuide",
         "Capacity",
         "CausalGuide",
         "Chosen",
         "EncoderGuide",
+        "LookAheadGuide",
+        "NextTokenGuide",
+        "PreferenceGuide",
+        "PreferredPrompts",
         "Prompts",
+        "RatioGuide",
         "RetokenisedGuide",
+        "SimilarityGuide",
         "Text",
         "VocabularyGuide",
     ),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
-    "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
-    "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.proposals": ("AllTokens", "TopK", "TopKOfSum", "TopP"),
+    "pargs_jax.decoding.rules": ("Contrastive", "Greedy", "Sample"),
     "pargs_jax.decoding.search": (
         "BestOfN",
         "Cards",

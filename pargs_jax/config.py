@@ -31,6 +31,8 @@ DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
+GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
+"""Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
 LARGEST_SEED = 2**32 - 1
 
@@ -394,7 +396,16 @@ class DecodeConfig:
     trace_candidates: bool = option(
         False, "with --trace: also the candidates of every token, with their numbers", may_change=True
     )
-    n: int = option(1, "answers to each prompt, of the methods that sample", at_least=1, may_change=True)
+    n: int = option(
+        1, "answers to each prompt; more than one only from a method that samples", at_least=1, may_change=True
+    )
+    explain: str | None = option(
+        None,
+        "HTML page that explains the answers token by token, beside the unguided ones of the same seed; see "
+        "docs/explain.md",
+        metavar="F.html",
+        may_change=True,
+    )
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
         (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"
@@ -453,12 +464,23 @@ class DecodeConfig:
             raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
         if self.trace_candidates and self.trace is None:
             raise InputError("--trace-candidates: needs --trace, the file that they go into")
-        if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
-            flag = "--trace" if self.trace is not None else "--n"
+        if self.explain is not None and self.out is not None:
+            raise InputError(
+                "--explain: is for answers that are printed; for those of --out, write traces (--trace F.jsonl "
+                "--trace-candidates) and make the page of them (python -m pargs_jax.commands.explain)"
+            )
+        named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
+        if self.method is None and not self.compile_only and any(named.values()):
+            flag = next(flag for flag, is_given in named.items() if is_given)
             raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
         if self.method is None and self.search.given:
             flag = next(iter(self.search.given)).replace("_", "-")
             raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
+        if self.method not in GROUPED_METHODS and len(self.weight) not in (0, 1, len(self.rm)):
+            raise InputError(
+                f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
+                "must be one for all or one for each"
+            )
         if self.lm != DEMO:
             self._validate_without_demo()
 

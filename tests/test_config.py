@@ -5,15 +5,15 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from pargs_jax.commands.command_line import parse
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig, column_names
 from pargs_jax.config_files import from_mapping, to_yaml
-from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.options import option, options
 
@@ -154,7 +154,7 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
         ("--lm x", "--lm x: needs prompts to answer; give --prompt TEXT or --prompts FILE"),
         (
             "--lm x --prompt a",
-            f"--lm x: needs --method NAME, one of {', '.join(METHODS)}",
+            f"--lm x: needs --method NAME, one of {', '.join(get_args(MethodName))}",
         ),
         (
             "--lm x --prompt a --method args",

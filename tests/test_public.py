@@ -108,7 +108,14 @@ WITHOUT_JAX = (
     "data",
     "demo",
 )
-WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line", "generation.traces", "evaluation.config")
+WITHOUT_JAX_WITHIN = (
+    "commands.process",
+    "commands.command_line",
+    "commands.explain",
+    "evaluation.config",
+    "evaluation.explanation",
+    "generation.traces",
+)
 
 
 def imported_modules(path):

@@ -22,16 +22,16 @@ class Door(NamedTuple):
         config: the class of its options.
         description: what it does, for `--help`.
         examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
-        more: gives what stands below the examples.
         options: the module of that class.
+        more: gives what stands below the examples.
     """
 
     module: str
     config: str
     description: str
     examples: str
-    more: Callable[[], str] = str
     options: str = "pargs_jax.config"
+    more: Callable[[], str] = str
 
     def __call__(self) -> None:
         run_as_command(self._run)
@@ -92,9 +92,10 @@ decode = Door(
     """\
   {prog}                                         the demo task, all methods compared
   {prog} --method pargs --weight 2 --k 10        one method on it
+  {prog} --method pargs --limit 5 --explain F.html   five of its answers, explained token by token
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
-    list_methods,
+    more=list_methods,
 )
 
 evaluate = Door(

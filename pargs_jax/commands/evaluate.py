@@ -157,8 +157,8 @@ def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[t
     loaded: dict[Any, Session] = {}
 
     def remembered(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
-        roles = roles_of(method, list(map(str, reward_models)))
-        key = (config.lm, tuple(map(str, reward_models)), roles, config.dtype, config.unroll)
+        sources = tuple(map(str, reward_models))
+        key = (config.lm, sources, roles_of(method, sources), config.dtype, config.unroll)
         if key not in loaded:
             loaded.clear()
             loaded[key] = open_session(config, reward_models, method)
@@ -181,7 +181,8 @@ def guides_of(options: Mapping[str, Any]) -> tuple[str, ...]:
     if given or options.get("lm") != DEMO:
         return given
     # In the demo's comparison the full model stands in for itself only where it was there; both count as guides then.
-    return tuple(map(str, REWARD_MODELS.values())) if method is None else (str(REWARD_MODELS[method.reward_model]),)
+    kinds = REWARD_MODELS if method is None else REWARD_MODELS.keys() & {method.reward_model}
+    return tuple(str(path) for kind, path in REWARD_MODELS.items() if kind in kinds)
 
 
 def _baseline(config: EvaluateConfig, systems: Sequence[System]) -> System | None:

@@ -26,6 +26,10 @@ AllParams = tuple[Params, tuple[Any, ...]]
 """The arrays of the language model, and of each guide."""
 
 
+MOST_TRACED = 100
+"""Candidates of a step in a trace: a whole vocabulary at every token would take gigabytes."""
+
+
 class Decoded(NamedTuple):
     """The answers of a batch; `tokens[b, :lengths[b]]` is row b's, with its end-of-sequence token if it `finished`."""
 
@@ -58,7 +62,8 @@ class Decoder:
         rule: how one is drawn.
         eos_ids: tokens that end an answer.
         pad_id: what stands behind an answer's end.
-        keeps_candidates: whether the trace holds all candidates with their numbers.
+        keeps_candidates: whether the trace holds the candidates with their numbers: all, or the chosen one and those
+            with the highest probability, `MOST_TRACED` together.
         reward_form: how rewards enter the scores.
         keeps_rest: whether the tokens that are not proposed can be drawn too, at the score that they have without
             rewards (VAS). They are one more candidate (see `Rest`).
@@ -266,11 +271,16 @@ class Decoder:
         if self.keeps_candidates:
             tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
             candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
+            if self.candidates > MOST_TRACED:
+                is_chosen = jnp.arange(self.candidates) == index[:, None]
+                _, kept = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MOST_TRACED)
+                rows = jnp.arange(len(index))[:, None]
+                candidates = jax.tree.map(lambda x: x[rows, kept], candidates)
         of_token = map(of_chosen, (proposal.log_probs, log_q))
         return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
 
     def _blank_trace(self, batch: int, steps: int) -> Trace:
-        count, guides = self.candidates, len(self.guides)
+        count, guides = min(self.candidates, MOST_TRACED), len(self.guides)
         candidates = None
         if self.keeps_candidates:
             numbers = jnp.zeros((batch, steps, count))

@@ -68,8 +68,7 @@ class Settings:
                 )
         if self.n > 1 and not self.samples:
             raise InputError(
-                f"--n: {self.n} answers of {self.method.source} would be the same, since it does not sample; leave it "
-                "out"
+                f"--n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
             )
 
     @property
@@ -124,7 +123,7 @@ class Settings:
         guides = count_guides(self.method, reward_models)
         weights = own or self.weights or (self.method.weight,)
         if guides and len(weights) not in (1, guides):
-            what = {"ratio": "pairs of models", "look_ahead": "reward to weigh"}.get(
+            what = {"ratio": "pairs of models", "look_ahead": "look-ahead"}.get(
                 self.method.reward_model, "reward models"
             )
             raise InputError(

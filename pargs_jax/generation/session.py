@@ -132,6 +132,13 @@ class Session:
         keys = _row_keys(settings.seed, numbers, samples)
         row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
         preferences = settings.preferences_of(batch.prompts, rows)
+        if preferences is not None and preferences.shape[1] != (
+            objectives := self.reward_models[0].model.lora.objectives
+        ):
+            raise InputError(
+                f"a preference has {preferences.shape[1]} numbers, but {self.reward_models[0].source} was trained for "
+                f"{objectives} objectives"
+            )
         while True:
             guides, params, guide_prompts = make_guides(
                 settings.method,

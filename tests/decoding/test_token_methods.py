@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pargs_jax.decoding import loop
 from pargs_jax.decoding.guides import (
     AutoregressiveGuide,
     CausalGuide,
@@ -84,7 +85,8 @@ class Case:
         method = METHODS[self.method]
         guides = tuple(guide(name)[0] for name in self.guides)
         in_vocabulary = all(part.scores_vocabulary for part in guides)
-        proposer = method.proposer(K, top_p=self.top_p, scores_vocabulary=in_vocabulary)
+        every = method.candidates == "all" and in_vocabulary
+        proposer = method.proposer(None if every else K, top_p=self.top_p, scores_vocabulary=in_vocabulary)
         return Decoder(
             model("lm")[0], guides, proposer, method.rule, EOS_IDS, PAD,
             reward_form=method.reward_form, keeps_rest=method.keeps_rest,
@@ -404,3 +406,27 @@ def test_four_devices_equal_one(name):
 def test_a_smaller_vocabulary_than_the_language_models_is_refused():
     with pytest.raises(InputError, match="scores 61 tokens, the language model proposes 64; they must share a vocab"):
         AutoregressiveGuide(model("one")[0], 64)
+
+
+def test_vas_with_every_token_a_candidate_has_no_rest():
+    """Centring over the whole vocabulary is a constant then: it does nothing."""
+    case = dataclasses.replace(CASES["vas, table"], temperature=0.7)
+    decoder = dataclasses.replace(case.decoder, proposer=METHODS["vas"].proposer(V))
+    plain_sum = dataclasses.replace(case.decoder, proposer=AllTokens(), reward_form="plain", keeps_rest=False)
+    found, expected = run(case, decoder=decoder), run(case, decoder=plain_sum)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.trace.kls, expected.trace.kls, atol=1e-5)
+    assert np.isfinite(found.trace.kls).all() and found.trace.kls.max() > 0.01
+
+
+def test_of_many_candidates_the_trace_has_the_chosen_and_the_likeliest(monkeypatch):
+    monkeypatch.setattr(loop, "MOST_TRACED", 4)
+    case = CASES["genarm"]
+    found = run(case, decoder=dataclasses.replace(case.decoder, keeps_candidates=True, pad_id=59))
+    candidates = found.trace.candidates
+    assert candidates.tokens.shape == (5, STEPS, 4)
+    scores, _ = naive_scores(case, tuple(PROMPTS[0]))
+    chosen = found.tokens[0, 0]
+    others = [v for v in np.argsort(-scores) if v != chosen][:3]
+    assert candidates.tokens[0, 0].tolist() == [chosen, *others]
+    assert candidates.guided_log_probs[0, 0, 0] == found.trace.guided_log_probs[0, 0]
