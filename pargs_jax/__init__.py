@@ -46,20 +46,38 @@ if TYPE_CHECKING:
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
     from pargs_jax.decoding.guides import (
+        AutoregressiveGuide,
         CandidateGuide,
         Capacity,
         CausalGuide,
         Chosen,
         EncoderGuide,
+        LookAheadGuide,
+        NextTokenGuide,
+        PreferenceGuide,
+        PreferredPrompts,
         Prompts,
+        RatioGuide,
         RetokenisedGuide,
+        SimilarityGuide,
         Text,
         VocabularyGuide,
     )
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
-    from pargs_jax.decoding.proposals import AllTokens, TopK
-    from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
+    from pargs_jax.decoding.rules import Contrastive, Greedy, Sample
+    from pargs_jax.decoding.search import (
+        BestOfN,
+        Cards,
+        ChunkBeam,
+        Searcher,
+        SearchInputs,
+        SpeculativeRejection,
+        TwistedSmc,
+        best_of_n_curve,
+        search,
+    )
     from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
@@ -86,20 +104,38 @@ _HOMES = {
     "pargs_jax.data.preferences": ("Prompt",),
     "pargs_jax.text.retokenisation": ("Retokeniser",),
     "pargs_jax.decoding.guides": (
+        "AutoregressiveGuide",
         "CandidateGuide",
         "Capacity",
         "CausalGuide",
         "Chosen",
         "EncoderGuide",
+        "LookAheadGuide",
+        "NextTokenGuide",
+        "PreferenceGuide",
+        "PreferredPrompts",
         "Prompts",
+        "RatioGuide",
         "RetokenisedGuide",
+        "SimilarityGuide",
         "Text",
         "VocabularyGuide",
     ),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
-    "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
-    "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.proposals": ("AllTokens", "TopK", "TopKOfSum", "TopP"),
+    "pargs_jax.decoding.rules": ("Contrastive", "Greedy", "Sample"),
+    "pargs_jax.decoding.search": (
+        "BestOfN",
+        "Cards",
+        "ChunkBeam",
+        "SearchInputs",
+        "Searcher",
+        "SpeculativeRejection",
+        "TwistedSmc",
+        "best_of_n_curve",
+        "search",
+    ),
     "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),

@@ -27,7 +27,8 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
-    "config": {"options", "errors"},
+    "search_config": {"options"},
+    "config": {"search_config", "options", "errors"},
     "config_files": {"options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -68,6 +69,7 @@ MAY_IMPORT = {
         "progress",
         "config_files",
         "config",
+        "options",
         "errors",
     },
     "evaluation": {
@@ -89,11 +91,23 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = MAY_IMPORT.keys() - {"testing"}
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {
-    "decoding.proposals": set(),
+    "decoding.proposals": {"errors"},
     "decoding.rules": {"decoding.proposals"},
-    "decoding.methods": {"decoding.proposals", "decoding.rules"},
+    "decoding.methods": {"decoding.proposals", "decoding.rules", "decoding.search"},
+    "decoding.search.order_statistics": set(),
 }
-WITHOUT_JAX = ("errors", "signals", "options", "config", "config_files", "durable_files", "text", "data", "demo")
+WITHOUT_JAX = (
+    "search_config",
+    "errors",
+    "signals",
+    "options",
+    "config",
+    "config_files",
+    "durable_files",
+    "text",
+    "data",
+    "demo",
+)
 WITHOUT_JAX_WITHIN = (
     "commands.process",
     "commands.command_line",

@@ -28,7 +28,8 @@ def decode_and_explain(config: DecodeConfig, console: Console | None = None) -> 
     unguided: list[Answer] = []
     if settings.method.guided:
         without = dataclasses.replace(settings, weights=(0.0,))
-        unguided = decode_all(session, prompts, without, "the same without guidance", console)
+        bare = [dataclasses.replace(prompt, weights=None) for prompt in prompts]
+        unguided = decode_all(session, bare, without, "the same without guidance", console)
     options = options_digest(config)
     on_first(lambda: write_page(Path(config.explain), _traces(answers, options), _traces(unguided, options)))
     print_responses(answers)

@@ -26,9 +26,10 @@ from pargs_jax.text.prompts import choose_form, get_form
 
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
-    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
+    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores, and for
+    the wrong number of reward models or weights."""
     traced = "candidates" if config.trace_candidates else "tokens"
-    return Settings(
+    settings = Settings(
         method,
         config.weight,
         config.k,
@@ -38,11 +39,19 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.seed,
         config.n,
         None if config.trace is None else traced,
+        config.top_p,
+        config.gate_entropy,
+        config.look_ahead,
+        config.preference,
+        tuple(config.search.given.items()),
     )
+    if config.rm:
+        settings.guide_weights(len(config.rm))
+    return settings
 
 
-OpenModels = Callable[[DecodeConfig, Sequence[str | Path]], Session]
-"""Opens a config's language model with reward models, as `open_session` does."""
+OpenModels = Callable[[DecodeConfig, Sequence[str | Path], Method], Session]
+"""Opens a config's language model with reward models that guide a method, as `open_session` does."""
 
 
 def generate(
@@ -92,7 +101,8 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = (open_models or open_session)(config, [demo_reward_model(method)] if is_demo else config.rm)
+    open_models = open_models or open_session
+    session = open_models(config, [demo_reward_model(method)] if is_demo else config.rm, method)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -110,11 +120,12 @@ def print_responses(answers: Sequence[Answer]) -> None:
         print(answer.response)
 
 
-def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
-    """The config's language model with these reward models."""
+def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
+    """The config's language model with reward models that guide a method."""
     return Session(
         model_source(config.lm),
         [str(path) for path in reward_models],
+        method=method,
         dtype=config.dtype,
         unroll=unrolls(config, jax.default_backend()),
     )

@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from pargs_jax.decoding.loop import Decoded
+from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
+from pargs_jax.generation.guidance import TokensRead, guide_names, tokens_read
 from pargs_jax.generation.plan import Batch, Settings
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
@@ -22,9 +25,12 @@ class Answer:
 
     `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
     tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
-    that a token was drawn from and p the language model's; `guide_rewards` are the reward models' rewards of the whole
-    answer; `tokens` counts the end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling
-    left out. `sample` counts the answers to one prompt, from 0; `trace` is there where it was asked for.
+    that a token was drawn from and p the language model's, and of a search what docs/search.md says; `guide_rewards`
+    are the reward models' rewards of the whole answer, one for each group that guides together; `tokens` counts the
+    end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out. `sample` counts the
+    answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are the tokens that the language model, and all reward
+    models together, read for it (`TokensRead`). `kl_is` says whether `kl` is exact, an upper bound or an estimate.
+    `log_z` is there for particles, `trace` where it was asked for.
     """
 
     id: str
@@ -37,6 +43,10 @@ class Answer:
     tokens: int
     seconds: float
     sample: int = 0
+    lm_tokens: int = 0
+    rm_tokens: int = 0
+    kl_is: Literal["exact", "bound", "estimate"] = "exact"
+    log_z: float | None = None
     trace: AnswerTrace | None = None
 
 
@@ -48,13 +58,16 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._reward_models = reward_models
 
-    def read(self, batch: Batch, decoded: Decoded, seconds: float, settings: Settings) -> list[Answer]:
+    def read(self, batch: Batch, outcome: Decoded | Found, seconds: float, settings: Settings) -> list[Answer]:
         """The answers of a decoded batch; `seconds` are those of each row. Raises InputError for a number that no
         answer can have."""
+        found = outcome if isinstance(outcome, Found) else None
+        decoded = outcome if found is None else found.answers
+        kls = decoded.trace.kls.sum(axis=1) if found is None else found.kls
         tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.prompts))]
         texts = list(map(self._tokenizer.decode_answer, batch.lm_ids, tokens))
         rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
-        self._check_finite(batch, decoded, rewards)
+        self._check_finite(batch, decoded, rewards, settings)
         answers = [
             Answer(
                 prompt.id,
@@ -62,20 +75,20 @@ class AnswerReader:
                 texts[row],
                 "stop" if decoded.finished[row] else "length",
                 float(decoded.trace.log_probs[row].sum()),
-                float(decoded.trace.kls[row].sum()),
+                float(kls[row]),
                 tuple(map(float, rewards[row])),
                 int(decoded.lengths[row]),
                 seconds,
                 batch.samples[row],
+                *self._tokens_read(batch, row, int(decoded.lengths[row]), settings, found),
+                settings.kl_is,
+                None if found is None or found.log_z is None else float(found.log_z[row]),
             )
             for row, prompt in enumerate(batch.prompts)
         ]
         if settings.trace is None:
             return answers
-        traces = [
-            self._trace(answer, batch.lm_ids[row], tokens[row], row, decoded, settings)
-            for row, answer in enumerate(answers)
-        ]
+        traces = [self._trace(answer, batch, tokens[row], row, decoded, settings) for row, answer in enumerate(answers)]
         return [dataclasses.replace(answer, trace=trace) for answer, trace in zip(answers, traces, strict=True)]
 
     def _final_rewards(
@@ -91,17 +104,34 @@ class AnswerReader:
         ]
         return np.stack(scored, axis=1) if scored else np.zeros((len(texts), 0))
 
-    def _check_finite(self, batch: Batch, decoded: Decoded, final_rewards: Float[np.ndarray, "B J"]) -> None:
+    def _tokens_read(self, batch: Batch, row: int, answer: int, settings: Settings, found: Found | None) -> TokensRead:
+        if found is not None:
+            return TokensRead(int(found.tokens.lm[row]), int(found.tokens.rm[row]))
+        own_lengths = [int(own.lengths[row]) for own in batch.own_prompts]
+        return tokens_read(
+            settings.method,
+            self._reward_models,
+            len(batch.lm_ids[row]),
+            own_lengths,
+            answer,
+            settings.candidates + settings.method.keeps_rest,
+            settings.tokens_ahead,
+        )
+
+    def _check_finite(
+        self, batch: Batch, decoded: Decoded, final_rewards: Float[np.ndarray, "B J"], settings: Settings
+    ) -> None:
         """Raises InputError for the first row with a number that no answer can have."""
         trace = decoded.trace
         for row, prompt in enumerate(batch.prompts):
             if not np.isfinite(trace.log_probs[row]).all():
                 raise InputError(f"prompt {prompt.id!r}: a log-probability of the language model is not finite")
-            guided = trace.rewards[row] if trace.rewards.shape[-1] else final_rewards[row][None]
+            steps = settings.method.guided and not settings.method.judged
+            rewards = trace.rewards[row] if steps else final_rewards[row][None]
             advice = "its weights may be damaged, or too large for --dtype"
-            for j, reward_model in enumerate(self._reward_models):
-                if not np.isfinite(guided[:, j]).all():
-                    raise InputError(f"prompt {prompt.id!r}: a reward of {reward_model.source} is not finite; {advice}")
+            for j, name in enumerate(guide_names(settings.method, self._reward_models)):
+                if not np.isfinite(rewards[:, j]).all():
+                    raise InputError(f"prompt {prompt.id!r}: a reward of {name} is not finite; {advice}")
             # One candidate's NaN makes the probabilities of all of them NaN, also where another was chosen.
             if not np.isfinite(trace.guided_log_probs[row]).all():
                 raise InputError(
@@ -109,11 +139,12 @@ class AnswerReader:
                 )
 
     def _trace(
-        self, answer: Answer, prompt_ids: list[int], tokens: list[int], row: int, decoded: Decoded, settings: Settings
+        self, answer: Answer, batch: Batch, tokens: list[int], row: int, decoded: Decoded, settings: Settings
     ) -> AnswerTrace:
-        growing = texts_as_they_grow(self._text_reader, prompt_ids, tokens)
+        growing = texts_as_they_grow(self._text_reader, batch.lm_ids[row], tokens)
         noted = decoded.trace
-        per_token = (noted.log_probs, noted.guided_log_probs, noted.rewards, noted.entropies, noted.kls)
+        rewards = noted.rewards if settings.method.guided else noted.rewards[..., :0]
+        per_token = (noted.log_probs, noted.guided_log_probs, rewards, noted.entropies, noted.kls)
         columns = [_numbers(column[row, : len(tokens)]) for column in per_token]
         candidates = [
             _candidates(decoded, row, step, growing[step]) if settings.trace == "candidates" else None
@@ -130,12 +161,12 @@ class AnswerReader:
             answer.kl,
             answer.guide_rewards,
             settings.method_name,
-            settings.reward_weights(len(self._reward_models)),
-            settings.candidates,
+            settings.guide_weights(len(self._reward_models), batch.prompts[row].weights),
+            settings.candidates_in_use,
             settings.sampling_temperature if settings.samples else None,
             settings.seed,
             self._lm_source,
-            tuple(model.source for model in self._reward_models),
+            guide_names(settings.method, self._reward_models),
             self._tokenizer.eos_ids,
             tuple(
                 TracedToken(token, text, log_p, log_q, tuple(rewards), entropy, kl, others)

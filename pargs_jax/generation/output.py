@@ -15,18 +15,15 @@ from pargs_jax.durable_files import append_all, hold, write_failures_named, writ
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
-
-# Options that do not change what a row says, so that a second run may change them.
-FREE_ON_CONTINUE = (
-    "out", "prompts", "columns", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
-    "n", "trace", "trace_candidates", "explain",
-)  # fmt: skip
+from pargs_jax.options import deciding_values
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
     """An answer as a row of the output: `guide_reward` is a number for one reward model, a list for several."""
     row = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if field.name != "trace"}
     row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
+    if row["log_z"] is None:
+        del row["log_z"]  # particles alone have it
     return row
 
 
@@ -117,8 +114,7 @@ class AnswersFile:
         content = self._path.read_bytes()
         if not content:
             return {}
-        free = {name: getattr(config, name) for name in FREE_ON_CONTINUE}
-        if before is None or dataclasses.replace(before, **free) != config:
+        if before is None or deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
                 "run with those, or give another --out"
@@ -153,8 +149,7 @@ class AnswersFile:
 
 def options_digest(config: DecodeConfig) -> str:
     """A short digest of the options that decide what an answer is."""
-    deciding = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_ON_CONTINUE}
-    return _digest(json.dumps(deciding, sort_keys=True)).hex()
+    return _digest(json.dumps(deciding_values(config), sort_keys=True)).hex()
 
 
 def _digest(text: str) -> bytes:

@@ -1,5 +1,6 @@
 """A language model and its reward models, loaded and ready to answer prompts in batches."""
 
+import dataclasses
 import re
 import time
 import zlib
@@ -14,15 +15,21 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.loop import Decoded, row_keys
+from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
+from pargs_jax.generation.guidance import check_roles, make_guides, roles_of
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
-from pargs_jax.generation.program import DecodingProgram
+from pargs_jax.generation.program import DecodingProgram, SearchProgram
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.tokenization import TextTokenizer
+
+SCALE_ANSWERS = 64
+"""Answers on which the scale of rewards is measured."""
 
 
 class Session:
@@ -33,6 +40,7 @@ class Session:
         lm: str,
         reward_models: Sequence[str] = (),
         *,
+        method: Method | None = None,
         dtype: str = "float32",
         unroll: bool | None = None,
     ) -> None:
@@ -40,6 +48,8 @@ class Session:
 
         Args:
             lm, reward_models: Hugging Face folders, hub ids, or folders of runs.
+            method: what the reward models are to guide, which says what kind of model each is; without it, they are
+                models with a scalar head.
             dtype: of the parameters and of the computation; softmax and rewards stay float32.
             unroll: run layers one by one and not as a scan; by default everywhere but on TPU (see `CausalModel`).
 
@@ -47,16 +57,19 @@ class Session:
             InputError: if a model cannot be used.
         """
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
+        roles = roles_of(method, reward_models)
         folder = resolve(lm)
         loaded = load_model(folder, "vocabulary", dtype=dtype)
+        if loaded.model.lora is not None:
+            raise InputError(f"{lm}: takes a preference vector; it can be a reward model of --method parm")
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
         self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         self.tokenizer.check_embeddings(self._lm.config.vocab_size, lm)
         self.reward_models = [
-            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll)
-            for path in reward_models
+            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
+            for path, role in zip(reward_models, roles, strict=True)
         ]
         self.remembered_forms = (
             [(model.source, model.prompt_form) for model in self.reward_models],
@@ -65,7 +78,7 @@ class Session:
         """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self.lm = lm
         self._reader = AnswerReader(lm, self.tokenizer, self.reward_models)
-        self._compiled: dict[Any, Callable[..., tuple[Decoded, tuple[Any, ...]]]] = {}
+        self._compiled: dict[Any, Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]] = {}
 
     def answer(
         self, prompts: Sequence[Prompt], settings: Settings, answered: Bool[np.ndarray, "P n"] | None = None
@@ -79,40 +92,81 @@ class Session:
             InputError: before any decoding, if a prompt does not fit or the settings do not suit the models; and after
                 the batch in which a log-probability or a reward is not finite.
         """
+        check_roles(settings.method, self.reward_models)
+        if settings.measures_rewards:
+            settings = settings.with_reward_scale(*self._reward_scale(prompts, settings))
         rooms = [0] * len(self.reward_models)
         batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
         for batch in batches:
             decoded, seconds = self._decode(batch, settings, rooms)
             yield self._reader.read(batch, decoded, seconds / len(batch.prompts), settings)
 
-    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded, float]:
+    def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
+        """Mean and standard deviation of the weighted rewards of answers that the language model draws by itself to the
+        first prompts: one to each, or several to few."""
+        first = prompts[:SCALE_ANSWERS]
+        if not first:
+            return 0.0, 1.0
+        own = dataclasses.replace(
+            settings,
+            method=METHODS["top_k"],
+            weights=(),
+            k=settings.candidates,
+            temperature=settings.sampling_temperature,
+            n=-(-SCALE_ANSWERS // len(first)),
+            search=(),
+        )
+        weights = settings.guide_weights(len(self.reward_models))
+        rewards = [np.dot(answer.guide_rewards, weights) for batch in self.answer(first, own) for answer in batch]
+        if not np.std(rewards) > 0:
+            raise InputError("the language model's own answers all have one reward; give --search.mean and .deviation")
+        return float(np.mean(rewards)), float(np.std(rewards))
+
+    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded | Found, float]:
         """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
         grow where a text needs more."""
-        guiding = list(zip(self.reward_models, batch.own_prompts, strict=True)) if settings.method.guided else []
         rows = len(batch.lm_prompts.lengths)
         numbers, samples = np.zeros((2, rows), np.uint32)
         numbers[: len(batch.prompts)] = [prompt_number(prompt.id) for prompt in batch.prompts]
         samples[: len(batch.prompts)] = batch.samples
         keys = _row_keys(settings.seed, numbers, samples)
-        params = tuple(model.params for model, _ in guiding)
-        guide_prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in guiding)
-        row_settings = settings.of_rows(rows, len(self.reward_models))
-        arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
-        while True:
-            guides = tuple(
-                model.guide(own, settings.max_new_tokens, room)
-                for (model, own), room in zip(guiding, rooms[: len(guiding)], strict=True)
+        row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
+        preferences = settings.preferences_of(batch.prompts, rows)
+        if preferences is not None and preferences.shape[1] != (
+            objectives := self.reward_models[0].model.lora.objectives
+        ):
+            raise InputError(
+                f"a preference has {preferences.shape[1]} numbers, but {self.reward_models[0].source} was trained for "
+                f"{objectives} objectives"
             )
+        while True:
+            guides, params, guide_prompts = make_guides(
+                settings.method,
+                (self._lm, self._lm_params),
+                self.reward_models,
+                batch.own_prompts,
+                batch.lm_prompts,
+                settings.max_new_tokens,
+                rooms,
+                settings.tokens_ahead,
+                preferences,
+                self.tokenizer.eos_ids,
+            )
+            arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
             program = DecodingProgram.assemble(
                 self._lm,
                 guides,
                 settings.method,
                 settings.k,
                 settings.max_new_tokens,
+                top_p=settings.top_p,
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
                 keeps_candidates=settings.trace == "candidates",
             )
+            if settings.method.search is not None:
+                search = settings.method.make_search(dict(settings.search))
+                program = SearchProgram.assemble(program, settings.method, search)
             run = self._compile(program, arguments)
             began = time.perf_counter()
             with input_errors_of_callbacks():
@@ -121,7 +175,7 @@ class Session:
             # A text may take more of a reward model's tokens than was thought: then the batch is done again.
             is_void = False
             for j, most in zip(program.by_text, map(int, needed), strict=True):
-                model, own = guiding[j]
+                model, own = self.reward_models[j], batch.own_prompts[j]
                 if most > guides[j].answer_width:
                     rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
                     is_void = True
@@ -129,8 +183,8 @@ class Session:
                 return jax.device_get(decoded), seconds
 
     def _compile(
-        self, program: DecodingProgram, arguments: tuple[Any, ...]
-    ) -> Callable[..., tuple[Decoded, tuple[Any, ...]]]:
+        self, program: DecodingProgram | SearchProgram, arguments: tuple[Any, ...]
+    ) -> Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]:
         arrays, structure = jax.tree.flatten(arguments[1:])
         shape = (program, tuple(np.shape(x) for x in arrays), structure)
         if shape not in self._compiled:

@@ -48,8 +48,9 @@ class AnswerTrace:
     """An answer with all its tokens, and how it was decoded.
 
     What an `Answer` says means the same here. `weights`, `k` and `temperature` are the numbers in use: no weights
-    without guidance, and no temperature for a method that does not sample. `options` is the digest of the options of
-    the command, which the answers file has too; None from Python. `eos_ids` are the tokens that end an answer.
+    without guidance, no k for a method that does not count its candidates, and no temperature for one that does not
+    sample. `options` is the digest of the options of the command, which the answers file has too; None from Python.
+    `eos_ids` are the tokens that end an answer.
     """
 
     id: str
@@ -62,7 +63,7 @@ class AnswerTrace:
     guide_rewards: tuple[float, ...]
     method: str
     weights: tuple[float, ...]
-    k: int
+    k: int | None
     temperature: float | None
     seed: int
     lm: str

@@ -49,10 +49,11 @@ class TrainingProgram:
 
     @property
     def trained_names(self) -> tuple[str, ...] | None:
-        """What is trained beside a frozen model: the additions, and a reward head, which is new; None if all is."""
+        """What is trained beside a frozen model: the additions, and a head that may be new, as reward heads are; None if
+        all is."""
         if self.model.lora is None:
             return None
-        return ("head", *LORA_NAMES) if self.model.head == "reward" else LORA_NAMES
+        return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES
 
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
         """Of a model's parameters, those that are trained, with the additions drawn, and those that are frozen."""

@@ -1,6 +1,5 @@
 """The folder of a training run: whose it is, and whether a run may go on in it."""
 
-import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,18 +10,11 @@ from pargs_jax.config import TrainConfig
 from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.durable_files import hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
-from pargs_jax.options import options, shown
+from pargs_jax.options import options, shown, value_of
 from pargs_jax.processes import from_first, on_first
 from pargs_jax.text.prompts import PROMPT_FORMS
 from pargs_jax.training.same_run import DATA_FILE
 
-# Options, and groups of them, that a resumed run may change, to fit another machine or to go on for longer; any other
-# would make it a different run.
-FREE_ON_RESUME = (
-    "out", "resume", "mesh", "distributed", "processes", "steps", "epochs", "eval_every", "save_every", "log_every",
-    "keep", "keep_best", "best_metric", "log", "loss_limit", "compile_cache", "data.eval", "model.remat",
-    "objective.chunk", "optim.accumulation",
-)  # fmt: skip
 # What a command leaves that ended before its run began.
 BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.", DATA_FILE, f".{DATA_FILE}.partial")
 USE_ANOTHER = "use another output folder"
@@ -97,12 +89,10 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
 
 def _check_same(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
     for option in options(TrainConfig):
-        if option.key in FREE_ON_RESUME or option.key.partition(".")[0] in FREE_ON_RESUME:
-            continue
-        was, becomes = (operator.attrgetter(option.key)(config) for config in (before, now))
+        was, becomes = (value_of(config, option) for config in (before, now))
         if option.key == "data.format" and becomes is None:
             continue  # left open: the run goes on with its own
-        if was != becomes:
+        if was != becomes and not option.may_change:
             raise InputError(
                 f"{folder}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
                 f"resume with the same options, or {USE_ANOTHER}"
