@@ -27,7 +27,7 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
-    "config": {"options", "errors"},
+    "config": {"objectives", "options", "errors"},
     "config_files": {"options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "data": {"text", "errors"},
     "demo": {"errors"},
     "models": {"sharding", "errors"},
-    "objectives": set(),
+    "objectives": {"data", "options", "errors"},  # of data, the type of a batch
     "decoding": {"models", "sharding", "errors"},
     "training": {
         "objectives",

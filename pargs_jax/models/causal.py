@@ -15,13 +15,15 @@ from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import CAUSAL_HEADS
 from pargs_jax.models.layers import Beside, Within
 from pargs_jax.models.model import Model, Params
+from pargs_jax.models.one_pass import OnePass
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalModel(Model):
+class CausalModel(OnePass, Model):
     """A GPT-2, Llama or OPT with a vocabulary head (a language model) or a scalar head (a reward model)."""
 
     heads: ClassVar = CAUSAL_HEADS
+    reads_candidates: ClassVar[bool] = True
 
     def encode(
         self,

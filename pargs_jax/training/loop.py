@@ -17,14 +17,14 @@ from pargs_jax.data.batches import Batch, Batches
 from pargs_jax.errors import InputError
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
-from pargs_jax.objectives import FRACTIONS, Metrics
+from pargs_jax.objectives.bradley_terry import FRACTIONS
 from pargs_jax.progress import ShownProgress
 from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
 from pargs_jax.signals import signals_wait
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.interrupts import agreed
 from pargs_jax.training.metrics_log import MetricsLog
-from pargs_jax.training.objective import Objective
+from pargs_jax.training.objective import Metrics, Objective
 from pargs_jax.training.prefetch import Prefetch
 from pargs_jax.training.step import StepFunction, TrainState, merge_metrics
 

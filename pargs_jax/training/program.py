@@ -20,7 +20,7 @@ from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, ma
 
 def head_to_train(config: TrainConfig) -> HeadName:
     """The head that the objective trains."""
-    return "vocabulary" if config.objective.name == "sft" else "reward"
+    return config.objective.loss.head
 
 
 def lora_of(config: LoraConfig) -> Lora | None:
@@ -49,8 +49,7 @@ class TrainingProgram:
 
     @property
     def trained_names(self) -> tuple[str, ...] | None:
-        """What is trained beside a frozen model: the additions, and a head that may be new, as reward heads are; None if
-        all is."""
+        """What is trained beside a frozen model: the additions, and a head that may be new; None if all is."""
         if self.model.lora is None:
             return None
         return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES

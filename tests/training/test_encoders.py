@@ -13,9 +13,9 @@ from pargs_jax.data.batches import Batch, Batches, tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.objectives import bradley_terry, choose_prefixes, partial_bradley_terry, preference_metrics
+from pargs_jax.objectives.bradley_terry import bradley_terry, choose_prefixes, partial_bradley_terry
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
-from pargs_jax.training.objective import Objective, encoder_rewards
+from pargs_jax.training.objective import Objective
 
 SEP = 2
 PROMPT_LENGTHS = np.array([3, 6], np.int32)
@@ -65,8 +65,12 @@ def alone(params):
 @pytest.mark.parametrize(("chunk", "descending"), [(1, False), (4, True), (100, True)])
 def test_masked_prefixes_equal_the_same_prefixes_alone(params, alone, chunk, descending):
     prefixes = choose_prefixes(jnp.asarray(LENGTHS), WIDTH)
-    run = partial(encoder_rewards, MODEL, closing_id=SEP, chunk=chunk, descending=descending)
-    pairs = jax.jit(run)(params, batch(), prefixes.lengths)
+
+    @jax.jit
+    def run(params, batch, lengths):
+        return MODEL.read(params, batch, closing_id=SEP, chunk=chunk).rewards_at(lengths, descending=descending)
+
+    pairs = run(params, batch(), prefixes.lengths)
     for row in range(2):
         for n, prefix in enumerate(np.asarray(prefixes.lengths)[row]):
             np.testing.assert_allclose(pairs[row, n], alone[row, :, prefix - 1], atol=2e-5)
@@ -115,7 +119,7 @@ FULL = {"accuracy", "accuracy_100", "margin", "reward_mean", "reward_min", "rewa
 def test_a_training_step_reports_what_it_has_read(params, alone, options, reported):
     objective = Objective(MODEL, ObjectiveConfig(chunk=4, **options), closing_id=SEP)
     _, (metrics, _) = evaluate(objective, params, batch(), jax.random.key(0))
-    expected = preference_metrics(jnp.asarray(alone), jnp.asarray(LENGTHS), jnp.ones(2))
+    _, expected = bradley_terry(jnp.asarray(alone), jnp.asarray(LENGTHS))
     assert metrics.keys() == reported
     for name in reported:
         assert float(metrics[name]) == pytest.approx(float(expected[name]), abs=2e-5), name

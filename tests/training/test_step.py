@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import pytest
 from pargs_jax.config import ObjectiveConfig, OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.heads import CAUSAL_HEADS
+from pargs_jax.models.one_pass import OnePass
 from pargs_jax.testing import TINY_CONFIGS, tiny_model
-from pargs_jax.training.objective import Objective, answer_states
+from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 FAMILIES = ("gpt2", "llama")
@@ -28,7 +31,7 @@ evaluate = jax.jit(Objective.__call__, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def rewards_of(model, params, batch):
-    return model.rewards(params, answer_states(model, params, batch))
+    return model.read(params, batch).rewards()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -114,8 +117,10 @@ def test_sft_predicts_every_token_of_the_chosen_answer_from_those_before_it(fami
 
 
 @dataclasses.dataclass(frozen=True)
-class RunningMean:
+class RunningMean(OnePass):
     """A causal model of three matrices, which compiles at once: a state is the mean embedding up to its token."""
+
+    head_kind: ClassVar = CAUSAL_HEADS["reward"]
 
     def init(self):
         rng = np.random.default_rng(0)
