@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pargs_jax.config import ObjectiveConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.model import Params
 from pargs_jax.objectives.contract import Loss
@@ -20,22 +19,20 @@ class Objective:
 
     Attributes:
         model: the model that is trained; a reward model of any kind, or a language model.
-        config: which loss, and its options.
+        loss: the objective, with its options.
         dtype: what matrix products compute in.
         closing_id: the token that closes a text, which encoders need to read a prefix as a finished text.
+        chunk: prefixes that models which read each of them apart read together.
         frozen: the other models that the loss reads (`Loss.frozen`), by name. The parameters of each are in those that
             the objective is called with, below its name.
     """
 
     model: Any
-    config: ObjectiveConfig
+    loss: Loss
     dtype: str = "float32"
     closing_id: int | None = None
+    chunk: int = 8
     frozen: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def loss(self) -> Loss:
-        return self.config.loss
 
     def __call__(
         self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
@@ -43,7 +40,7 @@ class Objective:
         """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
-        options = {"closing_id": self.closing_id, "chunk": self.config.chunk}
+        options = {"closing_id": self.closing_id, "chunk": self.chunk}
         frozen = {name: model.read(params[name], batch, **options) for name, model in self.frozen}
         outputs = self.model.read(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)

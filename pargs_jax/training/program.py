@@ -41,7 +41,8 @@ class TrainingProgram:
         low-rank additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
         model = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
-        return cls(config, Objective(model, config.objective, config.dtype, closing_id=closing_id))
+        chosen = config.objective
+        return cls(config, Objective(model, chosen.loss, config.dtype, closing_id=closing_id, chunk=chosen.chunk))
 
     @property
     def model(self) -> Any:
