@@ -41,7 +41,7 @@ class Objective:
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
-        frozen = {name: model.read(params[name], batch, **options) for name, model in self.frozen}
+        frozen = {name: model.read(params.pop(name), batch, **options) for name, model in self.frozen}
         outputs = self.model.read(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
         return loss, (metrics, weight)
@@ -53,11 +53,9 @@ class Objective:
 
     def cast(self, params: Params) -> Params:
         """The parameters as matrix products use them; heads that are fp32, as those of rewards, stay as they are."""
-        frozen = dict(self.frozen)
-        own = {name: part for name, part in params.items() if name not in frozen}
-        others = {name: part for name, part in params.items() if name in frozen}
-        cast = self._cast(self.model, own)
-        return cast | {name: self._cast(frozen[name], part) for name, part in others.items()}
+        others = {name: self._cast(model, params[name]) for name, model in self.frozen if name in params}
+        own = {name: part for name, part in params.items() if name not in others}
+        return self._cast(self.model, own) | others
 
     def _cast(self, model: Any, params: Params) -> Params:
         return {

@@ -51,13 +51,8 @@ WEIGHTS = np.array([1, 1, 0], np.float32)
 
 def batch():
     rng = np.random.default_rng(0)
-    return Batch(
-        rng.integers(0, 61, (3, 3), np.int32),
-        PROMPT_LENGTHS,
-        rng.integers(0, 61, (3, 2, 4), np.int32),
-        LENGTHS,
-        WEIGHTS,
-    )
+    prompts, answers = rng.integers(0, 61, (3, 3), np.int32), rng.integers(0, 61, (3, 2, 4), np.int32)
+    return Batch(prompts, PROMPT_LENGTHS, answers, LENGTHS, WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +76,14 @@ def log_probability(model, params, row, answer):
 def test_the_loss_is_that_of_the_formula(trained):
     objective, params, reference = trained
     loss, (metrics, weight) = jax.jit(objective)({**params, "reference": reference}, batch())
-    gains = [
-        0.5 * sum(
-            sign * (log_probability(objective.model, params, row, a) - log_probability(objective.model, reference, row, a))
-            for a, sign in ((0, 1), (1, -1))
+    gains = []
+    for row in (0, 1):
+        chosen, rejected = (
+            log_probability(objective.model, params, row, answer)
+            - log_probability(objective.model, reference, row, answer)
+            for answer in (0, 1)
         )
-        for row in (0, 1)
-    ]  # fmt: skip
+        gains.append(0.5 * (chosen - rejected))
     assert float(loss) == pytest.approx(np.log1p(np.exp(-np.array(gains))).mean(), rel=1e-4)
     assert float(metrics["accuracy"]) == np.mean(np.array(gains) > 0) and weight == 2
 
