@@ -152,7 +152,7 @@ class RewardModel:
         return self._answer_rewards(prompts, padded, counts)
 
     def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
-        return np.asarray(_answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))
+        return np.asarray(answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))
 
 
 def shares_tokens(
@@ -208,7 +208,8 @@ def table_of_positions(model: AnyRewardModel) -> int | None:
 
 
 @partial(jax.jit, static_argnums=0)
-def _answer_rewards(model: AnyRewardModel, params: Params, *answers: Any) -> Float[Array, "B"]:
+def answer_rewards(model: AnyRewardModel, params: Params, *answers: Any) -> Float[Array, "B"]:
+    """`AnyRewardModel.answer_rewards`, compiled."""
     return on_every_device(model.answer_rewards(params, *answers))
 
 
