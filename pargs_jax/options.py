@@ -1,7 +1,8 @@
 """How an option is declared: a dataclass field with its default, its meaning, its type and its limits.
 
 YAML files (`pargs_jax.config_files`), the command line and `--help` (`pargs_jax.commands`) are derived from such
-dataclasses, and `check_each` checks them when they are made from Python. Nothing here imports JAX, so `--help` answers at once.
+dataclasses, and `check_each` checks them when they are made from Python. Nothing here imports JAX, so `--help` answers
+at once.
 """
 
 import json

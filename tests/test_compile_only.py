@@ -49,7 +49,9 @@ def test_what_does_not_fit_says_so_and_what_would_help():
 
 
 @pytest.mark.parametrize("command", ["train.py", "decode.py"])
-def test_a_mesh_that_is_no_slice_is_one_line(command):
+def test_a_mesh_that_cannot_be_compiled_for_is_one_line(command):
     done = run(command, "--compile-only", "--mesh", "cpu-4")
     assert done.returncode == 2
-    assert done.stderr == "error: --mesh cpu-4: --compile-only needs a TPU slice, such as tpu-v4-8, to compile for\n"
+    assert done.stderr == (
+        "error: --mesh cpu-4: --compile-only compiles for a TPU slice, such as tpu-v4-8, or for one H100, gpu-1\n"
+    )

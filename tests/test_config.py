@@ -328,9 +328,8 @@ def run_python(program):
 
 def test_options_are_read_without_importing_the_heavy_libraries():
     heavy = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
-    result = run_python(
-        f"import sys, pargs_jax.commands.command_line, pargs_jax.commands.doors; print({heavy} & set(sys.modules))"
-    )
+    modules = "pargs_jax.commands.command_line, pargs_jax.commands.doors"
+    result = run_python(f"import sys, {modules}; print({heavy} & set(sys.modules))")
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
 
