@@ -18,7 +18,7 @@ from pargs_jax.errors import InputError, first_line
 if TYPE_CHECKING:
     import jax
 
-NEEDS_EXTRA = "--compile-only for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
+NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
 
 # What XLA has to know of the chip: its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
 H100_SXM = """
@@ -71,10 +71,13 @@ def describe_h100() -> list[Any]:
 
     if not is_installed():
         raise InputError(NEEDS_EXTRA)
-    with _private_functions(), _replaced("xla_bridge", "canonicalize_platform", _know_cuda):
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", target_config=H100_SXM, topology="1x1x1"
-        )
+    with _replaced("xla_bridge", "canonicalize_platform", _know_cuda):
+        try:
+            topology = topologies.get_topology_desc(
+                platform="cuda", topology_name="h100", target_config=H100_SXM, topology="1x1x1"
+            )
+        except Exception as error:
+            raise _other_jax(first_line(error)) from error
     return topology.devices
 
 
@@ -86,9 +89,12 @@ def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowe
 
     Raises InputError if JAX is not a version that this works with.
     """
-    with _private_functions(), _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client):
+    with _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client):
         lowered = program.lower(*arguments)
+    try:
         lowered._lowering.compile_args["host_callbacks"] = []
+    except AttributeError as error:
+        raise _other_jax(first_line(error)) from error
     return lowered
 
 
@@ -117,8 +123,11 @@ def _no_client(_: Any) -> Callable[..., None]:
 def _replaced(module: str, path: str, change: Callable[[Any], Any]) -> Iterator[None]:
     """Replaces a private function of JAX, `path` in `jax._src.<module>`, by what `change` makes of it."""
     *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(f"jax._src.{module}"))
-    before = getattr(owner, name)
+    try:
+        owner = functools.reduce(getattr, owners, importlib.import_module(f"jax._src.{module}"))
+        before = getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise _other_jax(first_line(error)) from error
     setattr(owner, name, change(before))
     try:
         yield
@@ -126,15 +135,9 @@ def _replaced(module: str, path: str, change: Callable[[Any], Any]) -> Iterator[
         setattr(owner, name, before)
 
 
-@contextmanager
-def _private_functions() -> Iterator[None]:
-    """Says in one line which version of JAX is right, where private functions are not what they were."""
-    try:
-        yield
-    except (ImportError, AttributeError, KeyError, NotImplementedError, RuntimeError) as error:
-        import jax
+def _other_jax(reason: str) -> InputError:
+    import jax
 
-        raise InputError(
-            f"--compile-only for a GPU does not work with jax {jax.__version__} ({first_line(error)}); "
-            "it works with jax 0.10.2"
-        ) from error
+    return InputError(
+        f"compiling for a GPU does not work with jax {jax.__version__} ({reason}); it works with jax 0.10.2"
+    )
