@@ -87,7 +87,7 @@ def test_switches_and_spellings():
         ("lr: 1", "c.yaml: lr: unknown key, got 1; did you mean 'lr' under 'optim'?"),
         ("optim.lr: 1", "c.yaml: optim.lr: unknown key, got 1; did you mean 'lr' under 'optim'?"),
         ("batchsize: 1", "c.yaml: batchsize: unknown key, got 1; did you mean 'batch_size'?"),
-        ("qqqq: 1", "c.yaml: qqqq: unknown key, got 1; see --help"),
+        ("qqqq: 1", "c.yaml: qqqq: unknown key, got 1; no option has a name like it"),
         ("optim: 3", "c.yaml: optim: got 3, must be a mapping of options"),
         ("optim: {lr: fast}", 'c.yaml: optim.lr: got "fast", must be a finite number, above 0'),
         ("optim: {lr: .inf}", "c.yaml: optim.lr: got Infinity, must be a finite number, above 0"),

@@ -114,7 +114,7 @@ def describe_model(
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
     if head not in family.heads:
-        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
+        raise InputError(f"{folder}: {hf.model_type} is not a language model; it can be a reward model")
     with _errors_name(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
