@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pargs_jax.errors import InputError
-from pargs_jax.mesh import AXES, make_mesh, parse_mesh, presets, ensured_mesh
+from pargs_jax.mesh import AXES, ensured_mesh, make_mesh, parse_mesh, presets
 
 
 @pytest.mark.parametrize(
