@@ -142,4 +142,4 @@ class _HostPart:
 def _ways_to_less_memory(config: DecodeConfig) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
-    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "a larger slice, or more of the axis tensor"]
+    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "more devices, or more of them on the axis tensor"]
