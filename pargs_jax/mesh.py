@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -127,14 +127,22 @@ def parse_mesh(text: str) -> MeshRequest:
     raise InputError(f"mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
 
 
-def start(config: TrainConfig | DecodeConfig) -> Mesh:
+class MachineConfig(Protocol):
+    """The options of a command that runs in one process, such as `evaluate.py`."""
+
+    mesh: str
+    compile_cache: str | None
+
+
+def start(config: TrainConfig | DecodeConfig | MachineConfig) -> Mesh:
     """The mesh that a command's config asks for, connected with the other processes if there are any. The cache of
     compiled programs is opened as well."""
     open_compile_cache(config.compile_cache)
-    if config.distributed:
+    processes: int | None = 1
+    if isinstance(config, TrainConfig | DecodeConfig) and config.distributed:
         start_processes(config.processes)
-    task: Task = "train" if isinstance(config, TrainConfig) else "decode"
-    return make_mesh(config.mesh, task, processes=(config.processes.count if config.distributed else 1))
+        processes = config.processes.count
+    return make_mesh(config.mesh, "train" if isinstance(config, TrainConfig) else "decode", processes=processes)
 
 
 def open_compile_cache(folder: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The commands: what `train.py` and `decode.py` do, from the command line to the result.
+"""The commands: what `train.py`, `decode.py` and `evaluate.py` do, from the command line to the result.
 
 Each command is one module with a function `run(config)`, and `compile_only(config)` where it has that option; both
 assemble the program with the same functions. `doors` names the commands, says what their `--help` says, and imports

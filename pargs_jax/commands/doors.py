@@ -1,4 +1,4 @@
-"""The front doors of the commands, for `train.py` and `decode.py`, and for the scripts that pip installs.
+"""The front doors of the commands, for `train.py`, `decode.py`, `evaluate.py` and the scripts that pip installs.
 
 Nothing here imports JAX before the options are known to be right: `--help` and mistakes answer at once, and so do
 signals.
@@ -18,28 +18,30 @@ class Door(NamedTuple):
     Attributes:
         module: the module of `pargs_jax.commands` that does the work: it has `run(config)`, and `compile_only(config)`
             where the config has that option.
-        config: the class of its options in `pargs_jax.config`.
+        config: the class of its options.
         description: what it does, for `--help`.
         examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
+        options: the module of that class.
     """
 
     module: str
     config: str
     description: str
     examples: str
+    options: str = "pargs_jax.config"
 
     def __call__(self) -> None:
         run_as_command(self._run)
 
     def _run(self) -> None:
-        from pargs_jax import config as configs
         from pargs_jax.commands.command_line import parse
 
         prog = Path(sys.argv[0]).name
         examples = "examples:\n" + self.examples.format(prog=prog)
-        config = parse(getattr(configs, self.config), prog=prog, description=self.description, epilog=examples)
+        config_class = getattr(importlib.import_module(self.options), self.config)
+        config = parse(config_class, prog=prog, description=self.description, epilog=examples)
         module = f"pargs_jax.commands.{self.module}"
-        if config.compile_only:
+        if getattr(config, "compile_only", False):
             from pargs_jax.aot import expect_no_devices
 
             expect_no_devices(config.mesh)
@@ -76,4 +78,18 @@ decode = Door(
   {prog} --method pargs --weight 2 --k 10        one method on it
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
+)
+
+evaluate = Door(
+    "evaluate",
+    "EvaluateConfig",
+    "Compare answers of decode.py: judges, metrics and statistics, as a table, a page and figures. Or test reward "
+    "models on preference pairs, prefix by prefix.",
+    """\
+  {prog} --answers top_k.jsonl pargs.jsonl --rm runs/judge
+  {prog} --answers top_k.jsonl pargs.jsonl --function pargs_jax.demo.task:oracle --guide runs/partial_bt
+  {prog} --answers a.jsonl b.jsonl --endpoint.url http://localhost:8000/v1 --endpoint.model NAME
+  {prog} --sweep method=top_k,pargs weight=0.5,1,2,4 k=5,10 --function pargs_jax.demo.task:oracle
+  {prog} --rm runs/partial_bt runs/bt --pairs.file held_out.jsonl""",
+    options="pargs_jax.evaluation.config",
 )

@@ -1,7 +1,7 @@
 """Answers by one method: to one prompt, a file of prompts, or the demo's."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,11 +30,15 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
     )
 
 
-def generate(config: DecodeConfig, console: Console | None = None) -> list[Answer]:
+def generate(
+    config: DecodeConfig,
+    console: Console | None = None,
+    open_models: Callable[[DecodeConfig, Sequence[str | Path]], Session] | None = None,
+) -> list[Answer]:
     """Answers the config's prompts with its method; prints the answers, or writes them to `out` with progress.
 
-    The effective config and the progress go to standard error, so that the answers can be piped. Raises InputError for
-    anything that cannot be used, before any decoding.
+    The effective config and the progress go to standard error, so that the answers can be piped. `open_models` is
+    called in place of `open_session`. Raises InputError for anything that cannot be used, before any decoding.
     """
     config.validate()
     console = console or Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
@@ -43,7 +47,7 @@ def generate(config: DecodeConfig, console: Console | None = None) -> list[Answe
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = open_session(config, [demo_reward_model(method)] if is_demo else config.rm)
+    session = (open_models or open_session)(config, [demo_reward_model(method)] if is_demo else config.rm)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
