@@ -35,7 +35,6 @@ H100_COLUMNS = {
     "GB a step": "GB a step",
     "least GB a step": "least possible",
     "times the least": "times that",
-    "compile s": "s to compile",
 }
 
 
