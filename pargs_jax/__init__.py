@@ -63,8 +63,11 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
+    from pargs_jax.generation.answers import Answer
+    from pargs_jax.generation.plan import Settings
     from pargs_jax.generation.reward_models import RewardModel
-    from pargs_jax.generation.session import Answer, Session, Settings
+    from pargs_jax.generation.session import Session
+    from pargs_jax.generation.traces import AnswerTrace, read_traces
     from pargs_jax.mesh import make_mesh
     from pargs_jax.models.causal import CausalModel
     from pargs_jax.models.encoder import EncoderModel
@@ -100,8 +103,11 @@ _HOMES = {
     "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),
+    "pargs_jax.generation.answers": ("Answer",),
+    "pargs_jax.generation.plan": ("Settings",),
     "pargs_jax.generation.reward_models": ("RewardModel",),
-    "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
+    "pargs_jax.generation.session": ("Session",),
+    "pargs_jax.generation.traces": ("AnswerTrace", "read_traces"),
     "pargs_jax.mesh": ("make_mesh",),
     "pargs_jax.models.causal": ("CausalModel",),
     "pargs_jax.models.encoder": ("EncoderModel",),

@@ -326,6 +326,14 @@ class DecodeConfig:
     out: str | None = option(
         None, "JSONL file for the answers; a second run goes on after the rows there", metavar="F.jsonl"
     )
+    trace: str | None = option(
+        None,
+        "JSONL file for how each answer in --out came about: every token with its probability before and after "
+        "guidance, its rewards and the KL; see docs/traces.md",
+        metavar="F.jsonl",
+    )
+    trace_candidates: bool = option(False, "with --trace: also the candidates of every token, with their numbers")
+    n: int = option(1, "answers to each prompt; more than one only from a method that samples", at_least=1)
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
         (), "reward weight: one for all reward models, or one for each", unset="the method's"
@@ -358,6 +366,15 @@ class DecodeConfig:
             raise InputError("--limit: means nothing beside --prompt, which is one prompt; leave it out")
         if self.prompt_length != DecodeConfig.prompt_length and not self.compile_only:
             raise InputError("--prompt-length: is for --compile-only; elsewhere prompts have their own lengths")
+        if self.trace is not None and self.out is None:
+            raise InputError("--trace: needs --out, the file of the answers that are traced")
+        if self.trace is not None and Path(self.trace) == Path(self.out):
+            raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
+        if self.trace_candidates and self.trace is None:
+            raise InputError("--trace-candidates: needs --trace, the file that they go into")
+        if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
+            flag = "--trace" if self.trace is not None else "--n"
+            raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
         if len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(
                 f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "

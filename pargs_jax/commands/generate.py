@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from rich.console import Console
 
 from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
@@ -25,8 +26,17 @@ from pargs_jax.text.prompts import choose_form, get_form
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
     """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
+    traced = "candidates" if config.trace_candidates else "tokens"
     return Settings(
-        method, config.weight, config.k, config.temperature, config.max_new_tokens, config.batch_size, config.seed
+        method,
+        config.weight,
+        config.k,
+        config.temperature,
+        config.max_new_tokens,
+        config.batch_size,
+        config.seed,
+        config.n,
+        None if config.trace is None else traced,
     )
 
 
@@ -54,19 +64,18 @@ def generate(
     prompts = _read_prompts(config, session)
     if config.out is None:
         answers = list(decode_all(session, prompts, settings, config.method, console))
-        by_id = {answer.id: answer for answer in answers}
-        for prompt in prompts if jax.process_index() == 0 else ():
-            print(by_id[prompt.id].response)
+        order = {prompt.id: number for number, prompt in enumerate(prompts)}
+        for answer in sorted(answers, key=lambda answer: order[answer.id]) if jax.process_index() == 0 else ():
+            print(answer.response)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
-        answered = on_first(lambda: file.answered(prompts))
-        is_done = from_first(np.array(answered or [False] * len(prompts)))
-        left = [prompt for prompt, done in zip(prompts, is_done, strict=True) if not done]
-        if len(left) < len(prompts):
-            console.print(f"{config.out}: {len(prompts) - len(left)} of {len(prompts)} prompts are answered already")
+        answered = on_first(lambda: file.answered(prompts, config.n))
+        answered = from_first(np.array(answered or np.zeros((len(prompts), config.n)), bool))
+        if answered.any():
+            console.print(f"{config.out}: {answered.sum()} of {answered.size} answers are there already")
         answers = []
-        for batch in _decode_batches(session, left, settings, config.method, console):
+        for batch in _decode_batches(session, prompts, settings, config.method, console, answered):
             if file is not None:
                 file.write(batch)
             answers += batch
@@ -97,11 +106,17 @@ def decode_all(
 
 
 def _decode_batches(
-    session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
+    session: Session,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    name: str,
+    console: Console,
+    answered: Bool[np.ndarray, "P n"] | None = None,
 ) -> Iterable[list[Answer]]:
-    with ShownProgress(console, name, len(prompts), transient=True) as progress:
+    total = len(prompts) * settings.n - (0 if answered is None else int(answered.sum()))
+    with ShownProgress(console, name, total, transient=True) as progress:
         done, tokens, seconds = 0, 0, 0.0
-        for batch in session.answer(prompts, settings):
+        for batch in session.answer(prompts, settings, answered):
             done += len(batch)
             tokens += sum(answer.tokens for answer in batch)
             seconds += sum(answer.seconds for answer in batch)

@@ -39,9 +39,10 @@ class DecodingProgram(NamedTuple):
         *,
         eos_ids: tuple[int, ...],
         pad_id: int,
+        keeps_candidates: bool = False,
     ) -> "DecodingProgram":
         """The program of a method with these models; `k` candidates, or as many as the method usually has."""
-        decoder = Decoder(lm, guides, method.proposer(k), method.rule, eos_ids=eos_ids, pad_id=pad_id)
+        decoder = Decoder(lm, guides, method.proposer(k), method.rule, eos_ids, pad_id, keeps_candidates)
         by_text = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
         return cls(decoder, max_new_tokens, by_text)
 

@@ -24,6 +24,7 @@ from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
 SMALLEST_WIDTH = 16
+WIDTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class RewardModel:
         """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer."""
         if len(ids) + max_new_tokens > self.model.config.max_positions:
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with --max-new-tokens {max_new_tokens} "
+                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with {max_new_tokens} new tokens "
                 f"that is more than its context of {self.model.config.max_positions} tokens"
             )
 
@@ -246,5 +247,11 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts
 
 
 def padded_width(length: int) -> int:
-    """The next power of two, so that few shapes compile."""
-    return max(SMALLEST_WIDTH, 1 << (int(length) - 1).bit_length())
+    """The width that texts are padded to: 16, 32, 64, or the next multiple of 64.
+
+    Every width is a program to compile, of which a context of C tokens has at most 2 + C / 64; texts beyond 64 tokens
+    are read with less than 64 of padding.
+    """
+    if length > WIDTH_STEP:
+        return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
+    return next(width for width in (SMALLEST_WIDTH, 32, WIDTH_STEP) if length <= width)
