@@ -116,15 +116,13 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py writes them (option trace)"
+                        f"{path}: line {number} is not a trace ({error}); decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is not a file of traces ({error.reason}); decode.py writes them (option trace)"
-        ) from error
+        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py writes them") from error
 
 
 class TracesFile:

@@ -139,7 +139,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
     code, out, _ = decode(*options, "--n", 3)
     assert code == 0 and out == "".join(f"{answers[key]}\n" for key in sorted(answers))
     code, _, err = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--n", 2)
-    assert code == 2 and "--n: 2 answers of greedy decoding, which does not sample, would be the same" in err
+    assert code == 2 and "n: 2 answers of greedy decoding, which does not sample, would be the same" in err
 
 
 def test_without_arguments_all_methods_are_compared_on_the_demo(decode, rm, tmp_path):
