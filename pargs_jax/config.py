@@ -333,6 +333,12 @@ class DecodeConfig:
         metavar="F.jsonl",
     )
     trace_candidates: bool = option(False, "with --trace: also the candidates of every token, with their numbers")
+    explain: str | None = option(
+        None,
+        "HTML page that explains the answers token by token, beside the unguided ones of the same seed; see "
+        "docs/explain.md",
+        metavar="F.html",
+    )
     n: int = option(1, "answers to each prompt; more than one only from a method that samples", at_least=1)
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
@@ -372,8 +378,14 @@ class DecodeConfig:
             raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
         if self.trace_candidates and self.trace is None:
             raise InputError("--trace-candidates: needs --trace, the file that they go into")
-        if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
-            flag = "--trace" if self.trace is not None else "--n"
+        if self.explain is not None and self.out is not None:
+            raise InputError(
+                "--explain: is for answers that are printed; for those of --out, write traces (--trace F.jsonl "
+                "--trace-candidates) and make the page of them (python -m pargs_jax.commands.explain)"
+            )
+        named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
+        if self.method is None and not self.compile_only and any(named.values()):
+            flag = next(flag for flag, is_given in named.items() if is_given)
             raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
         if len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(

@@ -95,7 +95,14 @@ MAY_IMPORT_WITHIN = {
     "decoding.methods": {"decoding.proposals", "decoding.rules"},
 }
 WITHOUT_JAX = ("errors", "signals", "options", "config", "config_files", "durable_files", "text", "data", "demo")
-WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line", "evaluation.config", "generation.traces")
+WITHOUT_JAX_WITHIN = (
+    "commands.process",
+    "commands.command_line",
+    "commands.explain",
+    "evaluation.config",
+    "evaluation.explanation",
+    "generation.traces",
+)
 
 
 def imported_modules(path):

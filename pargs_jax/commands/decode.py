@@ -11,6 +11,7 @@ from rich.console import Console
 from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.comparison import compare_methods
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
+from pargs_jax.commands.decode_and_explain import decode_and_explain
 from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.generate import generate, settings_of, unrolls
 from pargs_jax.config import DEMO, DecodeConfig
@@ -35,6 +36,8 @@ def run(config: DecodeConfig) -> None:
     """What `decode.py` does."""
     if config.method is None and config.lm == DEMO:
         compare_methods(config)
+    elif config.explain is not None:
+        decode_and_explain(config)
     else:
         generate(config)
 

@@ -76,6 +76,7 @@ decode = Door(
     """\
   {prog}                                         the demo task, all methods compared
   {prog} --method pargs --weight 2 --k 10        one method on it
+  {prog} --method pargs --limit 5 --explain F.html   five of its answers, explained token by token
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
 )

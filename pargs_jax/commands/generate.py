@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -40,33 +41,23 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
     )
 
 
+OpenModels = Callable[[DecodeConfig, Sequence[str | Path]], Session]
+"""Opens a config's language model with reward models, as `open_session` does."""
+
+
 def generate(
-    config: DecodeConfig,
-    console: Console | None = None,
-    open_models: Callable[[DecodeConfig, Sequence[str | Path]], Session] | None = None,
+    config: DecodeConfig, console: Console | None = None, open_models: OpenModels | None = None
 ) -> list[Answer]:
     """Answers the config's prompts with its method; prints the answers, or writes them to `out` with progress.
 
     The effective config and the progress go to standard error, so that the answers can be piped. `open_models` is
     called in place of `open_session`. Raises InputError for anything that cannot be used, before any decoding.
     """
-    config.validate()
-    console = console or Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
-    if config.method is None:
-        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
-    method = METHODS[config.method]
-    settings = settings_of(config, method)
-    is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = (open_models or open_session)(config, [demo_reward_model(method)] if is_demo else config.rm)
-    form = choose_form(config.format, session.remembered_forms, "--format")
-    config = dataclasses.replace(config, format=form)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    prompts = _read_prompts(config, session)
+    console = console or error_console()
+    config, session, prompts, settings = prepare(config, console, open_models)
     if config.out is None:
-        answers = list(decode_all(session, prompts, settings, config.method, console))
-        order = {prompt.id: number for number, prompt in enumerate(prompts)}
-        for answer in sorted(answers, key=lambda answer: order[answer.id]) if jax.process_index() == 0 else ():
-            print(answer.response)
+        answers = decode_all(session, prompts, settings, config.method, console)
+        print_responses(answers)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
@@ -81,6 +72,42 @@ def generate(
             answers += batch
     console.print(f"{len(answers)} answers written to {config.out}", highlight=False)
     return answers
+
+
+class Prepared(NamedTuple):
+    """All that decoding needs. `config` is the one in effect, with the form that prompts are written in."""
+
+    config: DecodeConfig
+    session: Session
+    prompts: list[Prompt]
+    settings: Settings
+
+
+def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | None = None) -> Prepared:
+    """Loads what the config names, and shows the config in effect. `open_models` is called in place of `open_session`.
+    Raises InputError for what cannot be used."""
+    config.validate()
+    if config.method is None:
+        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
+    method = METHODS[config.method]
+    settings = settings_of(config, method)
+    is_demo = config.lm == DEMO and method.guided and not config.rm
+    session = (open_models or open_session)(config, [demo_reward_model(method)] if is_demo else config.rm)
+    form = choose_form(config.format, session.remembered_forms, "--format")
+    config = dataclasses.replace(config, format=form)
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    return Prepared(config, session, _read_prompts(config, session), settings)
+
+
+def error_console() -> Console:
+    """Standard error, of the first process alone."""
+    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+
+
+def print_responses(answers: Sequence[Answer]) -> None:
+    """Prints the answers' texts, in the first process alone."""
+    for answer in answers if jax.process_index() == 0 else ():
+        print(answer.response)
 
 
 def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
@@ -101,8 +128,10 @@ def unrolls(config: DecodeConfig, platform: str) -> bool:
 def decode_all(
     session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
 ) -> list[Answer]:
-    """All answers, with progress."""
-    return [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    """All answers in the order of their prompts, with progress."""
+    order = {prompt.id: number for number, prompt in enumerate(prompts)}
+    answers = [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    return sorted(answers, key=lambda answer: (order[answer.id], answer.sample))
 
 
 def _decode_batches(

@@ -19,7 +19,7 @@ from pargs_jax.generation.traces import TracesFile, one_or_all
 # Options that do not change what a row says, so that a second run may change them.
 FREE_ON_CONTINUE = (
     "out", "prompts", "columns", "batch_size", "mesh", "limit", "unroll", "distributed", "processes", "compile_cache",
-    "n", "trace", "trace_candidates",
+    "n", "trace", "trace_candidates", "explain",
 )  # fmt: skip
 
 

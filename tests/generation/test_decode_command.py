@@ -209,3 +209,24 @@ def test_what_cannot_be_used_is_refused_in_one_line(decode, lm, rm, prompts, tmp
 def test_a_guided_method_needs_a_reward_model(decode, lm):
     code, _, err = decode("--lm", lm, "--method", "pargs", "--prompt", "Hi")
     assert code == 2 and "needs a reward model; give --rm PATH" in err
+
+
+def test_a_page_explains_the_answers_beside_those_without_guidance(decode, lm, rm, prompts, tmp_path):
+    page = tmp_path / "page.html"
+    words = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--max-new-tokens", 6, "--k", 4, "--limit", 2)
+    code, printed, _ = decode(*words, "--method", "pargs", "--explain", page)
+    assert code == 0
+    data = page.read_text().split('id="trace">')[1].split("</script>")[0]
+    answers = json.loads(data)["answers"]
+    assert "".join(answer["guided"]["response"] + "\n" for answer in answers) == printed
+    # The unguided answers are those of top-k sampling with the same seed, and have the guide's rewards all the same.
+    code, unguided, _ = decode(*words, "--method", "top_k")
+    assert code == 0 and unguided != printed
+    assert "".join(answer["unguided"]["response"] + "\n" for answer in answers) == unguided
+    assert all(len(token["rewards"]) == 1 for answer in answers for token in answer["unguided"]["tokens"])
+
+    page.unlink()
+    code, _, err = decode(*words, "--method", "pargs", "--explain", page, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "--explain: is for answers that are printed" in err and not page.exists()
+    code, _, err = decode("--explain", page)
+    assert code == 2 and "--explain: needs --method NAME" in err
