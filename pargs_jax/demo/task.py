@@ -95,7 +95,7 @@ def _draw_prompts(n: int, split: str, rng: random.Random) -> list[_NumberedPromp
 
 
 def _say(template: str, request: Request, rng: random.Random) -> str:
-    """A sentence: each choice is kind, plain or rude by `_TONE_ODDS`, and one name or product in ten is a random one."""
+    """A sentence: each choice is kind, plain or rude by `_TONE_ODDS`; one name or product in ten is wrong."""
     words = {"name": request.name, "product": request.product}
     for place, all_words in (("name", language.NAMES), ("product", language.PRODUCTS)):
         if rng.random() < _WRONG_RATE:
@@ -117,9 +117,9 @@ def _sample_answer(request: Request, rng: random.Random) -> str:
 def frontier(betas: Sequence[float]) -> list[tuple[float, float]]:
     """The ceiling of every method: (KL(q || p), mean true reward) of the best policy for each beta, in nats and points.
 
-    q(y) is proportional to p(y) exp(oracle(y) / beta), where p is the distribution that the language model learned from.
-    Under p the parts of an answer are independent: it has 8 choices of words and 4 sentences with a name or a product.
-    So q is a product too, and both numbers are sums over its factors.
+    q(y) is proportional to p(y) exp(oracle(y) / beta), where p is the distribution that the language model learned
+    from. Under p the parts of an answer are independent: it has 8 choices of words, and 4 of its sentences name the
+    customer or the product. So q is a product too, and both numbers are sums over its factors.
     """
     choice = {language.WEIGHTS[tone] if tone != "plain" else 0.0: odds for tone, odds in _TONE_ODDS.items()}
     mention = {0.0: 1 - _WRONG_RATE, language.WEIGHTS["wrong"]: _WRONG_RATE}
