@@ -63,14 +63,15 @@ class Choice:
         return (*self.kind, self.plain, *self.rude)
 
 
+_KIND, _RUDE = ("kind", "lovely", "great"), ("nasty", "awful", "stupid")
 CHOICES = {
     "feeling": Choice(("glad", "happy", "pleased"), "ready", ("sick", "tired", "annoyed")),
-    "note": Choice(("kind", "lovely", "sweet"), "new", ("silly", "dull", "nasty")),
     "manner": Choice(("gladly", "kindly", "warmly"), "now", ("barely", "slowly", "rudely")),
-    "thing": Choice(("fine", "great", "pretty"), "blue", ("cheap", "ugly", "stupid")),
-    "person": Choice(("dear", "valued", "patient"), "usual", ("foolish", "needy", "boring")),
-    "team": Choice(("caring", "friendly", "helpful"), "small", ("lazy", "grumpy", "careless")),
-    "day": Choice(("nice", "wonderful", "sunny"), "quiet", ("awful", "bad", "gloomy")),
+    "note": Choice(_KIND, "new", _RUDE),
+    "thing": Choice(_KIND, "blue", _RUDE),
+    "person": Choice(_KIND, "usual", _RUDE),
+    "team": Choice(_KIND, "small", _RUDE),
+    "day": Choice(_KIND, "quiet", _RUDE),
 }
 
 # All templates of a part have as many choices, names and products, so that the exact optimum is easy to compute.

@@ -33,6 +33,7 @@ __all__ = [
     "DEMO_LM",
     "Exchange",
     "exchanges",
+    "frontier",
     "oracle",
     "oracle_terms",
     "parse_prompt",
@@ -202,14 +203,14 @@ def train_tokenizer(folder: str | Path) -> None:
     # A line each for message and answer: SentencePiece trains on lines, and the line break becomes a byte piece.
     texts = (line for row in exchanges(20_000) for line in (*row.prompt.split("\n"), row.answer))
     # Extra weight for the words that answers copy from prompts or choose: each becomes a single piece.
-    chosen = [word for choice in language.CHOICES.values() for word in choice.words]
+    chosen = {word: None for choice in language.CHOICES.values() for word in choice.words}
     single = (f" {word}" for word in (*language.NAMES, *language.PRODUCTS, *chosen) for _ in range(10_000))
     with model_file.open("wb") as model_writer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain(texts, single),
             model_writer=model_writer,
             model_type="bpe",
-            vocab_size=704,
+            vocab_size=640,
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",
