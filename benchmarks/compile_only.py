@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pargs_jax.aot import expect_no_devices
-from pargs_jax.cli import from_mapping, read_yaml
 from pargs_jax.config import DecodeConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.config_files import from_mapping, read_yaml
 
 MESH = "tpu-v4-8"
 SHAPES = "configs/shapes"
@@ -79,14 +79,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the table is written")
     parser.add_argument("--only", default="", help="run the cases with this in their name")
     given = parser.parse_args()
-    expect_no_devices()
-    from pargs_jax.compile_only import compile_decoding, compile_training
+    expect_no_devices(MESH)
+    from pargs_jax.commands import decode, train
 
     cases: dict[str, Callable] = {}
     for name, config in training_cases().items():
-        cases[name] = lambda config=config: compile_training(config)
+        cases[name] = lambda config=config: train.compile_only(config)
     for name, config in decoding_cases().items():
-        cases[name] = lambda config=config: compile_decoding(config)
+        cases[name] = lambda config=config: decode.compile_only(config)
     lines = ["| | fits | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, compile_case in cases.items():
         if given.only in name:

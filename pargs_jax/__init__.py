@@ -41,6 +41,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pargs_jax.commands.train import train
     from pargs_jax.config import DecodeConfig, TrainConfig
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
@@ -59,11 +60,25 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.methods import METHODS
     from pargs_jax.decoding.proposals import AllTokens, TopK
     from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.search import (
+        BestOfN,
+        Cards,
+        ChunkBeam,
+        Searcher,
+        SearchInputs,
+        SpeculativeRejection,
+        TwistedSmc,
+        best_of_n_curve,
+        search,
+    )
     from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
+    from pargs_jax.generation.answers import Answer
+    from pargs_jax.generation.plan import Settings
     from pargs_jax.generation.reward_models import RewardModel
-    from pargs_jax.generation.session import Answer, Session, Settings
+    from pargs_jax.generation.session import Session
+    from pargs_jax.generation.traces import AnswerTrace, read_traces
     from pargs_jax.mesh import make_mesh
     from pargs_jax.models.causal import CausalModel
     from pargs_jax.models.encoder import EncoderModel
@@ -73,7 +88,6 @@ if TYPE_CHECKING:
     from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
     from pargs_jax.text.retokenisation import Retokeniser
     from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
-    from pargs_jax.training.run import train
     from pargs_jax.training.step import make_optimizer, make_train_step
 
 # Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
@@ -97,11 +111,25 @@ _HOMES = {
     "pargs_jax.decoding.methods": ("METHODS",),
     "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
     "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.search": (
+        "BestOfN",
+        "Cards",
+        "ChunkBeam",
+        "SearchInputs",
+        "Searcher",
+        "SpeculativeRejection",
+        "TwistedSmc",
+        "best_of_n_curve",
+        "search",
+    ),
     "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),
+    "pargs_jax.generation.answers": ("Answer",),
+    "pargs_jax.generation.plan": ("Settings",),
     "pargs_jax.generation.reward_models": ("RewardModel",),
-    "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
+    "pargs_jax.generation.session": ("Session",),
+    "pargs_jax.generation.traces": ("AnswerTrace", "read_traces"),
     "pargs_jax.mesh": ("make_mesh",),
     "pargs_jax.models.causal": ("CausalModel",),
     "pargs_jax.models.encoder": ("EncoderModel",),
@@ -109,7 +137,7 @@ _HOMES = {
     "pargs_jax.models.model": ("unstack_layers",),
     "pargs_jax.models.prefix_causal": ("PrefixCausalModel",),
     "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
-    "pargs_jax.training.run": ("train",),
+    "pargs_jax.commands.train": ("train",),
     "pargs_jax.training.objective": ("Objective", "answer_states", "encoder_rewards"),
     "pargs_jax.training.step": ("make_optimizer", "make_train_step"),
 }

@@ -1,7 +1,8 @@
 """Every option of training and decoding, as frozen dataclasses.
 
-An option is declared once, here (`pargs_jax.options`): YAML files, the command line and `--help` (`pargs_jax.cli`) are
-derived from these classes, and `validate()` checks them when they are made from Python.
+An option is declared once, here (`pargs_jax.options`): YAML files (`pargs_jax.config_files`), the command line and
+`--help` (`pargs_jax.commands`) are derived from these classes, and `validate()` checks them when they are made from
+Python.
 
     config = TrainConfig(batch_size=32, objective=ObjectiveConfig(name="bt"))
     config = dataclasses.replace(config, seed=1)
@@ -16,16 +17,21 @@ from typing import Literal, get_args
 
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option, options, shown
+from pargs_jax.search_config import SearchConfig
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
-MethodName = Literal["greedy", "top_k", "args", "args_stochastic", "pargs_greedy", "pargs"]
+MethodName = Literal[
+    "greedy", "top_k", "top_p", "contrastive", "args", "args_stochastic", "pargs_greedy", "pargs", "rad", "farma", "cd",
+    "vas", "genarm", "parm", "expert_ratio", "transfer_q", "best_of_n", "blockwise", "chunk_beam",
+    "weak_to_strong", "cards", "speculative_rejection", "smc",
+]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-UNGUIDED_METHODS = ("greedy", "top_k")
+UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
 LARGEST_SEED = 2**32 - 1
 
 
@@ -65,6 +71,7 @@ class ModelConfig:
         "none",
         "what layers keep for the backward pass, which computes the rest again: all (none), products with weights, or "
         "their inputs alone (layers: a third more work, least memory)",
+        may_change=True,
     )
 
 
@@ -82,6 +89,7 @@ class DataConfig:
         "held-out pairs to evaluate on",
         unset="the demo's own with the demo, else no evaluation",
         metavar="FILE_OR_HUB_ID",
+        may_change=True,
     )
     columns: tuple[str, ...] = option(
         (), "columns that the files call otherwise, such as prompt=question chosen=best", metavar="NAME=COLUMN"
@@ -101,9 +109,14 @@ class DataConfig:
     demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
 
     def validate(self) -> None:
-        """Raises InputError if columns are named that no file can have."""
+        """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
         if column_names(self.columns, "--data.columns") and self.train == DEMO and self.eval in (None, DEMO):
             raise InputError("--data.columns: is for files of one's own; the demo has none")
+        if self.train != DEMO and self.demo_pairs != DataConfig.demo_pairs:
+            raise InputError(
+                f"--data.demo-pairs: got {self.demo_pairs}, but the pairs are those of --data.train {self.train}; "
+                "leave it out, or train on the demo"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,10 @@ class ObjectiveConfig:
     stride: int = option(1, "partial_bt: score every n-th prefix, in tokens", at_least=1)
     sample: int | None = option(None, "partial_bt: random prefixes scored a pair and step", unset="all", at_least=1)
     chunk: int = option(
-        8, "models with full attention: prefixes of a pair that are read at once; fewer take less memory", at_least=1
+        8,
+        "models with full attention: prefixes of a pair that are read at once; fewer take less memory",
+        at_least=1,
+        may_change=True,
     )
     minimum_length: int = option(1, "partial_bt: shortest prefix that is scored, in tokens", at_least=1)
     margin: float = option(
@@ -157,7 +173,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "the learning rate after the warm-up")
     moment_dtype: DtypeName = option("float32", "number format in which the mean of gradients is kept")
     clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
-    accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1)
+    accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1, may_change=True)
 
 
 @dataclass(frozen=True)
@@ -177,11 +193,21 @@ class LoraConfig:
     )
 
     def validate(self) -> None:
-        """Raises InputError if the pattern is none."""
+        """Raises InputError for a pattern that is not a regular expression, and for what means nothing at rank 0."""
+        if not self.rank:
+            for flag, value, default in (
+                ("--lora.alpha", self.alpha, LoraConfig.alpha),
+                ("--lora.layers", self.layers, LoraConfig.layers),
+            ):
+                if value != default:
+                    raise InputError(
+                        f"{flag}: got {shown(value)}, but --lora.rank is 0, so that the whole model is trained; "
+                        "give a rank, such as 16, or leave it out"
+                    )
         try:
             re.compile(self.layers)
         except re.error as error:
-            raise InputError(f"--lora.layers: {self.layers!r} is no regular expression ({error})") from None
+            raise InputError(f"--lora.layers: {shown(self.layers)} is not a regular expression ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -189,10 +215,16 @@ class ProcessesConfig:
     """Where the processes of --distributed are."""
 
     coordinator: str | None = option(
-        None, "address of the first process, the same for all", unset="found by JAX", metavar="HOST:PORT"
+        None,
+        "address of the first process, the same for all",
+        unset="found by JAX",
+        metavar="HOST:PORT",
+        may_change=True,
     )
-    count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1)
-    index: int | None = option(None, "which of them this one is, from 0", unset="found by JAX", at_least=0)
+    count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1, may_change=True)
+    index: int | None = option(
+        None, "which of them this one is, from 0", unset="found by JAX", at_least=0, may_change=True
+    )
 
     def validate(self, distributed: bool) -> None:
         """Raises InputError if they do not go together."""
@@ -221,9 +253,14 @@ DISTRIBUTED = "one of several processes that run together, each started with thi
 class LogConfig:
     """Where metrics go besides metrics.jsonl in --out."""
 
-    tensorboard: bool = option(False, "write them for TensorBoard too, into --out/tensorboard; needs that extra")
+    tensorboard: bool = option(
+        False, "write them for TensorBoard too, into --out/tensorboard; needs that extra", may_change=True
+    )
     wandb: str | None = option(
-        None, "send them to this project of Weights & Biases too; needs the extra wandb", metavar="PROJECT"
+        None,
+        "send them to this project of Weights & Biases too; needs the extra wandb",
+        metavar="PROJECT",
+        may_change=True,
     )
 
 
@@ -231,36 +268,44 @@ class LogConfig:
 class TrainConfig:
     """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
 
-    mesh: str = option("auto", MESH, metavar="NAME")
+    mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
-    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
-    distributed: bool = option(False, DISTRIBUTED)
+    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR", may_change=True)
+    distributed: bool = option(False, DISTRIBUTED, may_change=True)
     out: str | None = option(
-        None, "folder of checkpoints, metrics and the exported model", unset="runs/<objective.name>", metavar="DIR"
+        None,
+        "folder of checkpoints, metrics and the exported model",
+        unset="runs/<objective.name>",
+        metavar="DIR",
+        may_change=True,
     )
-    resume: bool = option(False, "go on from the newest checkpoint in --out")
+    resume: bool = option(False, "go on from the newest checkpoint in --out", may_change=True)
     seed: int = option(0, "seed of the weights, the data order and dropout", at_least=0, at_most=LARGEST_SEED)
-    steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1)
-    epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0)
+    steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1, may_change=True)
+    epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
     batch_size: int = option(8, "pairs an optimizer step", at_least=1)
     max_length: int = option(128, "tokens of prompt and answer together; longer ones are cut", at_least=2)
-    eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
-    save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0)
-    keep: int = option(2, "newest checkpoints kept", at_least=1)
+    eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
+    save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
+    keep: int = option(2, "newest checkpoints kept", at_least=1, may_change=True)
     keep_best: int = option(
         1,
         "checkpoints kept besides, of the best evaluations; a step whose evaluation is among them is saved; 0: none",
         at_least=0,
+        may_change=True,
     )
     best_metric: Literal["loss", "accuracy"] = option(
-        "loss", "held-out metric that says which evaluations are best: the smallest loss or the highest accuracy"
+        "loss",
+        "held-out metric that says which evaluations are best: the smallest loss or the highest accuracy",
+        may_change=True,
     )
-    log_every: int = option(10, "steps between lines of metrics", at_least=1)
+    log_every: int = option(10, "steps between lines of metrics", at_least=1, may_change=True)
     loss_limit: float = option(
         10.0,
         "the run ends at a step whose loss is over so many times the first's, or chance's if that is more; 0: never",
         at_least=0,
+        may_change=True,
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -308,14 +353,25 @@ class DecodeConfig:
         "the language model: 'demo' (comes with the package), a Hugging Face folder, or a hub id",
         metavar="PATH_OR_HUB_ID",
     )
-    rm: tuple[str, ...] = option((), "reward models that guide it: folders or hub ids", metavar="PATH")
-    method: MethodName | None = option(None, "how the next token is chosen", unset="all are compared, on the demo only")
+    rm: tuple[str, ...] = option(
+        (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
+    )
+    method: MethodName | None = option(
+        None, "how the next token is chosen: see the list below", unset="all are compared, on the demo only"
+    )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(
-        None, "file of prompts to answer", unset="on the demo, its unseen prompts", metavar="FILE"
+        None,
+        "file of prompts to answer",
+        unset="on the demo, its unseen prompts",
+        metavar="FILE",
+        may_change=True,
     )
     columns: tuple[str, ...] = option(
-        (), "columns that --prompts calls otherwise, such as prompt=question", metavar="NAME=COLUMN"
+        (),
+        "columns that --prompts calls otherwise, such as prompt=question",
+        metavar="NAME=COLUMN",
+        may_change=True,
     )
     format: PromptFormName | None = option(
         None,
@@ -323,26 +379,60 @@ class DecodeConfig:
         unset="the one that the reward models were trained with, else the language model's, else plain",
     )
     out: str | None = option(
-        None, "JSONL file for the answers; a second run goes on after the rows there", metavar="F.jsonl"
+        None,
+        "JSONL file for the answers; a second run goes on after the rows there",
+        metavar="F.jsonl",
+        may_change=True,
     )
+    trace: str | None = option(
+        None,
+        "JSONL file for how each answer in --out came about: every token with its probability before and after "
+        "guidance, its rewards and the KL; see docs/traces.md",
+        metavar="F.jsonl",
+        may_change=True,
+    )
+    trace_candidates: bool = option(
+        False, "with --trace: also the candidates of every token, with their numbers", may_change=True
+    )
+    n: int = option(1, "answers to each prompt, of the methods that sample", at_least=1, may_change=True)
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
-        (), "reward weight: one for all reward models, or one for each", unset="the method's"
+        (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"
+    )
+    top_p: float | None = option(
+        None, "top_p: the probability of its candidates together", unset="the method's", above=0, at_most=1
+    )
+    gate_entropy: float | None = option(
+        None,
+        "guide only the steps where the language model's entropy is at least so many nats",
+        unset="all are guided",
+        at_least=0,
+    )
+    look_ahead: int | None = option(
+        None, "transfer_q: tokens that the aligned model writes after each candidate", unset="the method's", at_least=1
+    )
+    preference: tuple[float, ...] = option(
+        (), "parm: weights of the objectives, which sum to 1; a column of that name gives each prompt its own"
     )
     temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
-    batch_size: int = option(16, "prompts decoded together", at_least=1)
+    batch_size: int = option(
+        16, "prompts decoded together; a search has several rows of each", at_least=1, may_change=True
+    )
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
-    mesh: str = option("auto", MESH, metavar="NAME")
+    mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
-    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
+    compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR", may_change=True)
     prompt_length: int = option(512, "with --compile-only: tokens of the prompts", at_least=2)
-    distributed: bool = option(False, DISTRIBUTED)
+    distributed: bool = option(False, DISTRIBUTED, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
     unroll: Literal["auto", "yes", "no"] = option(
-        "auto", "run layers one by one, not as a scan: faster steps, longer compilation; auto: yes, but not on TPU"
+        "auto",
+        "run layers one by one, not as a scan: faster steps, longer compilation; auto: yes, but not on TPU",
+        may_change=True,
     )
-    limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1)
+    limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
+    search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()
 
     def validate(self) -> None:
@@ -357,11 +447,18 @@ class DecodeConfig:
             raise InputError("--limit: means nothing beside --prompt, which is one prompt; leave it out")
         if self.prompt_length != DecodeConfig.prompt_length and not self.compile_only:
             raise InputError("--prompt-length: is for --compile-only; elsewhere prompts have their own lengths")
-        if len(self.weight) not in (0, 1, len(self.rm)):
-            raise InputError(
-                f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
-                "must be one for all or one for each"
-            )
+        if self.trace is not None and self.out is None:
+            raise InputError("--trace: needs --out, the file of the answers that are traced")
+        if self.trace is not None and Path(self.trace) == Path(self.out):
+            raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
+        if self.trace_candidates and self.trace is None:
+            raise InputError("--trace-candidates: needs --trace, the file that they go into")
+        if self.method is None and not self.compile_only and (self.trace is not None or self.n > 1):
+            flag = "--trace" if self.trace is not None else "--n"
+            raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+        if self.method is None and self.search.given:
+            flag = next(iter(self.search.given)).replace("_", "-")
+            raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
         if self.lm != DEMO:
             self._validate_without_demo()
 

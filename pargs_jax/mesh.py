@@ -13,11 +13,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh
 
+from pargs_jax.aot.gpu import describe_h100
 from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.processes import start_processes
@@ -126,14 +127,22 @@ def parse_mesh(text: str) -> MeshRequest:
     raise InputError(f"--mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
 
 
-def start(config: TrainConfig | DecodeConfig) -> Mesh:
+class MachineConfig(Protocol):
+    """The options of a command that runs in one process, such as `evaluate.py`."""
+
+    mesh: str
+    compile_cache: str | None
+
+
+def start(config: TrainConfig | DecodeConfig | MachineConfig) -> Mesh:
     """The mesh that a command's config asks for, connected with the other processes if there are any. The cache of
     compiled programs is opened as well."""
     open_compile_cache(config.compile_cache)
-    if config.distributed:
+    processes: int | None = 1
+    if isinstance(config, TrainConfig | DecodeConfig) and config.distributed:
         start_processes(config.processes)
-    task: Task = "train" if isinstance(config, TrainConfig) else "decode"
-    return make_mesh(config.mesh, task, processes=(config.processes.count if config.distributed else 1))
+        processes = config.processes.count
+    return make_mesh(config.mesh, "train" if isinstance(config, TrainConfig) else "decode", processes=processes)
 
 
 def open_compile_cache(folder: str | None) -> None:
@@ -162,13 +171,19 @@ def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
 
 
 def make_topology_mesh(text: str, task: Task) -> Mesh:
-    """The mesh of a TPU slice that is not here, for compiling only. Needs libtpu.
+    """The mesh of a TPU slice, or of one H100 (`gpu-1`), that is not here, for compiling only. Needs libtpu, or
+    NVIDIA's compiler (`pargs_jax.aot.gpu`).
 
-    Raises InputError if the request is no TPU preset, or libtpu is missing or cannot describe it.
+    Raises InputError if the request is neither, or its compiler is missing or cannot describe it.
     """
     request = parse_mesh(text)
+    if (request.platform, request.devices) == ("gpu", 1):
+        return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(f"--mesh {text}: --compile-only needs a TPU slice, such as tpu-v4-8, to compile for")
+        raise InputError(
+            f"--mesh {text}: --compile-only needs something to compile for: a TPU slice, such as tpu-v4-8, or one H100, "
+            "gpu-1"
+        )
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]
@@ -193,7 +208,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
 
 
 @contextlib.contextmanager
-def some_mesh() -> Iterator[Mesh]:
+def ensured_mesh() -> Iterator[Mesh]:
     """The mesh that is set (`jax.set_mesh`); where none is, one of a single device is set meanwhile."""
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:

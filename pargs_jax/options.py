@@ -1,7 +1,8 @@
 """How an option is declared: a dataclass field with its default, its meaning, its type and its limits.
 
-YAML files, the command line and `--help` (`pargs_jax.cli`) are derived from such dataclasses, and `check_each` checks
-them when they are made from Python. Nothing here imports JAX, so `--help` answers at once.
+YAML files (`pargs_jax.config_files`), the command line and `--help` (`pargs_jax.commands`) are derived from such
+dataclasses, and `check_each` checks them when they are made from Python. Nothing here imports JAX, so `--help` answers
+at once.
 """
 
 import json
@@ -29,6 +30,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     may_be_empty: bool = False,
+    may_change: bool = False,
 ) -> Any:
     """A dataclass field that is also an option of the command line and of YAML files.
 
@@ -42,10 +44,19 @@ def option(
         metavar: what stands for the value in `--help`; by default the kind's.
         at_least, above, at_most, below: limits of a number.
         may_be_empty: whether the empty string is a value; elsewhere it is more likely an unset shell variable.
+        may_change: whether a run that is resumed, or a file that is continued, may have another value: it does not
+            change what the result is, only where or how fast or for how long it is made.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     limits = tuple((words, bound) for words, bound in bounds.items() if bound is not None)
-    metadata = {"meaning": meaning, "unset": unset, "metavar": metavar, "limits": limits, "may_be_empty": may_be_empty}
+    metadata = {
+        "meaning": meaning,
+        "unset": unset,
+        "metavar": metavar,
+        "limits": limits,
+        "may_be_empty": may_be_empty,
+        "may_change": may_change,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -59,7 +70,7 @@ class Option:
         choices: the only values there are; empty for any.
         nullable: whether None is a value.
         many: whether it is a list (a tuple, in the dataclass).
-        default, meaning, unset, metavar, limits, may_be_empty: as given to `option`.
+        default, meaning, unset, metavar, limits, may_be_empty, may_change: as given to `option`.
     """
 
     key: str
@@ -73,6 +84,7 @@ class Option:
     metavar: str = ""
     limits: tuple[tuple[str, float], ...] = ()
     may_be_empty: bool = False
+    may_change: bool = False
 
     @property
     def flag(self) -> str:
@@ -153,4 +165,15 @@ def _described(key: str, declared: Field, hint: Any) -> Option:
 def check_each(config: Any) -> None:
     """Raises InputError for the first option of `config` that has a wrong type or lies outside its limits."""
     for known in options(type(config)):
-        known.require(operator.attrgetter(known.key)(config), known.flag)
+        known.require(value_of(config, known), known.flag)
+
+
+def deciding_values(config: Any) -> dict[str, Any]:
+    """The values that decide what a run or a file of answers is, by key: those of all options that may not change when
+    it is resumed."""
+    return {known.key: value_of(config, known) for known in options(type(config)) if not known.may_change}
+
+
+def value_of(config: Any, known: Option) -> Any:
+    """The value of an option in a config."""
+    return operator.attrgetter(known.key)(config)

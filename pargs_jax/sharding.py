@@ -1,7 +1,8 @@
 """What lies where on a mesh: rules for parameters, and constraints for what is computed from them.
 
-A rule gives the dimensions of an array names, and each name is split over one axis of the mesh or none. One function
-gives the places of parameters for loading, initialising, restoring and compiling ahead of time (`param_shardings`).
+The dimensions of an array have names, which its model family gives (`name_dimensions`), and each name is split over one
+axis of the mesh or none. One function gives the places of parameters for loading, initialising, restoring and compiling
+ahead of time (`param_sharding`).
 """
 
 import re
@@ -22,26 +23,17 @@ ROWS = ("data", "fsdp")
 
 AXIS_OF = {"vocabulary": "tensor", "heads": "tensor", "feedforward": "tensor", "width": "fsdp"}
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"backbone\.embed\.embedding", ("vocabulary", "width")),
-    (r"backbone\.(positions|segments|relative)\.embedding", (None, "width")),
-    (r"backbone\.(embed_out|project_in)\.kernel", (None, "width")),
-    (r"backbone\.project_out\.kernel", ("width", None)),
-    (r"backbone\.convolution\.conv\.kernel", (None, None, "width")),
-    (r"backbone\.layers\.(query|key|value|position_query|position_key)\.kernel", ("width", "heads")),
-    (r"backbone\.layers\.(query|key|value|position_query|position_key)\.bias", ("heads",)),
-    (r"backbone\.layers\.out\.kernel", ("heads", "width")),
-    (r"backbone\.layers\.(gate|up)\.kernel", ("width", "feedforward")),
-    (r"backbone\.layers\.(gate|up)\.bias", ("feedforward",)),
-    (r"backbone\.layers\.down\.kernel", ("feedforward", "width")),
-    (r"backbone\.layers\.\w+\.lora_in", ("width", None)),
-    (r"backbone\.layers\.\w+\.lora_out", (None, "heads")),
-    (r"head\.dense\.kernel", ("width", None)),
-    (r"head\.linear\.kernel", ("width", "vocabulary")),
-    (r".*\.(bias|scale)", ()),
-)
-"""For each kind of array, the names of its last dimensions: the first pattern that matches a path, in which the numbers
-of layers are left out. Dimensions before these (stacked layers), of size 1, or without a name are not split."""
+_INTO_LOW_RANK, _OUT_OF_LOW_RANK = ("width", None), (None, "heads")
+LOW_RANK: dict[str, tuple[str | None, ...]] = {
+    "lora_in": _INTO_LOW_RANK, "lora_out": _OUT_OF_LOW_RANK,
+    "shared_in": _INTO_LOW_RANK, "shared_mix": (), "shared_out": _OUT_OF_LOW_RANK,
+    "own_in": _INTO_LOW_RANK, "own_mix": (), "own_out": _OUT_OF_LOW_RANK, "preference": (),
+}  # fmt: skip
+"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), whatever the layer."""
+
+_NAMES: dict[str, tuple[str | None, ...]] = {}
+"""For each array, by its dotted path without the numbers of layers, the names of its last dimensions. Dimensions before
+these (stacked layers), of size 1, or without a name are not split."""
 
 VOCABULARY_MULTIPLE = 128
 """On a mesh, a vocabulary is padded to a multiple of this, whatever the mesh, so that a checkpoint fits every one.
@@ -57,13 +49,25 @@ def current_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
+def name_dimensions(path: str, names: tuple[str | None, ...]) -> None:
+    """Says what the last dimensions of an array are called, which says how it is split.
+
+    Model families do so for their arrays. Raises ValueError for a name that is not known, and for an array that another
+    family has with other names: one path means one thing.
+    """
+    if unknown := set(names) - {*AXIS_OF, None}:
+        raise ValueError(f"{path}: dimensions are called {', '.join(AXIS_OF)}, not {', '.join(map(str, unknown))}")
+    if _NAMES.setdefault(path, names) != names:
+        raise ValueError(f"{path}: its dimensions are {names} here and {_NAMES[path]} elsewhere; give it another path")
+
+
 def dimension_names(path: str, rank: int) -> tuple[str | None, ...]:
-    """What a rule calls each dimension of the array at a dotted path."""
+    """What each dimension of the array at a dotted path is called."""
     plain = re.sub(r"\.\d+(?=\.)", "", path)
-    for pattern, names in RULES:
-        if re.fullmatch(pattern, plain):
-            return (None,) * (rank - len(names)) + names
-    raise ValueError(f"{path}: no rule says where this array lies")
+    names = LOW_RANK.get(plain.rpartition(".")[2], _NAMES.get(plain))
+    if names is None:
+        raise ValueError(f"{path}: no model family says how this array is split")
+    return (None,) * (rank - len(names)) + names
 
 
 def padded_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,7 +113,7 @@ def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader
 
 
 def place_params(params: Any) -> Any:
-    """Parameters that are here already, placed by the rules."""
+    """Parameters that are here already, each placed where its names say."""
     return map_paths(lambda path, x: place_param(path, x.shape, x.dtype, lambda index: np.asarray(x[index])), params)
 
 

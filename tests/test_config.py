@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pargs_jax.cli import from_mapping, parse, to_yaml
-from pargs_jax.command import command
+from pargs_jax.commands.command_line import parse
+from pargs_jax.commands.process import run_as_command
 from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config_files import from_mapping, to_yaml
+from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.options import option, options
 
@@ -146,20 +148,18 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
     ("argv", "expected"),
     [
         ("--prompt a --prompts b", "--prompt and --prompts: got both, must be one of them"),
-        (
-            "--rm a b --weight 1 2 3",
-            "--weight: got 3 weights for 2 reward models (--rm), must be one for all or one for each",
-        ),
+        ("--search.chunk 3", "--search.chunk: needs --method NAME, one that searches"),
         ("--weight 1 x", '--weight: got [1.0, "x"], must be a finite number, one or several'),
         ("--temperature 0", "--temperature: got 0.0, must be a finite number, above 0, or null"),
         ("--lm x", "--lm x: needs prompts to answer; give --prompt TEXT or --prompts FILE"),
         (
             "--lm x --prompt a",
-            "--lm x: needs --method NAME, one of greedy, top_k, args, args_stochastic, pargs_greedy, pargs",
+            f"--lm x: needs --method NAME, one of {', '.join(METHODS)}",
         ),
         (
             "--lm x --prompt a --method args",
-            "--method args: needs a reward model; give --rm PATH, or an unguided method (greedy, top_k)",
+            "--method args: needs a reward model; give --rm PATH, or an unguided method "
+            "(greedy, top_k, top_p, contrastive)",
         ),
     ],
 )
@@ -186,6 +186,13 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
             "--steps 10 --epochs 2",
             "--steps and --epochs: got both (10 and 2), must be one of them (--steps null takes back a file's)",
         ),
+        (
+            "--data.train f.jsonl --data.demo-pairs 64",
+            "--data.demo-pairs: got 64, but the pairs are those of --data.train f.jsonl; leave it out, or train on",
+        ),
+        ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so that the whole model is trained; give a"),
+        ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
+        ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
     ],
 )
 def test_options_of_training_that_would_be_ignored(argv, expected):
@@ -199,6 +206,7 @@ def test_options_of_training_that_would_be_ignored(argv, expected):
         "--objective.name sft --objective.chunk 4",
         "--objective.stride 2 --objective.sample 3 --objective.minimum-length 2 --objective.prefix-weights linear",
         "--steps 10 --epochs 1",
+        "--lora.rank 4 --lora.alpha 16 --lora.layers query",
         "--config configs/demo_lm.yaml --steps null --epochs 2",
         "--config configs/hh.yaml --objective.name bt",
         "--config configs/hh_deberta.yaml --objective.name bt",
@@ -311,13 +319,13 @@ def test_commands_end_with_one_line_and_the_right_code(capsys):
             raise error
 
         with pytest.raises(SystemExit) as caught:
-            command(main)
+            run_as_command(main)
         return caught.value.code, capsys.readouterr().err
 
     assert ends_with(InputError("pairs.jsonl: empty\nfile")) == (2, "error: pairs.jsonl: empty file\n")
     assert ends_with(KeyboardInterrupt()) == (130, "interrupted\n")
     with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
-        command(lambda: 1 // 0)
+        run_as_command(lambda: 1 // 0)
 
 
 def run_python(program):
@@ -327,14 +335,16 @@ def run_python(program):
 
 def test_options_are_read_without_importing_the_heavy_libraries():
     heavy = "{'jax', 'flax', 'transformers', 'datasets', 'numpy'}"
-    result = run_python(f"import sys, pargs_jax.cli; print({heavy} & set(sys.modules))")
+    result = run_python(
+        f"import sys, pargs_jax.commands.command_line, pargs_jax.commands.doors; print({heavy} & set(sys.modules))"
+    )
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
 
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     result = run_python(
-        "import os, sys; from pargs_jax.command import command\n"
+        "import os, sys; from pargs_jax.commands.process import run_as_command\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "command(lambda: print('row'))"
+        "run_as_command(lambda: print('row'))"
     )
     assert (result.returncode, result.stderr) == (141, "")

@@ -1,7 +1,6 @@
 """Where parameters lie: every array by a rule, every rule for some array."""
 
 import dataclasses
-import re
 
 import jax
 import numpy as np
@@ -14,9 +13,10 @@ from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.lora import Lora
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.sharding import (
-    RULES,
     abstract_params,
+    dimension_names,
     map_paths,
+    name_dimensions,
     padded_shape,
     place_computed,
     place_params,
@@ -48,10 +48,21 @@ def local_shapes(params):
     return shapes
 
 
-def test_every_rule_is_used_and_only_vectors_are_left_whole():
-    paths = [path for model in MODELS for path in paths_of(model.abstract_params())]
-    used = {next(pattern for pattern, _ in RULES if re.fullmatch(pattern, path)) for path in paths}
-    assert used == {pattern for pattern, _ in RULES}
+def test_every_matrix_has_a_dimension_that_is_split():
+    for model in MODELS:
+        for path in paths_of(model.abstract_params()):
+            names = dimension_names(path, 4)
+            assert any(names) or path.endswith((".bias", ".scale")), path
+
+
+def test_an_array_is_called_the_same_in_all_families():
+    name_dimensions("backbone.layers.query.kernel", ("width", "heads"))  # as it is called already
+    with pytest.raises(ValueError, match=r"^backbone\.layers\.query\.kernel: .* give it another path"):
+        name_dimensions("backbone.layers.query.kernel", ("width", "feedforward"))
+    with pytest.raises(ValueError, match="not depth"):
+        name_dimensions("backbone.new.kernel", ("depth",))
+    with pytest.raises(ValueError, match=r"backbone\.new\.kernel: no model family"):
+        dimension_names("backbone.new.kernel", 2)
 
 
 @pytest.mark.parametrize("mesh", ["cpu-4", "cpu-4,tensor=4", "cpu-4,fsdp=2,tensor=2"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pargs_jax.command import command
+from pargs_jax.commands.process import run_as_command
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model, tiny_tokenizer
@@ -23,7 +23,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 QUICKLY = 10  # seconds, for a machine that is busy; it takes some hundredths
 BEGINNING = """
 import ctypes, hashlib, os, signal, sys, time
-from pargs_jax.command import command
+from pargs_jax.commands.process import run_as_command
 from pargs_jax.signals import signals_wait
 
 def ready():
@@ -55,7 +55,7 @@ def started(*words, **options):
 def running(program, **options):
     """A command whose `main` is the program; it says when it is ready."""
     body = "".join(f"    {line}\n" for line in program.strip().splitlines())
-    return started("-c", f"{BEGINNING}\ndef main():\n{body}\ncommand(main)", **options)
+    return started("-c", f"{BEGINNING}\ndef main():\n{body}\nrun_as_command(main)", **options)
 
 
 def ended(process):
@@ -116,7 +116,7 @@ def test_a_reader_that_has_stopped_reading_does_not_hold_up_the_end():
 
 def test_where_standard_error_is_closed_its_number_may_be_another_file(tmp_path):
     body = f"file = open({str(tmp_path / 'answers')!r}, 'w'); assert file.fileno() == 2\n{BEGINNING}\n"
-    body += "command(lambda: (ready(), time.sleep(30)))"
+    body += "run_as_command(lambda: (ready(), time.sleep(30)))"
     words = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, body]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -145,7 +145,7 @@ def test_a_terminal_gets_its_cursor_back():
 
 def test_a_signal_that_is_ignored_stays_so():
     program = "ready(); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2)"
-    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{BEGINNING}\ncommand(lambda: ("
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{BEGINNING}\nrun_as_command(lambda: ("
     with started("-c", ignoring + program.replace(";", ",") + "))") as process:
         assert ended(process) == (0, "ready\n", "")
 
@@ -159,7 +159,7 @@ def test_python_has_its_handlers_back_afterwards():
     inside = []
     try:
         for _ in range(2):
-            command(lambda: inside.extend(signal.getsignal(number) for number in numbers))
+            run_as_command(lambda: inside.extend(signal.getsignal(number) for number in numbers))
         assert [signal.getsignal(number) for number in numbers] == before and not set(inside) & set(before)
         assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
     finally:

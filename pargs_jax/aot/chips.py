@@ -1,4 +1,4 @@
-"""What one chip of each TPU generation can do: rates are its maker's public numbers."""
+"""What one chip can do, by its maker's public numbers: each TPU generation, and an H100 (SXM)."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,13 @@ class Chip(NamedTuple):
 
     name: str
     operations_per_second: float
-    """Of bf16 matrix products; a multiply-add is two."""
+    """Of bf16 matrix products, dense; a multiply-add is two."""
     memory_bytes: float
-    """What a program may use, which is what a compiler for the chip says when a program exceeds it."""
+    """What a program may use: on a TPU, what the compiler says when a program exceeds it; on a GPU, all there is."""
     memory_bytes_per_second: float
     interconnect_bytes_per_second: float
     """All links of a chip together. A ring over one axis of a torus uses two of a v4's six."""
+    is_gpu: bool = False
 
 
 CHIPS = {
@@ -25,6 +26,7 @@ CHIPS = {
         Chip("v5e", 197e12, 15.75 * GIB, 0.82e12, 200e9),
         Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 600e9),
         Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 448e9),
+        Chip("H100", 989e12, 84942979072, 3.35e12, 900e9, is_gpu=True),
     )
 }
-"""Chips by generation."""
+"""Chips by name."""

@@ -10,6 +10,7 @@ import jax
 
 from pargs_jax.aot.chips import GIB, Chip
 from pargs_jax.aot.collectives import CollectiveTraffic, collective_bytes
+from pargs_jax.aot.kernels import Launches, count_launches, count_step_launches
 
 SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"([\d.]+)([BKMGT]?)"
@@ -42,6 +43,15 @@ class Allocation(NamedTuple):
     shape: str
 
 
+class Step(NamedTuple):
+    """What a step of a program is, to compare what it moves with what it has to move."""
+
+    least_bytes: float
+    """What no program for the step could do without reading or writing, on all devices together."""
+    is_turn_of_loop: bool = False
+    """Whether a step is one turn of the program's main loop; if not, it is the whole program."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What one program needs.
@@ -64,6 +74,9 @@ class Report:
     largest: tuple[Allocation, ...] = ()
     argument_reads: int = 1
     """How often a run reads its arguments: a decode reads the weights for every token."""
+    step: Step | None = None
+    launches: tuple[Launches, Launches] | None = None
+    """What a step has a GPU do, the least and the most likewise; None for a TPU, which does not launch kernels."""
 
     @property
     def fits(self) -> bool:
@@ -105,8 +118,22 @@ class Report:
         # Without a program only the operations are known, and they alone bound no run.
         times = _range(*(self.run_seconds(most) * 1e3 for most in (False, True)))
         row["ms at peak rates"] = "" if self.memory is None else times
+        row |= self._step_cells()
         row["compile s"] = f"{self.compile_seconds:.0f}"
         return row
+
+    def _step_cells(self) -> dict[str, str]:
+        """A step's kernels, and its bytes beside the least possible; none for a TPU."""
+        if self.launches is None or self.step is None:
+            return {}
+        least, most = self.launches
+        needed = self.step.least_bytes / self.devices
+        return {
+            "kernels a step": _range(least.kernels, most.kernels, ",.0f"),
+            "GB a step": _range(least.bytes / 1e9, most.bytes / 1e9),
+            "least GB a step": f"{needed / 1e9:.3g}",
+            "times the least": _range(least.bytes / needed, most.bytes / needed),
+        }
 
     def advice(self, options: Iterable[str]) -> list[str]:
         """Lines that say by how much the program does not fit, what takes the room, and what to try; none if it fits.
@@ -130,7 +157,13 @@ class Report:
 
 
 def compile_report(
-    lowered: jax.stages.Lowered, *, chip: Chip, devices: int, operations: tuple[float, float], argument_reads: int = 1
+    lowered: jax.stages.Lowered,
+    *,
+    chip: Chip,
+    devices: int,
+    operations: tuple[float, float],
+    argument_reads: int = 1,
+    step: Step | None = None,
 ) -> Report:
     """Compiles a program and reads what it needs.
 
@@ -140,6 +173,7 @@ def compile_report(
         devices: how many there are.
         operations: of the whole program, the least and the most (`count_operations` with `min` and `max`).
         argument_reads: how often a run reads its arguments.
+        step: what a step of the program is; on a GPU its kernels and bytes are counted.
 
     Raises:
         jax.errors.JaxRuntimeError: whatever stops the compiler except a lack of device memory, which is reported.
@@ -165,9 +199,14 @@ def compile_report(
     )
     text = compiled.as_text()
     traffic = collective_bytes(text, min), collective_bytes(text, max)
+    launches = None
+    if chip.is_gpu and step is not None:
+        count = count_step_launches if step.is_turn_of_loop else count_launches
+        launches = count(text, choice=min), count(text, choice=max)
     return Report(
-        chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic, (), argument_reads
-    )
+        chip, devices, operations, memory.peak, chip.memory_bytes, seconds, memory, traffic, (), argument_reads, step,
+        launches,
+    )  # fmt: skip
 
 
 def read_shortage(message: str) -> tuple[float, float, tuple[Allocation, ...]] | None:
@@ -185,8 +224,8 @@ def _size(number: str, unit: str) -> float:
     return float(number) * SIZE_UNITS[unit]
 
 
-def _range(least: float, most: float) -> str:
-    low, high = f"{least:.3g}", f"{most:.3g}"
+def _range(least: float, most: float, form: str = ".3g") -> str:
+    low, high = format(least, form), format(most, form)
     return low if low == high else f"{low} to {high}"
 
 

@@ -16,6 +16,20 @@ WINDOW = 16
 """How many batches, at most, are filled together from rows sorted by size."""
 
 
+class PrefixTexts(NamedTuple):
+    """The prefixes of answers where they end at another tokenizer's tokens: each is token ids of its own.
+
+    Attributes:
+        tokens: token ids, shortest prefix first and the whole answer last, padded on the right.
+        lengths: tokens of each prefix; at least 0.
+        counts: how many of the N are the answer's; at least 1.
+    """
+
+    tokens: Int[np.ndarray, "B A N R"]
+    lengths: Int[np.ndarray, "B A N"]
+    counts: Int[np.ndarray, "B A"]
+
+
 class Batch(NamedTuple):
     """Rows of one step. Lengths say which tokens are padding, never a token id.
 
@@ -23,11 +37,10 @@ class Batch(NamedTuple):
         prompts: token ids, padded on the left.
         prompt_lengths: how many of the P are the prompt's; at least 1.
         answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected) or 1 (chosen).
-        answer_lengths: how many of the R are the answer's; at least 1.
+        answer_lengths: how many of the R are the answer's, in tokens; at least 1.
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
-        prefixes: where prefixes end at another tokenizer's tokens, each prefix of each answer as ids of its own,
-            shortest first and the whole answer last, padded on the right; `answer_lengths` then counts prefixes.
-        prefix_lengths: tokens of each prefix; at least 0.
+        prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where each of an answer's
+            tokens ends one.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -35,8 +48,17 @@ class Batch(NamedTuple):
     answers: Int[np.ndarray, "B A R"]
     answer_lengths: Int[np.ndarray, "B A"]
     weights: Float[np.ndarray, "B"]
-    prefixes: Int[np.ndarray, "B A N R"] | None = None
-    prefix_lengths: Int[np.ndarray, "B A N"] | None = None
+    prefixes: PrefixTexts | None = None
+
+    @property
+    def prefix_counts(self) -> Int[np.ndarray, "B A"]:
+        """How many prefixes each answer has."""
+        return self.answer_lengths if self.prefixes is None else self.prefixes.counts
+
+    @property
+    def most_prefixes(self) -> int:
+        """For how many prefixes of an answer the batch has room."""
+        return (self.answers if self.prefixes is None else self.prefixes.lengths).shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +73,7 @@ class Example:
     prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
 
     @property
-    def lengths(self) -> list[int]:
+    def prefix_counts(self) -> list[int]:
         """Prefixes of each answer: as many as it has tokens, unless they are given."""
         return list(map(len, self.answers if self.prefixes is None else self.prefixes))
 
@@ -205,7 +227,7 @@ class Batches:
         self._seed = seed
         self._prompt_lengths = np.array([len(example.prompt) for example in examples])
         answer_lengths = np.array([max(map(len, example.answers)) for example in examples])
-        counts = np.array([max(example.lengths) for example in examples])
+        counts = np.array([max(example.prefix_counts) for example in examples])
         self._widths_of_counts = _widths(counts, max(max_length, counts.max()))
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
@@ -292,7 +314,6 @@ class Batches:
         examples = [self._examples[row] for row in rows]
         prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
         answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
-        counts = np.array([example.lengths for example in examples], np.int32)
         prompts = np.zeros((len(rows), _width(self._widths_of_prompts, prompt_lengths.max())), np.int32)
         answers = np.zeros((*answer_lengths.shape, _width(self._widths_of_answers, answer_lengths.max())), np.int32)
         for b, example in enumerate(examples):
@@ -300,18 +321,21 @@ class Batches:
             for a, ids in enumerate(example.answers):
                 answers[b, a, : len(ids)] = ids
         weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
-        batch = Batch(prompts, prompt_lengths, answers, counts, weights)
-        if examples[0].prefixes is None:
-            return batch
+        batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
+
+    def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:
+        """The prefixes of a batch's answers, padded as the answers are."""
+        counts = np.array([example.prefix_counts for example in examples], np.int32)
         number = _width(self._widths_of_counts, counts.max())
-        prefixes = np.zeros((*counts.shape, number, answers.shape[-1]), np.int32)
-        prefix_lengths = np.zeros((*counts.shape, number), np.int32)
+        tokens = np.zeros((*counts.shape, number, answers.shape[-1]), np.int32)
+        lengths = np.zeros((*counts.shape, number), np.int32)
         for b, example in enumerate(examples):
             for a, of_answer in enumerate(example.prefixes):
                 for n, ids in enumerate(of_answer):
-                    prefixes[b, a, n, : len(ids)] = ids
-                    prefix_lengths[b, a, n] = len(ids)
-        return batch._replace(prefixes=prefixes, prefix_lengths=prefix_lengths)
+                    tokens[b, a, n, : len(ids)] = ids
+                    lengths[b, a, n] = len(ids)
+        return PrefixTexts(tokens, lengths, counts)
 
 
 def _widths(lengths: Int[np.ndarray, "N"], max_length: int) -> Int[np.ndarray, "W"]:

@@ -2,7 +2,7 @@
 position + position to content`, over log-bucketed relative positions."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.config_fields import ConfigFields, activation, check_divides, whole_number
 from pargs_jax.models.disentangled import (
     MINIMUM,
+    CachedLayer,
     PositionTable,
     cached_scores,
     pick_scores,
     position_scores_by_distance,
 )
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -30,6 +33,9 @@ from pargs_jax.models.layers import (
     run_layers,
     split_heads,
 )
+from pargs_jax.models.model import HeadName
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.models.tables import Row, layer_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +220,6 @@ def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> In
         buckets = np.ceil(ratio * np.float32(middle - 1)).astype(np.int64) + middle
         distances = np.where(np.abs(distances) <= middle, distances, np.sign(distances) * buckets)
     return np.clip(distances + config.span, 0, 2 * config.span - 1)
-
-
-class CachedLayer(NamedTuple):
-    """What one layer keeps of texts already read."""
-
-    kv: KeyValues
-    table: PositionTable
 
 
 class Block(nnx.Module):
@@ -441,3 +440,38 @@ class Deberta(nnx.Module):
             return None
         table = self.relative.embedding[...]
         return table if self.relative_norm is None else self.relative_norm(table)
+
+
+def _model(config: DebertaConfig, head: HeadName) -> EncoderModel | PrefixCausalModel:
+    kind = {"full": EncoderModel, "prefix_causal": PrefixCausalModel}[config.attention]
+    return kind(config, head)
+
+
+FAMILY = Family(
+    _model,
+    DebertaConfig,
+    "deberta.",
+    (
+        Row("embeddings.word_embeddings.weight", "embed.embedding", ("vocabulary", "width")),
+        Row("embeddings.position_embeddings.weight", "positions.embedding", (None, "width")),
+        Row("embeddings.token_type_embeddings.weight", "segments.embedding", (None, "width")),
+        Row("embeddings.embed_proj.weight", "embed_out.kernel", (None, "width"), transpose=True),
+        *layer_norm("embeddings.LayerNorm", "embed_norm"),
+        Row("encoder.rel_embeddings.weight", "relative.embedding", (None, "width")),
+        *layer_norm("encoder.LayerNorm", "relative_norm"),
+        *linear("encoder.conv.conv", "convolution.conv", (None, None, "width")),
+        *layer_norm("encoder.conv.LayerNorm", "convolution.norm"),
+        *linear("encoder.layer.{}.attention.self.query_proj", "layers.{}.query", ("width", "heads")),
+        *linear("encoder.layer.{}.attention.self.key_proj", "layers.{}.key", ("width", "heads")),
+        *linear("encoder.layer.{}.attention.self.value_proj", "layers.{}.value", ("width", "heads")),
+        *linear("encoder.layer.{}.attention.self.pos_key_proj", "layers.{}.position_key", ("width", "heads")),
+        *linear("encoder.layer.{}.attention.self.pos_query_proj", "layers.{}.position_query", ("width", "heads")),
+        *linear("encoder.layer.{}.attention.output.dense", "layers.{}.out", ("heads", "width")),
+        *layer_norm("encoder.layer.{}.attention.output.LayerNorm", "layers.{}.norm1"),
+        *linear("encoder.layer.{}.intermediate.dense", "layers.{}.up", ("width", "feedforward")),
+        *linear("encoder.layer.{}.output.dense", "layers.{}.down", ("feedforward", "width")),
+        *layer_norm("encoder.layer.{}.output.LayerNorm", "layers.{}.norm2"),
+    ),
+    class_prefix="DebertaV2",
+    ignored=r"embeddings\.(position_ids|position_embeddings\.weight)|(lm_predictions|mask_predictions|cls)\..*",
+)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pargs_jax.models.layers import KeyValues
+
 MINIMUM = float(jnp.finfo(jnp.float32).min)
 """The score of what is not to be seen; finite, so that a row which sees nothing is not NaN."""
 
@@ -27,6 +29,13 @@ class PositionTable(NamedTuple):
 
     def at(self, rows: Int[np.ndarray, "N"]) -> "PositionTable":
         return PositionTable(*(None if table is None else table[:, rows] for table in self))
+
+
+class CachedLayer(NamedTuple):
+    """What one layer keeps of texts already read."""
+
+    kv: KeyValues
+    table: PositionTable
 
 
 def position_scores_by_distance(

@@ -1,12 +1,12 @@
 """An encoder as a reward model: it reads whole texts, and every prefix is a text of its own."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from pargs_jax.models.heads import PooledRewardHead
+from pargs_jax.models.heads import ENCODER_HEADS
 from pargs_jax.models.model import HeadName, Model, Params
 
 
@@ -15,10 +15,7 @@ class EncoderModel(Model):
     """A DeBERTa with a scalar head, as published: all tokens of a text see each other."""
 
     head: HeadName = "reward"
-
-    def make_head(self, rngs: nnx.Rngs) -> PooledRewardHead:
-        config = self.config
-        return PooledRewardHead(config.width, config.pooler_activation, config.initializer_range, rngs=rngs)
+    heads: ClassVar = ENCODER_HEADS
 
     def encode(
         self,

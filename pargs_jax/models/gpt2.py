@@ -8,7 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, activation, check_divides
+from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -22,6 +24,7 @@ from pargs_jax.models.layers import (
     run_layers,
     split_heads,
 )
+from pargs_jax.models.tables import Row, layer_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,3 +186,27 @@ class GPT2(nnx.Module):
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new
+
+
+FAMILY = Family(
+    CausalModel,
+    GPT2Config,
+    "transformer.",
+    (
+        Row("wte.weight", "embed.embedding", ("vocabulary", "width")),
+        Row("wpe.weight", "positions.embedding", (None, "width")),
+        *layer_norm("h.{}.ln_1", "layers.{}.norm1"),
+        # GPT-2 keeps its linear layers as [in, out], which is our order already.
+        *linear("h.{}.attn.c_attn", "layers.{}.query", ("width", "heads"), transpose=False, part=(0, 3)),
+        *linear("h.{}.attn.c_attn", "layers.{}.key", ("width", "heads"), transpose=False, part=(1, 3)),
+        *linear("h.{}.attn.c_attn", "layers.{}.value", ("width", "heads"), transpose=False, part=(2, 3)),
+        *linear("h.{}.attn.c_proj", "layers.{}.out", ("heads", "width"), transpose=False),
+        *layer_norm("h.{}.ln_2", "layers.{}.norm2"),
+        *linear("h.{}.mlp.c_fc", "layers.{}.up", ("width", "feedforward"), transpose=False),
+        *linear("h.{}.mlp.c_proj", "layers.{}.down", ("feedforward", "width"), transpose=False),
+        *layer_norm("ln_f", "norm"),
+    ),
+    class_prefix="GPT2",
+    class_names={"vocabulary": "GPT2LMHeadModel", "table": "GPT2LMHeadModel"},
+    ignored=r"h\.\d+\.attn\.(masked_)?bias",
+)

@@ -1,10 +1,56 @@
-"""What is read off a backbone's hidden states: next-token logits, or one scalar reward for each state."""
+"""What is read off a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of the
+rewards of all next tokens.
+
+`CAUSAL_HEADS` and `ENCODER_HEADS` are the heads that models can have, by name. A new one is an entry there.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
+from pargs_jax.models.tables import Row, linear, name_dimensions_of
+
+CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One kind of head: its parameters, how they begin, and how checkpoints store it.
+
+    Attributes:
+        make: `make(config, std, rngs)` gives its module, of which the parameters lie below `head` in a model's.
+        outputs: how many numbers it reads off a hidden state, given the model's config.
+        rows: its tensors in checkpoints (which have no prefix), and the array below `head` that each becomes.
+        class_suffix: what the name of the class in transformers ends with whose checkpoints have it.
+        may_be_new: whether a checkpoint may lack it. It then begins at random, and is trained whole beside low-rank
+            additions to the backbone.
+        may_be_tied: whether it is the token embeddings where the model's config says so.
+        is_marked: whether `pargs_head` in config.json says which head it is, since the tensors do not.
+        is_fp32: whether its parameters stay fp32 where the backbone computes in another format.
+        std: the standard deviation of its matrices at the beginning, given the model's config; biases begin at 0.
+    """
+
+    make: Callable[[Any, float, nnx.Rngs], nnx.Module]
+    outputs: Callable[[Any], int]
+    rows: tuple[Row, ...]
+    class_suffix: str
+    may_be_new: bool = False
+    may_be_tied: bool = False
+    is_marked: bool = False
+    is_fp32: bool = False
+    std: Callable[[Any], float] = lambda config: config.initializer_range
+
+    def __post_init__(self) -> None:
+        name_dimensions_of(self.rows, "head")
+
+    def labels(self, config: Any) -> int | None:
+        """The `num_labels` of a config.json; None where the class in transformers has no labels."""
+        return self.outputs(config) if self.class_suffix == CLASSIFIER else None
 
 
 class VocabularyHead(nnx.Module):
@@ -48,3 +94,42 @@ def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"
     differences."""
     out = jnp.matmul(x.astype(jnp.float32), linear.kernel[...].astype(jnp.float32), precision="highest")
     return out if linear.bias is None else out + linear.bias[...].astype(jnp.float32)
+
+
+_VOCABULARY = Head(
+    lambda config, std, rngs: VocabularyHead(
+        config.head_width, config.vocab_size, config.tied_embeddings, std, rngs=rngs
+    ),
+    outputs=lambda config: config.vocab_size,
+    rows=(Row("lm_head.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
+    class_suffix="ForCausalLM",
+    may_be_tied=True,
+)
+
+CAUSAL_HEADS: dict[str, Head] = {
+    "vocabulary": _VOCABULARY,
+    # The same parameters, of which the numbers are rewards of the text with each next token (FaRMA, CD-Q).
+    "table": dataclasses.replace(_VOCABULARY, is_marked=True),
+    "reward": Head(
+        lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
+        outputs=lambda config: 1,
+        rows=(Row("score.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
+        class_suffix=CLASSIFIER,
+        may_be_new=True,
+        is_fp32=True,
+    ),
+}
+
+ENCODER_HEADS: dict[str, Head] = {
+    "reward": Head(
+        lambda config, std, rngs: PooledRewardHead(config.width, config.pooler_activation, std, rngs=rngs),
+        outputs=lambda config: 1,
+        rows=(
+            *linear("pooler.dense", "dense", ("width", None)),
+            *linear("classifier", "linear", ("width", "vocabulary")),
+        ),
+        class_suffix=CLASSIFIER,
+        may_be_new=True,
+        is_fp32=True,
+    ),
+}

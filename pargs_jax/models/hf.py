@@ -20,8 +20,11 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.models.families import FAMILIES
+from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
-from pargs_jax.models.tables import FAMILIES
+from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
 from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
 from pargs_jax.sharding import place_computed
 
@@ -93,13 +96,17 @@ def load_model(
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
-    if head == "vocabulary" and model.config.tied_embeddings:
+    kind = model.head_kind
+    if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
-    has_head = all(row.tensor in tensors for row in family.heads[head].rows)
-    if head == "reward" and has_head and hf.num_labels != 1:
+    has_head = all(row.tensor in tensors for row in kind.rows)
+    if has_head and kind.labels(model.config) not in (None, hf.num_labels):
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
-    new_head = head == "reward" and not has_head
+    new_head = kind.may_be_new and not has_head
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
+    if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
+        model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
+        params = join_params(params, read_additions(folder, model, np.dtype(dtype)))
     return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
 
 
@@ -113,15 +120,34 @@ def describe_model(
 
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
-    if head not in family.heads:
-        raise InputError(f"{folder}: {hf.model_type} is no language model; it can be a reward model (--rm)")
     with _errors_name(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
             raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
         config = dataclasses.replace(config, attention=attention)
-    return family.model(config, head)
+    model = family.model(config, head)
+    if head not in model.heads:
+        raise InputError(f"{folder}: {hf.model_type} is not a language model; it can be a reward model (--rm)")
+    marked = getattr(hf, "pargs_head", None)
+    if marked not in (None, head):
+        raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")
+    if model.head_kind.is_marked and marked is None:
+        warn(f"{folder}: its logits are taken for rewards of next tokens; pargs_head in its config.json would say so")
+    return model
+
+
+def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
+    """Which head a checkpoint has, by config.json alone: `pargs_head`, or what the name of its class says; None if that
+    says nothing."""
+    folder = resolve(source, patterns=("config.json",))
+    hf = _read_config(folder)
+    if (marked := getattr(hf, "pargs_head", None)) is not None:
+        return marked
+    names = getattr(hf, "architectures", None) or [""]
+    if names[0].endswith(CLASSIFIER):
+        return "reward"
+    return "vocabulary" if names[0].endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def save_model(
@@ -145,18 +171,29 @@ def save_model(
     from safetensors.numpy import save_file
 
     model, params = stack_layers(model, params)
+    additions: dict[str, np.ndarray] = {}
+    extra: dict[str, Any] = {}
+    if isinstance(model.lora, PreferenceLora):
+        extra["pargs_preference_lora"] = dataclasses.asdict(model.lora)
+        additions, params = split_additions(params)
+        model = dataclasses.replace(model, lora=None)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
-    exported = export_tensors(model, FAMILIES[name], params)
+    family = FAMILIES[name]
+    exported = export_tensors(model, family, params)
     if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one keeps it
         collections.deque(exported, maxlen=0)
         return
     tensors = dict(exported)
-    extra = {"num_labels": 1} if model.head == "reward" else {}
+    labels = model.head_kind.labels(model.config)
+    if labels is not None:
+        extra["num_labels"] = labels
+    if model.head_kind.is_marked:
+        extra["pargs_head"] = model.head
     if prompt_form is not None:  # that it was trained with; transformers keeps fields that it does not know
         extra["pargs_prompt_form"] = prompt_form
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
-    hf.architectures = [FAMILIES[name].heads[model.head].class_name]
+    hf.architectures = [family.class_name(model)]
     hf.dtype = str(next(iter(tensors.values())).dtype)
 
     target = Path(folder)
@@ -176,10 +213,13 @@ def save_model(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
+    if additions:
+        save_file(additions, partial / ADDITIONS)
     written = {file.name for file in partial.iterdir()}
     for name in sorted(written):
         os.replace(partial / name, target / name)
-    for old in sorted(target.glob("model*.safetensors*"), reverse=True):  # an index before what it names
+    for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
+        # An index before what it names.
         if old.name not in written:
             old.unlink()
     partial.rmdir()

@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
+from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -24,6 +26,7 @@ from pargs_jax.models.layers import (
     split_heads,
 )
 from pargs_jax.models.rotary import Rotary, rotate
+from pargs_jax.models.tables import Row, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,3 +218,25 @@ class Llama(nnx.Module):
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new
+
+
+FAMILY = Family(
+    CausalModel,
+    LlamaConfig,
+    "model.",
+    (
+        Row("embed_tokens.weight", "embed.embedding", ("vocabulary", "width")),
+        Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
+        *linear("layers.{}.self_attn.q_proj", "layers.{}.query", ("width", "heads")),
+        *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
+        *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
+        *linear("layers.{}.self_attn.o_proj", "layers.{}.out", ("heads", "width")),
+        Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale"),
+        *linear("layers.{}.mlp.gate_proj", "layers.{}.gate", ("width", "feedforward")),
+        *linear("layers.{}.mlp.up_proj", "layers.{}.up", ("width", "feedforward")),
+        *linear("layers.{}.mlp.down_proj", "layers.{}.down", ("feedforward", "width")),
+        Row("norm.weight", "norm.scale"),
+    ),
+    class_prefix="Llama",
+    ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+)

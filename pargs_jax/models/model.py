@@ -5,18 +5,22 @@ A `Model` is static and hashable, so it can be a static argument of `jax.jit`; i
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from pargs_jax.models.heads import Head
 from pargs_jax.models.lora import Lora
+from pargs_jax.models.preference_lora import PreferenceLora
 
 Params = dict[str, Any]
-HeadName = Literal["vocabulary", "reward"]
+HeadName = str
+"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `reward` or `table`."""
 
 
 class Network(nnx.Module):
@@ -28,7 +32,8 @@ class Network(nnx.Module):
             layers = self.backbone.layers
             for block in layers if model.unrolled else [layers]:
                 model.lora.adapt(block)
-        self.head = model.make_head(rngs)
+        head = model.head_kind
+        self.head = head.make(model.config, head.std(model.config), rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,15 @@ class Model:
     config: Any
     head: HeadName = "vocabulary"
     unrolled: bool = False
-    lora: Lora | None = None
+    lora: Lora | PreferenceLora | None = None
 
-    def make_head(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module that reads logits or rewards off hidden states."""
-        raise NotImplementedError
+    heads: ClassVar[Mapping[HeadName, Head]]
+    """Those that models of this kind can have."""
+
+    @property
+    def head_kind(self) -> Head:
+        """What its head is."""
+        return self.heads[self.head]
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random fp32 parameters."""
@@ -67,6 +76,12 @@ M = TypeVar("M", bound=Model)
 @lru_cache(maxsize=64)
 def _abstract(model: Model) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Network(model, rngs=nnx.Rngs(0))))
+
+
+def unrolls_by_default(platform: str) -> bool:
+    """Whether decoding runs layers one by one where nothing else is asked for: everywhere but on TPU. On GPU a scan
+    over stacked layers copies every weight; on TPU it copies none, and compiles in a fraction of the time."""
+    return platform != "tpu"
 
 
 def unstack_layers(model: M, params: Params) -> tuple[M, Params]:

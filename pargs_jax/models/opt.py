@@ -7,7 +7,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
+from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -21,6 +23,7 @@ from pargs_jax.models.layers import (
     run_layers,
     split_heads,
 )
+from pargs_jax.models.tables import Row, layer_norm, linear
 
 POSITION_OFFSET = 2
 """Checkpoints keep two rows before the first position; no text reaches them."""
@@ -217,3 +220,27 @@ class OPT(nnx.Module):
         if self.project_out is not None:
             x = self.project_out(x)
         return x, new
+
+
+FAMILY = Family(
+    CausalModel,
+    OPTConfig,
+    "model.decoder.",
+    (
+        Row("embed_tokens.weight", "embed.embedding", ("vocabulary", "width")),
+        Row("embed_positions.weight", "positions.embedding", (None, "width")),
+        Row("project_in.weight", "project_in.kernel", (None, "width"), transpose=True),
+        *linear("layers.{}.self_attn.q_proj", "layers.{}.query", ("width", "heads")),
+        *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
+        *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
+        *linear("layers.{}.self_attn.out_proj", "layers.{}.out", ("heads", "width")),
+        *layer_norm("layers.{}.self_attn_layer_norm", "layers.{}.norm1"),
+        *linear("layers.{}.fc1", "layers.{}.up", ("width", "feedforward")),
+        *linear("layers.{}.fc2", "layers.{}.down", ("feedforward", "width")),
+        *layer_norm("layers.{}.final_layer_norm", "layers.{}.norm2"),
+        *layer_norm("final_layer_norm", "norm"),
+        Row("project_out.weight", "project_out.kernel", ("width", None), transpose=True),
+    ),
+    class_prefix="OPT",
+    ignored=r"version",
+)

@@ -5,17 +5,16 @@ reward of a prefix is read at its last token. The weights are those of the encod
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.causal import shift_left
-from pargs_jax.models.deberta import CachedLayer
-from pargs_jax.models.heads import PooledRewardHead
+from pargs_jax.models.disentangled import CachedLayer
+from pargs_jax.models.heads import ENCODER_HEADS
 from pargs_jax.models.model import HeadName, Model, Params
 
 
@@ -27,14 +26,11 @@ class PrefixCausalModel(Model):
     """
 
     head: HeadName = "reward"
+    heads: ClassVar = ENCODER_HEADS
 
     def __post_init__(self) -> None:
         if self.config.convolution_width:
             raise InputError("prefix_causal attention: not for a model with a convolution, which looks ahead; use full")
-
-    def make_head(self, rngs: nnx.Rngs) -> PooledRewardHead:
-        config = self.config
-        return PooledRewardHead(config.width, config.pooler_activation, config.initializer_range, rngs=rngs)
 
     def encode(
         self,

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face checkpoint, by the tables of `pargs_jax.models.tables`: safetensors files to a model's
+"""The tensors of a Hugging Face checkpoint, by its family's table: safetensors files to a model's
 parameters, each read where it is to lie, and back."""
 
 import dataclasses
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pargs_jax.errors import InputError, first_line, warn
-from pargs_jax.models.model import HeadName, Model, Params
-from pargs_jax.models.tables import Family, Row
+from pargs_jax.models.family import Family
+from pargs_jax.models.model import Model, Params
+from pargs_jax.models.tables import Row
 from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
@@ -128,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Path) -> Model:
     """The language model that a checkpoint holds whose config ties the head to the embeddings, settled as transformers
     settles it: a stored head that differs counts, with a warning, and one without embeddings is the embeddings too."""
-    (head,) = (row.tensor for row in family.heads["vocabulary"].rows)
+    (head,) = (row.tensor for row in model.head_kind.rows)
     embed = next(row.tensor for row in family.rows if row.path == "embed.embedding")
     if head not in tensors:
         return model
@@ -168,9 +169,9 @@ def import_params(
 
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
-        row = _row(family, model.head, path)
+        row = _row(family, model, path)
         if path[0] == "head" and new_head:
-            std = model.config.initializer_range if path[-1] == "kernel" else 0.0
+            std = model.head_kind.std(model.config) if path[-1] == "kernel" else 0.0
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
             _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
             continue
@@ -181,7 +182,7 @@ def import_params(
             check(row, 0, leaf.shape)
         _set(readers, path, partial(read, row, leaf.shape[-1]))
     # A language model may be read as a reward model and the other way round: the other head is no mistake.
-    used |= {row.tensor for head in family.heads.values() for row in head.rows}
+    used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
     problems += [f"{name} is not part of this architecture" for name in unexpected]
     if problems:
@@ -189,13 +190,13 @@ def import_params(
     params = map_paths(
         lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
     )
-    _check_finite(params, model.head, family, folder, dtype)
+    _check_finite(params, model, family, folder, dtype)
     return params
 
 
-def _check_finite(params: Params, head: HeadName, family: Family, folder: Path, dtype: np.dtype) -> None:
+def _check_finite(params: Params, model: Model, family: Family, folder: Path, dtype: np.dtype) -> None:
     """Raises InputError, in every process alike, naming the tensors that hold NaN or infinity."""
-    rows = {path: _row(family, head, path) for path, _ in _flatten(params)}
+    rows = {path: _row(family, model, path) for path, _ in _flatten(params)}
     bad: dict[str, None] = {}
     for path, is_finite in _flatten(_are_finite(params)):
         tensor = rows[path].tensor
@@ -222,7 +223,7 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
     parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):
-        row = _row(family, model.head, path)
+        row = _row(family, model, path)
         prefix = "" if path[0] == "head" else family.backbone_prefix
         value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
         place, count = row.part
@@ -239,9 +240,9 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
             yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
 
 
-def _row(family: Family, head: HeadName, path: tuple[str, ...]) -> Row:
+def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
     """The table's row for one array of the (stacked) parameters."""
-    rows = family.heads[head].rows if path[0] == "head" else family.rows
+    rows = model.head_kind.rows if path[0] == "head" else family.rows
     wanted = ".".join(path[1:])
     return next(row for row in rows if row.path.replace(".{}", "") == wanted)
 

@@ -30,7 +30,7 @@ from pargs_jax.training.step import StepFunction, TrainState, merge_metrics
 
 
 def count_tokens(batch: Batch) -> int:
-    """Real tokens that a model reads of a batch; a prompt is read once with each answer."""
+    """Tokens of a batch's texts, padding left out; a prompt counts once with each answer."""
     return int(batch.prompt_lengths.sum()) * batch.answers.shape[1] + int(batch.answer_lengths.sum())
 
 

@@ -107,14 +107,13 @@ class Objective:
         loss is of every prefix, those of full answers if the loss surely includes these, and none if prefixes are
         drawn.
         """
-        longest = batch.answer_lengths.max(axis=1)
+        longest = batch.prefix_counts.max(axis=1)
         is_partial = self.config.name == "partial_bt"
         is_evaluation = sample_key is None
         has_all = is_partial and self.config.stride == 1 and self.config.minimum_length == 1
         draws = is_partial and self.config.sample is not None and not is_evaluation
         if is_partial:
-            width = batch.answers.shape[-1] if batch.prefixes is None else batch.prefixes.shape[2]
-            prefixes = choose_prefixes(batch.answer_lengths, width, **self._prefixes(sample_key))
+            prefixes = choose_prefixes(batch.prefix_counts, batch.most_prefixes, **self._prefixes(sample_key))
         else:
             prefixes = Prefixes(longest[:, None], jnp.ones((len(longest), 1)))
         read = partial(encoder_rewards, self.model, params, batch, closing_id=self.closing_id, chunk=self.config.chunk)
@@ -200,12 +199,12 @@ def encoder_rewards(
 def _answers_up_to(batch: Batch, prefix: Int[Array, "B"], room: int) -> tuple[Int[Array, "BA R"], Int[Array, "BA"]]:
     """Both answers' tokens up to a prefix, and how many these are; what stands behind them is to be masked."""
     rows = batch.answers.shape[0] * 2
-    cut = jnp.minimum(jnp.repeat(prefix, 2), batch.answer_lengths.reshape(rows))
+    cut = jnp.minimum(jnp.repeat(prefix, 2), batch.prefix_counts.reshape(rows))
     if batch.prefixes is None:
         return batch.answers[..., :room].reshape(rows, room), cut
     at = cut[:, None] - 1
-    tokens = jnp.take_along_axis(batch.prefixes.reshape(rows, -1, room), at[..., None], axis=1)[:, 0]
-    return tokens, jnp.take_along_axis(batch.prefix_lengths.reshape(rows, -1), at, axis=1)[:, 0]
+    tokens = jnp.take_along_axis(batch.prefixes.tokens.reshape(rows, -1, room), at[..., None], axis=1)[:, 0]
+    return tokens, jnp.take_along_axis(batch.prefixes.lengths.reshape(rows, -1), at, axis=1)[:, 0]
 
 
 def _texts(batch: Batch, width: int) -> Int[Array, "BA T"]:

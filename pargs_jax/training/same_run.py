@@ -48,7 +48,7 @@ def digest_of(examples: Sequence[Example]) -> str:
     for example in examples:
         prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
         texts = [example.prompt, *example.answers, *prefixes]
-        lengths = np.array([*example.lengths, *map(len, texts)])
+        lengths = np.array([*example.prefix_counts, *map(len, texts)])
         total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
     return total.hexdigest()
 

@@ -173,6 +173,29 @@ def test_padding_sides_and_lengths(answers):
     assert batch.weights.tolist() == [1.0] * 8
 
 
+class PairsOfLettersTokenizer(LetterTokenizer):
+    """A language model's tokenizer, of which every token is two letters."""
+
+    def encode_answer(self, text, *, starts_text=False):
+        return list(range(-(-len(text) // 2)))
+
+    def decode_answer(self, prompt_ids, ids):
+        return "abcde"[: 2 * len(ids)]
+
+
+def test_prefixes_that_end_at_another_tokenizers_tokens_are_counted_apart_from_tokens():
+    rows = [Preference("1", "p", "abcde", "ab")]
+    examples, _ = tokenise(rows, LetterTokenizer(), 20, prefix_tokenizer=PairsOfLettersTokenizer())
+    (batch,) = Batches(examples, 1, 20, seed=0).evaluation()
+    assert batch.answer_lengths.tolist() == [[6, 3]]
+    assert batch.prefix_counts.tolist() == [[4, 2]] and batch.most_prefixes == 8
+    tokens = [
+        [letters(ids[:length]) for ids, length in zip(*of_answer, strict=True)]
+        for of_answer in zip(batch.prefixes.tokens[0], batch.prefixes.lengths[0], strict=True)
+    ]
+    assert tokens[0][:4] == ["ab", "abcd", "abcde", "abcde>"] and tokens[1][:2] == ["ab", "ab>"]
+
+
 def test_prompts_and_answers_have_two_widths_each():
     examples = examples_of(200)
     batches = Batches(examples, 2, 100, seed=0)

@@ -1,13 +1,15 @@
 """`decode.py`: files of prompts and answers, going on after an interruption, and what it refuses."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pargs_jax.command import command
+from pargs_jax.commands import doors
+from pargs_jax.decoding.methods import METHODS
+from pargs_jax.demo import task as demo
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -16,15 +18,12 @@ SHARED = REPOSITORY.parent / "shared"
 @pytest.fixture
 def decode(monkeypatch, capsys):
     """Runs the front door in this process; returns exit code, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location("decode_command", REPOSITORY / "decode.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, arguments)])
         code = 0
         try:
-            command(module.main)
+            doors.decode()
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()
@@ -57,14 +56,14 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
         "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
-        "options",
+        "sample", "options",
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + lines[3][:17])
     code, _, err = decode(*options)
-    assert code == 0 and "3 of 5 prompts are answered already" in " ".join(err.split())
+    assert code == 0 and "3 of 5 answers are there already" in " ".join(err.split())
     again = rows(out)
     assert again[:3] == whole[:3]
     assert {row["id"]: row["response"] for row in again} == {row["id"]: row["response"] for row in whole}
@@ -112,8 +111,61 @@ def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method
 
 
 def test_one_prompt_is_answered_on_standard_output(decode, lm):
-    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--max-new-tokens", 4)
-    assert code == 0 and out.endswith("\n")
+    """With what transformers answers, and nothing else."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(lm), AutoTokenizer.from_pretrained(lm)
+    prompt = tokenizer("a b c", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        ids = model.generate(prompt, max_new_tokens=10, do_sample=False, pad_token_id=0)[0]
+    expected = tokenizer.decode(ids[prompt.shape[1] :])
+    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "a b c", "--max-new-tokens", 10)
+    assert code == 0 and out == f"{expected}\n" and len(expected) > 12
+
+
+def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm, rm, prompts, tmp_path):
+    """Also those of several samples; more of them than an answers file has are added to it."""
+    options = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--method", "pargs", "--max-new-tokens", 6, "--limit", 2)
+    written = tmp_path / "answers.jsonl"
+    assert decode(*options, "--out", written)[0] == 0
+    first = rows(written)
+    assert decode(*options, "--out", written, "--n", 3, "--temperature", 1)[0] == 2  # another temperature
+    code, _, err = decode(*options, "--out", written, "--n", 3)
+    assert code == 0 and "2 of 6 answers are there already" in " ".join(err.split())
+    assert rows(written)[:2] == first
+    answers = {(row["id"], row["sample"]): row["response"] for row in rows(written)}
+    assert len(set(answers.values())) == 6
+    code, out, _ = decode(*options, "--n", 3)
+    assert code == 0 and out == "".join(f"{answers[key]}\n" for key in sorted(answers))
+    code, _, err = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--n", 2)
+    assert code == 2 and "--n: 2 answers of greedy decoding would be the same" in err
+
+
+def test_without_arguments_all_methods_are_compared_on_the_demo(decode, rm, tmp_path):
+    """But for a reward model, and fewer prompts. The table is that of the answers written."""
+    out = tmp_path / "answers.jsonl"
+    code, shown, _ = decode("--rm", rm, "--limit", 4, "--max-new-tokens", 12, "--out", out)
+    assert code == 0
+    written = rows(out)
+    compared = {name: METHODS[name] for name in METHODS if METHODS[name].reward_model in (None, "full", "partial")}
+    assert [row["method"] for row in written[::4]] == list(compared) and len(written) == 4 * len(compared)
+    assert "need other models: genarm, parm, expert_ratio, transfer_q" in " ".join(shown.split())
+    assert len({row["id"] for row in written}) == 4 == len({row["prompt"] for row in written})
+    cells = {line.split()[0]: line.split() for line in shown.splitlines() if " ± " in line}
+    for name, method in compared.items():
+        found = [row for row in written if row["method"] == name]
+        truth = [demo.oracle(row["prompt"], row["response"]) for row in found]
+        assert [row["true_reward"] for row in found] == truth
+        expected = [name, Path(rm).name if method.guided else "-"]
+        for values in (truth, [row["guide_reward"] for row in found]):
+            expected += [f"{np.mean(values):.2f}", "±", f"{np.std(values, ddof=1) / 2:.2f}"]
+        assert cells[name][:8] == expected
+    assert {row["response"] for row in written if row["method"] == "greedy"} != {
+        row["response"] for row in written if row["method"] == "pargs_greedy"
+    }
+    in_words = " ".join(shown.split())
+    assert sum(" ".join(row["prompt"].split()) in in_words for row in written[:4]) == 2  # examples
 
 
 def test_a_real_model_tells_its_story(decode):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pargs_jax.commands.generate import generate
 from pargs_jax.config import DecodeConfig
 from pargs_jax.errors import InputError, InputWarning
-from pargs_jax.generation.run import generate
 
 HH, PLAIN = "\n\nHuman: Why?\n\nAssistant:", "Why?"
 

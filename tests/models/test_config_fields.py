@@ -9,8 +9,8 @@ import pytest
 
 from pargs_jax.demo.task import DEMO_LM
 from pargs_jax.errors import InputError, InputWarning
+from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import describe_model
-from pargs_jax.models.tables import FAMILIES
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 SMALL = {

@@ -202,7 +202,7 @@ def test_attention_is_remembered_and_can_be_chosen(tmp_path):
     assert isinstance(load_model(tmp_path, "reward", attention="full").model, EncoderModel)
     with pytest.raises(InputError, match="convolution"):
         PrefixCausalModel(DebertaConfig(convolution_width=3))
-    with pytest.raises(InputError, match="no language model"):
+    with pytest.raises(InputError, match="is not a language model"):
         load_model(tmp_path, "vocabulary")
 
 

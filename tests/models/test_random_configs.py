@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from pargs_jax.errors import InputError
+from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import describe_model, load_model
-from pargs_jax.models.tables import FAMILIES
 
 ABSENT = object()
 """The field is left out of config.json."""

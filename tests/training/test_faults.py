@@ -21,10 +21,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pargs_jax.command import command
+from pargs_jax.commands import demo
+from pargs_jax.commands import train as command
+from pargs_jax.commands.process import run_as_command
 from pargs_jax.config import DataConfig, LogConfig, ModelConfig, TrainConfig
+from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
-from pargs_jax.training import metrics_log, run
+from pargs_jax.training import metrics_log, program, run_folder
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.prefetch import Prefetch
 from pargs_jax.training.step import TrainState
@@ -37,7 +40,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def config(lm, tmp_path, monkeypatch):
     """A run of six steps on four generated pairs."""
-    monkeypatch.setattr(run, "DEMO_HELD_OUT", 4)
+    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 4)
     return TrainConfig(
         out=str(tmp_path / "run"), steps=6, batch_size=4, max_length=64, save_every=2, log_every=1,
         model=ModelConfig(init=str(lm)), data=DataConfig(demo_pairs=4),
@@ -46,7 +49,7 @@ def config(lm, tmp_path, monkeypatch):
 
 def train(config):
     printed = io.StringIO()
-    run.train(config, Console(file=printed, width=10_000))
+    command.train(config, Console(file=printed, width=10_000))
     return printed.getvalue()
 
 
@@ -180,8 +183,8 @@ def full(*_, **__):
     ("module", "name", "place", "left"),
     [
         (metrics_log, "append_all", "metrics.jsonl", []),
-        (run, "save_model", "model", [4, 6]),
-        (run, "write_whole", "", []),
+        (command, "save_model", "model", [4, 6]),
+        (run_folder, "write_whole", "", []),
     ],
     ids=["metrics", "export", "config"],
 )
@@ -198,7 +201,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, 
 
 def change_step(monkeypatch, number, change):
     """Has `change(state, metrics)` make something else of what step `number` returned."""
-    make = run.make_train_step
+    make = program.make_train_step
 
     def make_changed(*args, **options):
         step = make(*args, **options)
@@ -209,7 +212,7 @@ def change_step(monkeypatch, number, change):
 
         return changed
 
-    monkeypatch.setattr(run, "make_train_step", make_changed)
+    monkeypatch.setattr(program, "make_train_step", make_changed)
 
 
 def test_a_loss_that_explodes_ends_the_run_which_may_go_on_without_the_limit(config, monkeypatch):
@@ -237,16 +240,16 @@ def test_an_update_that_overflows_is_not_saved(config, monkeypatch):
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inte")]
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(config, monkeypatch, capsys, number, code, word):
-    load = run.Batches.batch
+    load = Batches.batch
 
     def signalled(self, index):
         if index == 2:
             os.kill(os.getpid(), number)  # comes from the thread that loads, while an earlier step runs
         return load(self, index)
 
-    monkeypatch.setattr(run.Batches, "batch", signalled)
+    monkeypatch.setattr(Batches, "batch", signalled)
     with pytest.raises(SystemExit) as ended:
-        command(lambda: train(config))
+        run_as_command(lambda: train(config))
     assert ended.value.code == code and word in capsys.readouterr().err
     (stopped,) = steps_in(Path(config.out) / "checkpoints")[-1:]
     assert stopped < 6 and not (Path(config.out) / "model").exists()
@@ -265,7 +268,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(config, monk
 
     monkeypatch.setattr(Checkpoints, "_finish", signalled)
     with pytest.raises(SystemExit) as ended:
-        command(lambda: run.train(config, Console(file=printed, width=10_000)))
+        run_as_command(lambda: command.train(config, Console(file=printed, width=10_000)))
     assert ended.value.code == 130 and "stopped; step 6 of 6 is saved" in printed.getvalue()
     assert (Path(config.out) / "checkpoints" / "6" / "checksums.json").exists()
     assert not (Path(config.out) / "model").exists()
@@ -317,8 +320,8 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
 
 def test_a_signal_during_the_export_ends_the_process_at_once_and_resuming_exports_again(config):
     program = (
-        "import sys, time, runpy; from pargs_jax.training import run; front_door = sys.argv.pop(1)\n"
-        "run.save_model = lambda *_, **__: (print('exporting', flush=True), time.sleep(60))\n"
+        "import sys, time, runpy; from pargs_jax.commands import train; front_door = sys.argv.pop(1)\n"
+        "train.save_model = lambda *_, **__: (print('exporting', flush=True), time.sleep(60))\n"
         "runpy.run_path(front_door, run_name='__main__')"
     )
     with in_a_process(config, "-c", program, str(REPOSITORY / "train.py")) as process:

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, ModelConfig, TrainConfig
 from pargs_jax.errors import InputError, InputWarning
 from pargs_jax.models.hf import load_model
-from pargs_jax.training import run
 
 pytestmark = pytest.mark.usefixtures("compiled_steps_are_reused")
 
@@ -48,7 +48,7 @@ def train(config):
     printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
-        run.train(config, Console(file=printed, width=10_000))
+        command.train(config, Console(file=printed, width=10_000))
     return printed.getvalue(), [str(each.message) for each in caught if each.category is InputWarning]
 
 
@@ -80,7 +80,7 @@ def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
         assert "format: plain" in train(resumed)[0]
         assert saved_form(resumed) == "plain"
     with pytest.raises(InputError, match=r'has --data.format "plain", this one "hh"'):
-        run.train(settings("third", init=first.out, format="hh", resume=True))
+        command.train(settings("third", init=first.out, format="hh", resume=True))
 
 
 def test_without_a_memory_the_form_is_plain(settings):
@@ -103,7 +103,7 @@ def test_a_form_that_is_not_known_is_one_line(settings, tmp_path):
     with pytest.raises(
         InputError, match=re.escape(f"{first.out}: was trained with the prompt form 'hj', which is not")
     ):
-        run.train(settings("second", init=first.out))
+        command.train(settings("second", init=first.out))
     assert "'hj'" in train(settings("third", init=first.out, format="hh"))[1][0]
 
 
@@ -116,7 +116,7 @@ def test_splits_and_columns_of_a_file(settings, tmp_path):
         tmp_path / "questions.jsonl", [{"q" if name == "prompt" else name: row[name] for name in row} for row in ROWS]
     )
     with pytest.raises(InputError, match=r"none of its 4 rows .*--data.columns prompt=question"):
-        run.train(settings("other", train=questions))
+        command.train(settings("other", train=questions))
     assert "(train): 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
 
 
@@ -128,4 +128,4 @@ def test_the_tokenizer_of_the_model_has_to_be_whole(settings, lm, tmp_path):
     for name in ("tokenizer.json", "tokenizer.model"):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"its vocabulary is missing: there is no tokenizer.model or tokenizer.json"):
-        run.train(settings("run", init=folder))
+        command.train(settings("run", init=folder))

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pargs_jax.cli import from_mapping, read_yaml
+from pargs_jax.commands import demo
+from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.config_files import from_mapping, read_yaml
 from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
-from pargs_jax.training import run
+from pargs_jax.training import program
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.metrics_log import MetricsFile
 from pargs_jax.training.step import TrainState
@@ -81,7 +83,7 @@ def settings_of(lm, pairs, **changes):
 def train(config):
     """Runs it, and returns what it printed."""
     printed = io.StringIO()
-    assert run.train(config, Console(file=printed, width=10_000)) == Path(config.out)
+    assert command.train(config, Console(file=printed, width=10_000)) == Path(config.out)
     return printed.getvalue()
 
 
@@ -244,7 +246,7 @@ def test_additions_to_a_frozen_model_are_resumed_and_exported_in_it(settings, lm
 
 
 def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(settings, monkeypatch):
-    make = run.make_train_step
+    make = program.make_train_step
 
     def make_interrupted(*args, **options):
         step = make(*args, **options)
@@ -258,7 +260,7 @@ def test_ctrl_c_in_the_middle_of_a_step_loses_nothing(settings, monkeypatch):
 
         return interrupted
 
-    monkeypatch.setattr(run, "make_train_step", make_interrupted)
+    monkeypatch.setattr(program, "make_train_step", make_interrupted)
     config = settings()
     with pytest.raises(KeyboardInterrupt):
         train(config)
@@ -371,7 +373,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(s
 
 
 def test_a_language_model_is_tuned_on_the_demo(settings, monkeypatch):
-    monkeypatch.setattr(run, "DEMO_HELD_OUT", 4)
+    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 4)
     config = settings(
         steps=None,
         epochs=1.5,

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pargs_jax.commands import demo
+from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pargs_jax.data.batches import Example
+from pargs_jax.demo import task
 from pargs_jax.errors import InputError, InputWarning
-from pargs_jax.training import run
 from pargs_jax.training.same_run import digest_of, warn_of_another_schedule
 
 pytestmark = pytest.mark.usefixtures("compiled_steps_are_reused")
@@ -46,7 +48,7 @@ def train(config):
     """Runs it, and returns what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
-        run.train(config, Console(file=io.StringIO()))
+        command.train(config, Console(file=io.StringIO()))
     return [str(warning.message) for warning in caught if warning.category is InputWarning]
 
 
@@ -88,11 +90,11 @@ def test_a_run_is_not_resumed_on_other_rows(config, pairs):
 
 
 def test_the_demo_is_checked_like_a_file(config, monkeypatch):
-    monkeypatch.setattr(run, "DEMO_HELD_OUT", 4)
+    monkeypatch.setattr(demo, "HELD_OUT_PAIRS", 4)
     config = dataclasses.replace(config, max_length=64, data=DataConfig(demo_pairs=4))
     train(config)
-    made = run.demo.preferences
-    monkeypatch.setattr(run.demo, "preferences", lambda *args, **options: made(*args, **options)[::-1])
+    made = task.preferences
+    monkeypatch.setattr(task, "preferences", lambda *args, **options: made(*args, **options)[::-1])
     with pytest.raises(InputError, match=r"^demo: its rows, as tokens, are not those"):
         train(dataclasses.replace(config, resume=True))
 

@@ -1,6 +1,6 @@
-"""How a command runs and ends: errors and warnings as lines, exit codes, Ctrl-C and SIGTERM.
+"""How a command's process runs and ends: errors and warnings as lines, exit codes, Ctrl-C and SIGTERM.
 
-The commands import this before anything that takes long to import, so that signals are answered from the start.
+Front doors import this before anything that takes long to import, so that signals are answered from the start.
 """
 
 import os
@@ -14,13 +14,15 @@ from pargs_jax.errors import InputError, InputWarning, Terminated
 from pargs_jax.signals import signals_end_process
 
 
-def command(main: Callable[[], None]) -> None:
+def run_as_command(main: Callable[[], None]) -> None:
     """Runs `main` as a command: bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130 and
     SIGTERM 143 (`pargs_jax.signals`).
 
     A reader that closes our output early (`decode.py | head`) ends the command quietly, with the shell's code 141.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which nothing here needs
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # such as that PyTorch is missing, which nothing here needs
     with signals_end_process():
         try:
             with _warnings_as_lines():

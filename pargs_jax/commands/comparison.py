@@ -10,14 +10,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from pargs_jax.cli import to_yaml
+from pargs_jax.commands.demo import REWARD_MODELS, demo_prompts, demo_reward_model
+from pargs_jax.commands.generate import decode_all, open_session, settings_of
 from pargs_jax.config import DecodeConfig
+from pargs_jax.config_files import to_yaml
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
-from pargs_jax.generation.run import DEMO_GUIDES, decode_all, demo_guide, demo_prompts, open_session, settings_of
 from pargs_jax.generation.session import Answer, Session
 from pargs_jax.processes import on_first
 
@@ -50,16 +51,20 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
         raise InputError(f"--method: needs one of {', '.join(METHODS)}, to answer prompts of your own")
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     if config.out is not None and Path(config.out).exists():
-        raise InputError(f"{config.out}: is there already; give another --out")
+        raise InputError(f"{config.out}: already exists; give another --out")
     prompts = demo_prompts(config)
     sessions: dict[str, Session] = {}
     answers: dict[str, list[Answer]] = {}
     rows = []
+    left_out = [name for name, method in METHODS.items() if method.reward_model not in (None, *REWARD_MODELS)]
+    console.print(f"not compared, since they need other models: {', '.join(left_out)}", style="dim")
     for name, method in METHODS.items():
-        guides = config.rm or (str(_guide(method, console)),)
+        if name in left_out:
+            continue
+        guides = config.rm or (str(_reward_model(method, console)),)
         label = " ".join(guides)
         if label not in sessions:
-            sessions[label] = open_session(config, guides)
+            sessions[label] = open_session(config, guides, METHODS["pargs"])
         settings = settings_of(_without_unused(config, method), method)
         found = decode_all(sessions[label], prompts, settings, name, console)
         answers[name] = found
@@ -73,21 +78,21 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
 
 
 def _without_unused(config: DecodeConfig, method: Method) -> DecodeConfig:
-    """The options less those that mean nothing to one of the methods that are compared."""
+    """The options without those that one of the compared methods ignores."""
     defaults = DecodeConfig()
     return dataclasses.replace(config, **{name: getattr(defaults, name) for name in method.unused})
 
 
-def _guide(method: Method, console: Console) -> Path:
-    """The reward model of a method; one without scores its answers by the partial one."""
-    if method.reward_model == "full" and not DEMO_GUIDES["full"].exists():
+def _reward_model(method: Method, console: Console) -> Path:
+    """The reward model that guides a method; the partial one scores the answers of a method without guidance."""
+    if method.reward_model == "full" and not REWARD_MODELS["full"].exists():
         console.print(
-            f"{DEMO_GUIDES['full']} is not there (python train.py --objective.name bt): "
-            f"ARGS is guided by {DEMO_GUIDES['partial']}",
+            f"{REWARD_MODELS['full']} is not there (python train.py --objective.name bt): "
+            f"ARGS is guided by {REWARD_MODELS['partial']}",
             style="yellow",
         )
-        return demo_guide(METHODS["pargs"])
-    return demo_guide(method if method.guided else METHODS["pargs"])
+        return demo_reward_model(METHODS["pargs"])
+    return demo_reward_model(method if method.guided else METHODS["pargs"])
 
 
 def _summarise(name: str, guide: str, answers: list[Answer]) -> Row:

@@ -1,0 +1,180 @@
+"""How many kernels a program for a GPU launches, and how many bytes they read and write, from its text."""
+
+import math
+import re
+from typing import NamedTuple
+
+from pargs_jax.aot.collectives import Choice, loop_steps
+from pargs_jax.aot.hlo import Computation, Instruction, Module, parse_module, root, shape_bytes
+
+NO_KERNEL = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+}
+VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert")
+READERS_OF_A_PART = ("dynamic-slice", "slice", "gather")
+WRITERS_OF_A_PART = {"dynamic-update-slice": 1, "scatter": 2}
+"""Opcodes that write into their first operand where it lies, and which operand they write."""
+
+
+class Launches(NamedTuple):
+    """What a program, or one step of it, has a GPU do."""
+
+    kernels: float
+    """Kernels, copies and calls of libraries, one after another."""
+    bytes: float
+    """What they read and write: each kernel's inputs and outputs, as if nothing stayed in a cache of the chip. Of an
+    array that a kernel only reads or writes a part of, that part counts."""
+
+    def __add__(self, other: object) -> "Launches":
+        return Launches(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, count: float) -> "Launches":
+        return Launches(self.kernels * count, self.bytes * count)
+
+
+def count_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
+    """The launches of one run of a whole program. Loops count as often as they run, or once where that is not known.
+
+    Args:
+        hlo_text: `compiled.as_text()` of a program for a GPU.
+        choice: `max` or `min`: which branch of a conditional counts, by its bytes.
+    """
+    module = parse_module(hlo_text)
+    return _Count(module, choice).of(module.entry)
+
+
+def count_step_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
+    """The same of one turn of the program's main loop: of the loops of its entry, the one that moves most bytes. Raises
+    ValueError if there is no loop."""
+    module = parse_module(hlo_text)
+    count = _Count(module, choice)
+    entry = module.computations[module.entry]
+    loops = [instruction for instruction in entry.values() if instruction.opcode == "while"]
+    if not loops:
+        raise ValueError("the program has no loop, and so no step")
+    turns = {loop.name: count.turn(loop) for loop in loops}
+    main = max(loops, key=lambda loop: turns[loop.name].bytes * (loop_steps(loop, entry, module) or 1))
+    return turns[main.name]
+
+
+class _Count:
+    """A walk through the computations of a module, each counted once."""
+
+    def __init__(self, module: Module, choice: Choice) -> None:
+        self.module = module
+        self.choice = choice
+        self.counted: dict[str, Launches] = {}
+
+    def of(self, name: str) -> Launches:
+        if name not in self.counted:
+            computation = self.module.computations[name]
+            total = Launches(0, 0)
+            for instruction in computation.values():
+                total += self._instruction(instruction, computation)
+            self.counted[name] = total
+        return self.counted[name]
+
+    def turn(self, loop: Instruction) -> Launches:
+        """One turn of a loop, its condition included."""
+        return self.of(loop.attribute("body")) + self.of(loop.attribute("condition"))
+
+    def _instruction(self, instruction: Instruction, computation: Computation) -> Launches:
+        opcode = instruction.opcode
+        if opcode in NO_KERNEL or opcode.endswith(("-done", "-update")):
+            return Launches(0, 0)
+        if opcode == "while":
+            return self.turn(instruction).times(loop_steps(instruction, computation, self.module) or 1)
+        if opcode == "conditional":
+            branches = instruction.computations("branch_computations", "true_computation", "false_computation")
+            return self.choice((self.of(branch) for branch in branches), key=lambda launches: launches.bytes)
+        if opcode in ("call", "async-start"):
+            return sum((self.of(name) for name in instruction.computations("to_apply", "calls")), Launches(0, 0))
+        shapes = [computation[name].shape for name in instruction.operands]
+        if opcode == "fusion":
+            fused = self.module.computations[instruction.attribute("calls")]
+            return Launches(1, self._read(fused, shapes) + self._written(fused, root(fused)))
+        whole = math.fsum(map(shape_bytes, shapes))
+        if opcode in READERS_OF_A_PART:
+            return Launches(1, 2 * shape_bytes(instruction.shape) + whole - shape_bytes(shapes[0]))
+        if opcode in WRITERS_OF_A_PART:
+            return Launches(1, 2 * shape_bytes(shapes[WRITERS_OF_A_PART[opcode]]))
+        return Launches(1, whole + shape_bytes(instruction.shape))
+
+    def _read(self, fused: Computation, shapes: list[str]) -> float:
+        """Bytes that a fused computation reads of operands with these shapes."""
+        parameters = {int(x.arguments): x for x in fused.values() if x.opcode == "parameter"}
+        return math.fsum(
+            self._read_of(fused, parameters[number].name, shape_bytes(shape)) for number, shape in enumerate(shapes)
+        )
+
+    def _read_of(self, fused: Computation, name: str, size: float) -> float:
+        """Bytes that are read of one value in a fused computation: all of it, unless each use reads a part."""
+        parts = 0.0
+        for user in fused.values():
+            if name not in user.operands:
+                continue
+            is_source = user.operands[0] == name and name not in user.operands[1:]
+            if user.opcode in READERS_OF_A_PART and is_source:
+                parts += shape_bytes(user.shape)
+            elif user.opcode in WRITERS_OF_A_PART and is_source:
+                parts += 0.0
+            elif user.opcode in VIEWS:
+                parts += self._read_of(fused, user.name, shape_bytes(user.shape))
+            elif user.opcode == "fusion":
+                inner = self.module.computations[user.attribute("calls")]
+                parameters = {int(x.arguments): x.name for x in inner.values() if x.opcode == "parameter"}
+                numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+                parts += math.fsum(self._read_of(inner, parameters[number], size) for number in numbers)
+            else:
+                return size
+        return min(parts, size)
+
+    def _written(self, fused: Computation, result: Instruction) -> float:
+        """Bytes that a fused computation writes."""
+        if result.opcode == "tuple":
+            return math.fsum(self._written(fused, fused[name]) for name in result.operands)
+        if result.opcode in ("bitcast", "reshape"):
+            return self._written(fused, fused[result.operands[0]])
+        if result.opcode in WRITERS_OF_A_PART:
+            return shape_bytes(fused[result.operands[WRITERS_OF_A_PART[result.opcode]]].shape)
+        return shape_bytes(result.shape)
+
+
+def copied_arrays(hlo_text: str, shapes: set[str]) -> list[str]:
+    """The instructions inside the program's loops that make a whole new array of one of these shapes (`bf16[2,4,64,8]`)
+    by copying or joining others, alone or as what a fusion returns: copies that a step should not need."""
+    module = parse_module(hlo_text)
+    found: list[str] = []
+    inside: set[str] = set()
+    pending = [
+        name
+        for instruction in module.computations[module.entry].values()
+        if instruction.opcode == "while"
+        for name in instruction.computations("body")
+    ]
+    while pending:
+        name = pending.pop()
+        if name not in inside:
+            inside.add(name)
+            for instruction in module.computations[name].values():
+                pending += instruction.computations(
+                    "body",
+                    "branch_computations",
+                    "true_computation",
+                    "false_computation",
+                    "calls",
+                    "called_computations",
+                )
+    for name in sorted(inside):
+        for instruction in module.computations[name].values():
+            is_copy = instruction.opcode in ("copy", "copy-start", "concatenate", "transpose", "pad")
+            if is_copy and any(shape in shapes for shape in re.findall(r"\w+\[[\d,]*\]", instruction.shape)):
+                found.append(f"{instruction.name}: {instruction.shape}")
+    return found

@@ -1,0 +1,112 @@
+"""The front doors of the commands, for `train.py`, `decode.py`, `evaluate.py` and the scripts that pip installs.
+
+Nothing here imports JAX before the options are known to be right: `--help` and mistakes answer at once, and so do
+signals.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from pargs_jax.commands.process import run_as_command
+
+
+class Door(NamedTuple):
+    """A command as it is called. Calling a door reads the command line, runs the command and ends the process.
+
+    Attributes:
+        module: the module of `pargs_jax.commands` that does the work: it has `run(config)`, and `compile_only(config)`
+            where the config has that option.
+        config: the class of its options.
+        description: what it does, for `--help`.
+        examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
+        more: gives what stands below the examples.
+        options: the module of that class.
+    """
+
+    module: str
+    config: str
+    description: str
+    examples: str
+    more: Callable[[], str] = str
+    options: str = "pargs_jax.config"
+
+    def __call__(self) -> None:
+        run_as_command(self._run)
+
+    def _run(self) -> None:
+        from pargs_jax.commands.command_line import parse
+
+        prog = Path(sys.argv[0]).name
+        epilog = "examples:\n" + self.examples.format(prog=prog) + self.more()
+        config_class = getattr(importlib.import_module(self.options), self.config)
+        config = parse(config_class, prog=prog, description=self.description, epilog=epilog)
+        module = f"pargs_jax.commands.{self.module}"
+        if getattr(config, "compile_only", False):
+            from pargs_jax.aot import expect_no_devices
+
+            expect_no_devices(config.mesh)
+            sys.exit(0 if importlib.import_module(module).compile_only(config).fits else 1)
+        import jax
+
+        from pargs_jax.mesh import start
+
+        with jax.set_mesh(start(config)):
+            importlib.import_module(module).run(config)
+
+
+def list_methods() -> str:
+    """What `--method` takes, for `--help`: each method's score, where it is from, and its numbers."""
+    from pargs_jax.decoding.methods import METHODS
+
+    parts = (
+        f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
+        for name, method in METHODS.items()
+    )
+    return "\n\nmethods, their scores, and their numbers where no others are given (docs/methods.md):\n" + "".join(
+        parts
+    )
+
+
+train = Door(
+    "train",
+    "TrainConfig",
+    "Train a reward model that can score unfinished answers, on preference pairs. Without arguments it trains one on "
+    "the built-in demo task.",
+    """\
+  {prog}                                          the demo task, into runs/partial_bt
+  {prog} --objective.name bt                      the full-sequence reward model to compare with, into runs/bt
+  {prog} --config configs/hh.yaml --optim.lr 1e-5 --seed 1
+  {prog} --config configs/hh.yaml --seed 1 --resume
+  {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
+  {prog} --data.train answers.csv --data.columns prompt=question chosen=best rejected=worst --out runs/mine""",
+)
+
+decode = Door(
+    "decode",
+    "DecodeConfig",
+    "Answer prompts with a frozen language model whose next token is guided by reward models. Without arguments it "
+    "answers the demo task's unseen prompts with every method and prints a table.",
+    """\
+  {prog}                                         the demo task, all methods compared
+  {prog} --method pargs --weight 2 --k 10        one method on it
+  {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
+  {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
+    list_methods,
+)
+
+evaluate = Door(
+    "evaluate",
+    "EvaluateConfig",
+    "Compare answers of decode.py: judges, metrics and statistics, as a table, a page and figures. Or test reward "
+    "models on preference pairs, prefix by prefix.",
+    """\
+  {prog} --answers top_k.jsonl pargs.jsonl --rm runs/judge
+  {prog} --answers top_k.jsonl pargs.jsonl --function pargs_jax.demo.task:oracle --guide runs/partial_bt
+  {prog} --answers a.jsonl b.jsonl --endpoint.url http://localhost:8000/v1 --endpoint.model NAME
+  {prog} --sweep method=top_k,pargs weight=0.5,1,2,4 k=5,10 --function pargs_jax.demo.task:oracle
+  {prog} --rm runs/partial_bt runs/bt --pairs.file held_out.jsonl""",
+    options="pargs_jax.evaluation.config",
+)

@@ -1,0 +1,233 @@
+"""`train.py`: a whole training run, from a config to a folder, or only its program, compiled."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from pargs_jax.aot.report import Report, Step
+from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
+from pargs_jax.commands.demo import demo_pairs, model_source
+from pargs_jax.config import DEMO, TrainConfig, column_names
+from pargs_jax.config_files import to_yaml
+from pargs_jax.data.batches import Batch, Example, tokenise
+from pargs_jax.data.preferences import load_preferences, write_bad_rows
+from pargs_jax.durable_files import write_failures_named
+from pargs_jax.errors import InputError
+from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model
+from pargs_jax.models.lora import merge_lora
+from pargs_jax.models.model import Model
+from pargs_jax.processes import on_first
+from pargs_jax.sharding import row_shards
+from pargs_jax.text.prompts import choose_form, get_form
+from pargs_jax.text.tokenization import TextTokenizer
+from pargs_jax.training.checkpoint import MEND_AND_RESUME
+from pargs_jax.training.metrics_log import require_packages
+from pargs_jax.training.program import TrainingProgram, head_to_train
+from pargs_jax.training.run import run as run_in_folder
+from pargs_jax.training.run_folder import claimed_folder, saved_prompt_form
+
+SCHEDULED_STEPS = 1000  # of the learning rate, which makes no difference to the compiled program
+
+
+def run(config: TrainConfig) -> None:
+    """What `train.py` does."""
+    train(config)
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Path:
+    """Trains what the config says and returns the run's folder.
+
+    The folder gets `config.yaml` (the effective config), `data.json` (a digest of the rows), `metrics.jsonl`,
+    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, and `model/`: the result as a Hugging Face folder.
+    Raises InputError for anything in the config, the data or the model that cannot be used; nothing of an earlier run
+    is written over.
+    """
+    config.validate()
+    require_packages(config.log)
+    with ensured_mesh() as mesh, claimed_folder(config) as folder:
+        check_rows(config, mesh)
+        _train(config, folder, console or Console(quiet=jax.process_index() > 0, soft_wrap=True))
+    return folder
+
+
+def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
+    """Compiles a training step for devices that are not here, and prints what it takes.
+
+    Prompts and answers are taken to be half of `max_length` each. Raises InputError for a mesh that cannot be compiled
+    for, and for whatever `train` would refuse in the model and the options.
+    """
+    config.validate()
+    open_compile_cache(config.compile_cache)
+    mesh = make_topology_mesh(config.mesh, "train")
+    check_rows(config, mesh)
+    model = describe_model(model_source(config.model.init), head_to_train(config), attention=config.model.attention)
+    program = training_program(config, model, closing_id=0)
+    optimizer, _ = program.make_optimizer(SCHEDULED_STEPS)
+    state, frozen = program.abstract_state(optimizer, mesh)
+    answers = _answers(config)
+    half = config.max_length // 2
+    rows = partial(abstract_rows, mesh, config.batch_size)
+    batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    what = (
+        f"one step of {config.objective.name}: {config.batch_size} rows in {config.optim.accumulation} micro-batches, "
+        f"prompts of {half} tokens, {answers} answer{'s' * (answers > 1)} of {config.max_length - half} each; "
+        f"computed in {config.dtype}"
+    )
+    advice = _ways_to_less_memory(config, mesh, isinstance(model, EncoderModel))
+    step = program.make_step(optimizer, state)
+    arguments = (state, batch, key, frozen)
+    return compile_and_print(
+        mesh,
+        what,
+        step,
+        arguments,
+        name=config.mesh,
+        # What goes in is read once, and the state that comes out is written once.
+        step=Step(bytes_of(arguments[:2]) + bytes_of(frozen) + bytes_of(state)),
+        advice=advice,
+        console=console,
+    )
+
+
+def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> TrainingProgram:
+    """The program that a config asks for, with a model that was loaded or only described. Raises InputError if the
+    model cannot read texts as long as the config allows."""
+    positions = model.config.max_positions
+    if config.max_length > positions:
+        raise InputError(
+            f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
+        )
+    return TrainingProgram.assemble(config, model, closing_id=closing_id)
+
+
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises InputError unless each device gets as many rows of a micro-batch as the others."""
+    shards, rows = row_shards(mesh), config.batch_size // config.optim.accumulation
+    if rows % shards:
+        raise InputError(
+            f"--batch-size: {config.batch_size} in {config.optim.accumulation} micro-batches (--optim.accumulation) is "
+            f"{rows} pairs at once, which the mesh's {shards} row shards (data x fsdp) cannot share; make it a multiple"
+        )
+
+
+def _train(config: TrainConfig, folder: Path, console: Console) -> None:
+    source = resolve(model_source(config.model.init))
+    pretrained = load_model(
+        source,
+        head_to_train(config),
+        attention=config.model.attention,
+        dtype=config.dtype if config.lora.rank else "float32",
+        from_scratch=config.model.from_scratch,
+        seed=config.seed,
+    )
+    tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
+    tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
+    program = training_program(config, pretrained.model, closing_id=tokenizer.eos_id)
+    prefix_tokenizer = _load_prefix_tokenizer(config, program.model)
+    config = _with_prompt_form(config, folder, pretrained.prompt_form)
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
+    examples = load(config.data.train, "train")
+    eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
+    held_out = None if eval_source is None else load(eval_source, "eval")
+
+    params = run_in_folder(config, folder, program, pretrained.params, examples, held_out, console)
+    if program.model.lora is not None:
+        params = jax.jit(partial(merge_lora, program.model.lora))(params)
+    exported = folder / EXPORTED
+    with write_failures_named(exported, MEND_AND_RESUME):
+        save_model(
+            exported,
+            pretrained.model,
+            params,
+            special_tokens=pretrained.special_tokens,
+            prompt_form=config.data.format,
+        )
+        if jax.process_index() == 0:
+            tokenizer.save(exported)
+    console.print(f"the model is in {exported}", highlight=False)
+
+
+def _with_prompt_form(config: TrainConfig, folder: Path, remembered: str | None) -> TrainConfig:
+    """The config with the prompt form that is used: a resumed run keeps its own; the demo's prompts are in none."""
+    form = config.data.format or saved_prompt_form(folder)
+    models = [[(config.model.init, remembered)]] if config.data.train != DEMO else []
+    form = choose_form(form, models, "--data.format")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, format=form))
+
+
+def _load_prefix_tokenizer(config: TrainConfig, model: Model) -> TextTokenizer | None:
+    source = config.data.prefix_tokenizer
+    if source is None:
+        return None
+    if not isinstance(model, EncoderModel) or config.objective.name != "partial_bt":
+        raise InputError(
+            "--data.prefix-tokenizer: is for partial_bt and a model with full attention, which reads prefixes apart; "
+            "other models are scored at their own tokens"
+        )
+    return TextTokenizer.load(resolve(model_source(source)))
+
+
+def _load_examples(
+    config: TrainConfig,
+    source: str,
+    split: str,
+    *,
+    tokenizer: TextTokenizer,
+    prefix_tokenizer: TextTokenizer | None,
+    console: Console,
+) -> list[Example]:
+    """Reads, renders and tokenises one set; says what was refused and what was cut."""
+    form = get_form(config.data.format)
+    answers = _answers(config)
+    if source == DEMO:
+        rows = demo_pairs(config, split)
+    else:
+        columns = column_names(config.data.columns, "--data.columns")
+        loaded = load_preferences(
+            source, form, tokenizer=tokenizer, require_rejected=answers == 2, split=split, columns=columns
+        )
+        rows = loaded.rows
+        if loaded.other_splits:
+            console.print(
+                f"{source} ({split}): {loaded.other_splits} rows of other splits are left out", highlight=False
+            )
+        if loaded.bad_rows:
+            path = config.output_folder / f"bad_rows.{split}.jsonl"
+            with write_failures_named(path, "give another --out"):
+                on_first(partial(write_bad_rows, path, loaded.bad_rows))
+            console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
+    examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer)
+    console.print(f"{source} ({split}): {report}", highlight=False)
+    return examples
+
+
+def _answers(config: TrainConfig) -> int:
+    """How many answers of a row the objective reads."""
+    return 1 if config.objective.name == "sft" else 2
+
+
+def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, is_encoder: bool) -> list[str]:
+    """What would take less memory, most helpful first."""
+    ways = []
+    if config.model.remat != "layers":
+        ways.append("--model.remat layers")
+    if config.dtype != "bfloat16":
+        ways.append("--dtype bfloat16")
+    if config.batch_size % (2 * config.optim.accumulation * row_shards(mesh)) == 0:
+        ways.append(f"--optim.accumulation {2 * config.optim.accumulation}: smaller micro-batches")
+    if is_encoder and config.objective.chunk > 1:
+        ways.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
+    if config.optim.moment_dtype != "bfloat16":
+        ways.append("--optim.moment-dtype bfloat16")
+    if not config.lora.rank:
+        ways.append("--lora.rank 16")
+    return [*ways, "a larger slice, or more of it on the axis fsdp"]

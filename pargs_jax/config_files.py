@@ -1,0 +1,153 @@
+"""Configs as YAML files: how one is written, and strictly read back.
+
+    config = from_mapping(TrainConfig, read_yaml("run.yaml"), "run.yaml")
+
+A mistake raises InputError with one line that names the option, what was got, and what would be right.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, get_type_hints
+
+import yaml
+
+from pargs_jax.errors import InputError
+from pargs_jax.options import Option, options, sections, shown
+
+
+class Config(Protocol):
+    """A frozen dataclass whose fields are options, or sections that hold options; all have defaults."""
+
+    def validate(self) -> None:
+        """Raises InputError for values that cannot be used."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+def from_mapping(config_class: type[C], mapping: Mapping[str, Any], where: str) -> C:
+    """The config that a nested mapping describes, such as one read from YAML, validated.
+
+    Raises:
+        InputError: an unknown key, a value of the wrong type or one that cannot be used; the message begins with
+            `where`, the file or place that the mapping comes from.
+    """
+    config = build(config_class, read_options(config_class, mapping, f"{where}: "))
+    try:
+        config.validate()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every option of `config`, as a YAML document that loads back as an equal config."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        InputError: the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
+    """
+    try:
+        content = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the config file ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        place = f"{path}: line {error.problem_mark.line + 1}" if error.problem_mark else str(path)
+        raise InputError(f"{place}: not a valid config file ({error.problem})") from None
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are not text; a date that does not exist
+        raise InputError(f"{path}: not a valid config file ({' '.join(str(error).split())})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: got {shown(content)}, must be a mapping of options, such as 'seed: 1'")
+    return content
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader, except that a key given twice is an error instead of the last one winning."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def nearest(typed: str, names: Sequence[str]) -> str | None:
+    """The name that was probably meant: the same in another section (`lr`: `optim.lr`), or else the most similar."""
+    last_part = typed.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last_part]
+    return (same or difflib.get_close_matches(typed, names, n=1, cutoff=0.5) or [None])[0]
+
+
+def read_options(config_class: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The option values in a nested mapping by dotted key, converted and checked one by one."""
+    known = {option.key: option for option in options(config_class)}
+    return {
+        key: converted(known[key], value, where + key)
+        for key, value in _leaves(mapping, list(known), sections(config_class), where)
+    }
+
+
+def _leaves(
+    mapping: Mapping[str, Any], known: Sequence[str], sections: Iterable[str], where: str, section: str = ""
+) -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        key = f"{section}.{name}" if section else str(name)
+        is_path = "." in str(name)  # sections nest: a dotted key would be a second way to say the same
+        if key in sections and not is_path:
+            if not isinstance(value, Mapping | None):  # a section whose lines are all commented out is None
+                raise InputError(f"{where}{key}: got {shown(value)}, must be a mapping of options")
+            yield from _leaves(value or {}, known, sections, where, key)
+        elif key in known and not is_path:
+            yield key, value
+        else:
+            home, _, leaf = (nearest(key, known) or "").rpartition(".")
+            place = f" under '{home}'" if home else ""
+            hint = f"did you mean '{leaf}'{place}?" if leaf else "see --help"
+            raise InputError(f"{where}{key}: unknown key, got {shown(value)}; {hint}")
+
+
+def converted(option: Option, value: Any, name: str) -> Any:
+    """`value` as the option's type, if the conversion loses nothing; the error calls the option `name`."""
+    if option.many and value is not None:
+        several = value if isinstance(value, list | tuple) else [value]
+        value = tuple(_as_scalar(option, each) for each in several)
+    else:
+        value = _as_scalar(option, value)
+    option.require(value, name)
+    return value
+
+
+def _as_scalar(option: Option, value: Any) -> Any:
+    """An int or a text like `1e-4`, which PyYAML does not take for a number, as float; all else as it is."""
+    if option.scalar is not float or isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def build(config_class: type[C], values: Mapping[str, Any], section: str = "") -> C:
+    """A config with these option values, by dotted key, and defaults elsewhere. Nothing is checked."""
+    hints = get_type_hints(config_class)
+    arguments = {}
+    for name in (declared.name for declared in fields(config_class)):
+        key = f"{section}.{name}" if section else name
+        if is_dataclass(hints[name]):
+            arguments[name] = build(hints[name], values, key)
+        elif key in values:
+            arguments[name] = values[key]
+    return config_class(**arguments)

@@ -1,0 +1,161 @@
+"""What models say of texts that are there already: rewards of answers and of their prefixes, and likelihoods."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.errors import InputError
+from pargs_jax.generation.reward_models import encoder_answer_rewards, left_pad, padded_width
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
+from pargs_jax.models.hf import Pretrained, load_model, resolve
+from pargs_jax.models.model import HeadName, Params
+from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.sharding import current_mesh, on_every_device, row_shards
+from pargs_jax.text.tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class TokenisedAnswer:
+    """A prompt and an answer in a model's tokens, and the prefixes of the answer that are asked for, in tokens."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    prefixes: Sequence[int]
+
+
+@dataclass
+class ScoringModel:
+    """A model that reads texts in batches. `load` makes one."""
+
+    source: str
+    model: Any
+    params: Params
+    tokenizer: TextTokenizer
+    prompt_form: str | None = None
+    batch_size: int = 16
+    read: Callable[[str], None] = field(default=lambda note: None, repr=False)
+    """Called with a note after every batch, for progress."""
+
+    @classmethod
+    def load(cls, source: str, head: HeadName, *, dtype: str = "float32", batch_size: int = 16) -> "ScoringModel":
+        """Loads a reward model or a language model. Raises InputError if it is not one or does not suit its
+        tokenizer."""
+        folder = resolve(source)
+        loaded: Pretrained = load_model(folder, head, dtype=dtype)
+        if loaded.new_head:
+            raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
+        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+        tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
+        return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
+
+    def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:
+        """A text as the model reads it, with the whole answer as the only prefix; `closed` adds the end-of-sequence
+        token. None if it does not fit the model's context."""
+        ids = self.tokenizer.encode_prompt(prompt)
+        answer = self.tokenizer.encode_answer(response, starts_text=not prompt)
+        if closed:
+            answer = [*answer, self.tokenizer.eos_id]
+        # An encoder closes what is open.
+        needed = len(ids) + len(answer) + (isinstance(self.model, EncoderModel) and not closed)
+        return TokenisedAnswer(ids, answer, (len(answer),)) if needed <= self.model.config.max_positions else None
+
+    def rewards(self, texts: Sequence[TokenisedAnswer]) -> list[Float[np.ndarray, "F"]]:
+        """The rewards of each text's prefixes.
+
+        A causal model reads a text once for all of them, an encoder once for each. Raises InputError if one is not
+        finite.
+        """
+        if isinstance(self.model, EncoderModel):
+            asked = [(i, prefix) for i, text in enumerate(texts) for prefix in dict.fromkeys(text.prefixes)]
+            single = [TokenisedAnswer(texts[i].prompt, texts[i].answer[:n], (n,)) for i, n in asked]
+            found = dict(zip(asked, self._in_batches(single, self._encoder_rewards), strict=True))
+            rewards = [np.array([found[i, prefix] for prefix in text.prefixes]) for i, text in enumerate(texts)]
+        else:
+            rewards = self._in_batches(texts, self._causal_rewards)
+        if not all(np.isfinite(each).all() for each in rewards):
+            raise InputError(f"{self.source}: a reward is not finite; its weights may be damaged")
+        return rewards
+
+    def log_likelihoods(self, texts: Sequence[TokenisedAnswer]) -> list[float]:
+        """The log-probability of each text's answer after its prompt under a language model, in nats."""
+        found = self._in_batches(texts, self._log_likelihoods)
+        if not np.isfinite(found).all():
+            raise InputError(f"{self.source}: a log-probability is not finite; its weights may be damaged")
+        return [float(each) for each in found]
+
+    def _in_batches(self, texts: Sequence[TokenisedAnswer], read: Callable[[list[TokenisedAnswer]], Any]) -> list[Any]:
+        """What `read` gives for each text, from batches of texts of like length; each is filled up with its last."""
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i].answer), len(texts[i].prompt)))
+        shards = row_shards(current_mesh())
+        rows = -(-self.batch_size // shards) * shards
+        found: list[Any] = [None] * len(texts)
+        for first in range(0, len(order), rows):
+            chosen = order[first : first + rows]
+            filled = [texts[i] for i in chosen] + [texts[chosen[-1]]] * (rows - len(chosen))
+            results = read(filled)
+            for i, result in zip(chosen, results, strict=False):
+                found[i] = result
+            self.read(f"{first + len(chosen)}/{len(order)} texts")
+        return found
+
+    def _arrays(self, batch: list[TokenisedAnswer]) -> tuple[Any, Any, Any, Any]:
+        longest = max(len(text.prompt) for text in batch)
+        prompts = left_pad([text.prompt for text in batch], len(batch), padded_width(longest))
+        counts = np.array([len(text.answer) for text in batch], np.int32)
+        answers = np.zeros((len(batch), padded_width(max(1, counts.max()))), np.int32)
+        for row, text in enumerate(batch):
+            answers[row, : counts[row]] = text.answer
+        return *prompts, answers, counts
+
+    def _causal_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
+        prompts, lengths, answers, _ = self._arrays(batch)
+        prefixes = np.array([text.prefixes for text in batch], np.int32)
+        return np.asarray(_rewards_of_prefixes(self.model, self.params, prompts, lengths, answers, prefixes))
+
+    def _encoder_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
+        return np.asarray(encoder_answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id))
+
+    def _log_likelihoods(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
+        return np.asarray(_answer_log_likelihoods(self.model, self.params, *self._arrays(batch)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _rewards_of_prefixes(
+    model: CausalModel | PrefixCausalModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B R"],
+    prefixes: Int[Array, "B F"],
+) -> Float[Array, "B F"]:
+    """Rewards of the answers' first so many tokens, all in one pass."""
+    width = prompts.shape[1]
+    texts = jnp.concatenate([prompts, answers], axis=1)
+    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
+    last = jnp.take_along_axis(hidden, (width + prefixes - 1)[..., None], axis=1)
+    return on_every_device(model.rewards(params, last))
+
+
+@partial(jax.jit, static_argnums=0)
+def _answer_log_likelihoods(
+    model: CausalModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    answers: Int[Array, "B R"],
+    counts: Int[Array, "B"],
+) -> Float[Array, "B"]:
+    """`sum_i log p(y_i | x, y_<i)` over each answer's tokens."""
+    width, length = prompts.shape[1], answers.shape[1]
+    texts = jnp.concatenate([prompts, answers], axis=1)
+    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
+    logits = model.logits(params, hidden[:, width - 1 : width - 1 + length])
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), answers[..., None], axis=-1)[..., 0]
+    return on_every_device(jnp.where(jnp.arange(length) < counts[:, None], log_probs, 0.0).sum(axis=1))

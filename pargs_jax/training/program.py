@@ -1,0 +1,89 @@
+"""What a training run computes, assembled from options and a model. It is the same whether the model's parameters are
+loaded or only described."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pargs_jax.config import LoraConfig, TrainConfig
+from pargs_jax.models.lora import NAMES as LORA_NAMES
+from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
+from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, make_train_step
+
+
+def head_to_train(config: TrainConfig) -> HeadName:
+    """The head that the objective trains."""
+    return "vocabulary" if config.objective.name == "sft" else "reward"
+
+
+def lora_of(config: LoraConfig) -> Lora | None:
+    """The low-rank additions that the options ask for, if any."""
+    return Lora(config.rank, config.alpha, config.layers) if config.rank else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProgram:
+    """The objective, with its model as training runs it, and what makes steps of it."""
+
+    config: TrainConfig
+    objective: Objective
+
+    @classmethod
+    def assemble(cls, config: TrainConfig, model: Model, *, closing_id: int) -> "TrainingProgram":
+        """The program of a model that was loaded or described: it gets the config's dropout, rematerialisation and
+        low-rank additions. `closing_id` is the token that closes a text."""
+        shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
+        model = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
+        return cls(config, Objective(model, config.objective, config.dtype, closing_id=closing_id))
+
+    @property
+    def model(self) -> Any:
+        return self.objective.model
+
+    @property
+    def trained_names(self) -> tuple[str, ...] | None:
+        """What is trained beside a frozen model: the additions, and a head that may be new, as reward heads are; None if
+        all is."""
+        if self.model.lora is None:
+            return None
+        return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES
+
+    def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
+        """Of a model's parameters, those that are trained, with the additions drawn, and those that are frozen."""
+        if self.trained_names is None:
+            return params, {}
+        heads, frozen = split_params(params, self.trained_names)
+        additions = place_computed(lambda key: draw_lora(self.model.abstract_params(), key), seed)
+        return join_params(additions, jax.tree.map(lambda x: x.astype("float32"), heads)), frozen
+
+    def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
+        """What `begin_params` and `begin` would make, as `jax.ShapeDtypeStruct`s on a mesh that may not be here."""
+        params, frozen = abstract_params(mesh, self.model.abstract_params(), "float32"), {}
+        if self.trained_names is not None:
+            params, frozen = split_params(params, self.trained_names)
+            frozen = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype, sharding=x.sharding), frozen
+            )
+        opt_state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(optimizer.init, params),
+            optimizer_shardings(optimizer, params, mesh),
+        )
+        whole = NamedSharding(mesh, PartitionSpec())
+        return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)), frozen
+
+    def make_optimizer(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer of a run of so many steps, and its learning rates."""
+        return make_optimizer(self.config.optim, steps)
+
+    def make_step(self, optimizer: optax.GradientTransformation, state: TrainState) -> StepFunction:
+        """The jitted step on states like this one (`make_train_step`)."""
+        accumulation = self.config.optim.accumulation
+        return make_train_step(self.objective, optimizer, accumulation=accumulation, places=shardings_of(state))
