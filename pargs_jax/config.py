@@ -110,7 +110,7 @@ class DataConfig:
         unset="they end at the reward model's own tokens",
         metavar="PATH_OR_HUB_ID",
     )
-    demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
+    demo_pairs: int = option(3200, "pairs that the demo task generates for training", at_least=1)
 
     def validate(self) -> None:
         """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
