@@ -47,25 +47,46 @@ if TYPE_CHECKING:
     from pargs_jax.data.batches import Batch
     from pargs_jax.data.preferences import Prompt
     from pargs_jax.decoding.guides import (
+        AutoregressiveGuide,
         CandidateGuide,
         Capacity,
         CausalGuide,
         Chosen,
         EncoderGuide,
+        LookAheadGuide,
+        NextTokenGuide,
+        PreferenceGuide,
+        PreferredPrompts,
         Prompts,
+        RatioGuide,
         RetokenisedGuide,
+        SimilarityGuide,
         Text,
         VocabularyGuide,
     )
     from pargs_jax.decoding.loop import Decoder, decode, row_keys
     from pargs_jax.decoding.methods import METHODS
-    from pargs_jax.decoding.proposals import AllTokens, TopK
-    from pargs_jax.decoding.rules import Greedy, Sample
+    from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
+    from pargs_jax.decoding.rules import Contrastive, Greedy, Sample
+    from pargs_jax.decoding.search import (
+        BestOfN,
+        Cards,
+        ChunkBeam,
+        Searcher,
+        SearchInputs,
+        SpeculativeRejection,
+        TwistedSmc,
+        best_of_n_curve,
+        search,
+    )
     from pargs_jax.decoding.state import RowSettings, insert, take
     from pargs_jax.errors import InputError
     from pargs_jax.evaluation.cost import step_operations
+    from pargs_jax.generation.answers import Answer
+    from pargs_jax.generation.plan import Settings
     from pargs_jax.generation.reward_models import RewardModel
-    from pargs_jax.generation.session import Answer, Session, Settings
+    from pargs_jax.generation.session import Session
+    from pargs_jax.generation.traces import AnswerTrace, read_traces
     from pargs_jax.mesh import make_mesh
     from pargs_jax.models.causal import CausalModel
     from pargs_jax.models.encoder import EncoderModel
@@ -85,25 +106,46 @@ _HOMES = {
     "pargs_jax.data.preferences": ("Prompt",),
     "pargs_jax.text.retokenisation": ("Retokeniser",),
     "pargs_jax.decoding.guides": (
+        "AutoregressiveGuide",
         "CandidateGuide",
         "Capacity",
         "CausalGuide",
         "Chosen",
         "EncoderGuide",
+        "LookAheadGuide",
+        "NextTokenGuide",
+        "PreferenceGuide",
+        "PreferredPrompts",
         "Prompts",
+        "RatioGuide",
         "RetokenisedGuide",
+        "SimilarityGuide",
         "Text",
         "VocabularyGuide",
     ),
     "pargs_jax.decoding.loop": ("Decoder", "decode", "row_keys"),
     "pargs_jax.decoding.methods": ("METHODS",),
-    "pargs_jax.decoding.proposals": ("AllTokens", "TopK"),
-    "pargs_jax.decoding.rules": ("Greedy", "Sample"),
+    "pargs_jax.decoding.proposals": ("AllTokens", "TopK", "TopKOfSum", "TopP"),
+    "pargs_jax.decoding.rules": ("Contrastive", "Greedy", "Sample"),
+    "pargs_jax.decoding.search": (
+        "BestOfN",
+        "Cards",
+        "ChunkBeam",
+        "SearchInputs",
+        "Searcher",
+        "SpeculativeRejection",
+        "TwistedSmc",
+        "best_of_n_curve",
+        "search",
+    ),
     "pargs_jax.decoding.state": ("RowSettings", "insert", "take"),
     "pargs_jax.errors": ("InputError",),
     "pargs_jax.evaluation.cost": ("step_operations",),
+    "pargs_jax.generation.answers": ("Answer",),
+    "pargs_jax.generation.plan": ("Settings",),
     "pargs_jax.generation.reward_models": ("RewardModel",),
-    "pargs_jax.generation.session": ("Answer", "Session", "Settings"),
+    "pargs_jax.generation.session": ("Session",),
+    "pargs_jax.generation.traces": ("AnswerTrace", "read_traces"),
     "pargs_jax.mesh": ("make_mesh",),
     "pargs_jax.models.causal": ("CausalModel",),
     "pargs_jax.models.encoder": ("EncoderModel",),

@@ -19,16 +19,23 @@ from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.options import check_each, merged_options, option, options, shown, value_of
+from pargs_jax.search_config import SearchConfig
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
-MethodName = Literal["greedy", "top_k", "args", "args_stochastic", "pargs_greedy", "pargs"]
+MethodName = Literal[
+    "greedy", "top_k", "top_p", "contrastive", "args", "args_stochastic", "pargs_greedy", "pargs", "rad", "farma", "cd",
+    "vas", "genarm", "parm", "expert_ratio", "transfer_q", "best_of_n", "blockwise", "chunk_beam",
+    "weak_to_strong", "cards", "speculative_rejection", "smc",
+]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-UNGUIDED_METHODS = ("greedy", "top_k")
+GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
+"""Those whose reward models guide together, several for one weight."""
+UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
 LARGEST_SEED = 2**32 - 1
 
 
@@ -139,7 +146,7 @@ class _ObjectiveChoice:
     def validate(self, max_length: int) -> None:
         """Raises InputError for an option that means nothing with this loss, or does not suit it."""
         for known in options(type(self)):
-            owners = [name for name, loss in OBJECTIVES.items() if known.key in loss.__dataclass_fields__]
+            owners = [name for name, loss in OBJECTIVES.items() if known.key in {own.name for own in fields(loss)}]
             value = value_of(self, known)
             if owners and self.name not in owners and value != known.default:
                 raise InputError(
@@ -347,8 +354,12 @@ class DecodeConfig:
         "the language model: 'demo' (comes with the package), a Hugging Face folder, or a hub id",
         metavar="PATH_OR_HUB_ID",
     )
-    rm: tuple[str, ...] = option((), "reward models that guide it: folders or hub ids", metavar="PATH")
-    method: MethodName | None = option(None, "how the next token is chosen", unset="all are compared, on the demo only")
+    rm: tuple[str, ...] = option(
+        (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
+    )
+    method: MethodName | None = option(
+        None, "how the next token is chosen: see the list below", unset="all are compared, on the demo only"
+    )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(
         None,
@@ -374,13 +385,50 @@ class DecodeConfig:
         metavar="F.jsonl",
         may_change=True,
     )
+    trace: str | None = option(
+        None,
+        "JSONL file for how each answer in --out came about: every token with its probability before and after "
+        "guidance, its rewards and the KL; see docs/traces.md",
+        metavar="F.jsonl",
+        may_change=True,
+    )
+    trace_candidates: bool = option(
+        False, "with --trace: also the candidates of every token, with their numbers", may_change=True
+    )
+    n: int = option(
+        1, "answers to each prompt; more than one only from a method that samples", at_least=1, may_change=True
+    )
+    explain: str | None = option(
+        None,
+        "HTML page that explains the answers token by token, beside the unguided ones of the same seed; see "
+        "docs/explain.md",
+        metavar="F.html",
+        may_change=True,
+    )
     k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
     weight: tuple[float, ...] = option(
-        (), "reward weight: one for all reward models, or one for each", unset="the method's"
+        (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"
+    )
+    top_p: float | None = option(
+        None, "top_p: the probability of its candidates together", unset="the method's", above=0, at_most=1
+    )
+    gate_entropy: float | None = option(
+        None,
+        "guide only the steps where the language model's entropy is at least so many nats",
+        unset="all are guided",
+        at_least=0,
+    )
+    look_ahead: int | None = option(
+        None, "transfer_q: tokens that the aligned model writes after each candidate", unset="the method's", at_least=1
+    )
+    preference: tuple[float, ...] = option(
+        (), "parm: weights of the objectives, which sum to 1; a column of that name gives each prompt its own"
     )
     temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
-    batch_size: int = option(16, "prompts decoded together", at_least=1, may_change=True)
+    batch_size: int = option(
+        16, "prompts decoded together; a search has several rows of each", at_least=1, may_change=True
+    )
     seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
@@ -394,6 +442,7 @@ class DecodeConfig:
         may_change=True,
     )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
+    search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()
 
     def validate(self) -> None:
@@ -408,7 +457,25 @@ class DecodeConfig:
             raise InputError("--limit: means nothing beside --prompt, which is one prompt; leave it out")
         if self.prompt_length != DecodeConfig.prompt_length and not self.compile_only:
             raise InputError("--prompt-length: is for --compile-only; elsewhere prompts have their own lengths")
-        if len(self.weight) not in (0, 1, len(self.rm)):
+        if self.trace is not None and self.out is None:
+            raise InputError("--trace: needs --out, the file of the answers that are traced")
+        if self.trace is not None and Path(self.trace) == Path(self.out):
+            raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
+        if self.trace_candidates and self.trace is None:
+            raise InputError("--trace-candidates: needs --trace, the file that they go into")
+        if self.explain is not None and self.out is not None:
+            raise InputError(
+                "--explain: is for answers that are printed; for those of --out, write traces (--trace F.jsonl "
+                "--trace-candidates) and make the page of them (python -m pargs_jax.commands.explain)"
+            )
+        named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
+        if self.method is None and not self.compile_only and any(named.values()):
+            flag = next(flag for flag, is_given in named.items() if is_given)
+            raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+        if self.method is None and self.search.given:
+            flag = next(iter(self.search.given)).replace("_", "-")
+            raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
+        if self.method not in GROUPED_METHODS and len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(
                 f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
                 "must be one for all or one for each"

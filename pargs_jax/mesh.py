@@ -181,8 +181,8 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
         return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
         raise InputError(
-            f"--mesh {text}: --compile-only needs something to compile for: a TPU slice, such as tpu-v4-8, or one H100, "
-            "gpu-1"
+            f"--mesh {text}: --compile-only needs something to compile for: a TPU slice, such as tpu-v4-8, or one "
+            "H100, gpu-1"
         )
     from jax.experimental import topologies
 

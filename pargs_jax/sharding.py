@@ -23,8 +23,13 @@ ROWS = ("data", "fsdp")
 
 AXIS_OF = {"vocabulary": "tensor", "heads": "tensor", "feedforward": "tensor", "width": "fsdp"}
 
-LOW_RANK: dict[str, tuple[str | None, ...]] = {"lora_in": ("width", None), "lora_out": (None, "heads")}
-"""The low-rank additions of linear layers (`pargs_jax.models.lora`), whatever the layer."""
+_INTO_LOW_RANK, _OUT_OF_LOW_RANK = ("width", None), (None, "heads")
+LOW_RANK: dict[str, tuple[str | None, ...]] = {
+    "lora_in": _INTO_LOW_RANK, "lora_out": _OUT_OF_LOW_RANK,
+    "shared_in": _INTO_LOW_RANK, "shared_mix": (), "shared_out": _OUT_OF_LOW_RANK,
+    "own_in": _INTO_LOW_RANK, "own_mix": (), "own_out": _OUT_OF_LOW_RANK, "preference": (),
+}  # fmt: skip
+"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), whatever the layer."""
 
 _NAMES: dict[str, tuple[str | None, ...]] = {}
 """For each array, by its dotted path without the numbers of layers, the names of its last dimensions. Dimensions before

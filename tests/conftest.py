@@ -1,8 +1,12 @@
-"""Four virtual devices for every test; what sets no mesh runs on the first of them."""
+"""Four virtual devices for every test; what sets no mesh runs on the first of them. Small tokenizers of each kind."""
 
+import io
+import json
 import os
+from functools import cache
 
 import jax
+import pytest
 
 from pargs_jax.mesh import prepare_virtual_devices
 
@@ -12,3 +16,61 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 prepare_virtual_devices(4)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+
+TEXTS = [f"good answer {i} and bad reply {i * i}, said the {word}\n" for i in range(200) for word in ("cat", "old man")]
+PIECES = 320
+TOKENIZERS = {
+    # model_type of the config, class of the tokenizer
+    "deberta": ("deberta-v2", "DebertaV2Tokenizer"),
+    "gpt2": ("gpt2", "GPT2Tokenizer"),
+    "opt": ("opt", "GPT2Tokenizer"),
+    "llama": ("llama", "LlamaTokenizer"),
+    "llama3": ("llama", "PreTrainedTokenizerFast"),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """Makes a small tokenizer of a kind, as the model's publishers lay out its files, and returns its folder."""
+
+    @cache
+    def make(name):
+        model_type, tokenizer_class = TOKENIZERS[name]
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        settings = {"tokenizer_class": tokenizer_class, "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        if name == "deberta":
+            train_sentencepiece(
+                folder / "spm.model", vocab_size=80, model_type="unigram", unk_id=3, unk_piece="[UNK]", pad_id=0,
+                pad_piece="[PAD]", bos_id=1, bos_piece="[CLS]", eos_id=2, eos_piece="[SEP]",
+            )  # fmt: skip
+            settings = {"tokenizer_class": tokenizer_class}
+        elif name == "llama":
+            train_sentencepiece(folder / "tokenizer.model", vocab_size=PIECES, model_type="bpe", byte_fallback=True)
+            settings |= {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+        elif name == "llama3":
+            train_byte_level().save(str(folder / "tokenizer.json"))
+        else:
+            train_byte_level().save_model(str(folder))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return make
+
+
+def train_sentencepiece(path, **options):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
+    )
+    path.write_bytes(model.getvalue())
+
+
+def train_byte_level():
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(TEXTS, vocab_size=PIECES, special_tokens=["<|endoftext|>"])
+    return tokenizer

@@ -5,13 +5,14 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from pargs_jax.commands.command_line import parse
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.config import DecodeConfig, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig, column_names
 from pargs_jax.config_files import from_mapping, to_yaml
 from pargs_jax.errors import InputError
 from pargs_jax.options import option, options
@@ -147,20 +148,18 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
     ("argv", "expected"),
     [
         ("--prompt a --prompts b", "--prompt and --prompts: got both, must be one of them"),
-        (
-            "--rm a b --weight 1 2 3",
-            "--weight: got 3 weights for 2 reward models (--rm), must be one for all or one for each",
-        ),
+        ("--search.chunk 3", "--search.chunk: needs --method NAME, one that searches"),
         ("--weight 1 x", '--weight: got [1.0, "x"], must be a finite number, one or several'),
         ("--temperature 0", "--temperature: got 0.0, must be a finite number, above 0, or null"),
         ("--lm x", "--lm x: needs prompts to answer; give --prompt TEXT or --prompts FILE"),
         (
             "--lm x --prompt a",
-            "--lm x: needs --method NAME, one of greedy, top_k, args, args_stochastic, pargs_greedy, pargs",
+            f"--lm x: needs --method NAME, one of {', '.join(get_args(MethodName))}",
         ),
         (
             "--lm x --prompt a --method args",
-            "--method args: needs a reward model; give --rm PATH, or an unguided method (greedy, top_k)",
+            "--method args: needs a reward model; give --rm PATH, or an unguided method "
+            "(greedy, top_k, top_p, contrastive)",
         ),
     ],
 )

@@ -27,7 +27,8 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
-    "config": {"objectives", "options", "errors"},
+    "search_config": {"options"},
+    "config": {"search_config", "objectives", "options", "errors"},
     "config_files": {"options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -90,12 +91,31 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = MAY_IMPORT.keys() - {"testing"}
 # Parts of `decoding` that know arrays, never models.
 MAY_IMPORT_WITHIN = {
-    "decoding.proposals": set(),
+    "decoding.proposals": {"errors"},
     "decoding.rules": {"decoding.proposals"},
-    "decoding.methods": {"decoding.proposals", "decoding.rules"},
+    "decoding.methods": {"decoding.proposals", "decoding.rules", "decoding.search"},
+    "decoding.search.order_statistics": set(),
 }
-WITHOUT_JAX = ("errors", "signals", "options", "config", "config_files", "durable_files", "text", "data", "demo")
-WITHOUT_JAX_WITHIN = ("commands.process", "commands.command_line", "evaluation.config")
+WITHOUT_JAX = (
+    "search_config",
+    "errors",
+    "signals",
+    "options",
+    "config",
+    "config_files",
+    "durable_files",
+    "text",
+    "data",
+    "demo",
+)
+WITHOUT_JAX_WITHIN = (
+    "commands.process",
+    "commands.command_line",
+    "commands.explain",
+    "evaluation.config",
+    "evaluation.explanation",
+    "generation.traces",
+)
 
 
 def imported_modules(path):

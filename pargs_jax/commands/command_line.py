@@ -51,15 +51,17 @@ def parse(
     return config
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are InputErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))
 
 
-def _parser(config_class: type, prog: str, description: str, epilog: str) -> _Parser:
+def _parser(config_class: type, prog: str, description: str, epilog: str) -> Parser:
     """A parser that leaves words as text (`converted` reads them as it reads YAML) and only sets what was given."""
     width = max(shutil.get_terminal_size().columns - 2, 40)
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage=f"{prog} [--config F.yaml] [options]",
         description=textwrap.fill(description, width),

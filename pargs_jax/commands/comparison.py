@@ -56,11 +56,15 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     sessions: dict[str, Session] = {}
     answers: dict[str, list[Answer]] = {}
     rows = []
+    left_out = [name for name, method in METHODS.items() if method.reward_model not in (None, *REWARD_MODELS)]
+    console.print(f"not compared, since they need other models: {', '.join(left_out)}", style="dim")
     for name, method in METHODS.items():
+        if name in left_out:
+            continue
         guides = config.rm or (str(_reward_model(method, console)),)
         label = " ".join(guides)
         if label not in sessions:
-            sessions[label] = open_session(config, guides)
+            sessions[label] = open_session(config, guides, METHODS["pargs"])
         settings = settings_of(_without_unused(config, method), method)
         found = decode_all(sessions[label], prompts, settings, name, console)
         answers[name] = found

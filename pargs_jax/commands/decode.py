@@ -10,6 +10,7 @@ from rich.console import Console
 from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.comparison import compare_methods
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
+from pargs_jax.commands.decode_and_explain import decode_and_explain
 from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.generate import generate, settings_of, unrolls
 from pargs_jax.config import DEMO, DecodeConfig
@@ -34,6 +35,8 @@ def run(config: DecodeConfig) -> None:
     """What `decode.py` does."""
     if config.method is None and config.lm == DEMO:
         compare_methods(config)
+    elif config.explain is not None:
+        decode_and_explain(config)
     else:
         generate(config)
 
@@ -61,6 +64,10 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
             f"{lm.config.max_positions} tokens"
         )
     method = METHODS[config.method or "pargs"]
+    if method.reward_model not in (None, "full", "partial") or method.draws == "contrastive":
+        raise InputError(f"--method {config.method}: --compile-only knows methods with scalar reward models, or none")
+    if method.search is not None:
+        raise InputError(f"--method {config.method}: --compile-only knows methods with one row a prompt, not searches")
     settings = settings_of(config, method)
     sources = config.rm if method.guided else ()
     reward_models = [described(describe_model(source, "reward")) for source in sources]
@@ -68,7 +75,9 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
     for source, (model, _) in zip(sources, reward_models, strict=True):
         retokeniser = None if shares_tokens(source, model, lm.config.vocab_size, None) else _HostPart()
         guides.append(make_guide(model, retokeniser, length, new, closing_id=0))
-    program = DecodingProgram.assemble(lm, tuple(guides), method, settings.k, new, eos_ids=(0,), pad_id=0)
+    program = DecodingProgram.assemble(
+        lm, tuple(guides), method, settings.k, new, top_p=settings.top_p, eos_ids=(0,), pad_id=0
+    )
     prompts = Prompts(abstract_rows(mesh, batch, length), abstract_rows(mesh, batch))
     keys = jax.eval_shape(lambda: row_keys(0, jnp.zeros(batch, jnp.uint32)))
     whole_numbers = abstract_rows(mesh, batch)
@@ -77,7 +86,13 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
         (lm_params, tuple(params for _, params in reward_models)),
         *prompts,
         jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=whole_numbers.sharding),
-        RowSettings(abstract_rows(mesh, batch, len(guides), dtype="float32"), numbers, whole_numbers, whole_numbers),
+        RowSettings(
+            abstract_rows(mesh, batch, len(guides), dtype="float32"),
+            numbers,
+            whole_numbers,
+            whole_numbers,
+            None if settings.gate_entropy is None else numbers,
+        ),
         tuple(None if isinstance(guide, CausalGuide) else prompts for guide in guides),
     )
     what = (

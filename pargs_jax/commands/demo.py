@@ -30,6 +30,8 @@ def demo_pairs(config: TrainConfig, split: str) -> list[Preference]:
 
 def demo_reward_model(method: Method) -> Path:
     """The reward model of a guided method. Raises InputError if it was not trained yet."""
+    if method.reward_model not in REWARD_MODELS:
+        raise InputError(f"{method.source}: the demo has no reward model for it; give --rm")
     path = REWARD_MODELS[method.reward_model]
     if not path.exists():
         objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]

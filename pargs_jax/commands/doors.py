@@ -6,6 +6,7 @@ signals.
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ class Door(NamedTuple):
         description: what it does, for `--help`.
         examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
         options: the module of that class.
+        more: gives what stands below the examples.
     """
 
     module: str
@@ -29,6 +31,7 @@ class Door(NamedTuple):
     description: str
     examples: str
     options: str = "pargs_jax.config"
+    more: Callable[[], str] = str
 
     def __call__(self) -> None:
         run_as_command(self._run)
@@ -37,9 +40,9 @@ class Door(NamedTuple):
         from pargs_jax.commands.command_line import parse
 
         prog = Path(sys.argv[0]).name
-        examples = "examples:\n" + self.examples.format(prog=prog)
+        epilog = "examples:\n" + self.examples.format(prog=prog) + self.more()
         config_class = getattr(importlib.import_module(self.options), self.config)
-        config = parse(config_class, prog=prog, description=self.description, epilog=examples)
+        config = parse(config_class, prog=prog, description=self.description, epilog=epilog)
         module = f"pargs_jax.commands.{self.module}"
         if getattr(config, "compile_only", False):
             from pargs_jax.aot import expect_no_devices
@@ -52,6 +55,19 @@ class Door(NamedTuple):
 
         with jax.set_mesh(start(config)):
             importlib.import_module(module).run(config)
+
+
+def list_methods() -> str:
+    """What `--method` takes, for `--help`: each method's score, where it is from, and its numbers."""
+    from pargs_jax.decoding.methods import METHODS
+
+    parts = (
+        f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
+        for name, method in METHODS.items()
+    )
+    return "\n\nmethods, their scores, and their numbers where no others are given (docs/methods.md):\n" + "".join(
+        parts
+    )
 
 
 train = Door(
@@ -76,8 +92,10 @@ decode = Door(
     """\
   {prog}                                         the demo task, all methods compared
   {prog} --method pargs --weight 2 --k 10        one method on it
+  {prog} --method pargs --limit 5 --explain F.html   five of its answers, explained token by token
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
+    more=list_methods,
 )
 
 evaluate = Door(

@@ -15,7 +15,7 @@ from pargs_jax.commands.generate import generate, open_session
 from pargs_jax.config import DEMO, DecodeConfig, column_names
 from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
-from pargs_jax.decoding.methods import METHODS
+from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
 from pargs_jax.durable_files import write_failures_named, write_whole
 from pargs_jax.errors import InputError, first_line, warn
@@ -49,6 +49,7 @@ from pargs_jax.evaluation.report import (
 from pargs_jax.evaluation.scoring import ScoringModel
 from pargs_jax.evaluation.sweeps import Setting, settings
 from pargs_jax.evaluation.tables import print_tables, tables
+from pargs_jax.generation.guidance import roles_of
 from pargs_jax.generation.session import Session
 from pargs_jax.models.hf import resolve
 from pargs_jax.progress import ShownProgress
@@ -155,11 +156,12 @@ def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[t
     them once, one after the other."""
     loaded: dict[Any, Session] = {}
 
-    def remembered(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
-        key = (config.lm, tuple(map(str, reward_models)), config.dtype, config.unroll)
+    def remembered(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
+        sources = tuple(map(str, reward_models))
+        key = (config.lm, sources, roles_of(method, sources), config.dtype, config.unroll)
         if key not in loaded:
             loaded.clear()
-            loaded[key] = open_session(config, reward_models)
+            loaded[key] = open_session(config, reward_models, method)
         return loaded[key]
 
     found = []
@@ -179,7 +181,8 @@ def guides_of(options: Mapping[str, Any]) -> tuple[str, ...]:
     if given or options.get("lm") != DEMO:
         return given
     # In the demo's comparison the full model stands in for itself only where it was there; both count as guides then.
-    return tuple(map(str, REWARD_MODELS.values())) if method is None else (str(REWARD_MODELS[method.reward_model]),)
+    kinds = REWARD_MODELS if method is None else REWARD_MODELS.keys() & {method.reward_model}
+    return tuple(str(path) for kind, path in REWARD_MODELS.items() if kind in kinds)
 
 
 def _baseline(config: EvaluateConfig, systems: Sequence[System]) -> System | None:

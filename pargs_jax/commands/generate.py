@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from rich.console import Console
 
 from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
@@ -24,49 +26,56 @@ from pargs_jax.text.prompts import choose_form, get_form
 
 
 def settings_of(config: DecodeConfig, method: Method) -> Settings:
-    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores."""
-    return Settings(
-        method, config.weight, config.k, config.temperature, config.max_new_tokens, config.batch_size, config.seed
+    """How a config has answers decoded with a method. Raises InputError for an option that the method ignores, and for
+    the wrong number of reward models or weights."""
+    traced = "candidates" if config.trace_candidates else "tokens"
+    settings = Settings(
+        method,
+        config.weight,
+        config.k,
+        config.temperature,
+        config.max_new_tokens,
+        config.batch_size,
+        config.seed,
+        config.n,
+        None if config.trace is None else traced,
+        config.top_p,
+        config.gate_entropy,
+        config.look_ahead,
+        config.preference,
+        tuple(config.search.given.items()),
     )
+    if config.rm:
+        settings.guide_weights(len(config.rm))
+    return settings
+
+
+OpenModels = Callable[[DecodeConfig, Sequence[str | Path], Method], Session]
+"""Opens a config's language model with reward models that guide a method, as `open_session` does."""
 
 
 def generate(
-    config: DecodeConfig,
-    console: Console | None = None,
-    open_models: Callable[[DecodeConfig, Sequence[str | Path]], Session] | None = None,
+    config: DecodeConfig, console: Console | None = None, open_models: OpenModels | None = None
 ) -> list[Answer]:
     """Answers the config's prompts with its method; prints the answers, or writes them to `out` with progress.
 
     The effective config and the progress go to standard error, so that the answers can be piped. `open_models` is
     called in place of `open_session`. Raises InputError for anything that cannot be used, before any decoding.
     """
-    config.validate()
-    console = console or Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
-    if config.method is None:
-        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
-    method = METHODS[config.method]
-    settings = settings_of(config, method)
-    is_demo = config.lm == DEMO and method.guided and not config.rm
-    session = (open_models or open_session)(config, [demo_reward_model(method)] if is_demo else config.rm)
-    form = choose_form(config.format, session.remembered_forms, "--format")
-    config = dataclasses.replace(config, format=form)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    prompts = _read_prompts(config, session)
+    console = console or error_console()
+    config, session, prompts, settings = prepare(config, console, open_models)
     if config.out is None:
-        answers = list(decode_all(session, prompts, settings, config.method, console))
-        by_id = {answer.id: answer for answer in answers}
-        for prompt in prompts if jax.process_index() == 0 else ():
-            print(by_id[prompt.id].response)
+        answers = decode_all(session, prompts, settings, config.method, console)
+        print_responses(answers)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
-        answered = on_first(lambda: file.answered(prompts))
-        is_done = from_first(np.array(answered or [False] * len(prompts)))
-        left = [prompt for prompt, done in zip(prompts, is_done, strict=True) if not done]
-        if len(left) < len(prompts):
-            console.print(f"{config.out}: {len(prompts) - len(left)} of {len(prompts)} prompts are answered already")
+        answered = on_first(lambda: file.answered(prompts, config.n))
+        answered = from_first(np.array(answered or np.zeros((len(prompts), config.n)), bool))
+        if answered.any():
+            console.print(f"{config.out}: {answered.sum()} of {answered.size} answers are there already")
         answers = []
-        for batch in _decode_batches(session, left, settings, config.method, console):
+        for batch in _decode_batches(session, prompts, settings, config.method, console, answered):
             if file is not None:
                 file.write(batch)
             answers += batch
@@ -74,11 +83,49 @@ def generate(
     return answers
 
 
-def open_session(config: DecodeConfig, reward_models: Sequence[str | Path]) -> Session:
-    """The config's language model with these reward models."""
+class Prepared(NamedTuple):
+    """All that decoding needs. `config` is the one in effect, with the form that prompts are written in."""
+
+    config: DecodeConfig
+    session: Session
+    prompts: list[Prompt]
+    settings: Settings
+
+
+def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | None = None) -> Prepared:
+    """Loads what the config names, and shows the config in effect. `open_models` is called in place of `open_session`.
+    Raises InputError for what cannot be used."""
+    config.validate()
+    if config.method is None:
+        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
+    method = METHODS[config.method]
+    settings = settings_of(config, method)
+    is_demo = config.lm == DEMO and method.guided and not config.rm
+    open_models = open_models or open_session
+    session = open_models(config, [demo_reward_model(method)] if is_demo else config.rm, method)
+    form = choose_form(config.format, session.remembered_forms, "--format")
+    config = dataclasses.replace(config, format=form)
+    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    return Prepared(config, session, _read_prompts(config, session), settings)
+
+
+def error_console() -> Console:
+    """Standard error, of the first process alone."""
+    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+
+
+def print_responses(answers: Sequence[Answer]) -> None:
+    """Prints the answers' texts, in the first process alone."""
+    for answer in answers if jax.process_index() == 0 else ():
+        print(answer.response)
+
+
+def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
+    """The config's language model with reward models that guide a method."""
     return Session(
         model_source(config.lm),
         [str(path) for path in reward_models],
+        method=method,
         dtype=config.dtype,
         unroll=unrolls(config, jax.default_backend()),
     )
@@ -92,16 +139,24 @@ def unrolls(config: DecodeConfig, platform: str) -> bool:
 def decode_all(
     session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
 ) -> list[Answer]:
-    """All answers, with progress."""
-    return [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    """All answers in the order of their prompts, with progress."""
+    order = {prompt.id: number for number, prompt in enumerate(prompts)}
+    answers = [answer for batch in _decode_batches(session, prompts, settings, name, console) for answer in batch]
+    return sorted(answers, key=lambda answer: (order[answer.id], answer.sample))
 
 
 def _decode_batches(
-    session: Session, prompts: Sequence[Prompt], settings: Settings, name: str, console: Console
+    session: Session,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    name: str,
+    console: Console,
+    answered: Bool[np.ndarray, "P n"] | None = None,
 ) -> Iterable[list[Answer]]:
-    with ShownProgress(console, name, len(prompts), transient=True) as progress:
+    total = len(prompts) * settings.n - (0 if answered is None else int(answered.sum()))
+    with ShownProgress(console, name, total, transient=True) as progress:
         done, tokens, seconds = 0, 0, 0.0
-        for batch in session.answer(prompts, settings):
+        for batch in session.answer(prompts, settings, answered):
             done += len(batch)
             tokens += sum(answer.tokens for answer in batch)
             seconds += sum(answer.seconds for answer in batch)

@@ -5,6 +5,7 @@ source that gives nothing is an `InputError`.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,12 +36,15 @@ class Prompt:
     """One prompt to answer, as the language model reads it.
 
     Where each model writes the conversation in a template of its own, `turns` are what other models write theirs from;
-    None where all models read `text`, and empty where the turns are not known (see `PromptForm.turns_of`).
+    None where all models read `text`, and empty where the turns are not known (see `PromptForm.turns_of`). `weights`
+    and `preference` are the prompt's own reward weights and preference vector, where it has them.
     """
 
     id: str
     text: str
     turns: tuple[Turn, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    preference: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def load_prompts(
     """Reads prompts to answer from the sources that `load_preferences` reads, and writes them in `form`.
 
     A row holds `prompt`, a text or a list of turns, or else `chosen` and `rejected` that share one, and may hold an
-    `id`; the line number is the id of one that does not.
+    `id`; the line number is the id of one that does not. It may hold `weights` and `preference`, lists of numbers.
 
     Raises:
         InputError: if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
@@ -159,7 +163,8 @@ def load_prompts(
             fields = _fields(row)
             text = _prompt_text(fields, form, tokenizer)
             written = _conversation(fields)
-            prompt = Prompt(_row_id(row), text, form.turns_of(text if written is None else written, tokenizer))
+            turns = form.turns_of(text if written is None else written, tokenizer)
+            prompt = Prompt(_row_id(row), text, turns, _numbers(fields, "weights"), _numbers(fields, "preference"))
             _check_encodable(prompt.text)
         except InputError as error:
             missing = isinstance(error, _MissingColumn)
@@ -184,6 +189,20 @@ def _fields(row: SourceRow) -> dict[str, Any]:
     if not isinstance(row.content, dict):
         raise InputError(f"the row is of type {type(row.content).__name__}: it must be an object with named fields")
     return row.content
+
+
+def _numbers(fields: dict[str, Any], name: str) -> tuple[float, ...] | None:
+    """A list of numbers that a row may have."""
+    found = fields.get(name)
+    if found is None:
+        return None
+    if not isinstance(found, list) or not found or not all(_is_number(x) for x in found):
+        raise InputError(f"{name} must be a list of numbers, got {found!r}")
+    return tuple(map(float, found))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _row_id(row: SourceRow) -> str:

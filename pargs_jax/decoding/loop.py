@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.guides import Capacity, Chosen, Guide, Prompts, Text
-from pargs_jax.decoding.proposals import Proposal, Proposer, TopK
+from pargs_jax.decoding.proposals import Proposal, Proposer, RewardForm, TopK, in_form
+from pargs_jax.decoding.rest import Rest, draw_rest
 from pargs_jax.decoding.rules import Rule, Sample
 from pargs_jax.decoding.state import CandidateTrace, DecodeState, RowSettings, Trace
 from pargs_jax.errors import InputError
@@ -23,6 +24,10 @@ from pargs_jax.sharding import ROWS, constrain, on_every_device
 
 AllParams = tuple[Params, tuple[Any, ...]]
 """The arrays of the language model, and of each guide."""
+
+
+MOST_TRACED = 100
+"""Candidates of a step in a trace: a whole vocabulary at every token would take gigabytes."""
 
 
 class Decoded(NamedTuple):
@@ -40,6 +45,7 @@ class _Fused(NamedTuple):
     """What a step computes before a token is drawn."""
 
     proposal: Proposal
+    rest: Rest | None
     entropies: Float[Array, "B"]
     lm_pending: Any
     guides_pending: tuple[Any, ...]
@@ -56,7 +62,11 @@ class Decoder:
         rule: how one is drawn.
         eos_ids: tokens that end an answer.
         pad_id: what stands behind an answer's end.
-        keeps_candidates: whether the trace holds all candidates with their numbers.
+        keeps_candidates: whether the trace holds the candidates with their numbers: all, or the chosen one and those
+            with the highest probability, `MOST_TRACED` together.
+        reward_form: how rewards enter the scores.
+        keeps_rest: whether the tokens that are not proposed can be drawn too, at the score that they have without
+            rewards (VAS). They are one more candidate (see `Rest`).
     """
 
     lm: CausalModel
@@ -66,16 +76,19 @@ class Decoder:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     keeps_candidates: bool = False
+    reward_form: RewardForm = "plain"
+    keeps_rest: bool = False
 
     def __post_init__(self) -> None:
         vocab_size = self.lm.config.vocab_size
-        if not 1 <= self.candidates <= vocab_size:
-            raise InputError(f"k is {self.candidates}; it must be from 1 to the vocabulary's {vocab_size} tokens")
+        proposed = self.proposer.size(vocab_size)
+        if not 1 <= proposed <= vocab_size:
+            raise InputError(f"k is {proposed}; it must be from 1 to the vocabulary's {vocab_size} tokens")
 
     @property
     def candidates(self) -> int:
         """K, the most candidates of a row."""
-        return self.proposer.size(self.lm.config.vocab_size)
+        return self.proposer.size(self.lm.config.vocab_size) + self.keeps_rest
 
     def start(
         self,
@@ -165,11 +178,15 @@ class Decoder:
         return Decoded(tokens, lengths, finished, jnp.where(adds_up, trace.rewards.sum(axis=1), newest), trace)
 
     def _step(self, params: AllParams, state: DecodeState) -> DecodeState:
-        fused = self._fuse(params, state)
-        proposal, text, live = fused.proposal, state.text, ~state.done
-        log_q = self.rule(proposal, state.settings.temperature)
+        text, live = state.text, ~state.done
         keys = jax.vmap(jax.random.fold_in)(state.keys, text.answer_lengths)
-        index = jax.vmap(jax.random.categorical)(keys, log_q)
+        fused = self._fuse(params, state, keys)
+        proposal = fused.proposal
+        log_q = self.rule(proposal, state.settings.temperature)
+        if fused.rest is None:
+            index = jax.vmap(jax.random.categorical)(keys, log_q)
+        else:
+            index = (log_q + fused.rest.noise).argmax(axis=1)
         token = jnp.take_along_axis(proposal.tokens, index[:, None], axis=1)[:, 0]
         chosen = Chosen(token, index, live)
 
@@ -194,7 +211,7 @@ class Decoder:
             trace=trace,
         )
 
-    def _fuse(self, params: AllParams, state: DecodeState) -> _Fused:
+    def _fuse(self, params: AllParams, state: DecodeState, keys: PRNGKeyArray) -> _Fused:
         """The candidates and their fused scores."""
         lm_params, guide_params = params
         hidden, lm_pending = self.lm.siblings(lm_params, state.lm, state.last_tokens[:, None])
@@ -203,6 +220,8 @@ class Decoder:
         entropies = normaliser[:, 0] - (jnp.exp(logits - normaliser) * logits).sum(axis=-1)
 
         weights = state.settings.weights
+        if state.settings.gate_entropy is not None:
+            weights = jnp.where((entropies >= state.settings.gate_entropy)[:, None], weights, 0.0)
         rewards: list[Any] = [None] * len(self.guides)
         pending: list[Any] = [None] * len(self.guides)
         of_vocabulary = jnp.zeros_like(logits)
@@ -212,6 +231,11 @@ class Decoder:
                 rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text)
                 of_vocabulary = of_vocabulary + weights[:, j, None] * rewards[j]
         tokens, is_candidate = self.proposer(logits, of_vocabulary, state.settings.candidates)
+        rest = None
+        if self.keeps_rest:
+            rest = draw_rest(logits - normaliser, tokens, is_candidate, state.settings.temperature, keys)
+            tokens = jnp.concatenate([tokens, rest.token[:, None]], axis=1)
+            is_candidate = jnp.concatenate([is_candidate, rest.exists[:, None]], axis=1)
         for j, (guide, guide_param, guide_state) in enumerate(parts):
             if guide.scores_vocabulary:
                 rewards[j] = jnp.take_along_axis(rewards[j], tokens, axis=1)
@@ -220,10 +244,14 @@ class Decoder:
 
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
         stacked = jnp.stack(rewards, axis=-1) if rewards else jnp.zeros((*tokens.shape, 0))
-        scores = log_probs + (stacked * weights[:, None]).sum(axis=-1)
+        proposed = self.proposer.size(self.lm.config.vocab_size)
+        in_scores = in_form(self.reward_form, stacked[:, :proposed], is_candidate[:, :proposed])
+        scores = log_probs[:, :proposed] + (in_scores * weights[:, None]).sum(axis=-1)
+        if rest is not None:
+            scores = jnp.concatenate([scores, rest.score[:, None]], axis=1)
         scores = jnp.where(is_candidate, scores, -jnp.inf)
-        proposal = Proposal(tokens, is_candidate, log_probs, stacked, scores, hidden[:, 0])
-        return _Fused(proposal, entropies, lm_pending, tuple(pending))
+        proposal = Proposal(tokens, is_candidate, log_probs, stacked, scores, hidden[:, 0], weights)
+        return _Fused(proposal, rest, entropies, lm_pending, tuple(pending))
 
     def _note(self, fused: _Fused, log_q: Float[Array, "B K"], index: Int[Array, "B"]) -> Trace:
         """What is noted of one step, `[B ...]`."""
@@ -232,17 +260,27 @@ class Decoder:
         def of_chosen(x: Array) -> Array:
             return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
 
+        for_kl = proposal.log_probs
+        if fused.rest is not None:
+            for_kl = for_kl.at[:, -1].set(fused.rest.kl_log_prob)
         # 0 log 0 = 0
-        kls = jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * (log_q - proposal.log_probs), 0.0).sum(axis=-1)
+        kls = jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * (log_q - for_kl), 0.0).sum(axis=-1)
+        if fused.rest is not None:
+            log_q = log_q.at[:, -1].add(fused.rest.log_share)
         candidates = None
         if self.keeps_candidates:
             tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
             candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
+            if self.candidates > MOST_TRACED:
+                is_chosen = jnp.arange(self.candidates) == index[:, None]
+                _, kept = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MOST_TRACED)
+                rows = jnp.arange(len(index))[:, None]
+                candidates = jax.tree.map(lambda x: x[rows, kept], candidates)
         of_token = map(of_chosen, (proposal.log_probs, log_q))
         return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
 
     def _blank_trace(self, batch: int, steps: int) -> Trace:
-        count, guides = self.candidates, len(self.guides)
+        count, guides = min(self.candidates, MOST_TRACED), len(self.guides)
         candidates = None
         if self.keeps_candidates:
             numbers = jnp.zeros((batch, steps, count))

@@ -1,11 +1,13 @@
 """Which tokens are candidates, and what a step knows of them. A proposer is a small static object."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pargs_jax.errors import InputError
 
 
 class Proposal(NamedTuple):
@@ -18,9 +20,12 @@ class Proposal(NamedTuple):
     """Under the language model: over its whole vocabulary, at temperature 1, in nats."""
     rewards: Float[Array, "B K J"]
     scores: Float[Array, "B K"]
-    """`log p + sum_j w_j r_j`; minus infinity where there is no candidate."""
+    """`log p + sum_j w_j r_j`, the rewards in the form that the decoder gives them (`RewardForm`); minus infinity where
+    there is no candidate."""
     hidden: Float[Array, "B D"]
     """The language model's final hidden state, before the candidates."""
+    weights: Float[Array, "B J"]
+    """Each guide's weight in this step: 0 for all of them where the row is not guided."""
 
 
 class Proposer(Protocol):
@@ -59,6 +64,61 @@ class TopK:
 
 
 @dataclasses.dataclass(frozen=True)
+class TopKOfSum:
+    """The k highest sums of log-probability and vocabulary rewards (FaRMA; Rashid et al., 2025). Candidate guides can
+    score only what is proposed already: with them alone, this is `TopK`."""
+
+    k: int
+
+    def size(self, vocab_size: int) -> int:
+        return self.k
+
+    def __call__(
+        self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
+        return TopK(self.k)(logits + vocabulary_rewards, vocabulary_rewards, counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP:
+    """The nucleus: the fewest tokens, likeliest first, whose probability under the language model at temperature 1 is
+    at least `mass` (Holtzman et al., 2020). Tokens as likely as its last one belong to it too.
+
+    Candidates come in the order of their ids.
+    """
+
+    mass: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mass <= 1:
+            raise InputError(f"top p is {self.mass}; it must be above 0 and at most 1")
+
+    def size(self, vocab_size: int) -> int:
+        return vocab_size
+
+    def __call__(
+        self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
+        tokens, every = AllTokens()(logits, vocabulary_rewards, counts)
+        if self.mass == 1:  # sums of small numbers may reach 1 too early
+            return tokens, every
+        # The least probability in the nucleus, by bisection of its bits, whose order is that of positive floats: 30
+        # passes over the vocabulary are much faster than a sort.
+        probs = jax.nn.softmax(logits, axis=-1)
+
+        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds
+            middle = (low + high) // 2
+            larger = probs > jax.lax.bitcast_convert_type(middle, jnp.float32)
+            is_enough = jnp.where(larger, probs, 0.0).sum(axis=-1, keepdims=True) >= self.mass
+            return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+        one = jnp.full((len(probs), 1), jnp.float32(1.0)).view(jnp.int32)
+        _, least = jax.lax.fori_loop(0, 30, halve, (jnp.full_like(one, -1), one))
+        return tokens, probs >= jax.lax.bitcast_convert_type(least, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class AllTokens:
     """The whole vocabulary, in the order of its ids; for vocabulary guides, since a candidate guide would have to score
     every token."""
@@ -71,3 +131,19 @@ class AllTokens:
     ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
         tokens = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
         return tokens, jnp.ones(logits.shape, bool)
+
+
+RewardForm = Literal["plain", "clipped", "centred"]
+"""How rewards enter the scores: as they are; clipped to [0, 1] (RAD); or minus their mean over the candidates (VAS)."""
+
+
+def in_form(
+    form: RewardForm, rewards: Float[Array, "B K J"], is_candidate: Bool[Array, "B K"]
+) -> Float[Array, "B K J"]:
+    """The rewards of candidates, as the scores take them."""
+    if form == "clipped":
+        return jnp.clip(rewards, 0.0, 1.0)
+    if form == "centred":
+        real = is_candidate[..., None]
+        return rewards - jnp.mean(rewards, axis=1, keepdims=True, where=real)
+    return rewards

@@ -36,3 +36,22 @@ class Sample:
         is_greedy = temperature[:, None] == 0
         scaled = proposal.scores / jnp.where(is_greedy, 1.0, temperature[:, None])
         return jnp.where(is_greedy, Greedy()(proposal, temperature), jax.nn.log_softmax(scaled, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Contrastive search (Su et al., 2022): the candidate with the highest
+
+        (1 - alpha) p(v) - alpha max_j cos(h_v, h_j)
+
+    The rewards are those of one `SimilarityGuide`, minus the largest cosine, and alpha is its weight.
+    """
+
+    def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
+        alpha = proposal.weights[:, :1]
+        scores = (1.0 - alpha) * jnp.exp(proposal.log_probs) + alpha * proposal.rewards[..., 0]
+        scores = jnp.where(proposal.is_candidate, scores, -jnp.inf)
+        return Greedy()(proposal._replace(scores=scores), temperature)
+
+
+RULES: dict[str, Rule] = {"greedy": Greedy(), "sample": Sample(), "contrastive": Contrastive()}

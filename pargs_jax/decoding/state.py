@@ -24,10 +24,19 @@ class RowSettings(NamedTuple):
     """At most as many as the proposer has places for."""
     max_new_tokens: Int[Array, "B"]
     """The longest answer, its end-of-sequence token included; at most what the state has room for."""
+    gate_entropy: Float[Array, "B"] | None = None
+    """A step is guided only where the language model's entropy is at least this, in nats; None for all steps."""
 
     @classmethod
     def alike(
-        cls, rows: int, *, weights: Any = (), temperature: float = 1.0, candidates: int, max_new_tokens: int
+        cls,
+        rows: int,
+        *,
+        weights: Any = (),
+        temperature: float = 1.0,
+        candidates: int,
+        max_new_tokens: int,
+        gate_entropy: float | None = None,
     ) -> "RowSettings":
         """The same settings for all rows."""
         weights = jnp.asarray(weights, jnp.float32)
@@ -36,6 +45,7 @@ class RowSettings(NamedTuple):
             jnp.full(rows, temperature, jnp.float32),
             jnp.full(rows, candidates, jnp.int32),
             jnp.full(rows, max_new_tokens, jnp.int32),
+            None if gate_entropy is None else jnp.full(rows, gate_entropy, jnp.float32),
         )
 
 

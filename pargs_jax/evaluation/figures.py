@@ -176,7 +176,7 @@ def _frontier(report: Report, judge: Metric) -> tuple["Figure", str]:
         scale = "square-root"
         axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
         axis.set_xlim(left=0)
-    axis.set_xlabel(f"exact KL from the language model, nats an answer ({scale} scale)")
+    axis.set_xlabel(f"KL from the language model, nats an answer ({scale} scale)")
     axis.set_ylabel(_literal(_short(judge.name)) + (" (a guide)" if judge.is_guide else ""))
     axis.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=min(2, len(curves) + drawn))

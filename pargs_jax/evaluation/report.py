@@ -27,7 +27,10 @@ from pargs_jax.evaluation.text_metrics import args_diversity, distinct, repetiti
 Kind = Literal["judge", "guide", "likelihood", "text", "cost"]
 
 _GIVEN: dict[str, tuple[Kind, str]] = {
-    "kl": ("likelihood", "exact KL(q || p) of an answer from the language model, in nats (decode.py)"),
+    "kl": (
+        "likelihood",
+        "KL(q || p) of an answer from the language model, in nats: exact but for searches",
+    ),
     "log_probability": ("likelihood", "log-probability of an answer under the language model, in nats (decode.py)"),
     "tokens": ("text", "tokens of an answer, its end included (decode.py)"),
     "lm_tokens": ("cost", "tokens that the language model read and wrote for an answer (decode.py)"),

@@ -13,15 +13,17 @@ from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
 from pargs_jax.errors import InputError
-from pargs_jax.generation.session import Answer
+from pargs_jax.generation.answers import Answer
+from pargs_jax.generation.traces import TracesFile, one_or_all
 from pargs_jax.options import deciding_values
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
     """An answer as a row of the output: `guide_reward` is a number for one reward model, a list for several."""
-    row = dataclasses.asdict(answer)
-    rewards = list(row.pop("guide_rewards"))
-    row["guide_reward"] = None if not rewards else rewards[0] if len(rewards) == 1 else rewards
+    row = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if field.name != "trace"}
+    row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
+    if row["log_z"] is None:
+        del row["log_z"]  # particles alone have it
     return row
 
 
@@ -31,6 +33,8 @@ class AnswersFile:
     Beside `F.jsonl` lies `F.jsonl.config.yaml`: a second run goes on after the rows that are there if its options are
     the same, and is refused if not. Every row has a digest of the options that it was made with, and its prompt: the
     same id with another prompt is refused too. A last line that was cut off is dropped and answered again.
+
+    With the config's `trace`, the answers' traces go into that file (`TracesFile`).
     """
 
     def __init__(self, path: Path, config: DecodeConfig) -> None:
@@ -47,13 +51,16 @@ class AnswersFile:
         with write_failures_named(path, "give another --out"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
+        self._traces: TracesFile | None = None
         try:
             hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or give another --out")
-            self._done = self._read_done(config)
+            before = self._earlier_config(config)
+            self._done = self._read_done(config, before)
+            self._traces = self._open_traces(config, before)
             with write_failures_named(self._settings, "give another --out"):
                 write_whole(self._settings, to_yaml(config))
         except InputError:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> "AnswersFile":
@@ -62,34 +69,52 @@ class AnswersFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
 
-    def answered(self, prompts: Sequence[Prompt]) -> list[bool]:
-        """Which of the prompts have a row. Raises InputError if the row of a prompt's id answers another prompt."""
+    def answered(self, prompts: Sequence[Prompt], n: int = 1) -> list[list[bool]]:
+        """Which of the n samples of each prompt have a row. Raises InputError if a row of a prompt's id answers another
+        prompt."""
         for prompt in prompts:
-            if prompt.id in self._done and self._done[prompt.id] != _digest(prompt.text):
-                raise InputError(
-                    f"{self._path}: the row with the id {prompt.id!r} answers another prompt (a prompt without an id "
-                    "has its line's number); give another --out, or prompts with ids of their own"
-                )
-        return [prompt.id in self._done for prompt in prompts]
+            for sample in range(n):
+                if self._done.get((prompt.id, sample), digest := _digest(prompt.text)) != digest:
+                    raise InputError(
+                        f"{self._path}: the row with the id {prompt.id!r} answers another prompt (a prompt without an "
+                        "id has its line's number); give another --out, or prompts with ids of their own"
+                    )
+        return [[(prompt.id, sample) in self._done for sample in range(n)] for prompt in prompts]
 
     def write(self, answers: Sequence[Answer]) -> None:
-        """Appends rows. Raises InputError if the disk does not take them all."""
+        """Appends rows, those of the traces first. Raises InputError if the disk does not take them all."""
+        if self._traces is not None:
+            self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
         rows = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
         with write_failures_named(self._path, "the answers before are kept; mend that, then run the same again"):
             append_all(self._file, rows)
 
-    def _read_done(self, config: DecodeConfig) -> dict[str, bytes]:
-        """The digest of each answered prompt, by its id."""
+    def _close(self) -> None:
+        self._file.close()
+        if self._traces is not None:
+            self._traces.close()
+
+    def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
+        """That of the run that made the file; None where there is nothing to go on with."""
+        has_rows = self._path.stat().st_size > 0
+        if not self._settings.exists():
+            if has_rows:
+                raise InputError(f"{self._path}: is there already and was not written by decode.py; give another --out")
+            return None
+        # A run that was killed before its first answers may have left traces.
+        if not has_rows and config.trace is None:
+            return None
+        return from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
+
+    def _read_done(self, config: DecodeConfig, before: DecodeConfig | None) -> dict[tuple[str, int], bytes]:
+        """The digest of each answered prompt, by its id and the answer's sample."""
         content = self._path.read_bytes()
         if not content:
             return {}
-        if not self._settings.exists():
-            raise InputError(f"{self._path}: is there already and was not written by decode.py; give another --out")
-        before = from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
-        if deciding_values(before) != deciding_values(config):
+        if before is None or deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
                 "run with those, or give another --out"
@@ -100,7 +125,8 @@ class AnswersFile:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                prompt_id, digest, options = row["id"], _digest(row["prompt"]), row.get("options")
+                answered = row["id"], row.get("sample", 0)
+                digest, options = _digest(row["prompt"]), row.get("options")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{self._path}: line {number} is not an answer ({error!r}); give another --out"
@@ -110,9 +136,15 @@ class AnswersFile:
                     f"{self._path}: line {number} was made with other options than {self._settings.name} says; "
                     "give another --out"
                 )
-            done[prompt_id] = digest
+            done[answered] = digest
         self._file.truncate(len(content) - len(cut_off))
         return done
+
+    def _open_traces(self, config: DecodeConfig, before: DecodeConfig | None) -> TracesFile | None:
+        if config.trace is None:
+            return None
+        is_known = before is not None and before.trace == config.trace
+        return TracesFile(Path(config.trace), self._path, list(self._done), self._options, is_known=is_known)
 
 
 def options_digest(config: DecodeConfig) -> str:

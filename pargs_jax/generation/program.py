@@ -1,6 +1,7 @@
 """What decoding a batch computes, assembled from models and a method. It is the same whether the models' parameters are
 loaded or only described."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from pargs_jax.decoding.guides import EncoderGuide, Guide, Prompts, RetokenisedGuide
 from pargs_jax.decoding.loop import Decoded, Decoder
 from pargs_jax.decoding.methods import Method
+from pargs_jax.decoding.search import Found, Searcher, SearchInputs, SearchMethod
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.sharding import on_every_device
@@ -37,11 +39,25 @@ class DecodingProgram(NamedTuple):
         k: int | None,
         max_new_tokens: int,
         *,
+        top_p: float | None = None,
         eos_ids: tuple[int, ...],
         pad_id: int,
+        keeps_candidates: bool = False,
     ) -> "DecodingProgram":
-        """The program of a method with these models; `k` candidates, or as many as the method usually has."""
-        decoder = Decoder(lm, guides, method.proposer(k), method.rule, eos_ids=eos_ids, pad_id=pad_id)
+        """The program of a method with these models; `k` candidates, or as many as the method usually has, and its
+        `top_p` likewise."""
+        in_vocabulary = method.judged or all(guide.scores_vocabulary for guide in guides)
+        decoder = Decoder(
+            lm,
+            guides,
+            method.proposer(k, top_p=top_p, scores_vocabulary=in_vocabulary),
+            method.rule,
+            eos_ids,
+            pad_id,
+            keeps_candidates,
+            method.reward_form,
+            method.keeps_rest,
+        )
         by_text = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
         return cls(decoder, max_new_tokens, by_text)
 
@@ -56,6 +72,62 @@ class DecodingProgram(NamedTuple):
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """The program for arguments of these shapes, ready to be compiled; without the program as an argument."""
         return _decode.lower(self, *arguments)
+
+
+class SearchProgram(NamedTuple):
+    """The static parts of a search over a batch; called and lowered like a `DecodingProgram`. Hashable.
+
+    Attributes:
+        search: the search method.
+        searcher: what draws tokens and what judges texts.
+        max_new_tokens: the longest answer.
+        by_text: which of the guides or judges have a tokenizer of their own.
+    """
+
+    search: SearchMethod
+    searcher: Searcher
+    max_new_tokens: int
+    by_text: tuple[int, ...]
+
+    @classmethod
+    def assemble(cls, program: DecodingProgram, method: Method, search: SearchMethod) -> "SearchProgram":
+        """A search over what a program decodes. Its guides are judges where the method has them so."""
+        decoder, judges = program.decoder, ()
+        if method.judged:
+            decoder, judges = dataclasses.replace(decoder, guides=()), decoder.guides
+        return cls(search, Searcher(decoder, judges), program.max_new_tokens, program.by_text)
+
+    def __call__(self, *arguments: Any) -> tuple[Found, tuple[Int[Array, ""], ...]]:
+        """What the search finds, and the room that texts needed. The arguments are a `DecodingProgram`'s."""
+        return _search(self, *arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, ready to be compiled."""
+        return _search.lower(self, *arguments)
+
+
+@partial(jax.jit, static_argnums=0)
+def _search(
+    program: SearchProgram,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    keys: PRNGKeyArray,
+    settings: RowSettings,
+    guide_prompts: tuple[Prompts | None, ...],
+) -> tuple[Found, tuple[Int[Array, ""], ...]]:
+    lm_params, guide_params = params
+    none = settings.weights[:, :0]
+    if program.searcher.judges:
+        judged = settings._replace(weights=none)
+        inputs = SearchInputs(
+            (lm_params, ()), guide_params, prompts, lengths, keys, judged, settings.weights, (), guide_prompts
+        )
+    else:
+        inputs = SearchInputs(params, (), prompts, lengths, keys, settings, none, guide_prompts, ())
+    found = program.search(program.searcher, inputs, program.max_new_tokens)
+    found = found._replace(samples=None, sample_scores=None, log_weights=None)
+    return on_every_device((found, found.tokens.needed))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -3,14 +3,23 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, Guide, Prompts, RetokenisedGuide
+from pargs_jax.decoding.guides import (
+    AutoregressiveGuide,
+    CausalGuide,
+    EncoderGuide,
+    Guide,
+    NextTokenGuide,
+    PreferenceGuide,
+    Prompts,
+    RetokenisedGuide,
+)
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model, resolve
@@ -19,7 +28,17 @@ from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
+Role = Literal["scalar", "table", "log_probs", "preference"]
+"""What a reward model's numbers are: the reward of a text; those of a text with each next token; the log-probabilities
+of next tokens; or these, for a preference vector."""
+
+_HEAD_OF: dict[Role, str] = {
+    "scalar": "reward", "table": "table", "log_probs": "vocabulary", "preference": "vocabulary"
+}  # fmt: skip
+_NEXT_TOKEN_GUIDES = {"table": NextTokenGuide, "log_probs": AutoregressiveGuide, "preference": PreferenceGuide}
+
 SMALLEST_WIDTH = 16
+WIDTH_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +47,7 @@ class RewardModel:
     same text in tokens of its own.
 
     `has_own_template` says that its chat template is not the language model's. `prompt_form` is the one that it was
-    trained with, if it says so.
+    trained with, if it says so. `lm_vocab_size` is the number of tokens that the language model proposes.
     """
 
     source: str
@@ -38,15 +57,35 @@ class RewardModel:
     retokeniser: Retokeniser | None
     has_own_template: bool = False
     prompt_form: str | None = None
+    role: Role = "scalar"
+    lm_vocab_size: int = 0
 
     @classmethod
     def load(
-        cls, source: str, lm_tokenizer: TextTokenizer, lm_vocab_size: int, *, dtype: str, unroll: bool
+        cls,
+        source: str,
+        lm_tokenizer: TextTokenizer,
+        lm_vocab_size: int,
+        *,
+        dtype: str,
+        unroll: bool,
+        role: Role = "scalar",
     ) -> "RewardModel":
-        """Loads from a folder or the hub. Raises InputError if it is not a reward model or does not suit its
-        tokenizer."""
+        """Loads from a folder or the hub. Raises InputError if it is not a reward model of that role, or does not suit
+        its tokenizer or the language model's."""
         folder = resolve(source)
-        loaded = load_model(folder, "reward", dtype=dtype)
+        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(folder)):
+            raise InputError(
+                f"{source}: has another tokenizer than the language model; one that scores all next tokens at once "
+                "must share it"
+            )
+        loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
+        if (loaded.model.lora is not None) != (role == "preference"):
+            raise InputError(
+                f"{source}: takes a preference vector; only --method parm gives one"
+                if loaded.model.lora
+                else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
+            )
         if loaded.new_head:
             raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
@@ -55,7 +94,8 @@ class RewardModel:
         shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
         retokeniser = None if shares else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
-        return cls(source, model, params, tokenizer, retokeniser, has_own_template, loaded.prompt_form)
+        form = loaded.prompt_form
+        return cls(source, model, params, tokenizer, retokeniser, has_own_template, form, role, lm_vocab_size)
 
     def encode_prompt(self, prompt: Prompt, lm_ids: list[int]) -> list[int]:
         """A prompt in this model's tokens, written in its own chat template where the prompt has turns.
@@ -81,12 +121,14 @@ class RewardModel:
         except InputError as error:
             raise InputError(f"prompt {prompt.id!r} for {self.source}: {error}") from error
 
-    def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int) -> None:
-        """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer."""
-        if len(ids) + max_new_tokens > self.model.config.max_positions:
+    def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, look_ahead: int = 0) -> None:
+        """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer and what is
+        written after a candidate."""
+        if len(ids) + max_new_tokens + look_ahead > self.model.config.max_positions:
+            ahead = f" and --look-ahead {look_ahead}" if look_ahead else ""
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with --max-new-tokens {max_new_tokens} "
-                f"that is more than its context of {self.model.config.max_positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with --max-new-tokens {max_new_tokens}"
+                f"{ahead} that is more than its context of {self.model.config.max_positions} tokens"
             )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:
@@ -102,6 +144,8 @@ class RewardModel:
     def guide(self, prompts: Prompts, max_new_tokens: int, room: int = 0) -> Guide:
         """The guide for a batch of prompts in this model's tokens; with room for answers of at least so many tokens of
         its own, as far as the model has positions for them."""
+        if self.role != "scalar":
+            return _NEXT_TOKEN_GUIDES[self.role](self.model, self.lm_vocab_size)
         longest = int(prompts.lengths.max())
         return make_guide(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
 
@@ -109,6 +153,14 @@ class RewardModel:
         """A batch of prompts in this model's tokens, as its guide takes them: None if they are the language model's."""
         shares = self.retokeniser is None and np.array_equal(prompts.tokens, lm_prompts.tokens)
         return None if shares else prompts
+
+    def tokens_read(self, prompt: int, answer: int, candidates: int) -> int:
+        """Tokens that it reads as a guide (see `TokensRead`)."""
+        if self.role != "scalar":
+            return prompt - 1 + answer
+        if self.model.one_pass:
+            return prompt + candidates * answer
+        return candidates * (answer * prompt + answer * (answer + 1) // 2)
 
     def larger_room(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
         """Room for answers of which one needed so many of this model's tokens, and there were fewer. Raises InputError
@@ -224,5 +276,11 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts
 
 
 def padded_width(length: int) -> int:
-    """The next power of two, so that few shapes compile."""
-    return max(SMALLEST_WIDTH, 1 << (int(length) - 1).bit_length())
+    """The width that texts are padded to: 16, 32, 64, or the next multiple of 64.
+
+    Every width is a program to compile, of which a context of C tokens has at most 2 + C / 64; texts beyond 64 tokens
+    are read with less than 64 of padding.
+    """
+    if length > WIDTH_STEP:
+        return -(-int(length) // WIDTH_STEP) * WIDTH_STEP
+    return next(width for width in (SMALLEST_WIDTH, 32, WIDTH_STEP) if length <= width)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from pargs_jax.sharding import ROWS, constrain, spec_of
+from pargs_jax.sharding import ROWS, constrain, row_shards, spec_of
 
 SLOT_MULTIPLE = 64
 """Caches have a multiple of so many slots: odd lengths keep GPUs and TPUs from their fast products."""
@@ -105,6 +105,56 @@ def _pick(stored: Array, slots: Int[Array, "B"]) -> Array:
 def take_rows(tree: Any, rows: Int[Array, "N"]) -> Any:
     """Rows of all arrays of a tree, whose first dimension they are; in caches of stacked layers the second."""
     return _map_rows(lambda x, axis: jnp.take(x, rows, axis=axis), tree)
+
+
+def repeat_rows(tree: Any, count: int) -> Any:
+    """Every row `count` times, its copies side by side."""
+    return _map_rows(lambda x, axis: jnp.repeat(x, count, axis=axis), tree)
+
+
+def copy_rows(tree: Any, sources: Int[Array, "B n"]) -> Any:
+    """Overwrites rows by copies of others, in place; the rows are B groups of n. Place i of group b gets a copy of the
+    group's row `sources[b, i]`. A row that others are copied from has to stay: `sources[b, sources[b, i]]` is itself.
+
+    Only rows that change are written, as many at a time as there are groups.
+    """
+    count = sources.shape[1]
+    is_copy = sources != jnp.arange(count)
+    places = jnp.argsort(~is_copy, axis=1, stable=True)
+
+    def copy_one(step: Int[Array, ""], tree: Any) -> Any:
+        place = places[:, step]
+        source = jnp.take_along_axis(sources, place[:, None], axis=1)[:, 0]
+        place = jnp.where(step < is_copy.sum(axis=1), place, source)  # onto itself where no more are to be copied
+        return _map_rows(lambda x, axis: _copy_row(x, axis, source, place), tree)
+
+    return jax.lax.fori_loop(0, is_copy.sum(axis=1).max(), copy_one, tree)
+
+
+def _copy_row(x: Array, axis: int, source: Int[Array, "B"], place: Int[Array, "B"]) -> Array:
+    """In each of B groups of rows, which are the dimension `axis`, row `source[b]` overwrites row `place[b]`."""
+    groups, count = len(source), x.shape[axis] // len(source)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else row_shards(mesh)
+    if axis == 0 or groups % shards or groups > MOST_SLICES:
+        apart = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
+        write = jax.vmap(lambda rows, source, place: rows.at[place].set(rows[source]))
+        for _ in range(axis):
+            write = jax.vmap(write, (0, None, None))
+        return write(apart, source, place).reshape(x.shape)
+
+    # Stacked layers, a slice for each group, as in `write_rows`.
+    def write_all(x: Array, source: Array, place: Array) -> Array:
+        for group in range(len(source)):
+            row = jax.lax.dynamic_slice_in_dim(x, group * count + source[group], 1, axis)
+            x = jax.lax.dynamic_update_slice_in_dim(x, row, group * count + place[group], axis)
+        return x
+
+    spec = spec_of(x.shape, ROWS, "tensor", None, None)
+    if spec is None:
+        return write_all(x, source, place)
+    rows = PartitionSpec(spec[1])
+    return jax.shard_map(write_all, in_specs=(spec, rows, rows), out_specs=spec, check_vma=False)(x, source, place)
 
 
 def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:

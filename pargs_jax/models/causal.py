@@ -20,7 +20,7 @@ from pargs_jax.models.one_pass import OnePass
 
 @dataclasses.dataclass(frozen=True)
 class CausalModel(OnePass, Model):
-    """A GPT-2, Llama or OPT with a vocabulary head (a language model) or a scalar head (a reward model)."""
+    """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
     reads_candidates: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class CausalModel(OnePass, Model):
         return self._encode(params, tokens, start, key)[0]
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits (fp32) of a model with a vocabulary head."""
+        """Next-token logits (fp32) of a model with a vocabulary head; with a table, rewards of all next tokens."""
         network = self.network(params)
         return network.head(hidden, network.backbone.embed)[..., : self.config.vocab_size]
 
@@ -53,9 +53,15 @@ class CausalModel(OnePass, Model):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
         state too."""
+        hidden, cache = self.prefill_states(params, prompts, lengths, slots)
+        return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0], cache
+
+    def prefill_states(
+        self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
+    ) -> tuple[Float[Array, "B P D"], Cache]:
+        """`prefill` with the final hidden states of all tokens, at the slots where the cache has them."""
         hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        return last, Cache(with_slots(new, slots), lengths)
+        return hidden, Cache(with_slots(new, slots), lengths)
 
     def siblings(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]
@@ -81,6 +87,21 @@ class CausalModel(OnePass, Model):
         if self.unrolled:
             return cache._replace(kv=pending).keep_one(counts, index)
         return cache.append_one(pending, counts, index)
+
+    def read(
+        self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.
+        Needs room for all T."""
+        offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if not self.unrolled:
+            causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+            hidden, new = self.extend(params, cache, tokens, offsets, causal)
+            return hidden, cache.append(new, counts)
+        positions = cache.lengths[:, None] + offsets
+        mask = jnp.arange(cache.slots) <= positions[..., None]
+        hidden, kv = self.network(params).backbone(tokens, positions, Within(cache.lengths, mask), cache.kv)
+        return hidden, cache._replace(kv=kv, lengths=cache.lengths + counts)
 
     def extend(
         self,

@@ -207,6 +207,6 @@ FAMILY = Family(
         *layer_norm("ln_f", "norm"),
     ),
     class_prefix="GPT2",
-    class_names={"vocabulary": "GPT2LMHeadModel"},
+    class_names={"vocabulary": "GPT2LMHeadModel", "table": "GPT2LMHeadModel"},
     ignored=r"h\.\d+\.attn\.(masked_)?bias",
 )

@@ -1,4 +1,5 @@
-"""What is read off a backbone's hidden states: next-token logits, or one scalar reward for each state.
+"""What is read off a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of the
+rewards of all next tokens.
 
 `CAUSAL_HEADS` and `ENCODER_HEADS` are the heads that models can have, by name. A new one is an entry there.
 """
@@ -29,6 +30,7 @@ class Head:
         may_be_new: whether a checkpoint may lack it. It then begins at random, and is trained whole beside low-rank
             additions to the backbone.
         may_be_tied: whether it is the token embeddings where the model's config says so.
+        is_marked: whether `pargs_head` in config.json says which head it is, since the tensors do not.
         is_fp32: whether its parameters stay fp32 where the backbone computes in another format.
         std: the standard deviation of its matrices at the beginning, given the model's config; biases begin at 0.
     """
@@ -39,6 +41,7 @@ class Head:
     class_suffix: str
     may_be_new: bool = False
     may_be_tied: bool = False
+    is_marked: bool = False
     is_fp32: bool = False
     std: Callable[[Any], float] = lambda config: config.initializer_range
 
@@ -93,16 +96,20 @@ def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"
     return out if linear.bias is None else out + linear.bias[...].astype(jnp.float32)
 
 
-CAUSAL_HEADS: dict[str, Head] = {
-    "vocabulary": Head(
-        lambda config, std, rngs: VocabularyHead(
-            config.head_width, config.vocab_size, config.tied_embeddings, std, rngs=rngs
-        ),
-        outputs=lambda config: config.vocab_size,
-        rows=(Row("lm_head.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
-        class_suffix="ForCausalLM",
-        may_be_tied=True,
+_VOCABULARY = Head(
+    lambda config, std, rngs: VocabularyHead(
+        config.head_width, config.vocab_size, config.tied_embeddings, std, rngs=rngs
     ),
+    outputs=lambda config: config.vocab_size,
+    rows=(Row("lm_head.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
+    class_suffix="ForCausalLM",
+    may_be_tied=True,
+)
+
+CAUSAL_HEADS: dict[str, Head] = {
+    "vocabulary": _VOCABULARY,
+    # The same parameters, of which the numbers are rewards of the text with each next token (FaRMA, CD-Q).
+    "table": dataclasses.replace(_VOCABULARY, is_marked=True),
     "reward": Head(
         lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
         outputs=lambda config: 1,

@@ -21,7 +21,10 @@ from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.models.families import FAMILIES
+from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
+from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
 from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
 from pargs_jax.sharding import place_computed
 
@@ -101,6 +104,9 @@ def load_model(
         raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
     new_head = kind.may_be_new and not has_head
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
+    if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
+        model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
+        params = join_params(params, read_additions(folder, model, np.dtype(dtype)))
     return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
 
 
@@ -124,7 +130,25 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model (--rm)")
+    marked = getattr(hf, "pargs_head", None)
+    if marked not in (None, head):
+        raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")
+    if model.head_kind.is_marked and marked is None:
+        warn(f"{folder}: its logits are taken for rewards of next tokens; pargs_head in its config.json would say so")
     return model
+
+
+def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
+    """Which head a checkpoint has, by config.json alone: `pargs_head`, or what the name of its class says; None if that
+    says nothing."""
+    folder = resolve(source, patterns=("config.json",))
+    hf = _read_config(folder)
+    if (marked := getattr(hf, "pargs_head", None)) is not None:
+        return marked
+    names = getattr(hf, "architectures", None) or [""]
+    if names[0].endswith(CLASSIFIER):
+        return "reward"
+    return "vocabulary" if names[0].endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def save_model(
@@ -148,6 +172,12 @@ def save_model(
     from safetensors.numpy import save_file
 
     model, params = stack_layers(model, params)
+    additions: dict[str, np.ndarray] = {}
+    extra: dict[str, Any] = {}
+    if isinstance(model.lora, PreferenceLora):
+        extra["pargs_preference_lora"] = dataclasses.asdict(model.lora)
+        additions, params = split_additions(params)
+        model = dataclasses.replace(model, lora=None)
     fields = model.config.to_hf()
     name = fields.pop("model_type")
     family = FAMILIES[name]
@@ -157,7 +187,10 @@ def save_model(
         return
     tensors = dict(exported)
     labels = model.head_kind.labels(model.config)
-    extra = {} if labels is None else {"num_labels": labels}
+    if labels is not None:
+        extra["num_labels"] = labels
+    if model.head_kind.is_marked:
+        extra["pargs_head"] = model.head
     if prompt_form is not None:  # that it was trained with; transformers keeps fields that it does not know
         extra["pargs_prompt_form"] = prompt_form
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
@@ -181,10 +214,13 @@ def save_model(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
+    if additions:
+        save_file(additions, partial / ADDITIONS)
     written = {file.name for file in partial.iterdir()}
     for name in sorted(written):
         os.replace(partial / name, target / name)
-    for old in sorted(target.glob("model*.safetensors*"), reverse=True):  # an index before what it names
+    for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
+        # An index before what it names.
         if old.name not in written:
             old.unlink()
     partial.rmdir()

@@ -112,7 +112,7 @@ def attention(
 
 
 class Linear(nnx.Module):
-    """A linear layer. `pargs_jax.models.lora` gives it a low-rank addition to its matrix."""
+    """A linear layer. `pargs_jax.models.lora` and `preference_lora` give it low-rank additions to its matrix."""
 
     def __init__(
         self,
@@ -128,11 +128,14 @@ class Linear(nnx.Module):
         self.lora_in: nnx.Param | None = nnx.data(None)
         self.lora_out: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
+        self.addition: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
         out = x @ self.kernel[...]
         if self.lora_in is not None:
             out = out + self.lora_scale * (x @ self.lora_in[...] @ self.lora_out[...])
+        if self.addition is not None:
+            out = out + self.addition(x)
         return out if self.bias is None else out + self.bias[...]
 
 

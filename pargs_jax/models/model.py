@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.heads import Head
 from pargs_jax.models.lora import Lora
+from pargs_jax.models.preference_lora import PreferenceLora
 
 Params = dict[str, Any]
 HeadName = str
-"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary` or `reward`."""
+"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `reward` or `table`."""
 
 
 class PromptsWithAnswers(Protocol):
@@ -109,7 +110,7 @@ class Model:
     config: Any
     head: HeadName = "vocabulary"
     unrolled: bool = False
-    lora: Lora | None = None
+    lora: Lora | PreferenceLora | None = None
 
     heads: ClassVar[Mapping[HeadName, Head]]
     """Those that models of this kind can have."""

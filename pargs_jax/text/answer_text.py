@@ -5,8 +5,11 @@ and SentencePiece's BPE with byte fallback, a token's text is looked up; for all
 """
 
 import codecs
+import os.path
 import random
 import re
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 from pargs_jax.text.tokenization import TextTokenizer, stages
@@ -75,6 +78,39 @@ class AnswerText(NamedTuple):
         oldest of the four."""
         finished = (reading for reading in self.readings if not reading.text.endswith(UNFINISHED))
         return next(finished, self.readings[-1])
+
+
+def texts_as_they_grow(reader: Reader, prompt_ids: list[int], tokens: Sequence[int]) -> list[AnswerText]:
+    """The answer before each of its tokens, and after the last one."""
+    return list(accumulate(tokens, AnswerText.followed_by, initial=AnswerText.begin(reader, prompt_ids)))
+
+
+def shares_of(answer: str, growing: Sequence[AnswerText]) -> list[str]:
+    """Which part of an answer's text each token gives; joined, they are the answer.
+
+    A character that several tokens make is given by the one after which it stays; the tokens before it give nothing,
+    as special tokens do.
+
+    Args:
+        answer: the whole text.
+        growing: what `texts_as_they_grow` gave for its tokens.
+    """
+    agreed = [_common_length(prefix.text, answer) for prefix in growing[:-1]]
+    ends = list(accumulate([len(answer), *reversed(agreed)], min))[::-1]
+    return [answer[start:end] for start, end in pairwise(ends)]
+
+
+def added_text(before: AnswerText, token: int) -> str:
+    """The text that an answer would gain by a token; empty if the token ends inside a character."""
+    text = before.followed_by(token).text
+    return text[_common_length(before.text, text) :]
+
+
+def _common_length(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    if other.startswith(text):  # nearly always, and faster than to compare characters
+        return len(text)
+    return len(os.path.commonprefix([text, other]))  # noqa: RUF071
 
 
 def fastest_reader(tokenizer: TextTokenizer) -> Reader:

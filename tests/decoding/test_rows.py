@@ -12,6 +12,7 @@ from pargs_jax.decoding import loop
 from pargs_jax.decoding.guides import CausalGuide, EncoderGuide, RetokenisedGuide
 from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.proposals import TopK
+from pargs_jax.decoding.search import Searcher, SearchInputs
 from pargs_jax.decoding.state import RowSettings, insert, take
 from pargs_jax.generation.reward_models import answer_rewards, left_pad
 from pargs_jax.models.encoder import EncoderModel
@@ -189,3 +190,41 @@ def test_rewinding_copies_nothing_and_brings_back_the_same_tokens():
     state = begin("causal", range(ROWS))
     same = rewind(decoder, state, np.full(ROWS, 99), None)
     jax.tree.map(np.testing.assert_array_equal, same.text, state.text)
+
+
+@partial(jax.jit, static_argnums=0)
+def judge_in_chunks(searcher, inputs, left, keys):
+    """Draws, judges, takes back, draws and judges again; the rewards after each judging."""
+    rows, tokens, of_prompts = searcher.start_judged(inputs, STEPS, 5)
+    rewards, counts = [of_prompts], [tokens]
+    for steps in (5, 4):
+        rows, tokens = searcher.draw(inputs, rows, tokens, steps)
+        rows, tokens = searcher.judge(inputs, rows, tokens, 5)
+        rewards.append(rows.rewards)
+        counts.append(tokens)
+        kept = rows
+        rows = searcher.rewind(rows, jnp.minimum(left, rows.judged), keys)
+    return kept, rewards, counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judge_that_reads_in_chunks_gives_the_rewards_of_whole_texts(kind):
+    decoder, params, by_text = parts(kind)
+    searcher = Searcher(dataclasses.replace(decoder, guides=()), decoder.guides)
+    state = begin(kind, range(ROWS))
+    prompts = left_pad([tokenizer().encode_prompt(TEXTS[n]) for n in range(ROWS)], ROWS, WIDTH)
+    settings = state.settings._replace(weights=jnp.zeros((ROWS, 0)))
+    own = (prompts,) if by_text else (None,)
+    inputs = SearchInputs((params[0], ()), params[1], *prompts, state.keys, settings, jnp.ones((ROWS, 1)), None, own)
+    keys = row_keys(0, jnp.arange(50, 50 + ROWS))
+    kept, rewards, counts = judge_in_chunks(searcher, inputs, jnp.asarray([0, 2, 4, 5]), keys)
+    decoded = jax.device_get(searcher.found(kept))
+    ids = [tokenizer().encode_prompt(TEXTS[n]) for n in range(ROWS)]
+    answers = [row[:length].tolist() for row, length in zip(decoded.tokens, decoded.lengths, strict=True)]
+    np.testing.assert_allclose(rewards[0][:, 0], full_rewards(kind, ids, [[]] * ROWS), atol=1e-4)
+    np.testing.assert_allclose(rewards[2][:, 0], full_rewards(kind, ids, answers), atol=1e-4)
+    read = np.asarray(counts[1].rm - counts[0].rm)
+    if not by_text:
+        assert read.tolist() == np.asarray(counts[1].lm - counts[0].lm).tolist()
+    elif kind == "encoder":  # the prompt and the answer
+        assert (read >= np.asarray(prompts.lengths)).all() and (read > np.asarray(prompts.lengths)).any()

@@ -4,9 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pargs_jax.commands import doors
+from pargs_jax.decoding.methods import METHODS
+from pargs_jax.demo import task as demo
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -53,14 +56,14 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
         "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
-        "options",
+        "sample", "options", "lm_tokens", "rm_tokens",
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + lines[3][:17])
     code, _, err = decode(*options)
-    assert code == 0 and "3 of 5 prompts are answered already" in " ".join(err.split())
+    assert code == 0 and "3 of 5 answers are there already" in " ".join(err.split())
     again = rows(out)
     assert again[:3] == whole[:3]
     assert {row["id"]: row["response"] for row in again} == {row["id"]: row["response"] for row in whole}
@@ -108,8 +111,61 @@ def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method
 
 
 def test_one_prompt_is_answered_on_standard_output(decode, lm):
-    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--max-new-tokens", 4)
-    assert code == 0 and out.endswith("\n")
+    """With what transformers answers, and nothing else."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(lm), AutoTokenizer.from_pretrained(lm)
+    prompt = tokenizer("a b c", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        ids = model.generate(prompt, max_new_tokens=10, do_sample=False, pad_token_id=0)[0]
+    expected = tokenizer.decode(ids[prompt.shape[1] :])
+    code, out, _ = decode("--lm", lm, "--method", "greedy", "--prompt", "a b c", "--max-new-tokens", 10)
+    assert code == 0 and out == f"{expected}\n" and len(expected) > 12
+
+
+def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm, rm, prompts, tmp_path):
+    """Also those of several samples; more of them than an answers file has are added to it."""
+    options = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--method", "pargs", "--max-new-tokens", 6, "--limit", 2)
+    written = tmp_path / "answers.jsonl"
+    assert decode(*options, "--out", written)[0] == 0
+    first = rows(written)
+    assert decode(*options, "--out", written, "--n", 3, "--temperature", 1)[0] == 2  # another temperature
+    code, _, err = decode(*options, "--out", written, "--n", 3)
+    assert code == 0 and "2 of 6 answers are there already" in " ".join(err.split())
+    assert rows(written)[:2] == first
+    answers = {(row["id"], row["sample"]): row["response"] for row in rows(written)}
+    assert len(set(answers.values())) == 6
+    code, out, _ = decode(*options, "--n", 3)
+    assert code == 0 and out == "".join(f"{answers[key]}\n" for key in sorted(answers))
+    code, _, err = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--n", 2)
+    assert code == 2 and "--n: 2 answers of greedy decoding, which does not sample, would be the same" in err
+
+
+def test_without_arguments_all_methods_are_compared_on_the_demo(decode, rm, tmp_path):
+    """But for a reward model, and fewer prompts. The table is that of the answers written."""
+    out = tmp_path / "answers.jsonl"
+    code, shown, _ = decode("--rm", rm, "--limit", 4, "--max-new-tokens", 12, "--out", out)
+    assert code == 0
+    written = rows(out)
+    compared = {name: METHODS[name] for name in METHODS if METHODS[name].reward_model in (None, "full", "partial")}
+    assert [row["method"] for row in written[::4]] == list(compared) and len(written) == 4 * len(compared)
+    assert "need other models: genarm, parm, expert_ratio, transfer_q" in " ".join(shown.split())
+    assert len({row["id"] for row in written}) == 4 == len({row["prompt"] for row in written})
+    cells = {line.split()[0]: line.split() for line in shown.splitlines() if " ± " in line}
+    for name, method in compared.items():
+        found = [row for row in written if row["method"] == name]
+        truth = [demo.oracle(row["prompt"], row["response"]) for row in found]
+        assert [row["true_reward"] for row in found] == truth
+        expected = [name, Path(rm).name if method.guided else "-"]
+        for values in (truth, [row["guide_reward"] for row in found]):
+            expected += [f"{np.mean(values):.2f}", "±", f"{np.std(values, ddof=1) / 2:.2f}"]
+        assert cells[name][:8] == expected
+    assert {row["response"] for row in written if row["method"] == "greedy"} != {
+        row["response"] for row in written if row["method"] == "pargs_greedy"
+    }
+    in_words = " ".join(shown.split())
+    assert sum(" ".join(row["prompt"].split()) in in_words for row in written[:4]) == 2  # examples
 
 
 def test_a_real_model_tells_its_story(decode):
@@ -155,3 +211,24 @@ def test_what_cannot_be_used_is_refused_in_one_line(decode, lm, rm, prompts, tmp
 def test_a_guided_method_needs_a_reward_model(decode, lm):
     code, _, err = decode("--lm", lm, "--method", "pargs", "--prompt", "Hi")
     assert code == 2 and "needs a reward model; give --rm PATH" in err
+
+
+def test_a_page_explains_the_answers_beside_those_without_guidance(decode, lm, rm, prompts, tmp_path):
+    page = tmp_path / "page.html"
+    words = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--max-new-tokens", 6, "--k", 4, "--limit", 2)
+    code, printed, _ = decode(*words, "--method", "pargs", "--explain", page)
+    assert code == 0
+    data = page.read_text().split('id="trace">')[1].split("</script>")[0]
+    answers = json.loads(data)["answers"]
+    assert "".join(answer["guided"]["response"] + "\n" for answer in answers) == printed
+    # The unguided answers are those of top-k sampling with the same seed, and have the guide's rewards all the same.
+    code, unguided, _ = decode(*words, "--method", "top_k")
+    assert code == 0 and unguided != printed
+    assert "".join(answer["unguided"]["response"] + "\n" for answer in answers) == unguided
+    assert all(len(token["rewards"]) == 1 for answer in answers for token in answer["unguided"]["tokens"])
+
+    page.unlink()
+    code, _, err = decode(*words, "--method", "pargs", "--explain", page, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "--explain: is for answers that are printed" in err and not page.exists()
+    code, _, err = decode("--explain", page)
+    assert code == 2 and "--explain: needs --method NAME" in err

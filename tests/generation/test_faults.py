@@ -41,7 +41,7 @@ def test_a_line_cut_off_in_the_middle_of_a_character_is_answered_again(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index("ï".encode()) + 1])
     with AnswersFile(path, CONFIG) as file:
-        assert file.answered(PROMPTS) == [True, False]
+        assert file.answered(PROMPTS) == [[True], [False]]
         file.write([answer(1, "naïve")])
     assert path.read_bytes() == whole
 
@@ -53,7 +53,7 @@ def test_a_second_command_on_one_file_is_refused(tmp_path):
             AnswersFile(path, CONFIG)
         file.write([answer(0)])
     with AnswersFile(path, CONFIG) as file:
-        assert file.answered(PROMPTS) == [True, False]
+        assert file.answered(PROMPTS) == [[True], [False]]
 
 
 def test_a_full_disk_keeps_the_answers_before_and_loses_none_after(tmp_path):
@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_the_answers_before_and_loses_none_after(tmp_path):
     advice = "the answers before are kept; mend that, then run the same again"
     assert str(caught.value) == f"{path}: cannot be written (File too large); {advice}"
     with AnswersFile(path, CONFIG) as file:
-        assert file.answered(PROMPTS) == [True, False]
+        assert file.answered(PROMPTS) == [[True], [False]]
         file.write([answer(1)])
     assert ids(path) == ["p0", "p1"]
 

@@ -13,6 +13,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation import reward_models
+from pargs_jax.generation.reward_models import padded_width
 from pargs_jax.generation.session import Session, Settings
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, save_model
@@ -31,8 +32,24 @@ def session(lm, rm):
 
 
 def answers(session, prompts=PROMPTS, method="pargs", **changes):
-    settings = Settings(METHODS[method], max_new_tokens=TOKENS, **changes)
+    settings = Settings(METHODS[method], **{"max_new_tokens": TOKENS} | changes)
     return {answer.id: answer for batch in session.answer(prompts, settings) for answer in batch}
+
+
+@pytest.fixture(scope="module")
+def rewards_of(rm):
+    """By one full pass: the rewards of all prefixes of a text."""
+    model, params = load_model(rm, "reward")[:2]
+    read = jax.jit(lambda tokens: model.rewards(params, model.encode(params, tokens))[0])
+    return lambda ids: np.asarray(read(jnp.asarray([ids + [0] * (64 - len(ids))])))[: len(ids)]
+
+
+@pytest.fixture(scope="module")
+def log_probs_of(lm):
+    """By one full pass: the log-probabilities of all tokens after each prefix of a text."""
+    model, params = load_model(lm, "vocabulary")[:2]
+    read = jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(params, model.encode(params, tokens)[0])))
+    return lambda ids: np.asarray(read(jnp.asarray([ids + [0] * (64 - len(ids))])))[: len(ids)]
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +72,15 @@ def test_an_answer_does_not_depend_on_its_batch(session, guided):
     assert len({answer.response for answer in guided.values()}) == 4
 
 
-def test_an_answer_tells_the_truth_about_itself(session, guided, lm, rm):
+def test_an_answer_tells_the_truth_about_itself(session, guided, log_probs_of, rewards_of):
     """By another way: greedy answers of the tokens' own models, from one full pass each."""
     greedy = answers(session, method="greedy")
-    lm_model, lm_params = load_model(lm, "vocabulary")[:2]
-    rm_model, rm_params = load_model(rm, "reward")[:2]
-
-    @jax.jit
-    def next_log_probs(params, tokens):
-        return jax.nn.log_softmax(lm_model.logits(params, lm_model.encode(params, tokens)[0]))
-
-    @jax.jit
-    def rewards(params, tokens):
-        return rm_model.rewards(params, rm_model.encode(params, tokens)[0])
-
-    def padded(tokens):
-        return jnp.asarray([tokens + [0] * (48 - len(tokens))])
-
     for prompt in PROMPTS:
         answer = greedy[prompt.id]
         prompt_ids = session.tokenizer.encode_prompt(prompt.text)
         tokens, log_probability = list(prompt_ids), 0.0
         while len(tokens) < len(prompt_ids) + TOKENS and tokens[-1] != session.tokenizer.eos_id:
-            log_probs = next_log_probs(lm_params, padded(tokens))[len(tokens) - 1]
+            log_probs = log_probs_of(tokens)[-1]
             tokens.append(int(log_probs.argmax()))
             log_probability += float(log_probs.max())
         answer_ids = tokens[len(prompt_ids) :]
@@ -86,9 +89,107 @@ def test_an_answer_tells_the_truth_about_itself(session, guided, lm, rm):
         assert answer.finish_reason == ("stop" if answer_ids[-1] == session.tokenizer.eos_id else "length")
         assert answer.log_probability == pytest.approx(log_probability, abs=1e-3)
         assert answer.kl == pytest.approx(-log_probability, abs=1e-3)  # all probability on one token
-        reward = rewards(rm_params, padded(tokens))[len(tokens) - 1]
-        assert answer.guide_rewards == pytest.approx([float(reward)], abs=1e-4)
+        assert answer.guide_rewards == pytest.approx([float(rewards_of(tokens)[-1])], abs=1e-4)
     assert guided["1"].prompt == PROMPTS[1].text
+
+
+def test_in_bfloat16_numbers_are_those_of_float32_up_to_its_rounding(session, lm, rm, log_probs_of, rewards_of):
+    """A number has 8 bits there, a part in 256; log-probabilities here are about 6, and rewards about 1."""
+    rounded = Session(lm, [rm], dtype="bfloat16")
+    errors = []
+    for answer in answers(rounded, method="pargs_greedy", k=4, trace="candidates").values():
+        text = rounded.tokenizer.encode_prompt(answer.prompt)
+        for token in answer.trace.tokens:
+            candidates = [each.id for each in token.candidates]
+            log_probs = log_probs_of(text)[-1]
+            rewards = np.array([rewards_of([*text, each])[-1] for each in candidates])
+            errors += (log_probs[candidates] - [each.log_p for each in token.candidates]).tolist()
+            errors += (rewards - [each.rewards[0] for each in token.candidates]).tolist()
+            # The token chosen is the best one, or one that rounding cannot tell from it; so are the candidates.
+            scores = log_probs[candidates] + rewards
+            assert scores[candidates.index(token.id)] > scores.max() - 0.1
+            assert log_probs[candidates].min() > np.sort(log_probs)[-4] - 0.1
+            text.append(token.id)
+    assert 1e-4 < np.abs(errors).max() < 0.05  # rounded indeed, and no more than that
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded.reward_models[0].params)} == {jnp.dtype("bfloat16")}
+
+
+def test_samples_of_a_prompt_are_answers_of_their_own(session, guided):
+    """The first is the one that there is without others, in any batch; those that are there already are left out."""
+    settings = Settings(METHODS["pargs"], max_new_tokens=TOKENS, temperature=3.0, n=3, batch_size=5)
+    found = [answer for batch in session.answer(PROMPTS, settings) for answer in batch]
+    by_row = {(answer.id, answer.sample): answer.response for answer in found}
+    assert by_row.keys() == {(prompt.id, sample) for prompt in PROMPTS for sample in range(3)}
+    assert all(by_row[prompt_id, 0] == answer.response for prompt_id, answer in guided.items())
+    assert len(set(by_row.values())) == 12
+    answered = np.array([[True, False, True], [True] * 3, [False, True, True], [True] * 3])
+    left = [answer for batch in session.answer(PROMPTS, settings, answered) for answer in batch]
+    assert {(answer.id, answer.sample): answer.response for answer in left} == {
+        row: by_row[row] for row in (("0", 1), ("2", 0))
+    }
+    with pytest.raises(InputError, match="--n: 2 answers of greedy decoding, which does not sample, would be the same"):
+        Settings(METHODS["greedy"], n=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryToken:
+    """A guide of a user: a token is worth its id, in hundredths; an answer, the sum of its tokens."""
+
+    adds_up: bool
+    scores_vocabulary = False
+
+    def prefill(self, params, prompts, capacity, own_prompts):
+        return ()
+
+    def score(self, params, state, text, candidates):
+        return candidates / 100, ()
+
+    def commit(self, params, state, pending, chosen):
+        return state
+
+    def rewind(self, state, text, dropped):
+        return state
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+def test_the_reward_of_an_answer_is_the_sum_or_the_last_as_its_guide_says(lm, rm, adds_up, monkeypatch):
+    session = Session(lm, [rm])
+    monkeypatch.setattr(type(session.reward_models[0]), "guide", lambda *_: EveryToken(adds_up))
+    for answer in answers(session, trace="tokens", temperature=3.0).values():
+        worth = [token.id / 100 for token in answer.trace.tokens]
+        assert [token.rewards for token in answer.trace.tokens] == [pytest.approx((each,)) for each in worth]
+        assert answer.guide_rewards == answer.trace.guide_rewards
+        assert answer.guide_rewards == pytest.approx([sum(worth) if adds_up else worth[-1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class OneIsNotANumber(EveryToken):
+    """Of the candidates, the least likely."""
+
+    def score(self, params, state, text, candidates):
+        return jnp.where(jnp.arange(candidates.shape[1]) == candidates.shape[1] - 1, jnp.nan, 0.0) + 0 * candidates, ()
+
+
+def test_a_candidates_reward_that_is_not_finite_ends_the_run_also_where_another_is_chosen(lm, rm, monkeypatch):
+    session = Session(lm, [rm])
+    monkeypatch.setattr(type(session.reward_models[0]), "guide", lambda *_: OneIsNotANumber(True))
+    with pytest.raises(InputError, match=r"prompt '2': a (candidate's reward|reward of .*) is not finite"):
+        answers(session)
+
+
+def test_prompts_are_padded_to_few_widths():
+    widths = {length: padded_width(length) for length in range(1, 4097)}
+    assert all(length <= width < length + max(16, min(64, length)) for length, width in widths.items())
+    assert set(widths.values()) == {16, 32, *range(64, 4097, 64)}
+
+
+def test_prompts_of_all_lengths_compile_once_a_width(lm):
+    session = Session(lm)
+    prompts = [Prompt(str(length), "1 " * length) for length in range(24)]
+    settings = Settings(METHODS["greedy"], max_new_tokens=1, batch_size=1)
+    lengths = {len(session.tokenizer.encode_prompt(prompt.text)) for prompt in prompts}
+    assert len(lengths) == 24 and len(list(session.answer(prompts, settings))) == 24
+    assert len(session._compiled) == len({padded_width(length) for length in lengths}) == 3
 
 
 def test_two_reward_models_weigh_in_separately(lm, rm, save_tiny):
@@ -100,25 +201,26 @@ def test_two_reward_models_weigh_in_separately(lm, rm, save_tiny):
     assert [a.response for a in answers(both, weights=(2.0, 9.0)).values()] != [a.response for a in one.values()]
 
 
-def test_a_reward_model_with_another_tokenizer_gives_the_same_through_the_text(lm, rm, monkeypatch):
-    """Taken for foreign, the same tokenizer must lead to the same rewards by way of the text."""
-    expected = answers(Session(lm, [rm]), method="args")
+def test_a_reward_model_with_another_tokenizer_scores_the_text(lm, rm, rewards_of, monkeypatch):
+    """Taken for foreign, the same tokenizer leads to the rewards of the answers' texts, as it splits them."""
+    shared = answers(Session(lm, [rm]), method="args", max_new_tokens=1)
     monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
-    through_text = Session(lm, [rm])
-    assert through_text.reward_models[0].retokeniser is not None
-    found = answers(through_text, method="args")
-    alike = [prompt_id for prompt_id in expected if found[prompt_id].response == expected[prompt_id].response]
-    for prompt_id in alike:
-        scored = through_text.tokenizer.encode_answer(expected[prompt_id].response, starts_text=prompt_id == "2")
-        # Random models write texts that their tokenizer would split otherwise; where not, all must agree.
-        if len(scored) == expected[prompt_id].tokens - (expected[prompt_id].finish_reason == "stop"):
-            assert found[prompt_id].guide_rewards == pytest.approx(expected[prompt_id].guide_rewards, abs=1e-4)
-    unguided = answers(through_text, method="greedy")
-    np.testing.assert_array_equal(
-        [a.response for a in unguided.values()],
-        [a.response for a in answers(Session(lm, [rm]), method="greedy").values()],
-    )
-    assert all(np.isfinite(answer.guide_rewards).all() for answer in unguided.values())
+    session = Session(lm, [rm])
+    assert session.reward_models[0].retokeniser is not None
+    for method in ("args", "greedy"):
+        for prompt_id, answer in answers(session, method=method).items():
+            prompt = PROMPTS[int(prompt_id)].text
+            ids = session.tokenizer.encode_answer(answer.response, starts_text=not prompt)
+            ids += [session.tokenizer.eos_id] * (answer.finish_reason == "stop")
+            expected = rewards_of(session.tokenizer.encode_prompt(prompt) + ids)[-1]
+            assert answer.guide_rewards == pytest.approx([expected], abs=1e-4)
+    # The texts of single tokens are split into the same tokens, so that both ways must agree.
+    alike = [shared[prompt_id] for prompt_id in "013"]
+    assert all(len(session.tokenizer.encode_answer(answer.response)) == answer.tokens for answer in alike)
+    found = answers(session, method="args", max_new_tokens=1)
+    for answer in alike:
+        assert found[answer.id].response == answer.response
+        assert found[answer.id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
 
 
 def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_path, monkeypatch):

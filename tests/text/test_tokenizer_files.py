@@ -1,6 +1,5 @@
 """A tokenizer whose vocabulary is missing, empty, cut off or another model's is refused, and the files are named."""
 
-import io
 import itertools
 import json
 import shutil
@@ -13,10 +12,7 @@ from pargs_jax.errors import InputError, InputWarning
 from pargs_jax.text.tokenization import TextTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
-TEXTS = [f"good answer {i} and bad reply {i * i}, said the {word}\n" for i in range(200) for word in ("cat", "old man")]
-PIECES = 320
-CONFIGS = {"deberta": "deberta-v2", "gpt2": "gpt2", "opt": "opt", "llama": "llama", "llama3": "llama"}
-CLASSES = {"deberta": "DebertaV2Tokenizer", "gpt2": "GPT2Tokenizer", "opt": "GPT2Tokenizer", "llama": "LlamaTokenizer"}
+CONFIGS = ("deberta", "gpt2", "opt", "llama", "llama3")
 VOCABULARIES = {
     "deberta": ["spm.model"],
     "gpt2": ["vocab.json", "merges.txt"],
@@ -26,48 +22,10 @@ VOCABULARIES = {
 }
 
 
-def sentencepiece(path, **options):
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, minloglevel=2, hard_vocab_limit=False, **options
-    )
-    path.write_bytes(model.getvalue())
-
-
-def byte_level():
-    from tokenizers import ByteLevelBPETokenizer
-
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(TEXTS, vocab_size=PIECES, special_tokens=["<|endoftext|>"])
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tokenizer_folder):
     """A small tokenizer of each kind, as the model's publishers lay out its files."""
-    made = {}
-    for name, model_type in CONFIGS.items():
-        folder = made[name] = tmp_path_factory.mktemp(name)
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        if name == "deberta":
-            sentencepiece(
-                folder / "spm.model", vocab_size=80, model_type="unigram", unk_id=3, unk_piece="[UNK]", pad_id=0,
-                pad_piece="[PAD]", bos_id=1, bos_piece="[CLS]", eos_id=2, eos_piece="[SEP]",
-            )  # fmt: skip
-            end = {}
-        elif name == "llama":
-            sentencepiece(folder / "tokenizer.model", vocab_size=PIECES, model_type="bpe", byte_fallback=True)
-            end = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-        elif name == "llama3":
-            byte_level().save(str(folder / "tokenizer.json"))
-        else:
-            byte_level().save_model(str(folder))
-        settings = {"tokenizer_class": CLASSES.get(name, "PreTrainedTokenizerFast"), **end}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return made
+    return {name: tokenizer_folder(name) for name in CONFIGS}
 
 
 @pytest.fixture

@@ -1,18 +1,44 @@
 """What scores tokens: the contracts that guides keep, and the guides."""
 
 from pargs_jax.decoding.guides.causal import CausalGuide
-from pargs_jax.decoding.guides.contract import CandidateGuide, Capacity, Chosen, Guide, Prompts, Text, VocabularyGuide
+from pargs_jax.decoding.guides.contract import (
+    CandidateGuide,
+    Capacity,
+    Chosen,
+    Guide,
+    Judge,
+    Prompts,
+    Text,
+    VocabularyGuide,
+)
+from pargs_jax.decoding.guides.look_ahead import LookAheadGuide
+from pargs_jax.decoding.guides.next_token import (
+    AutoregressiveGuide,
+    NextTokenGuide,
+    PreferenceGuide,
+    PreferredPrompts,
+    RatioGuide,
+)
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
+from pargs_jax.decoding.guides.similarity import SimilarityGuide
 
 __all__ = [
+    "AutoregressiveGuide",
     "CandidateGuide",
     "Capacity",
     "CausalGuide",
     "Chosen",
     "EncoderGuide",
     "Guide",
+    "Judge",
+    "LookAheadGuide",
+    "NextTokenGuide",
+    "PreferenceGuide",
+    "PreferredPrompts",
     "Prompts",
+    "RatioGuide",
     "RetokenisedGuide",
+    "SimilarityGuide",
     "Text",
     "VocabularyGuide",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
@@ -24,8 +25,13 @@ class CausalGuide:
     adds_up: ClassVar[bool] = False
 
     def prefill(self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> Cache:
-        tokens, lengths = prompts if own_prompts is None else own_prompts
-        return self.model.prefill(params, tokens, lengths, tokens.shape[1] + sum(capacity))[1]
+        return self._prefill(params, prompts, capacity, own_prompts)[1]
+
+    def read_prompts(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> tuple[Float[Array, "B"], Cache]:
+        last, cache = self._prefill(params, prompts, capacity, own_prompts)
+        return self.model.rewards(params, last), cache
 
     def score(
         self, params: Params, state: Cache, text: Text, candidates: Int[Array, "B K"]
@@ -38,3 +44,16 @@ class CausalGuide:
 
     def rewind(self, state: Cache, text: Text, dropped: Int[Array, "B"]) -> Cache:
         return state.forget(dropped)
+
+    def read_prefixes(
+        self, params: Params, state: Cache, text: Text, new: Int[Array, "B"], width: int
+    ) -> tuple[Float[Array, "B W"], Cache]:
+        at = jnp.minimum((text.lengths - new)[:, None] + jnp.arange(width), text.tokens.shape[1] - 1)
+        hidden, cache = self.model.read(params, state, jnp.take_along_axis(text.tokens, at, axis=1), new)
+        return self.model.rewards(params, hidden), cache
+
+    def _prefill(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        tokens, lengths = prompts if own_prompts is None else own_prompts
+        return self.model.prefill(params, tokens, lengths, tokens.shape[1] + sum(capacity))

@@ -91,3 +91,30 @@ class VocabularyGuide(Guide, Protocol):
     def score(self, params: Any, state: Any, text: Text) -> tuple[Float[Array, "B V"], Any]:
         """Rewards of every token of the language model's vocabulary in fp32, and whatever `commit` needs of them."""
         ...
+
+
+class Judge(Guide, Protocol):
+    """What a guide may have besides, for search methods, which ask for the reward of a text that has grown by several
+    tokens. A guide without these reads them one by one, by its score and `commit`."""
+
+    rereads: bool
+    """Whether every text is read from its beginning."""
+
+    def read_prompts(
+        self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> tuple[Float[Array, "B"], Any]:
+        """`prefill`, with the rewards of the prompts alone."""
+        ...
+
+    def read(
+        self, params: Any, state: Any, text: Text, new: Int[Array, "B"], width: int
+    ) -> tuple[Float[Array, "B"], Int[Array, "B"], Any]:
+        """Reads the last `new[b]` tokens of each text, at most `width`. Returns the reward of each text, how many
+        of the model's own tokens were read, and the state. Where `new[b]` is 0 there is no reward and the row stays."""
+        ...
+
+    def read_prefixes(
+        self, params: Any, state: Any, text: Text, new: Int[Array, "B"], width: int
+    ) -> tuple[Float[Array, "B W"], Any]:
+        """The same in one pass for every prefix that ends at one of the new tokens; `width` is W."""
+        ...

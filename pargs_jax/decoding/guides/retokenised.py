@@ -108,11 +108,30 @@ class RetokenisedGuide:
     adds_up: ClassVar[bool] = False
 
     def prefill(self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> CachedState:
+        return self.read_prompts(params, prompts, capacity, own_prompts)[1]
+
+    def read_prompts(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> tuple[Float[Array, "B"], CachedState]:
         tokens, lengths = _require(own_prompts)
         last, cache = self.model.prefill(params, tokens, lengths, tokens.shape[1] + self.answer_width + FRESH)
         none = jnp.zeros_like(lengths)
         settled_after = jnp.zeros((len(lengths), capacity.answer), jnp.int32)
-        return CachedState(cache, self.model.rewards(params, last), none, settled_after, none)
+        rewards = self.model.rewards(params, last)
+        return rewards, CachedState(cache, rewards, none, settled_after, none)
+
+    def read(
+        self, params: Params, state: CachedState, text: Text, new: Int[Array, "B"], width: int
+    ) -> tuple[Float[Array, "B"], Int[Array, "B"], CachedState]:
+        # The text's last token as the one candidate. What earlier ones settled may wait for later steps.
+        before, last = _without_last(text)
+        rewards, pending = self.score(params, state, before, last[:, None])
+        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
+        return (
+            rewards[:, 0],
+            (pending.needed - state.settled) * chosen.live,
+            self.commit(params, state, pending, chosen),
+        )
 
     def score(
         self, params: Params, state: CachedState, text: Text, candidates: Int[Array, "B K"]
@@ -146,7 +165,10 @@ class RetokenisedGuide:
         last = jnp.maximum(answer_lengths - 1, 0)[:, None]
         before = jnp.take_along_axis(state.settled_after, last, axis=1)[:, 0] * (answer_lengths > 0)
         settled = jnp.where(dropped > 0, before, state.settled)
-        return state._replace(cache=state.cache.forget(state.settled - settled), settled=settled)
+        # What other tokens will settle is not known, nor will it be where `read` passes over them.
+        settled_after = state.settled_after * (jnp.arange(state.settled_after.shape[1]) < answer_lengths[:, None])
+        cache = state.cache.forget(state.settled - settled)
+        return state._replace(cache=cache, settled=settled, settled_after=settled_after)
 
     def _score_packed(
         self,
@@ -217,6 +239,7 @@ class EncoderGuide:
     answer_width: int
     closing_id: int
     finest: int = 16
+    rereads: ClassVar[bool] = True
     scores_vocabulary: ClassVar[bool] = False
     adds_up: ClassVar[bool] = False
 
@@ -224,6 +247,22 @@ class EncoderGuide:
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> EncoderState:
         return EncoderState(_require(own_prompts), jnp.zeros_like(prompts.lengths))
+
+    def read_prompts(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> tuple[Float[Array, "B"], EncoderState]:
+        state = self.prefill(params, prompts, capacity, own_prompts)
+        none = jnp.zeros_like(prompts.lengths)
+        return self.model.answer_rewards(params, *state.prompts, none[:, None], none, self.closing_id), state
+
+    def read(
+        self, params: Params, state: EncoderState, text: Text, new: Int[Array, "B"], width: int
+    ) -> tuple[Float[Array, "B"], Int[Array, "B"], EncoderState]:
+        before, last = _without_last(text)
+        rewards, needed = self.score(params, state, before, last[:, None])
+        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
+        tokens = (state.prompts.lengths + needed) * chosen.live
+        return rewards[:, 0], tokens, self.commit(params, state, needed, chosen)
 
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
@@ -261,6 +300,13 @@ def _require(own_prompts: Prompts | None) -> Prompts:
     if own_prompts is None:
         raise InputError("a guide with a tokenizer of its own needs its prompts in its own tokens: give guide_prompts")
     return own_prompts
+
+
+def _without_last(text: Text) -> tuple[Text, Int[Array, "B"]]:
+    """Each text without its answer's last token, and that token; an empty answer stays as it is."""
+    at = jnp.maximum(text.lengths - 1, 0)[:, None]
+    before = text._replace(lengths=jnp.maximum(text.lengths - 1, text.prompt_lengths))
+    return before, jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
 
 
 def _split(

@@ -1,0 +1,151 @@
+"""Models that score every next token in one pass: autoregressive reward models, and heads that hold a table of rewards.
+
+All read the language model's tokens and, like the language model, one new token a step, whatever the candidates are.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text, VocabularyGuide
+from pargs_jax.errors import InputError
+from pargs_jax.models.cache import Cache
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import Params
+from pargs_jax.models.preference_lora import with_preferences
+
+
+class NextTokenState(NamedTuple):
+    """The model has read all but the newest token of each text."""
+
+    cache: Cache
+    prompt_end: Int[Array, "B"]
+    """The last token of the prompt, as the model reads it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenGuide:
+    """What these guides share: they differ in what the numbers of their model's head mean.
+
+    Attributes:
+        model: reads the language model's tokens.
+        vocab_size: the language model's. A model may have more tokens, to fill up its tables: they get no reward.
+    """
+
+    model: CausalModel
+    vocab_size: int
+    scores_vocabulary: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.model.config.vocab_size < self.vocab_size:
+            raise InputError(
+                f"the reward model scores {self.model.config.vocab_size} tokens, the language model proposes "
+                f"{self.vocab_size}; they must share a vocabulary"
+            )
+
+    def of_head(self, numbers: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Rewards, from what the model's head says of every token."""
+        return numbers
+
+    def prefill(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> NextTokenState:
+        tokens, lengths = prompts if own_prompts is None else own_prompts
+        _, cache = self.model.prefill(params, tokens, lengths, tokens.shape[1] + capacity.answer)
+        return NextTokenState(cache._replace(lengths=jnp.maximum(lengths - 1, 0)), tokens[:, -1])
+
+    def score(self, params: Params, state: NextTokenState, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        at = jnp.maximum(text.lengths - 1, 0)[:, None]
+        last = jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
+        newest = jnp.where(text.answer_lengths > 0, last, state.prompt_end)
+        hidden, pending = self.model.siblings(params, state.cache, newest[:, None])
+        return self.of_head(self.model.logits(params, hidden[:, 0]))[:, : self.vocab_size], pending
+
+    def commit(self, params: Params, state: NextTokenState, pending: Any, chosen: Chosen) -> NextTokenState:
+        return state._replace(cache=self.model.keep(state.cache, pending, chosen.live))
+
+    def rewind(self, state: NextTokenState, text: Text, dropped: Int[Array, "B"]) -> NextTokenState:
+        return state._replace(cache=state.cache.forget(dropped))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveGuide(NextTokenGuide):
+    """An autoregressive reward model: the reward of a token is its log-probability under a second language model, and
+    that of an answer is their sum (GenARM; Xu et al., 2025)."""
+
+    adds_up: ClassVar[bool] = True
+
+    def of_head(self, numbers: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        return jax.nn.log_softmax(numbers, axis=-1)
+
+
+class PreferredPrompts(NamedTuple):
+    """What a `PreferenceGuide` takes for its own prompts: these, None where they are the language model's, and the
+    preference vector of each row."""
+
+    prompts: Prompts | None
+    preferences: Float[Array, "B M"]
+
+
+class PreferenceState(NamedTuple):
+    reader: NextTokenState
+    preferences: Float[Array, "B M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceGuide(AutoregressiveGuide):
+    """One autoregressive reward model for all weightings of several objectives: its low-rank additions depend on each
+    row's preference vector (PARM; Lin et al., 2025). Its model's `lora` is a `PreferenceLora`."""
+
+    def prefill(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: PreferredPrompts
+    ) -> PreferenceState:
+        own, preferences = own_prompts
+        with_own = with_preferences(params, preferences)
+        return PreferenceState(super().prefill(with_own, prompts, capacity, own), preferences)
+
+    def score(self, params: Params, state: PreferenceState, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        return super().score(with_preferences(params, state.preferences), state.reader, text)
+
+    def commit(self, params: Params, state: PreferenceState, pending: Any, chosen: Chosen) -> PreferenceState:
+        return state._replace(reader=super().commit(params, state.reader, pending, chosen))
+
+    def rewind(self, state: PreferenceState, text: Text, dropped: Int[Array, "B"]) -> PreferenceState:
+        return state._replace(reader=super().rewind(state.reader, text, dropped))
+
+
+@dataclasses.dataclass(frozen=True)
+class RatioGuide:
+    """The log-ratio of a tuned language model and the one that it was tuned from: log pi_tuned - log pi_ref (EFT;
+    Mitchell et al., 2024), or of an expert and an anti-expert (DExperts; Liu et al., 2021). Its params are a pair too,
+    and so are its own prompts.
+    """
+
+    tuned: VocabularyGuide
+    reference: VocabularyGuide
+    scores_vocabulary: ClassVar[bool] = True
+    adds_up: ClassVar[bool] = True
+
+    def prefill(
+        self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: tuple[Prompts | None, ...] | None
+    ) -> Any:
+        parts = zip((self.tuned, self.reference), params, own_prompts or (None, None), strict=True)
+        return tuple(guide.prefill(guide_params, prompts, capacity, own) for guide, guide_params, own in parts)
+
+    def score(self, params: Any, state: Any, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        tuned, tuned_pending = self.tuned.score(params[0], state[0], text)
+        reference, reference_pending = self.reference.score(params[1], state[1], text)
+        return tuned - reference, (tuned_pending, reference_pending)
+
+    def commit(self, params: Any, state: Any, pending: Any, chosen: Chosen) -> Any:
+        return (
+            self.tuned.commit(params[0], state[0], pending[0], chosen),
+            self.reference.commit(params[1], state[1], pending[1], chosen),
+        )
+
+    def rewind(self, state: Any, text: Text, dropped: Int[Array, "B"]) -> Any:
+        return self.tuned.rewind(state[0], text, dropped), self.reference.rewind(state[1], text, dropped)

@@ -1,0 +1,71 @@
+"""How much a candidate repeats what the language model has read, for contrastive search."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
+from pargs_jax.models.cache import Cache
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.model import Params
+
+
+class SimilarityState(NamedTuple):
+    """The model has read each text, prompt included."""
+
+    cache: Cache
+    directions: Float[Array, "B S D"]
+    """The model's final hidden states at unit length; those of real tokens are at their slots in the cache."""
+
+
+class _Pending(NamedTuple):
+    kept: Any
+    directions: Float[Array, "B K D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilarityGuide:
+    """The degeneration penalty of contrastive search (Su et al., 2022): minus the largest cosine of the hidden states
+    of a candidate and of any token before it, prompt included.
+
+    `model` is the language model, with its own params. It reads each text a second time, into another cache.
+    """
+
+    model: CausalModel
+    scores_vocabulary: ClassVar[bool] = False
+    adds_up: ClassVar[bool] = False
+
+    def prefill(
+        self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
+    ) -> SimilarityState:
+        tokens, lengths = prompts
+        hidden, cache = self.model.prefill_states(params, tokens, lengths, tokens.shape[1] + sum(capacity))
+        room = cache.slots - tokens.shape[1]
+        return SimilarityState(cache, jnp.pad(_directions(hidden), ((0, 0), (0, room), (0, 0))))
+
+    def score(
+        self, params: Params, state: SimilarityState, text: Text, candidates: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K"], _Pending]:
+        hidden, kept = self.model.siblings(params, state.cache, candidates)
+        directions = _directions(hidden)
+        cosines = jnp.einsum("bkd,bsd->bks", directions, state.directions, precision="highest")
+        largest = jnp.where(state.cache.valid[:, None], cosines, -1.0).max(axis=-1)
+        return -largest, _Pending(kept, directions)
+
+    def commit(self, params: Params, state: SimilarityState, pending: _Pending, chosen: Chosen) -> SimilarityState:
+        rows = jnp.arange(len(chosen.token))
+        # A row that is done writes nowhere.
+        at = jnp.where(chosen.live, state.cache.lengths, state.cache.slots)
+        directions = state.directions.at[rows, at].set(pending.directions[rows, chosen.index], mode="drop")
+        return SimilarityState(self.model.keep(state.cache, pending.kept, chosen.live, chosen.index), directions)
+
+    def rewind(self, state: SimilarityState, text: Text, dropped: Int[Array, "B"]) -> SimilarityState:
+        return state._replace(cache=state.cache.forget(dropped))
+
+
+def _directions(hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    hidden = hidden.astype(jnp.float32)
+    norms = jnp.sqrt((hidden * hidden).sum(axis=-1, keepdims=True))
+    return hidden / jnp.maximum(norms, 1e-8)

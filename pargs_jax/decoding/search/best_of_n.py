@@ -1,0 +1,82 @@
+"""Best-of-n: n samples of a prompt, of which a judge chooses one."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pargs_jax.decoding.search.rows import (
+    Found,
+    KlKind,
+    Searcher,
+    SearchInputs,
+    best_of_n_kl,
+    drift,
+    event_keys,
+    of_prompts,
+    pick,
+    require_judge,
+    spread,
+    weighted,
+)
+from pargs_jax.errors import InputError
+
+Judging = Literal["last", "minimum", "mean"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfN:
+    """The sample with the highest score; or, soft, sample i with probability softmax(score_i / smoothing) (Verdun et
+    al., 2025, Definition 1). The prompt is read once for all samples.
+
+    Attributes:
+        samples: n, of each prompt.
+        smoothing: `lambda` of soft best-of-n; 0 takes the best.
+        by: which reward counts: that of the whole answer (`last`), or the least or the mean of its prefixes' rewards,
+            for reward models that can score prefixes.
+    """
+
+    samples: int = 16
+    smoothing: float = 0.0
+    by: Judging = "last"
+    kl: ClassVar[KlKind] = "bound"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.smoothing < 0:
+            raise InputError(
+                f"best-of-n: got n {self.samples} and smoothing {self.smoothing}; at least 1 and 0 are right"
+            )
+
+    def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+        require_judge(self, searcher)
+        batch = len(inputs.lengths)
+        rows, tokens = searcher.start(inputs, max_new_tokens, max_new_tokens)
+        rows, tokens = searcher.draw(inputs, spread(rows, self.samples), tokens, max_new_tokens)
+        if self.by == "last":
+            rows, tokens = searcher.judge(inputs, rows, tokens, max_new_tokens)
+            scores = weighted(rows.rewards, inputs.judge_weights)
+        else:
+            rows, tokens, rewards = searcher.judge_prefixes(inputs, rows, tokens, max_new_tokens)
+            scores = self._over_prefixes(weighted(rewards, inputs.judge_weights), rows.judged)
+        samples, scores = searcher.found(rows), of_prompts(scores, batch)
+        chosen, kls = self._choose(inputs, scores)
+        answers = pick(samples, chosen)
+        best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+        kls = jnp.where(inputs.lengths > 0, kls + drift(answers), 0.0)
+        return Found(answers, best, kls, tokens, samples, scores)
+
+    def _over_prefixes(self, scores: Float[Array, "R N"], lengths: Array) -> Float[Array, "R"]:
+        written = jnp.arange(scores.shape[1]) < lengths[:, None]
+        if self.by == "minimum":
+            least = jnp.where(written, scores, jnp.inf).min(axis=1)
+            return jnp.where(lengths > 0, least, 0.0)
+        return jnp.where(written, scores, 0.0).sum(axis=1) / jnp.maximum(lengths, 1)
+
+    def _choose(self, inputs: SearchInputs, scores: Float[Array, "B n"]) -> tuple[Array, Float[Array, "B"]]:
+        if self.smoothing == 0:
+            return scores.argmax(axis=1), jnp.full(len(scores), best_of_n_kl(self.samples))
+        log_q = jax.nn.log_softmax(scores / self.smoothing, axis=1)
+        chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_q)
+        return chosen, jnp.log(self.samples) + (jnp.exp(log_q) * log_q).sum(axis=1)

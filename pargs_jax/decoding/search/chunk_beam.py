@@ -1,0 +1,91 @@
+"""Search over chunks: several continuations of each beam, of which the best are kept."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pargs_jax.decoding.search.rows import (
+    Found,
+    KlKind,
+    Rows,
+    Searcher,
+    SearchInputs,
+    Tokens,
+    best_of_n_kl,
+    branch,
+    drift,
+    of_prompts,
+    pick,
+    require_judge,
+    spread,
+    weighted,
+)
+from pargs_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkBeam:
+    """Chunk-level beam search (weak-to-strong search; Zhou et al., 2024, Algorithm 1). Each of W beams draws K
+    continuations of L tokens, and the W best of the W K texts are kept, by their scores so far. Finished texts compete,
+    once each, and the search ends when the W best are finished. With W = 1 this is blockwise best-of-K (controlled
+    decoding; Mudgal et al., 2024, Section 3).
+
+    Attributes:
+        beams: W.
+        successors: K.
+        chunk: L, in tokens.
+    """
+
+    beams: int = 1
+    successors: int = 4
+    chunk: int = 10
+    kl: ClassVar[KlKind] = "bound"
+
+    def __post_init__(self) -> None:
+        if min(self.beams, self.successors, self.chunk) < 1:
+            raise InputError(f"{self}: beams, successors and the chunk must be at least 1")
+
+    def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+        require_judge(self, searcher)
+        batch, count = len(inputs.lengths), self.beams * self.successors
+        chunk = min(self.chunk, max_new_tokens)
+        rows, tokens = searcher.start(inputs, max_new_tokens, chunk)
+
+        def goes_on(carry: _Carry) -> Bool[Array, ""]:
+            return ((carry.counts > 0) & ~of_prompts(carry.rows.decode.done, batch)).any()
+
+        def extend(carry: _Carry) -> _Carry:
+            rows = branch(carry.rows, carry.counts)
+            # Copies of a finished text: they would crowd out others.
+            is_twin = (carry.counts == 0) & of_prompts(rows.decode.done, batch)
+            rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
+            rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
+            scores = jnp.where(is_twin, -jnp.inf, of_prompts(weighted(rows.rewards, inputs.judge_weights), batch))
+            best, kept = jax.lax.top_k(scores, self.beams)
+            counts = jax.nn.one_hot(kept, count, dtype=jnp.int32).sum(axis=1) * self.successors
+            return _Carry(rows, tokens, counts, best[:, 0], kept[:, 0])
+
+        # At first every row is a successor of the prompt.
+        ones, none = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
+        first = _Carry(spread(rows, count), tokens, ones, none, jnp.zeros(batch, jnp.int32))
+        rows, tokens, _, scores, chosen = jax.lax.while_loop(goes_on, extend, first)
+        answers = pick(searcher.found(rows), chosen)
+        chunks = -(-answers.lengths // chunk)
+        per_chunk = best_of_n_kl(self.successors) if self.beams == 1 else float(np.log(self.successors))
+        kls = chunks * per_chunk + float(np.log(self.beams)) + drift(answers)
+        kls = jnp.where(inputs.lengths > 0, kls, 0.0)
+        return Found(answers, scores, kls, tokens)
+
+
+class _Carry(NamedTuple):
+    """Rows and tokens, how many copies of each row the next chunk begins with, and the best row with its score."""
+
+    rows: Rows
+    tokens: Tokens
+    counts: Int[Array, "B n"]
+    scores: Float[Array, "B"]
+    best: Int[Array, "B"]

@@ -1,0 +1,356 @@
+"""What search methods share: several rows of each prompt, a judge that reads what they wrote, and counts of tokens.
+
+The R = B * n rows of a search belong to B prompts; those of prompt b are rows b * n to b * n + n - 1.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from pargs_jax.decoding.guides import Capacity, Chosen, Guide, Prompts, Text
+from pargs_jax.decoding.loop import AllParams, Decoded, Decoder
+from pargs_jax.decoding.state import DecodeState, RowSettings
+from pargs_jax.errors import InputError
+from pargs_jax.models.cache import copy_rows, repeat_rows
+
+EVENTS = 1 << 31
+"""Keys of a row are folded with the numbers of its tokens, which are small. Other draws have numbers from here on, and
+the keys of branches count down from the largest."""
+
+
+KlKind = Literal["bound", "estimate"]
+"""An upper bound of the KL of the answers' distribution from the language model's, or a number with that mean.
+docs/search.md has the equations."""
+
+
+class SearchInputs(NamedTuple):
+    """The arrays of a search."""
+
+    params: AllParams
+    judge_params: tuple[Any, ...]
+    prompts: Int[Array, "B P"]
+    """Left-padded, in the language model's tokens."""
+    lengths: Int[Array, "B"]
+    keys: PRNGKeyArray
+    """One a prompt (`row_keys`)."""
+    settings: RowSettings
+    judge_weights: Float[Array, "B J"]
+    """The score of a text is the sum of the judges' rewards with these weights."""
+    guide_prompts: tuple[Prompts | None, ...] | None = None
+    judge_prompts: tuple[Prompts | None, ...] | None = None
+    """The prompts as each model reads them, None where it reads what the language model reads."""
+
+
+class Tokens(NamedTuple):
+    """Tokens that were read for each prompt, the prompt and all rejected tokens included; and the room they took."""
+
+    lm: Int[Array, "B"]
+    rm: Int[Array, "B"]
+    """By all guides and judges together: a judge's part in its own tokens, a guide's in the language model's, K a step
+    for one that scores candidates."""
+    needed: tuple[Int[Array, ""], ...]
+    """The most room that a text took, for each judge, and then each guide, that goes by the text."""
+
+
+class Found(NamedTuple):
+    """What a search found. `answers.rewards` are the judges' rewards, or the guides' where there is no judge."""
+
+    answers: Decoded
+    scores: Float[Array, "B"]
+    """What answers were chosen by: the weighted sum of the rewards."""
+    kls: Float[Array, "B"]
+    """Of the distribution of answers from the language model's, in nats: a bound or an estimate (the method's `kl`)."""
+    tokens: Tokens
+    samples: Decoded | None = None
+    """All R rows, for methods that finish them."""
+    sample_scores: Float[Array, "B n"] | None = None
+    log_z: Float[Array, "B"] | None = None
+    """Estimate of log E_p[exp(score)], of particles."""
+    log_weights: Float[Array, "B n"] | None = None
+    """Of particles, not normalised."""
+
+
+class Rows(NamedTuple):
+    """The rows of a search."""
+
+    decode: DecodeState
+    judges: tuple[Any, ...]
+    judged: Int[Array, "R"]
+    """Answer tokens that the judges have read."""
+    rewards: Float[Array, "R J"]
+    """The judges' rewards of those."""
+
+
+class SearchMethod(Protocol):
+    """A search method: static and hashable, its fields are its options."""
+
+    kl: KlKind
+    """What `Found.kls` is."""
+
+    def __call__(self, searcher: "Searcher", inputs: SearchInputs, max_new_tokens: int) -> Found: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Searcher:
+    """The static parts of a search: what draws tokens, and what judges texts. The decoder may be guided."""
+
+    decoder: Decoder
+    judges: tuple[Guide, ...] = ()
+
+    def start(self, inputs: SearchInputs, max_new_tokens: int, width: int) -> tuple[Rows, Tokens]:
+        """One row a prompt, the prompts read. Judges will read at most `width` tokens at once."""
+        rows, tokens, _ = self._start(inputs, max_new_tokens, width, rewards=False)
+        return rows, tokens
+
+    def start_judged(
+        self, inputs: SearchInputs, max_new_tokens: int, width: int
+    ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
+        """The same, with the judges' rewards of the prompts alone."""
+        return self._start(inputs, max_new_tokens, width, rewards=True)
+
+    def _start(
+        self, inputs: SearchInputs, max_new_tokens: int, width: int, *, rewards: bool
+    ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
+        lengths = inputs.lengths
+        state = self.decoder.start(
+            inputs.params, inputs.prompts, lengths, inputs.keys, inputs.settings, max_new_tokens, inputs.guide_prompts
+        )
+        prompts, capacity = Prompts(inputs.prompts, lengths), Capacity(max_new_tokens, width)
+        none = jnp.zeros(len(lengths))
+        own_prompts = inputs.judge_prompts or (None,) * len(self.judges)
+        of_prompts, judges = [], []
+        for guide, params, own in zip(self.judges, inputs.judge_params, own_prompts, strict=True):
+            if rewards and not guide.adds_up:
+                if not hasattr(guide, "read_prompts"):
+                    raise InputError(
+                        f"{type(guide).__name__}: has no reward of a prompt alone, which this method needs"
+                    )
+                reward, judge = guide.read_prompts(params, prompts, capacity, own)
+            else:
+                reward, judge = none, guide.prefill(params, prompts, capacity, own)
+            of_prompts.append(reward)
+            judges.append(judge)
+        read = jnp.zeros_like(lengths)
+        for own in (*(inputs.guide_prompts or (None,) * len(self.decoder.guides)), *own_prompts):
+            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _of_models(own))
+        blank = jnp.zeros((len(lengths), len(self.judges)))
+        prompt_rewards = jnp.stack(of_prompts, axis=-1) if of_prompts else blank
+        rows = Rows(state, tuple(judges), jnp.zeros_like(lengths), blank)
+        return rows, Tokens(jnp.maximum(lengths - 1, 0), read, _needed(rows)), prompt_rewards
+
+    def draw(self, inputs: SearchInputs, rows: Rows, tokens: Tokens, steps: int) -> tuple[Rows, Tokens]:
+        """`steps` more tokens for every row that is not done."""
+        before = rows.decode.text.lengths
+        state = self.decoder.advance(inputs.params, rows.decode, steps)
+        drawn = state.text.lengths - before
+        read = jnp.zeros_like(drawn)
+        guide_prompts = inputs.guide_prompts or (None,) * len(self.decoder.guides)
+        for guide, own in zip(self.decoder.guides, guide_prompts, strict=True):
+            # All candidates of a step, or the newest token alone; or each candidate's text from its beginning.
+            texts = drawn * before + drawn * (drawn + 1) // 2 if getattr(guide, "rereads", False) else drawn
+            a_step = 1 if guide.scores_vocabulary else self.decoder.candidates
+            read = read + texts * a_step * len(_of_models(own))
+        drawn, read = (of_prompts(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
+        rows = rows._replace(decode=state)
+        return rows, Tokens(tokens.lm + drawn, tokens.rm + read, _most_needed(tokens, rows))
+
+    def judge(
+        self,
+        inputs: SearchInputs,
+        rows: Rows,
+        tokens: Tokens,
+        width: int,
+        answer_lengths: Int[Array, "R"] | None = None,
+    ) -> tuple[Rows, Tokens]:
+        """Lets the judges read what they have not read of each answer, at most `width` tokens, up to
+        `answer_lengths[r]`; by default all of it."""
+        text = self._text(rows, answer_lengths)
+        new = text.answer_lengths - rows.judged
+        judges, rewards, read = [], [], tokens.rm
+        own_prompts = inputs.judge_prompts or (None,) * len(self.judges)
+        parts = zip(self.judges, inputs.judge_params, rows.judges, own_prompts, strict=True)
+        for j, (guide, params, state, own) in enumerate(parts):
+            reward, count, state = _reward_so_far(guide, params, state, text, new, width)
+            before = rows.rewards[:, j]
+            rewards.append(jnp.where(new > 0, reward + before if guide.adds_up else reward, before))
+            judges.append(state)
+            read = read + of_prompts(count, len(read)).sum(axis=1) * len(_of_models(own))
+        stacked = jnp.stack(rewards, axis=-1) if rewards else rows.rewards
+        rows = Rows(rows.decode, tuple(judges), text.answer_lengths, stacked)
+        return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows))
+
+    def judge_prefixes(
+        self, inputs: SearchInputs, rows: Rows, tokens: Tokens, width: int
+    ) -> tuple[Rows, Tokens, Float[Array, "R W J"]]:
+        """`judge`, with the rewards of every prefix of the answers; `width` is W, the longest answer."""
+        text = self._text(rows, None)
+        judges, rewards, read = [], [], tokens.rm
+        for guide, params, state in zip(self.judges, inputs.judge_params, rows.judges, strict=True):
+            reward, count, state = _prefix_rewards(guide, params, state, text, text.answer_lengths, width)
+            rewards.append(jnp.cumsum(reward, axis=1) if guide.adds_up else reward)
+            judges.append(state)
+            read = read + of_prompts(count, len(read)).sum(axis=1)
+        stacked = jnp.stack(rewards, axis=-1)
+        last = jnp.maximum(text.answer_lengths - 1, 0)[:, None, None]
+        newest = jnp.take_along_axis(stacked, last, axis=1)[:, 0]
+        rows = Rows(rows.decode, tuple(judges), text.answer_lengths, newest)
+        return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows)), stacked
+
+    def rewind(self, rows: Rows, answer_lengths: Int[Array, "R"], keys: PRNGKeyArray) -> Rows:
+        """Takes back the tokens beyond `answer_lengths[r]`, from the judges' memory too."""
+        decode = self.decoder.rewind(rows.decode, answer_lengths, keys)
+        dropped = jnp.maximum(rows.judged - answer_lengths, 0)
+        judged = rows.judged - dropped
+        text = decode.text._replace(lengths=decode.text.prompt_lengths + judged)
+        judges = tuple(
+            guide.rewind(state, text, dropped) for guide, state in zip(self.judges, rows.judges, strict=True)
+        )
+        return rows._replace(decode=decode, judges=judges, judged=judged)
+
+    def found(self, rows: Rows) -> Decoded:
+        """The answers of all rows, with the judges' rewards if there are judges."""
+        decoded = self.decoder.read(rows.decode)
+        return decoded._replace(rewards=rows.rewards) if self.judges else decoded
+
+    def _text(self, rows: Rows, answer_lengths: Int[Array, "R"] | None) -> Text:
+        text = rows.decode.text
+        return text if answer_lengths is None else text._replace(lengths=text.prompt_lengths + answer_lengths)
+
+
+def require_judge(method: Any, searcher: Searcher) -> None:
+    """Raises InputError where nothing judges."""
+    if not searcher.judges:
+        raise InputError(f"{type(method).__name__}: needs a reward model that judges what was drawn")
+
+
+def of_prompts(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
+    """Rows by prompt."""
+    return x.reshape(prompts, len(x) // prompts, *x.shape[1:])
+
+
+def branch_keys(keys: PRNGKeyArray, numbers: Int[Array, "*n"]) -> PRNGKeyArray:
+    """Keys of rows that branch off one row: number 0 keeps the row's own, so that it draws what it would alone."""
+    folded = jax.vmap(jax.random.fold_in)(keys, jnp.uint32(0xFFFFFFFF) - numbers.astype(jnp.uint32))
+    return jnp.where(numbers == 0, keys, folded)
+
+
+def event_keys(keys: PRNGKeyArray, number: Int[Array, "B"] | int) -> PRNGKeyArray:
+    """Keys of draws that are not tokens."""
+    numbers = jnp.broadcast_to(jnp.asarray(number, jnp.uint32) + jnp.uint32(EVENTS), keys.shape)
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+def spread(rows: Rows, count: int) -> Rows:
+    """`count` rows of each prompt's one. Each goes on with a key of its own, the first with the prompt's."""
+    wide = repeat_rows(rows, count)
+    numbers = jnp.tile(jnp.arange(count), len(rows.judged))
+    return wide._replace(decode=wide.decode._replace(keys=branch_keys(wide.decode.keys, numbers)))
+
+
+def branch(rows: Rows, counts: Int[Array, "B n"]) -> Rows:
+    """Copies rows so that of row i of a prompt there are `counts[b, i]`, n in all. Rows that stay do not move, the
+    others' places are taken by copies, and keys belong to places: copies go on differently. Nothing else is written."""
+    copied = copy_rows(rows, sources_of(counts))
+    return copied._replace(decode=copied.decode._replace(keys=rows.decode.keys))
+
+
+def sources_of(counts: Int[Array, "B n"]) -> Int[Array, "B n"]:
+    """Which row each place gets, so that row i of a prompt is there `counts[b, i]` times and stays in its place unless
+    that is 0."""
+    places = jnp.arange(counts.shape[1])
+    is_free = counts == 0
+    rank = jnp.cumsum(is_free, axis=1) - 1
+    copies = jnp.cumsum(jnp.maximum(counts - 1, 0), axis=1)
+    source = (copies[:, None, :] <= rank[:, :, None]).sum(axis=-1)
+    return jnp.where(is_free, source, places)
+
+
+def pick(tree: Any, index: Int[Array, "B *m"]) -> Any:
+    """Of each prompt's rows those at `index`; all arrays of the tree are `[R ...]`."""
+    chosen = index if index.ndim == 2 else index[:, None]
+
+    def of_array(x: Array) -> Array:
+        taken = jax.vmap(lambda rows, i: rows[i])(of_prompts(x, len(index)), chosen)
+        return taken.reshape(chosen.size, *x.shape[1:])
+
+    return jax.tree.map(of_array, tree)
+
+
+def weighted(rewards: Float[Array, "R *d J"], weights: Float[Array, "B J"]) -> Float[Array, "R *d"]:
+    """Scores: the sums of rewards with each prompt's weights."""
+    repeated = jnp.repeat(weights, len(rewards) // len(weights), axis=0)
+    return (rewards * repeated.reshape(len(rewards), *[1] * (rewards.ndim - 2), -1)).sum(axis=-1)
+
+
+def drift(answers: Decoded) -> Float[Array, "B"]:
+    """sum_t log q(y_t) - log p(y_t) of the distributions q that the tokens were drawn from: what the temperature, the
+    choice of candidates and guidance add to the KL of a search over draws from q."""
+    return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1)/n: no less than KL(best of n || p), and near it where no answer has much probability (Beirami et
+    al., 2024, Theorem 1)."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+def _of_models(own: Any) -> tuple[Prompts | None, ...]:
+    """The prompts of each model of a guide, which may have several."""
+    return own if isinstance(own, tuple) and not hasattr(own, "lengths") else (own,)
+
+
+def _needed(rows: Rows) -> tuple[Int[Array, ""], ...]:
+    states = (*rows.judges, *rows.decode.guides)
+    return tuple(state.needed.max() for state in states if hasattr(state, "needed"))
+
+
+def _most_needed(tokens: Tokens, rows: Rows) -> tuple[Int[Array, ""], ...]:
+    """Rows that are dropped or overwritten count too: what they lacked room for was ranked."""
+    return tuple(map(jnp.maximum, tokens.needed, _needed(rows)))
+
+
+def _reward_so_far(
+    guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
+) -> tuple[Float[Array, "R"], Int[Array, "R"], Any]:
+    """The reward of each text, or of its new tokens for a guide that adds up; tokens read; and the state."""
+    if hasattr(guide, "read"):
+        return guide.read(params, state, text, new, width)
+    rewards, count, state = _prefix_rewards(guide, params, state, text, new, width)
+    if guide.adds_up:
+        return jnp.where(jnp.arange(width) < new[:, None], rewards, 0.0).sum(axis=1), count, state
+    return jnp.take_along_axis(rewards, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0], count, state
+
+
+def _prefix_rewards(
+    guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
+) -> tuple[Float[Array, "R W"], Int[Array, "R"], Any]:
+    """The guide's reward at each of the new tokens; tokens read; and the state."""
+    if hasattr(guide, "read_prefixes"):
+        rewards, state = guide.read_prefixes(params, state, text, new, width)
+        return rewards, new, state
+    start = text.lengths - new
+
+    def read(carry: tuple[Any, Array], step: Int[Array, ""]) -> tuple[tuple[Any, Array], Float[Array, "R"]]:
+        state, count = carry
+        live = step < new
+        at = jnp.where(live, start + step, text.lengths)
+        if hasattr(guide, "read"):
+            longer = text._replace(lengths=at + live)
+            rewards, more, state = guide.read(params, state, longer, live.astype(jnp.int32), 1)
+            return (state, count + more), rewards
+        token = jnp.take_along_axis(text.tokens, jnp.minimum(at, text.tokens.shape[1] - 1)[:, None], axis=1)
+        before = text._replace(lengths=at)
+        if guide.scores_vocabulary:
+            every, pending = guide.score(params, state, before)
+            rewards = jnp.take_along_axis(every, token, axis=1)
+        else:
+            rewards, pending = guide.score(params, state, before, token)
+        chosen = Chosen(token[:, 0], jnp.zeros_like(new), live)
+        return (guide.commit(params, state, pending, chosen), count + live), rewards[:, 0]
+
+    (state, count), rewards = jax.lax.scan(read, (state, jnp.zeros_like(new)), jnp.arange(width))
+    return rewards.T, count, state

@@ -1,0 +1,140 @@
+"""Twisted sequential Monte Carlo: particles, weighted by what guides say of unfinished answers, and resampled."""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pargs_jax.decoding.rules import Greedy
+from pargs_jax.decoding.search.rows import (
+    Found,
+    KlKind,
+    Rows,
+    Searcher,
+    SearchInputs,
+    Tokens,
+    branch,
+    event_keys,
+    of_prompts,
+    pick,
+    spread,
+)
+from pargs_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class TwistedSmc:
+    """Particles for the posterior p(y) exp(sum_j w_j r_j(y)) / Z (Zhao et al., 2024, Section 3).
+
+    The decoder's guides are the twists, psi(y_1..y_t) = exp(sum_j w_j r_j(y_1..y_t)), and the decoder is the proposal
+    q, whatever its temperature is. A particle's weight grows by
+
+        log p(y_t) + log psi(y_1..y_t) - log psi(y_1..y_t-1) - log q(y_t),
+
+    which is log sum_v p(v) psi(.. v) - log psi(..) at temperature 1. Where the weights' effective sample size falls
+    below a share of n the particles are resampled, systematically. The answer is one particle, drawn by its weight.
+    Where the decoder proposes k candidates only, p is the language model cut to these, not normalised again.
+
+    Attributes:
+        particles: n.
+        threshold: resampling happens below this share of n; 0 never, 1 at nearly every step.
+    """
+
+    particles: int = 16
+    threshold: float = 0.5
+    kl: ClassVar[KlKind] = "bound"
+
+    def __post_init__(self) -> None:
+        if self.particles < 1 or not 0 <= self.threshold <= 1:
+            raise InputError(f"{self}: particles must be at least 1, the threshold from 0 to 1")
+
+    def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+        if searcher.judges:
+            raise InputError("TwistedSmc: its particles are weighted by guides; give no judges")
+        if searcher.decoder.rule == Greedy():
+            raise InputError("TwistedSmc: needs a rule that samples, not Greedy")
+        batch = len(inputs.lengths)
+        rows, tokens = searcher.start(inputs, max_new_tokens, 1)
+        none = jnp.zeros(batch)
+        first = _Carry(spread(rows, self.particles), tokens, jnp.zeros((batch, self.particles)), none, jnp.int32(0))
+
+        def step(carry: _Carry) -> _Carry:
+            rows, tokens = searcher.draw(inputs, carry.rows, carry.tokens, 1)
+            is_live = ~carry.rows.decode.done
+            log_weights = carry.log_weights + of_prompts(jnp.where(is_live, _increments(searcher, rows), 0.0), batch)
+            # None where all particles are finished: nothing would come of it.
+            is_over = of_prompts(rows.decode.done, batch).all(axis=1)
+            resampled = (_effective(log_weights) < self.threshold * self.particles) & ~is_over
+            log_mean = jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
+            counts = _systematic(event_keys(inputs.keys, 1 + carry.step), log_weights)
+            counts = jnp.where(resampled[:, None], counts, 1)
+            return _Carry(
+                branch(rows, counts),
+                tokens,
+                jnp.where(resampled[:, None], 0.0, log_weights),
+                carry.log_z + jnp.where(resampled, log_mean, 0.0),
+                carry.step + 1,
+            )
+
+        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_goes_on, step, first)
+        log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
+        chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
+        samples = searcher.found(rows)
+        scores = of_prompts(_log_twists(searcher, rows), batch)
+        best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+        return Found(
+            pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
+
+
+class _Carry(NamedTuple):
+    rows: Rows
+    tokens: Tokens
+    log_weights: Float[Array, "B n"]
+    log_z: Float[Array, "B"]
+    """Of the resamplings so far."""
+    step: Int[Array, ""]
+
+
+def _goes_on(carry: _Carry) -> Bool[Array, ""]:
+    return ~carry.rows.decode.done.all()
+
+
+def _log_twists(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
+    """log psi of each whole text."""
+    rewards = searcher.decoder.read(rows.decode).rewards
+    return (rewards * rows.decode.settings.weights).sum(axis=-1)
+
+
+def _increments(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
+    """What each row's newest token adds to its log weight."""
+    trace, at = rows.decode.trace, jnp.maximum(rows.decode.text.answer_lengths - 1, 0)
+
+    def of_token(x: Float[Array, "R N *J"], index: Int[Array, "R"]) -> Float[Array, "R *J"]:
+        return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
+
+    rewards = of_token(trace.rewards, at)
+    # A guide that adds up gives the token's own reward; the others that of the text, from which the last one goes.
+    adds_up = jnp.asarray([guide.adds_up for guide in searcher.decoder.guides], bool)
+    is_later = (at > 0)[:, None] & ~adds_up
+    before = jnp.where(is_later, of_token(trace.rewards, jnp.maximum(at - 1, 0)), 0.0)
+    gained = ((rewards - before) * rows.decode.settings.weights).sum(axis=-1)
+    return of_token(trace.log_probs, at) + gained - of_token(trace.guided_log_probs, at)
+
+
+def _effective(log_weights: Float[Array, "B n"]) -> Float[Array, "B"]:
+    """The effective sample size 1 / sum_i W_i^2 of the normalised weights W."""
+    return jnp.exp(-jax.nn.logsumexp(2 * jax.nn.log_softmax(log_weights, axis=1), axis=1))
+
+
+def _systematic(keys: PRNGKeyArray, log_weights: Float[Array, "B n"]) -> Int[Array, "B n"]:
+    """How often each particle is kept: one uniform number u a prompt, and the particles at the places (u + i)/n of the
+    cumulative weights."""
+    count = log_weights.shape[1]
+    u = jax.vmap(jax.random.uniform)(keys)
+    places = (u[:, None] + jnp.arange(count)) / count
+    ends = jnp.cumsum(jax.nn.softmax(log_weights, axis=1), axis=1)
+    # The last end is 1 but for rounding.
+    index = jnp.minimum((ends[:, None, :] <= places[:, :, None]).sum(axis=-1), count - 1)
+    return jax.nn.one_hot(index, count, dtype=jnp.int32).sum(axis=1)

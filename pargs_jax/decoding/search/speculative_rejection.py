@@ -1,0 +1,90 @@
+"""Speculative rejection: best-of-n that gives up the worst samples while they are being written."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pargs_jax.decoding.loop import Decoded
+from pargs_jax.decoding.search.rows import (
+    Found,
+    KlKind,
+    Searcher,
+    SearchInputs,
+    best_of_n_kl,
+    drift,
+    of_prompts,
+    pick,
+    require_judge,
+    spread,
+    weighted,
+)
+from pargs_jax.errors import InputError
+from pargs_jax.models.cache import take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeRejection:
+    """After every chunk the share `alpha` of the rows with the lowest scores so far is dropped, finished ones included;
+    the answer is the best of all that were finished (Sun et al., 2024, Algorithm 1). The batch shrinks: each size is a
+    program of its own. The paper goes on until memory is full; here the chunk has a fixed length.
+
+    Attributes:
+        samples: n, to begin with.
+        alpha: the share that is dropped, below 1; 0 is best-of-n.
+        chunk: tokens between two selections.
+    """
+
+    samples: int = 16
+    alpha: float = 0.5
+    chunk: int = 32
+    kl: ClassVar[KlKind] = "bound"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
+            raise InputError(f"{self}: n and the chunk must be at least 1, alpha at least 0 and below 1")
+
+    def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+        require_judge(self, searcher)
+        batch = len(inputs.lengths)
+        sizes = self.sizes(max_new_tokens)
+        rest = max_new_tokens - (len(sizes) - 1) * self.chunk
+        rows, tokens = searcher.start(inputs, max_new_tokens, rest if len(sizes) == 1 else max(rest, self.chunk))
+        rows = spread(rows, self.samples)
+        ended: list[tuple[Decoded, jax.Array]] = []
+        for size in sizes[1:]:
+            rows, tokens = searcher.draw(inputs, rows, tokens, self.chunk)
+            rows, tokens = searcher.judge(inputs, rows, tokens, self.chunk)
+            scores = of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)
+            # Only finished answers can win; those that are dropped are remembered.
+            ended.append((searcher.found(rows), jnp.where(of_prompts(rows.decode.done, batch), scores, -jnp.inf)))
+            kept = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
+            rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + kept).ravel())
+        rows, tokens = searcher.draw(inputs, rows, tokens, rest)
+        rows, tokens = searcher.judge(inputs, rows, tokens, rest)
+        ended.append((searcher.found(rows), of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)))
+
+        def all_of(*parts: jax.Array) -> jax.Array:
+            joined = jnp.concatenate([of_prompts(part, batch) for part in parts], axis=1)
+            return joined.reshape(batch * joined.shape[1], *joined.shape[2:])
+
+        scores = jnp.concatenate([scores for _, scores in ended], axis=1)
+        chosen = scores.argmax(axis=1)
+        answers = pick(jax.tree.map(all_of, *(decoded for decoded, _ in ended)), chosen)
+        kl = best_of_n_kl(self.samples) if len(sizes) == 1 else float(np.log(self.samples))
+        kls = jnp.where(inputs.lengths > 0, kl + drift(answers), 0.0)
+        best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+        return Found(answers, best, kls, tokens)
+
+    def sizes(self, max_new_tokens: int) -> list[int]:
+        """How many rows a prompt has, until that no longer changes."""
+        sizes = [self.samples]
+        for _ in range(math.ceil(max_new_tokens / self.chunk) - 1):
+            size = sizes[-1] - math.floor(self.alpha * sizes[-1])
+            if size == sizes[-1]:
+                break
+            sizes.append(size)
+        return sizes

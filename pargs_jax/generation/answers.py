@@ -1,0 +1,197 @@
+"""From what was decoded to answers: texts, rewards, and the trace of every token where it was asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from pargs_jax.decoding.loop import Decoded
+from pargs_jax.decoding.search import Found
+from pargs_jax.errors import InputError
+from pargs_jax.generation.guidance import TokensRead, guide_names, tokens_read
+from pargs_jax.generation.plan import Batch, Settings
+from pargs_jax.generation.reward_models import RewardModel
+from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
+from pargs_jax.text.answer_text import AnswerText, Reader, added_text, fastest_reader, shares_of, texts_as_they_grow
+from pargs_jax.text.tokenization import TextTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt.
+
+    `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
+    tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
+    that a token was drawn from and p the language model's, and of a search what docs/search.md says; `guide_rewards`
+    are the reward models' rewards of the whole answer, one for each group that guides together; `tokens` counts the
+    end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out. `sample` counts the
+    answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are the tokens that the language model, and all reward
+    models together, read for it (`TokensRead`). `kl_is` says whether `kl` is exact, an upper bound or an estimate.
+    `log_z` is there for particles, `trace` where it was asked for.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    finish_reason: str
+    log_probability: float
+    kl: float
+    guide_rewards: tuple[float, ...]
+    tokens: int
+    seconds: float
+    sample: int = 0
+    lm_tokens: int = 0
+    rm_tokens: int = 0
+    kl_is: Literal["exact", "bound", "estimate"] = "exact"
+    log_z: float | None = None
+    trace: AnswerTrace | None = None
+
+
+class AnswerReader:
+    """Reads decoded batches of one language model and its reward models."""
+
+    def __init__(self, lm_source: str, tokenizer: TextTokenizer, reward_models: Sequence[RewardModel]) -> None:
+        self._lm_source = lm_source
+        self._tokenizer = tokenizer
+        self._reward_models = reward_models
+
+    def read(self, batch: Batch, outcome: Decoded | Found, seconds: float, settings: Settings) -> list[Answer]:
+        """The answers of a decoded batch; `seconds` are those of each row. Raises InputError for a number that no
+        answer can have."""
+        found = outcome if isinstance(outcome, Found) else None
+        decoded = outcome if found is None else found.answers
+        kls = decoded.trace.kls.sum(axis=1) if found is None else found.kls
+        tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.prompts))]
+        texts = list(map(self._tokenizer.decode_answer, batch.lm_ids, tokens))
+        rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
+        self._check_finite(batch, decoded, rewards, settings)
+        answers = [
+            Answer(
+                prompt.id,
+                prompt.text,
+                texts[row],
+                "stop" if decoded.finished[row] else "length",
+                float(decoded.trace.log_probs[row].sum()),
+                float(kls[row]),
+                tuple(map(float, rewards[row])),
+                int(decoded.lengths[row]),
+                seconds,
+                batch.samples[row],
+                *self._tokens_read(batch, row, int(decoded.lengths[row]), settings, found),
+                settings.kl_is,
+                None if found is None or found.log_z is None else float(found.log_z[row]),
+            )
+            for row, prompt in enumerate(batch.prompts)
+        ]
+        if settings.trace is None:
+            return answers
+        traces = [self._trace(answer, batch, tokens[row], row, decoded, settings) for row, answer in enumerate(answers)]
+        return [dataclasses.replace(answer, trace=trace) for answer, trace in zip(answers, traces, strict=True)]
+
+    def _final_rewards(
+        self, batch: Batch, decoded: Decoded, texts: Sequence[str], guided: bool
+    ) -> Float[np.ndarray, "B J"]:
+        """Every reward model's reward of the whole answers."""
+        if guided:
+            return decoded.rewards
+        finished = decoded.finished[: len(texts)]
+        scored = [
+            model.score(own, decoded.tokens, decoded.lengths, texts, finished)
+            for model, own in zip(self._reward_models, batch.own_prompts, strict=True)
+        ]
+        return np.stack(scored, axis=1) if scored else np.zeros((len(texts), 0))
+
+    def _tokens_read(self, batch: Batch, row: int, answer: int, settings: Settings, found: Found | None) -> TokensRead:
+        if found is not None:
+            return TokensRead(int(found.tokens.lm[row]), int(found.tokens.rm[row]))
+        own_lengths = [int(own.lengths[row]) for own in batch.own_prompts]
+        return tokens_read(
+            settings.method,
+            self._reward_models,
+            len(batch.lm_ids[row]),
+            own_lengths,
+            answer,
+            settings.candidates + settings.method.keeps_rest,
+            settings.tokens_ahead,
+        )
+
+    def _check_finite(
+        self, batch: Batch, decoded: Decoded, final_rewards: Float[np.ndarray, "B J"], settings: Settings
+    ) -> None:
+        """Raises InputError for the first row with a number that no answer can have."""
+        trace = decoded.trace
+        for row, prompt in enumerate(batch.prompts):
+            if not np.isfinite(trace.log_probs[row]).all():
+                raise InputError(f"prompt {prompt.id!r}: a log-probability of the language model is not finite")
+            steps = settings.method.guided and not settings.method.judged
+            rewards = trace.rewards[row] if steps else final_rewards[row][None]
+            advice = "its weights may be damaged, or too large for --dtype"
+            for j, name in enumerate(guide_names(settings.method, self._reward_models)):
+                if not np.isfinite(rewards[:, j]).all():
+                    raise InputError(f"prompt {prompt.id!r}: a reward of {name} is not finite; {advice}")
+            # One candidate's NaN makes the probabilities of all of them NaN, also where another was chosen.
+            if not np.isfinite(trace.guided_log_probs[row]).all():
+                raise InputError(
+                    f"prompt {prompt.id!r}: a candidate's reward is not finite; a reward model's {advice[4:]}"
+                )
+
+    def _trace(
+        self, answer: Answer, batch: Batch, tokens: list[int], row: int, decoded: Decoded, settings: Settings
+    ) -> AnswerTrace:
+        growing = texts_as_they_grow(self._text_reader, batch.lm_ids[row], tokens)
+        noted = decoded.trace
+        rewards = noted.rewards if settings.method.guided else noted.rewards[..., :0]
+        per_token = (noted.log_probs, noted.guided_log_probs, rewards, noted.entropies, noted.kls)
+        columns = [_numbers(column[row, : len(tokens)]) for column in per_token]
+        candidates = [
+            _candidates(decoded, row, step, growing[step]) if settings.trace == "candidates" else None
+            for step in range(len(tokens))
+        ]
+        texts = shares_of(answer.response, growing)
+        return AnswerTrace(
+            answer.id,
+            answer.sample,
+            answer.prompt,
+            answer.response,
+            answer.finish_reason,
+            answer.log_probability,
+            answer.kl,
+            answer.guide_rewards,
+            settings.method_name,
+            settings.guide_weights(len(self._reward_models), batch.prompts[row].weights),
+            settings.candidates_in_use,
+            settings.sampling_temperature if settings.samples else None,
+            settings.seed,
+            self._lm_source,
+            guide_names(settings.method, self._reward_models),
+            self._tokenizer.eos_ids,
+            tuple(
+                TracedToken(token, text, log_p, log_q, tuple(rewards), entropy, kl, others)
+                for token, text, log_p, log_q, rewards, entropy, kl, others in zip(
+                    tokens, texts, *columns, candidates, strict=True
+                )
+            ),
+        )
+
+    @cached_property
+    def _text_reader(self) -> Reader:
+        return fastest_reader(self._tokenizer)
+
+
+def _candidates(decoded: Decoded, row: int, step: int, before: AnswerText) -> tuple[TracedCandidate, ...]:
+    """The candidates of a step, those with the largest log-probability after guidance first."""
+    noted = decoded.trace.candidates
+    ids, log_p, log_q, rewards = (x[row, step] for x in noted)
+    order = np.lexsort((-log_p, -log_q))
+    order = order[ids[order] >= 0]
+    texts = [added_text(before, token) for token in ids[order].tolist()]
+    columns = texts, _numbers(log_p[order]), _numbers(log_q[order]), map(tuple, _numbers(rewards[order]))
+    return tuple(map(TracedCandidate, ids[order].tolist(), *columns))
+
+
+def _numbers(array: Float[np.ndarray, "..."]) -> list:
+    """Python's numbers with as few digits as say which float32 is meant."""
+    return np.asarray(array, np.float32).astype("U").astype(np.float64).tolist()

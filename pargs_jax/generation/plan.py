@@ -1,0 +1,247 @@
+"""What decoding is asked for, and the batches that prompts are decoded in."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from pargs_jax.data.preferences import Prompt
+from pargs_jax.decoding.guides import Prompts
+from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.decoding.state import RowSettings
+from pargs_jax.errors import InputError
+from pargs_jax.generation.guidance import count_guides
+from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_width
+from pargs_jax.models.causal import CausalModel
+from pargs_jax.sharding import current_mesh, row_shards
+from pargs_jax.text.tokenization import TextTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to decode: a method, and what differs from its defaults.
+
+    `n` is the number of answers to each prompt. `trace` says what is recorded of every token: its own numbers, or all
+    candidates with theirs. `top_p`, `look_ahead` and `gate_entropy` are explained in docs/methods.md. `preference` is
+    the vector of the method that takes one, for prompts that do not have their own. Raises InputError for a number that
+    means nothing to the method. `search` has the options of a search method that differ from its own.
+    """
+
+    method: Method
+    weights: tuple[float, ...] = ()
+    k: int | None = None
+    temperature: float | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    seed: int = 0
+    n: int = 1
+    trace: Literal["tokens", "candidates"] | None = None
+    top_p: float | None = None
+    gate_entropy: float | None = None
+    look_ahead: int | None = None
+    preference: tuple[float, ...] = ()
+    search: tuple[tuple[str, float | str | bool], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, reason in self.method.unused.items():
+            if getattr(self, "weights" if name == "weight" else name) not in (None, ()):
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag}: means nothing to {self.method.source}, which {reason}; leave it out")
+        if self.method.draws == "contrastive" and self.weights and not 0 <= self.weights[0] <= 1:
+            raise InputError(f"--weight: got {self.weights[0]:g}, must be from 0 to 1 for {self.method.source}")
+        if self.preference:
+            check_preference(self.preference, "--preference")
+        for name, _ in self.search:
+            if name not in dict(self.method.search_options):
+                flag = name.replace("_", "-")
+                raise InputError(f"--search.{flag}: means nothing to {self.method.source}; leave it out")
+        if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
+            raise InputError("--search.mean and --search.deviation: got one of them; give both, or neither")
+        if self.method.search is not None:
+            self.method.make_search(dict(self.search))
+            if self.trace is not None:
+                raise InputError(
+                    f"--trace: is not for {self.method.source}, which draws more than it answers; leave it out"
+                )
+        if self.n > 1 and not self.samples:
+            raise InputError(
+                f"--n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether the method draws tokens at random."""
+        return "temperature" not in self.method.unused
+
+    @property
+    def kl_is(self) -> Literal["exact", "bound", "estimate"]:
+        """What an answer's `kl` is: the exact KL, or of a search a bound or an estimate (docs/search.md)."""
+        return "exact" if self.method.search is None else self.method.make_search(dict(self.search)).kl
+
+    @property
+    def measures_rewards(self) -> bool:
+        """Whether the method needs to know what rewards the language model's own answers have, and was not told."""
+        return "deviation" in dict(self.method.search_options) and "deviation" not in dict(self.search)
+
+    def with_reward_scale(self, mean: float, deviation: float) -> "Settings":
+        """These settings, told that."""
+        return dataclasses.replace(self, search=(*self.search, ("mean", mean), ("deviation", deviation)))
+
+    @property
+    def method_name(self) -> str:
+        """The method's name in `METHODS`; for one that is not there, its source."""
+        return next((name for name, method in METHODS.items() if method == self.method), self.method.source)
+
+    @property
+    def candidates(self) -> int:
+        """The most candidates of a step."""
+        return self.k or self.method.k
+
+    @property
+    def sampling_temperature(self) -> float:
+        return self.method.temperature if self.temperature is None else self.temperature
+
+    @property
+    def candidates_in_use(self) -> int | None:
+        """The most candidates of a step; None for a method that does not count them."""
+        return None if "k" in self.method.unused and self.method.candidates != "top_k" else self.candidates
+
+    @property
+    def tokens_ahead(self) -> int:
+        """How many tokens an aligned model writes after each candidate; 0 for methods without one."""
+        return self.method.look_ahead if self.look_ahead is None else self.look_ahead
+
+    def guide_weights(self, reward_models: int, own: tuple[float, ...] | None = None) -> tuple[float, ...]:
+        """The weight of each guide that so many reward models make; none for a method without guides. `own` are those
+        of a prompt that has its own.
+
+        Raises InputError if there are not as many weights as guides, or no reward models to guide it.
+        """
+        guides = count_guides(self.method, reward_models)
+        weights = own or self.weights or (self.method.weight,)
+        if guides and len(weights) not in (1, guides):
+            what = {"ratio": "pairs of models", "look_ahead": "look-ahead"}.get(
+                self.method.reward_model, "reward models"
+            )
+            raise InputError(
+                f"--weight: got {len(weights)} weights for {guides} {what} (--rm), must be one for all or one for each"
+            )
+        return weights * guides if len(weights) == 1 else weights[:guides]
+
+    def of_rows(self, prompts: Sequence[Prompt], rows: int, reward_models: int) -> RowSettings:
+        """The settings of rows, of which the first have these prompts. Raises InputError as `guide_weights` does."""
+        settings = RowSettings.alike(
+            rows,
+            weights=self.guide_weights(reward_models),
+            temperature=self.sampling_temperature,
+            candidates=self.candidates,
+            max_new_tokens=self.max_new_tokens,
+            gate_entropy=self.gate_entropy,
+        )
+        if all(prompt.weights is None for prompt in prompts):
+            return settings
+        weights = np.array(settings.weights)
+        for row, prompt in enumerate(prompts):
+            weights[row] = self.guide_weights(reward_models, prompt.weights)
+        return settings._replace(weights=jnp.asarray(weights))
+
+    def preferences_of(self, prompts: Sequence[Prompt], rows: int) -> Float[np.ndarray, "B M"] | None:
+        """The preference vector of each row, for a method that takes one. Raises InputError if a prompt has none, or
+        they differ in length."""
+        if self.method.reward_model != "preference":
+            return None
+        found = [prompt.preference or self.preference for prompt in prompts]
+        for prompt, vector in zip(prompts, found, strict=True):
+            if not vector:
+                raise InputError(
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give --preference, or a "
+                    "column of that name"
+                )
+            if len(vector) != len(found[0]):
+                raise InputError(f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(found[0])}")
+        return np.asarray([*found, *[found[0]] * (rows - len(found))], np.float32)
+
+
+def check_preference(vector: Sequence[float], name: str) -> None:
+    """Raises InputError for numbers that are not shares of a whole."""
+    if min(vector) < 0 or abs(sum(vector) - 1) > 1e-3:
+        raise InputError(f"{name}: got {', '.join(f'{x:g}' for x in vector)}, must be at least 0 and sum to 1")
+
+
+class Batch(NamedTuple):
+    """Answers that are made together. Row b answers `prompts[b]` for the `samples[b]`-th time; rows beyond these fill
+    up the mesh."""
+
+    prompts: list[Prompt]
+    samples: list[int]
+    lm_ids: list[list[int]]
+    lm_prompts: Prompts
+    own_prompts: list[Prompts]
+    """The same in the tokens of each reward model."""
+
+
+def plan_batches(
+    lm: CausalModel,
+    tokenizer: TextTokenizer,
+    reward_models: Sequence[RewardModel],
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    answered: Bool[np.ndarray, "P n"] | None = None,
+) -> Iterator[Batch]:
+    """The prompts in batches, shortest first, so that few rows are padded to much more than their length.
+
+    Args:
+        lm, tokenizer: the language model and its tokenizer.
+        reward_models: the reward models.
+        prompts, settings: what to answer, and how.
+        answered: which samples of each prompt there are already; these are left out.
+
+    Raises:
+        InputError: before the first batch, if a prompt does not fit a model together with its answer.
+    """
+    encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
+    own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]
+    _check_lengths(lm, reward_models, prompts, encoded, own_encoded, settings)
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    wanted = [(i, sample) for i in order for sample in range(settings.n) if answered is None or not answered[i][sample]]
+    shards = row_shards(current_mesh())
+    rows = -(-max(1, min(settings.batch_size, len(wanted))) // shards) * shards
+    for first in range(0, len(wanted), rows):
+        chosen = wanted[first : first + rows]
+        lm_ids = [encoded[i] for i, _ in chosen]
+        yield Batch(
+            [prompts[i] for i, _ in chosen],
+            [sample for _, sample in chosen],
+            lm_ids,
+            left_pad(lm_ids, rows, padded_width(max(map(len, lm_ids)))),
+            [
+                model.pad_prompts([own[i] for i, _ in chosen], rows)
+                for model, own in zip(reward_models, own_encoded, strict=True)
+            ],
+        )
+
+
+def _check_lengths(
+    lm: CausalModel,
+    reward_models: Sequence[RewardModel],
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    own_encoded: Sequence[Sequence[list[int]]],
+    settings: Settings,
+) -> None:
+    max_new_tokens = settings.max_new_tokens
+    positions = lm.config.max_positions
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) + max_new_tokens > positions:
+            raise InputError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more "
+                f"than the language model's context of {positions} tokens"
+            )
+        if ids and max(ids) >= lm.config.vocab_size:
+            raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
+    for model, own in zip(reward_models, own_encoded, strict=True):
+        for prompt, ids in zip(prompts, own, strict=True):
+            model.check_prompt(prompt, ids, max_new_tokens, settings.tokens_ahead)

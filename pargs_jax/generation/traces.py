@@ -1,0 +1,234 @@
+"""The record of how an answer came about, token by token, and the file of such records.
+
+Evaluation, the page that explains an answer and whoever calls a `Session` see the same record (docs/traces.md).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pargs_jax.durable_files import append_all, hold, write_failures_named
+from pargs_jax.errors import InputError
+
+
+class TracedCandidate(NamedTuple):
+    """A token that could have been chosen: `log_p` under the language model, and `log_q` under the distribution that
+    the token was drawn from, both in nats. `log_q` is minus infinity for what could not be drawn."""
+
+    id: int
+    text: str
+    log_p: float
+    log_q: float
+    rewards: tuple[float, ...]
+
+
+class TracedToken(NamedTuple):
+    """A token of an answer.
+
+    `text` is its share of the response (`shares_of`). `log_p` is its log-probability under the language model p, and
+    `log_q` under the distribution q that it was drawn from; `entropy` is that of p, and `kl` is KL(q || p); all in
+    nats. `rewards` are the guides'. `candidates`, where they were asked for, come with the largest `log_q` first.
+    """
+
+    id: int
+    text: str
+    log_p: float
+    log_q: float
+    rewards: tuple[float, ...]
+    entropy: float
+    kl: float
+    candidates: tuple[TracedCandidate, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerTrace:
+    """An answer with all its tokens, and how it was decoded.
+
+    What an `Answer` says means the same here. `weights`, `k` and `temperature` are the numbers in use: no weights
+    without guidance, no k for a method that does not count its candidates, and no temperature for one that does not
+    sample. `options` is the digest of the options of the command, which the answers file has too; None from Python.
+    `eos_ids` are the tokens that end an answer.
+    """
+
+    id: str
+    sample: int
+    prompt: str
+    response: str
+    finish_reason: str
+    log_probability: float
+    kl: float
+    guide_rewards: tuple[float, ...]
+    method: str
+    weights: tuple[float, ...]
+    k: int | None
+    temperature: float | None
+    seed: int
+    lm: str
+    reward_models: tuple[str, ...]
+    eos_ids: tuple[int, ...]
+    tokens: tuple[TracedToken, ...]
+    options: str | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """The row of a trace file: numbers that are minus infinity are null, and candidates that were not asked for
+        are left out."""
+        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
+        row["tokens"] = [_token_row(token) for token in row.pop("tokens")]
+        return row
+
+    @classmethod
+    def from_row(cls, row: Any) -> "AnswerTrace":
+        """The trace in a row. Raises ValueError, with the reason, if there is none."""
+        try:
+            rewards = row["guide_reward"]
+            rewards = [] if rewards is None else rewards if isinstance(rewards, list) else [rewards]
+            fields = {name: row[name] for name in cls.__dataclass_fields__ if name not in ("guide_rewards", "tokens")}
+            lists = {name: tuple(fields[name]) for name in ("weights", "reward_models", "eos_ids")}
+            tokens = tuple(map(_token_of, row["tokens"]))
+            trace = cls(**fields | lists, guide_rewards=tuple(map(float, rewards)), tokens=tokens)
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]!r} is missing") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        if "".join(token.text for token in trace.tokens) != trace.response:
+            raise ValueError("the texts of its tokens are not its response")
+        return trace
+
+
+def one_or_all(rewards: Sequence[float]) -> float | list[float] | None:
+    """The `guide_reward` of a row: a number for one reward model, a list for several, null without any."""
+    return None if not rewards else rewards[0] if len(rewards) == 1 else list(rewards)
+
+
+def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
+    """The traces in a file that `decode.py --trace` wrote, one by one.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it is not a trace.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    trace = AnswerTrace.from_row(json.loads(line))
+                except ValueError as error:
+                    raise InputError(
+                        f"{path}: line {number} is not a trace ({error}); decode.py --trace writes them"
+                    ) from error
+                yield trace
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py --trace writes them") from error
+
+
+class TracesFile:
+    """Appends traces to a JSONL file, whose line n is the trace of line n of a file of answers.
+
+    Traces are written before their answers. So a run that was killed may leave traces without an answer behind the
+    others: these are dropped, and come again with their answers.
+    """
+
+    def __init__(
+        self, path: Path, answers_path: Path, answered: Sequence[tuple[str, int]], options: str, *, is_known: bool
+    ) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: the file.
+            answers_path: the file of the answers, for messages.
+            answered: the id and sample of each of its rows.
+            options: the digest of the options that they were made with.
+            is_known: an earlier run wrote traces of these answers here.
+
+        Raises:
+            InputError: it cannot be written, another process is writing it, or its lines are not the answers' traces.
+        """
+        self._path = path
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; --trace is a file")
+        with write_failures_named(path, "give another --trace"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        try:
+            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or give another --trace")
+            lines = path.read_bytes().splitlines(keepends=True)
+            for number, (prompt_id, sample) in enumerate(answered, start=1):
+                if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
+                    raise InputError(
+                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers that were "
+                        "made without --trace cannot get one: give another --out and --trace"
+                    )
+            if len(lines) > len(answered) and not is_known:
+                raise InputError(f"{path}: already exists, and does not belong to {answers_path}; give another --trace")
+            for number, line in enumerate(lines[len(answered) :], start=len(answered) + 1):
+                is_whole, found = line.endswith(b"\n"), _identity(line)
+                if is_whole and (found is None or found[2] != options):
+                    raise InputError(f"{path}: line {number} is not a trace of these answers; give another --trace")
+            self._file.truncate(sum(map(len, lines[: len(answered)])))
+        except InputError:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file, which ends its lock."""
+        self._file.close()
+
+    def write(self, traces: Sequence[AnswerTrace]) -> None:
+        """Appends rows. Raises InputError if the disk does not take them all."""
+        rows = "".join(json.dumps(trace.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for trace in traces)
+        with write_failures_named(self._path, "the traces before are kept; mend that, then run the same again"):
+            append_all(self._file, rows)
+
+
+def _identity(line: bytes) -> tuple[str, int, str] | None:
+    """Which answer a line traces, and the digest of its options; None if it is not a whole trace."""
+    try:
+        row = json.loads(line)
+        return row["id"], row["sample"], row["options"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _token_row(token: TracedToken) -> dict[str, Any]:
+    row = _numbers_row(token)
+    if token.candidates is None:
+        del row["candidates"]
+    else:
+        row["candidates"] = [_numbers_row(candidate) for candidate in token.candidates]
+    return row
+
+
+def _numbers_row(token: TracedToken | TracedCandidate) -> dict[str, Any]:
+    return token._asdict() | {
+        "log_p": _number(token.log_p),
+        "log_q": _number(token.log_q),
+        "rewards": [_number(reward) for reward in token.rewards],
+    }
+
+
+def _number(number: float) -> float | None:
+    return None if number == -math.inf else number
+
+
+def _token_of(row: dict[str, Any]) -> TracedToken:
+    candidates = row.get("candidates")
+    return TracedToken(
+        *_numbers_of(row),
+        entropy=float(row["entropy"]),
+        kl=float(row["kl"]),
+        candidates=None if candidates is None else tuple(TracedCandidate(*_numbers_of(each)) for each in candidates),
+    )
+
+
+def _numbers_of(row: dict[str, Any]) -> tuple[int, str, float, float, tuple[float, ...]]:
+    if not isinstance(row["text"], str):
+        raise TypeError(f"the text of a token is {row['text']!r}")
+    log_p, log_q, *rewards = (
+        -math.inf if number is None else float(number) for number in (row["log_p"], row["log_q"], *row["rewards"])
+    )
+    return int(row["id"]), row["text"], log_p, log_q, tuple(rewards)

@@ -1,0 +1,144 @@
+"""Low-rank additions that depend on a preference vector: one model for all weightings of several objectives (PARM; Lin
+et al., 2025). Each adapted matrix gets `scale * (A1 W1 B1 + A2 W2(a) B2)`, where W2(a) = sum_i a_i W2_i.
+
+The vector is an input like any other: each row of a batch may have its own.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pargs_jax.errors import InputError
+from pargs_jax.models.layers import Linear
+from pargs_jax.models.lora import split_params
+from pargs_jax.sharding import map_paths, place_param, to_host
+
+PREFERENCE = "preference"
+ADDITIONS = "preference_lora.safetensors"
+"""The file in a model's folder that has the additions, beside the weights that they are added to."""
+
+
+class BilinearAddition(nnx.Module):
+    """The addition of one linear layer, all zero at first. `preference` is `[M]`, or `[B M]` with one for each row."""
+
+    def __init__(
+        self, stack: tuple[int, ...], inputs: int, outputs: int, rank: int, objectives: int, scale: float
+    ) -> None:
+        def zeros(*shape: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros((*stack, *shape)))
+
+        self.shared_in, self.shared_mix, self.shared_out = zeros(inputs, rank), zeros(rank, rank), zeros(rank, outputs)
+        self.own_in, self.own_mix, self.own_out = (
+            zeros(inputs, rank),
+            zeros(objectives, rank, rank),
+            zeros(rank, outputs),
+        )
+        self.preference = nnx.Param(jnp.full((*stack, objectives), 1.0 / objectives))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        mix = jnp.einsum("...m,mrs->...rs", self.preference[...].astype(x.dtype), self.own_mix[...])
+        shared = x @ self.shared_in[...] @ self.shared_mix[...] @ self.shared_out[...]
+        return self.scale * (shared + x @ self.own_in[...] @ mix @ self.own_out[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLora:
+    """Which linear layers of the blocks are adapted, and how; the numbers are those of PARM's code.
+
+    Attributes:
+        objectives: M, the length of preference vectors.
+        rank: of both parts of the additions.
+        alpha: the additions are scaled by `alpha / rank`.
+        layers: a regular expression that a layer's whole name matches.
+    """
+
+    objectives: int
+    rank: int = 4
+    alpha: float = 8.0
+    layers: str = "query|key|value"
+
+    @classmethod
+    def of_config(cls, fields: Any, folder: Path) -> "PreferenceLora":
+        """What `pargs_preference_lora` in a config.json says. Raises InputError if it is not that."""
+        try:
+            return cls(int(fields["objectives"]), int(fields["rank"]), float(fields["alpha"]), str(fields["layers"]))
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{folder}/config.json: pargs_preference_lora is {fields!r}: {error!r}") from error
+
+    def adapt(self, block: nnx.Module) -> None:
+        """Gives a block's chosen layers their additions. `block` may be a stack of blocks."""
+        linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
+        chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
+        if not chosen:
+            raise InputError(f"preference additions for {self.layers}: this model has {', '.join(linears)}")
+        for linear in chosen:
+            *stack, inputs, outputs = linear.kernel.shape
+            linear.addition = BilinearAddition(
+                tuple(stack), inputs, outputs, self.rank, self.objectives, self.alpha / self.rank
+            )
+
+
+def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
+    """The params of a model with `PreferenceLora`, with a preference vector for each row."""
+    if not isinstance(params, dict):
+        return params
+    return {
+        name: jnp.broadcast_to(preferences, (*part.shape[:-1], *preferences.shape))
+        if name == PREFERENCE
+        else with_preferences(part, preferences)
+        for name, part in params.items()
+    }
+
+
+def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array, "M"]) -> Any:
+    """Ordinary params: every addition, for one preference vector, added to its matrix. Computed in fp32."""
+    if not isinstance(params, dict):
+        return params
+    if "addition" not in params:
+        return {name: merge_preference(lora, part, preference) for name, part in params.items()}
+    rest, own = {name: part for name, part in params.items() if name != "addition"}, params["addition"]
+    mix = jnp.einsum("m,...mrs->...rs", preference, own["own_mix"])
+    added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
+    kernel = params["kernel"]
+    return rest | {"kernel": (kernel.astype(jnp.float32) + lora.alpha / lora.rank * added).astype(kernel.dtype)}
+
+
+def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:
+    """All arrays of the additions, by their dotted paths, and the params without them; all processes must call."""
+    found: dict[str, np.ndarray] = {}
+
+    def without(tree: Any, path: str) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "addition" in tree:
+            found.update({f"{path}addition.{name}": to_host(x) for name, x in tree["addition"].items()})
+        return {name: without(part, f"{path}{name}.") for name, part in tree.items() if name != "addition"}
+
+    rest = without(params, "")
+    return found, rest
+
+
+def read_additions(folder: Path, model: Any, dtype: np.dtype) -> Any:
+    """The additions of a model with stacked layers, from its folder, placed on the mesh.
+
+    Raises InputError if the file is missing, or does not have exactly the arrays that the model needs.
+    """
+    from safetensors.numpy import load_file
+
+    path = folder / ADDITIONS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, but config.json says that the model has preference additions")
+    tensors = load_file(path)
+    expected, _ = split_params(model.abstract_params(), ("addition",))
+    shapes: dict[str, tuple[int, ...]] = {}
+    map_paths(lambda name, x: shapes.setdefault(name, x.shape), expected)
+    if {name: x.shape for name, x in tensors.items()} != shapes:
+        raise InputError(f"{path}: its arrays are not those of pargs_preference_lora in config.json")
+    return map_paths(lambda name, x: place_param(name, x.shape, dtype, lambda index: tensors[name][index]), expected)
