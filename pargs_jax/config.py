@@ -146,7 +146,7 @@ class _ObjectiveChoice:
     def validate(self, max_length: int) -> None:
         """Raises InputError for an option that means nothing with this loss, or does not suit it."""
         for known in options(type(self)):
-            owners = [name for name, loss in OBJECTIVES.items() if known.key in loss.__dataclass_fields__]
+            owners = [name for name, loss in OBJECTIVES.items() if known.key in {own.name for own in fields(loss)}]
             value = value_of(self, known)
             if owners and self.name not in owners and value != known.default:
                 raise InputError(

@@ -1,6 +1,6 @@
 """The named methods: each is a combination of parts and their usual numbers, not a code path of its own.
 
-The table imports no JAX, so that `--help` can show it; a method's parts are imported when they are asked for.
+The table imports no JAX, so that a help text can show it quickly; a method's parts are imported when they are asked for.
 docs/methods.md says of each what it needs, what it costs, and what to watch.
 """
 
@@ -221,4 +221,4 @@ METHODS: dict[str, Method] = {
         "sample", weight=1.0, search="smc", search_options=(("particles", 16), ("threshold", 0.5)),
     ),
 }  # fmt: skip
-"""What `--method` takes."""
+"""Every method by its name."""

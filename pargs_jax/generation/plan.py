@@ -157,7 +157,7 @@ class Settings:
         for prompt, vector in zip(prompts, found, strict=True):
             if not vector:
                 raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one with the options, or a "
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one, or a "
                     "column of that name"
                 )
             if len(vector) != len(found[0]):

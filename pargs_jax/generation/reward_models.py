@@ -158,9 +158,9 @@ class RewardModel:
         """Tokens that it reads as a guide (see `TokensRead`)."""
         if self.role != "scalar":
             return prompt - 1 + answer
-        if not self.model.one_pass:
-            return candidates * (answer * prompt + answer * (answer + 1) // 2)
-        return prompt + candidates * answer
+        if self.model.one_pass:
+            return prompt + candidates * answer
+        return candidates * (answer * prompt + answer * (answer + 1) // 2)
 
     def larger_room(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
         """Room for answers of which one needed so many of this model's tokens, and there were fewer. Raises InputError

@@ -4,7 +4,7 @@ An objective is one file with a `Loss`: a frozen dataclass whose fields are its 
 model says of a batch. It knows arrays, never models; `pargs_jax.training.objective` joins the two. `docs/
 adding_an_objective.md` shows how to write one.
 
-`--help` lists the options of all objectives and must not wait for JAX: no objective's file imports it at the top.
+A help text lists the options of all objectives and must not wait for JAX: no objective's file imports it at the top.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LossResult(NamedTuple):
     Attributes:
         loss: what is minimised, a mean over whatever the objective counts.
         metrics: what is logged beside it. Over several batches means are taken, by weight; extremes of names that end
-            in `_min` or `_max`. `accuracy` is what `--best-metric accuracy` goes by.
+            in `_min` or `_max`. `accuracy` is what the option `best_metric accuracy` goes by.
         weight: how much the batch counts in a mean over batches: its pairs, or its tokens.
     """
 
@@ -67,8 +67,8 @@ class Loss:
     """An objective: what it needs, its options (the dataclass's fields), and its loss.
 
     Class attributes:
-        name: what `--objective.name` calls it.
-        meaning: its line in `--help`.
+        name: what the option `objective.name` calls it.
+        meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
         answers: how many answers of a row it reads: 2, a chosen and a rejected one, or 1.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
@@ -87,7 +87,7 @@ class Loss:
         """Raises InputError for options that do not go together, or with texts of at most so many tokens."""
 
     def chance(self, vocab_size: int) -> float:
-        """The loss of a model that tells nothing apart, which `--loss-limit` is a multiple of."""
+        """The loss of a model that tells nothing apart, which the option `loss_limit` is a multiple of."""
         raise NotImplementedError
 
     def __call__(

@@ -34,7 +34,7 @@ class PartialBradleyTerry(BradleyTerry):
     def validate(self, max_length: int) -> None:
         if self.minimum_length >= max_length:
             raise InputError(
-                f"--objective.minimum-length: got {self.minimum_length}, must be below --max-length ({max_length})"
+                f"objective.minimum-length: got {self.minimum_length}, must be below max-length ({max_length})"
             )
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:

@@ -190,7 +190,7 @@ def test_a_real_model_tells_its_story(decode):
         (["--lm", "{tmp}/strange"], "architecture 'rwkv' is not known"),
         (["--out", "/proc/answers.jsonl"], "cannot be written"),
         (["--out", "{tmp}/foreign.jsonl"], "was not written by decode.py"),
-        (["--weight", "1", "2"], "--weight: got 2 weights for 1"),
+        (["--weight", "1", "2"], "weight: got 2 weights for 1"),
         (["--mesh", "gpu-77"], "gpu-77"),
     ],
 )

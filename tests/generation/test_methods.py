@@ -133,21 +133,21 @@ def test_a_saved_model_says_what_its_head_is(folder):
 @pytest.mark.parametrize(
     ("method", "names", "changes", "message"),
     [
-        ("genarm", [], {}, r"GenARM .*: needs an autoregressive reward model, or several; give --rm"),
+        ("genarm", [], {}, r"GenARM .*: needs an autoregressive reward model, or several"),
         ("genarm", ["arm", "rm"], {}, "has a scalar reward head; GenARM .* needs an autoregressive reward model"),
         ("genarm", ["table"], {}, "has a table of rewards for its head; GenARM"),
-        ("expert_ratio", ["arm"], {}, "needs pairs of language models: tuned, reference; --rm has 1"),
+        ("expert_ratio", ["arm"], {}, "needs pairs of language models: tuned, reference, got 1"),
         ("expert_ratio", ["arm", "lm"], {"weights": (1.0, 2.0)}, "got 2 weights for 1 pairs of models"),
-        ("parm", ["parm", "parm"], {}, "needs one reward model that takes a preference vector; --rm has 2"),
-        ("transfer_q", ["rm"], {}, "needs an aligned language model, then a reward model, .* --rm has 1"),
+        ("parm", ["parm", "parm"], {}, "needs one reward model that takes a preference vector, got 2"),
+        ("transfer_q", ["rm"], {}, "needs an aligned language model, then a reward model, .* got 1"),
         ("transfer_q", ["rm", "arm"], {}, "has a scalar reward head; Transfer Q"),
         ("pargs", ["arm"], {}, "has no reward head, so it is not a reward model"),
         ("args", ["table"], {}, "its head is a table"),
-        ("genarm", ["parm"], {}, "takes a preference vector; only --method parm gives one"),
+        ("genarm", ["parm"], {}, "takes a preference vector; only the method parm gives one"),
         ("parm", ["arm"], {"preference": (1.0,)}, "takes no preference vector"),
-        ("parm", ["parm"], {}, "prompt 'a': PARM .* needs a preference vector; give --preference"),
+        ("parm", ["parm"], {}, "prompt 'a': PARM .* needs a preference vector; give one"),
         ("parm", ["parm"], {"preference": (0.2, 0.3, 0.5)}, "has 3 numbers, but .* was trained for 2 objectives"),
-        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "--look-ahead 60 that is more than its context of 64"),
+        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead that is more than its context"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(folder, method, names, changes, message):
@@ -164,13 +164,13 @@ def test_kinds_of_reward_models_are_refused_before_any_model_is_loaded(folder):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("genarm", {"k": 5}, "--k: means nothing to GenARM .* does not take the k likeliest tokens"),
-        ("pargs", {"top_p": 0.5}, "--top-p: means nothing to PARGS"),
-        ("top_k", {"gate_entropy": 1.0}, "--gate-entropy: means nothing to top-k sampling .* is not guided"),
-        ("vas", {"look_ahead": 3}, "--look-ahead: means nothing to VAS"),
-        ("genarm", {"preference": (1.0,)}, "--preference: means nothing to GenARM"),
-        ("parm", {"preference": (0.5, 0.2)}, "--preference: got 0.5, 0.2, must be at least 0 and sum to 1"),
-        ("contrastive", {"weights": (1.5,)}, "--weight: got 1.5, must be from 0 to 1"),
+        ("genarm", {"k": 5}, "k: means nothing to GenARM .* does not take the k likeliest tokens"),
+        ("pargs", {"top_p": 0.5}, "top-p: means nothing to PARGS"),
+        ("top_k", {"gate_entropy": 1.0}, "gate-entropy: means nothing to top-k sampling .* is not guided"),
+        ("vas", {"look_ahead": 3}, "look-ahead: means nothing to VAS"),
+        ("genarm", {"preference": (1.0,)}, "preference: means nothing to GenARM"),
+        ("parm", {"preference": (0.5, 0.2)}, "preference: got 0.5, 0.2, must be at least 0 and sum to 1"),
+        ("contrastive", {"weights": (1.5,)}, "weight: got 1.5, must be from 0 to 1"),
     ],
 )
 def test_numbers_that_mean_nothing_to_a_method_are_refused(method, changes, message):
