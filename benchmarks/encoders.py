@@ -20,7 +20,7 @@ tokens:
 
 Training, on every prefix of both answers of each pair, the gradient alone:
 
-- chunked: `encoder_rewards`, as `partial_bt` uses it: texts grouped by length, one chunk's memory.
+- chunked: `EncoderModel.read`, as `partial_bt` uses it: texts grouped by length, one chunk's memory.
 - plain batch: all prefixes as rows of one padded batch.
 - prefix_causal: one pass.
 """
@@ -50,11 +50,9 @@ from pargs_jax.models.deberta import DebertaConfig
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.objectives import prefix_loss
-from pargs_jax.objectives.bradley_terry import choose_prefixes
+from pargs_jax.objectives.bradley_terry import choose_prefixes, prefix_loss
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
-from pargs_jax.training.objective import answer_states, encoder_rewards
 
 ENCODERS = {
     "tiny": DebertaConfig(vocab_size=128100, width=64, layers=2, heads=4, feedforward=128),
@@ -240,14 +238,9 @@ def train_rows(args: argparse.Namespace, config: DebertaConfig) -> list[dict[str
 
     def loss(params: Params, *, kind: str) -> jax.Array:
         prefixes = choose_prefixes(batch.answer_lengths, args.answer)
-        if kind == "prefix_causal":
-            rewards = causal.rewards(params, answer_states(causal, params, batch))
-            pairs = jnp.moveaxis(rewards, 1, 2)[:, ::-1]
-        else:
-            chunk = CHUNK if kind == "chunked" else args.answer
-            pairs = encoder_rewards(
-                encoder, params, batch, prefixes.lengths, closing_id=2, chunk=chunk, descending=kind == "chunked"
-            )
+        model = causal if kind == "prefix_causal" else encoder
+        outputs = model.read(params, batch, closing_id=2, chunk=CHUNK if kind == "chunked" else args.answer)
+        pairs = outputs.rewards_at(prefixes.lengths, descending=kind == "chunked")
         return prefix_loss(pairs, prefixes, batch.weights)
 
     kinds = ("chunked", "plain batch", "prefix_causal")

@@ -42,10 +42,11 @@ import optax
 from jaxtyping import Array
 from models import SHAPES, causal_pass, on_device, random_params, reason_without_torch, torch_device, torch_twin
 
-from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
+from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
@@ -73,7 +74,7 @@ class JaxTrainer:
         state = TrainState(params, jax.jit(self._optimizer.init)(params), jnp.zeros((), jnp.int32))
         # All placed alike: a mix would compile the first step once more, for the placing that it returns.
         self._state = jax.device_put(state, jax.devices()[0])
-        objectives = {name: Objective(model, ObjectiveConfig(name=name), dtype) for name in (BT, PARTIAL)}
+        objectives = {name: Objective(model, OBJECTIVES[name](), dtype) for name in (BT, PARTIAL)}
         self._steps = {name: make_train_step(objective, self._optimizer) for name, objective in objectives.items()}
         self._rows_step = make_rows_step(objectives[BT], self._optimizer)
 

@@ -24,12 +24,13 @@ is pure, and the big ones are jitted already:
 
 The losses are functions of arrays. With a reward model's rewards of every prefix, `Float[B 2 R]`, chosen first:
 
-    hidden = pj.answer_states(rm.model, rm.params, batch)    # one causal pass over both answers
-    rewards = rm.model.rewards(rm.params, hidden)
+    outputs = rm.model.read(rm.params, batch)                # one causal pass over both answers
+    rewards = outputs.rewards()
     loss, metrics = pj.partial_bradley_terry(rewards, batch.answer_lengths)
 
-A `pj.EncoderModel` (DeBERTa) reads each prefix apart: `pj.encoder_rewards`. A reward model with another tokenizer
-scores the text: `pj.RewardModel.load(path, lm_tokenizer, ...)` finds out, and makes the guide that it needs.
+`outputs.rewards_at(lengths)` gives those of some prefixes, of every kind of model: a `pj.EncoderModel` (DeBERTa) reads
+each prefix apart. A reward model with another tokenizer scores the text: `pj.RewardModel.load(path, lm_tokenizer, ...)`
+finds out, and makes the guide that it needs.
 
 On a mesh, `with jax.set_mesh(pj.make_mesh("tpu-v4-8", "decode")):`, weights are loaded to where they belong, and all of
 this runs on every device of it.
@@ -92,9 +93,10 @@ if TYPE_CHECKING:
     from pargs_jax.models.hf import load_model, save_model
     from pargs_jax.models.model import unstack_layers
     from pargs_jax.models.prefix_causal import PrefixCausalModel
-    from pargs_jax.objectives import answer_likelihood, bradley_terry, partial_bradley_terry
+    from pargs_jax.objectives.bradley_terry import bradley_terry, partial_bradley_terry
+    from pargs_jax.objectives.likelihood import answer_likelihood
     from pargs_jax.text.retokenisation import Retokeniser
-    from pargs_jax.training.objective import Objective, answer_states, encoder_rewards
+    from pargs_jax.training.objective import Objective
     from pargs_jax.training.step import make_optimizer, make_train_step
 
 # Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
@@ -150,9 +152,10 @@ _HOMES = {
     "pargs_jax.models.hf": ("load_model", "save_model"),
     "pargs_jax.models.model": ("unstack_layers",),
     "pargs_jax.models.prefix_causal": ("PrefixCausalModel",),
-    "pargs_jax.objectives": ("answer_likelihood", "bradley_terry", "partial_bradley_terry"),
+    "pargs_jax.objectives.bradley_terry": ("bradley_terry", "partial_bradley_terry"),
+    "pargs_jax.objectives.likelihood": ("answer_likelihood",),
     "pargs_jax.commands.train": ("train",),
-    "pargs_jax.training.objective": ("Objective", "answer_states", "encoder_rewards"),
+    "pargs_jax.training.objective": ("Objective",),
     "pargs_jax.training.step": ("make_optimizer", "make_train_step"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

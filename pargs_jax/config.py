@@ -11,12 +11,14 @@ Python.
 # ruff: noqa: RUF009 (option() is dataclasses.field(), a declaration and no shared value)
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from pargs_jax.errors import InputError
-from pargs_jax.options import check_each, option, options, shown
+from pargs_jax.objectives import OBJECTIVES
+from pargs_jax.objectives.contract import Loss
+from pargs_jax.options import check_each, merged_options, option, options, shown, value_of
 from pargs_jax.search_config import SearchConfig
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
@@ -122,44 +124,46 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class _ObjectiveChoice:
     """The loss."""
 
-    name: Literal["sft", "bt", "partial_bt"] = option(
-        "partial_bt",
-        "sft: next-token loss on the chosen answers; bt: Bradley-Terry on full answers; "
-        "partial_bt: Bradley-Terry on every prefix of the answers",
+    name: Literal[tuple(OBJECTIVES)] = option(  # type: ignore[valid-type]
+        "partial_bt", "; ".join(f"{name}: {loss.meaning}" for name, loss in OBJECTIVES.items())
     )
-    prefix_weights: Literal["uniform", "linear"] = option(
-        "uniform", "partial_bt: weight of a prefix in the mean: the same for all, or proportional to its length"
-    )
-    stride: int = option(1, "partial_bt: score every n-th prefix, in tokens", at_least=1)
-    sample: int | None = option(None, "partial_bt: random prefixes scored a pair and step", unset="all", at_least=1)
     chunk: int = option(
         8,
         "models with full attention: prefixes of a pair that are read at once; fewer take less memory",
         at_least=1,
         may_change=True,
     )
-    minimum_length: int = option(1, "partial_bt: shortest prefix that is scored, in tokens", at_least=1)
-    margin: float = option(
-        0.0, "bt, partial_bt: subtracted from the difference of rewards, which pushes pairs further apart", at_least=0
-    )
-    centring: float = option(
-        0.0, "bt, partial_bt: weight of the penalty that keeps rewards around zero; 0: none", at_least=0
-    )
 
-    def validate(self) -> None:
-        """Raises InputError for an option that means nothing with this loss."""
-        owners = {name: ("partial_bt",) for name in ("prefix_weights", "stride", "sample", "minimum_length")}
-        owners |= {name: ("bt", "partial_bt") for name in ("margin", "centring")}
+    @property
+    def loss(self) -> Loss:
+        """The objective, with its options."""
+        kind = OBJECTIVES[self.name]
+        return kind(**{declared.name: getattr(self, declared.name) for declared in fields(kind)})
+
+    def validate(self, max_length: int) -> None:
+        """Raises InputError for an option that means nothing with this loss, or does not suit it."""
         for known in options(type(self)):
-            value, losses = getattr(self, known.key), owners.get(known.key, (self.name,))
-            if self.name not in losses and value != known.default:
+            owners = [name for name, loss in OBJECTIVES.items() if known.key in loss.__dataclass_fields__]
+            value = value_of(self, known)
+            if owners and self.name not in owners and value != known.default:
                 raise InputError(
                     f"--objective.{known.flag.removeprefix('--')}: got {shown(value)}, but means nothing with "
-                    f"--objective.name {self.name}; it is for {' and '.join(losses)}"
+                    f"--objective.name {self.name}; it is for {' and '.join(owners)}"
                 )
+        self.loss.validate(max_length)
+
+
+ObjectiveConfig = make_dataclass(
+    "ObjectiveConfig",
+    merged_options(OBJECTIVES),
+    bases=(_ObjectiveChoice,),
+    namespace={"__doc__": _ObjectiveChoice.__doc__, "__module__": __name__},
+    frozen=True,
+)
+"""Which objective, and the options of all of them: each is declared beside its loss (`pargs_jax.objectives`)."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +330,7 @@ class TrainConfig:
         """Raises InputError, in the command line's words, for the first option that cannot be used."""
         check_each(self)
         self.data.validate()
-        self.objective.validate()
+        self.objective.validate(self.max_length)
         self.lora.validate()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:
@@ -338,11 +342,6 @@ class TrainConfig:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
                 f"--optim.accumulation ({self.optim.accumulation})"
-            )
-        if self.objective.minimum_length >= self.max_length:
-            raise InputError(
-                f"--objective.minimum-length: got {self.objective.minimum_length}, must be below "
-                f"--max-length ({self.max_length})"
             )
 
 

@@ -8,7 +8,7 @@ at once.
 import json
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -177,3 +177,25 @@ def deciding_values(config: Any) -> dict[str, Any]:
 def value_of(config: Any, known: Option) -> Any:
     """The value of an option in a config."""
     return operator.attrgetter(known.key)(config)
+
+
+def merged_options(classes: Mapping[str, type]) -> list[tuple[str, Any, Field]]:
+    """The options of several classes as fields of one (`dataclasses.make_dataclass`). The meaning of each begins with
+    the names of the classes that have it.
+
+    Raises TypeError if two of them declare an option of one name differently.
+    """
+    merged: dict[str, tuple[Any, Field, list[str]]] = {}
+    for name, options_class in classes.items():
+        hints = get_type_hints(options_class)
+        for declared in fields(options_class):
+            hint, first, owners = merged.setdefault(declared.name, (hints[declared.name], declared, []))
+            if (hint, first.default, first.metadata) != (hints[declared.name], declared.default, declared.metadata):
+                raise TypeError(f"{name} and {owners[0]} declare the option {declared.name} differently")
+            owners.append(name)
+
+    def owned(first: Field, owners: Sequence[str]) -> Field:
+        meaning = f"{', '.join(owners)}: {first.metadata['meaning']}"
+        return field(default=first.default, metadata={**first.metadata, "meaning": meaning})
+
+    return [(key, hint, owned(first, owners)) for key, (hint, first, owners) in merged.items()]

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "search_config": {"options"},
-    "config": {"search_config", "options", "errors"},
+    "config": {"search_config", "objectives", "options", "errors"},
     "config_files": {"options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "data": {"text", "errors"},
     "demo": {"errors"},
     "models": {"sharding", "errors"},
-    "objectives": set(),
+    "objectives": {"data", "options", "errors"},  # of data, the type of a batch
     "decoding": {"models", "sharding", "errors"},
     "training": {
         "objectives",

@@ -22,9 +22,9 @@ def model_source(source: str) -> str:
 
 
 def demo_pairs(config: TrainConfig, split: str) -> list[Preference]:
-    """The pairs of a split, "train" or "eval"; for sft, prompts with good answers."""
+    """The pairs of a split, "train" or "eval"; prompts with good answers, for objectives that read no others."""
     size = config.data.demo_pairs if split == "train" else HELD_OUT_PAIRS
-    make = task.sft_rows if config.objective.name == "sft" else task.preferences
+    make = task.sft_rows if config.objective.loss.answers == 1 else task.preferences
     return [Preference(**{"rejected": None, **row}) for row in make(size, seed=config.seed, split=split)]
 
 

@@ -18,10 +18,9 @@ from pargs_jax.data.preferences import load_preferences, write_bad_rows
 from pargs_jax.durable_files import write_failures_named
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
-from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model
 from pargs_jax.models.lora import merge_lora
-from pargs_jax.models.model import Model
+from pargs_jax.models.model import AnyRewardModel, Model
 from pargs_jax.processes import on_first
 from pargs_jax.sharding import row_shards
 from pargs_jax.text.prompts import choose_form, get_form
@@ -70,7 +69,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     program = training_program(config, model, closing_id=0)
     optimizer, _ = program.make_optimizer(SCHEDULED_STEPS)
     state, frozen = program.abstract_state(optimizer, mesh)
-    answers = _answers(config)
+    answers = config.objective.loss.answers
     half = config.max_length // 2
     rows = partial(abstract_rows, mesh, config.batch_size)
     batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
@@ -81,7 +80,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
         f"prompts of {half} tokens, {answers} answer{'s' * (answers > 1)} of {config.max_length - half} each; "
         f"computed in {config.dtype}"
     )
-    advice = _ways_to_less_memory(config, mesh, isinstance(model, EncoderModel))
+    advice = _ways_to_less_memory(config, mesh, reads_apart=not model.one_pass)
     step = program.make_step(optimizer, state)
     arguments = (state, batch, key, frozen)
     return compile_and_print(
@@ -164,11 +163,11 @@ def _with_prompt_form(config: TrainConfig, folder: Path, remembered: str | None)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, format=form))
 
 
-def _load_prefix_tokenizer(config: TrainConfig, model: Model) -> TextTokenizer | None:
+def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTokenizer | None:
     source = config.data.prefix_tokenizer
     if source is None:
         return None
-    if not isinstance(model, EncoderModel) or config.objective.name != "partial_bt":
+    if model.one_pass or not config.objective.loss.scores_prefixes:
         raise InputError(
             "--data.prefix-tokenizer: is for partial_bt and a model with full attention, which reads prefixes apart; "
             "other models are scored at their own tokens"
@@ -187,7 +186,7 @@ def _load_examples(
 ) -> list[Example]:
     """Reads, renders and tokenises one set; says what was refused and what was cut."""
     form = get_form(config.data.format)
-    answers = _answers(config)
+    answers = config.objective.loss.answers
     if source == DEMO:
         rows = demo_pairs(config, split)
     else:
@@ -210,12 +209,7 @@ def _load_examples(
     return examples
 
 
-def _answers(config: TrainConfig) -> int:
-    """How many answers of a row the objective reads."""
-    return 1 if config.objective.name == "sft" else 2
-
-
-def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, is_encoder: bool) -> list[str]:
+def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = []
     if config.model.remat != "layers":
@@ -224,7 +218,7 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, is_encoder: bool) -> l
         ways.append("--dtype bfloat16")
     if config.batch_size % (2 * config.optim.accumulation * row_shards(mesh)) == 0:
         ways.append(f"--optim.accumulation {2 * config.optim.accumulation}: smaller micro-batches")
-    if is_encoder and config.objective.chunk > 1:
+    if reads_apart and config.objective.chunk > 1:
         ways.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
     if config.optim.moment_dtype != "bfloat16":
         ways.append("--optim.moment-dtype bfloat16")

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.model import Model
-from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.models.model import AnyRewardModel, Model
 
 
 class StepOperations(NamedTuple):
@@ -29,7 +27,7 @@ class StepOperations(NamedTuple):
 
 def step_operations(
     lm: CausalModel,
-    rm: CausalModel | PrefixCausalModel | EncoderModel,
+    rm: AnyRewardModel,
     *,
     text: int,
     k: int = 10,
@@ -49,7 +47,7 @@ def step_operations(
     """
     rm_text = text if rm_text is None else rm_text
     logits = 2 * lm.config.vocab_size * lm.config.head_width
-    read_again = rm_text + 1 if isinstance(rm, EncoderModel) else 1
+    read_again = 1 if rm.one_pass else rm_text + 1
     return StepOperations(
         token_operations(lm, seen=text) + logits, k * read_again * token_operations(rm, seen=rm_text + 1)
     )

@@ -23,7 +23,6 @@ from pargs_jax.evaluation.statistics import (
     reliability,
     spearman,
 )
-from pargs_jax.models.encoder import EncoderModel
 
 PERCENTS = tuple(range(10, 101, 10))
 _PIECE = re.compile(r"\s*\S+")
@@ -120,12 +119,12 @@ def model_prefix_rewards(model: ScoringModel, pairs: Sequence[Preference], max_l
     Pairs are cut to `max_length` tokens or what the model has room for (`pargs_jax.data.batches.tokenise`). Raises
     InputError if none is left.
     """
-    room = model.model.config.max_positions - isinstance(model.model, EncoderModel)
+    room = model.model.config.max_positions - (not model.model.one_pass)
     examples, cut = tokenise(pairs, model.tokenizer, min(max_length, room))
     texts = [
         TokenisedAnswer(example.prompt.tolist(), answer.tolist(), (*same, *own))
         for example in examples
-        for answer, same, own in zip(example.answers, *_prefix_counts(example.lengths), strict=True)
+        for answer, same, own in zip(example.answers, *_prefix_counts(example.prefix_counts), strict=True)
     ]
     rewards = np.stack(model.rewards(texts)).reshape(len(examples), 2, 2, len(PERCENTS)).transpose(2, 0, 3, 1)
     prompts = [example.prompt.tobytes() for example in examples]

@@ -11,12 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import encoder_answer_rewards, left_pad, padded_width
+from pargs_jax.generation.reward_models import answer_rewards, left_pad, padded_width
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import Pretrained, load_model, resolve
 from pargs_jax.models.model import HeadName, Params
-from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.models.one_pass import OnePass
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -62,8 +61,8 @@ class ScoringModel:
         answer = self.tokenizer.encode_answer(response, starts_text=not prompt)
         if closed:
             answer = [*answer, self.tokenizer.eos_id]
-        # An encoder closes what is open.
-        needed = len(ids) + len(answer) + (isinstance(self.model, EncoderModel) and not closed)
+        # A model that reads prefixes as finished texts closes what is open.
+        needed = len(ids) + len(answer) + (not self.model.one_pass and not closed)
         return TokenisedAnswer(ids, answer, (len(answer),)) if needed <= self.model.config.max_positions else None
 
     def rewards(self, texts: Sequence[TokenisedAnswer]) -> list[Float[np.ndarray, "F"]]:
@@ -72,13 +71,13 @@ class ScoringModel:
         A causal model reads a text once for all of them, an encoder once for each. Raises InputError if one is not
         finite.
         """
-        if isinstance(self.model, EncoderModel):
+        if self.model.one_pass:
+            rewards = self._in_batches(texts, self._rewards_in_one_pass)
+        else:
             asked = [(i, prefix) for i, text in enumerate(texts) for prefix in dict.fromkeys(text.prefixes)]
             single = [TokenisedAnswer(texts[i].prompt, texts[i].answer[:n], (n,)) for i, n in asked]
-            found = dict(zip(asked, self._in_batches(single, self._encoder_rewards), strict=True))
+            found = dict(zip(asked, self._in_batches(single, self._whole_rewards), strict=True))
             rewards = [np.array([found[i, prefix] for prefix in text.prefixes]) for i, text in enumerate(texts)]
-        else:
-            rewards = self._in_batches(texts, self._causal_rewards)
         if not all(np.isfinite(each).all() for each in rewards):
             raise InputError(f"{self.source}: a reward is not finite; its weights may be damaged")
         return rewards
@@ -114,13 +113,13 @@ class ScoringModel:
             answers[row, : counts[row]] = text.answer
         return *prompts, answers, counts
 
-    def _causal_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
+    def _rewards_in_one_pass(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
         prompts, lengths, answers, _ = self._arrays(batch)
         prefixes = np.array([text.prefixes for text in batch], np.int32)
         return np.asarray(_rewards_of_prefixes(self.model, self.params, prompts, lengths, answers, prefixes))
 
-    def _encoder_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
-        return np.asarray(encoder_answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id))
+    def _whole_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
+        return np.asarray(answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id))
 
     def _log_likelihoods(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
         return np.asarray(_answer_log_likelihoods(self.model, self.params, *self._arrays(batch)))
@@ -128,7 +127,7 @@ class ScoringModel:
 
 @partial(jax.jit, static_argnums=0)
 def _rewards_of_prefixes(
-    model: CausalModel | PrefixCausalModel,
+    model: OnePass,
     params: Params,
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, "B"],

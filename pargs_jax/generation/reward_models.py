@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -23,11 +22,8 @@ from pargs_jax.decoding.guides import (
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve
-from pargs_jax.models.model import Model, Params, unstack_layers
-from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.models.model import AnyRewardModel, Params, unstack_layers
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
@@ -55,7 +51,7 @@ class RewardModel:
     """
 
     source: str
-    model: CausalModel | PrefixCausalModel | EncoderModel
+    model: AnyRewardModel
     params: Params
     tokenizer: TextTokenizer
     retokeniser: Retokeniser | None
@@ -141,7 +137,7 @@ class RewardModel:
         width = padded_width(longest)
         if self.retokeniser is not None:
             # Padding is read again at every step, by an encoder for every candidate: worth a few more compilations.
-            step = SMALLEST_WIDTH if isinstance(self.model, EncoderModel) else max(SMALLEST_WIDTH, width // 4)
+            step = max(SMALLEST_WIDTH, width // 4) if self.model.one_pass else SMALLEST_WIDTH
             width = min(-(-longest // step) * step, self.model.config.max_positions)
         return left_pad(prompts, rows, width)
 
@@ -162,7 +158,7 @@ class RewardModel:
         """Tokens that it reads as a guide (see `TokensRead`)."""
         if self.role != "scalar":
             return prompt - 1 + answer
-        if isinstance(self.model, EncoderModel):
+        if not self.model.one_pass:
             return candidates * (answer * prompt + answer * (answer + 1) // 2)
         return prompt + candidates * answer
 
@@ -195,7 +191,7 @@ class RewardModel:
             finished: which of them ended by themselves.
         """
         if self.retokeniser is None:
-            return np.asarray(causal_answer_rewards(self.model, self.params, *prompts, tokens, counts))
+            return self._answer_rewards(prompts, tokens, counts)
         answers = [[] for _ in prompts.lengths]
         for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
             prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
@@ -205,22 +201,21 @@ class RewardModel:
         padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
         for row, ids in enumerate(answers):
             padded[row, : len(ids)] = ids
-        if isinstance(self.model, EncoderModel):
-            rewards = encoder_answer_rewards(self.model, self.params, *prompts, padded, counts, self.tokenizer.eos_id)
-        else:
-            rewards = causal_answer_rewards(self.model, self.params, *prompts, padded, counts)
-        return np.asarray(rewards)
+        return self._answer_rewards(prompts, padded, counts)
+
+    def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
+        return np.asarray(answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))
 
 
 def shares_tokens(
-    source: str, model: Model, lm_vocab_size: int, tokenizers: tuple[TextTokenizer, TextTokenizer] | None
+    source: str, model: AnyRewardModel, lm_vocab_size: int, tokenizers: tuple[TextTokenizer, TextTokenizer] | None
 ) -> bool:
     """Whether a reward model reads the language model's tokens as they are: it is causal, and both vocabularies are the
     same. Without tokenizers (models that are only described) vocabularies of one size are taken to be the same.
 
     Raises InputError if the vocabularies are the same and the reward model lacks embeddings for some of it.
     """
-    if not isinstance(model, CausalModel):
+    if not model.reads_candidates:
         return False
     vocab_size = model.config.vocab_size
     if tokenizers is None:
@@ -232,7 +227,7 @@ def shares_tokens(
 
 
 def make_guide(
-    model: CausalModel | PrefixCausalModel | EncoderModel,
+    model: AnyRewardModel,
     retokeniser: RetokeniserContract | None,
     longest_prompt: int,
     max_new_tokens: int,
@@ -245,11 +240,11 @@ def make_guide(
         return CausalGuide(model)
     answer_width = max(first_room(max_new_tokens), room)
     if (positions := table_of_positions(model)) is not None:
-        closing = int(isinstance(model, EncoderModel))
+        closing = int(not model.one_pass)
         answer_width = min(answer_width, positions - longest_prompt - closing)
-    if isinstance(model, EncoderModel):
-        return EncoderGuide(model, retokeniser, answer_width, closing_id)
-    return RetokenisedGuide(model, retokeniser, answer_width)
+    if model.one_pass:
+        return RetokenisedGuide(model, retokeniser, answer_width)
+    return EncoderGuide(model, retokeniser, answer_width, closing_id)
 
 
 def first_room(max_new_tokens: int) -> int:
@@ -258,33 +253,16 @@ def first_room(max_new_tokens: int) -> int:
     return 2 * max_new_tokens + SMALLEST_WIDTH
 
 
-def table_of_positions(model: CausalModel | PrefixCausalModel | EncoderModel) -> int | None:
+def table_of_positions(model: AnyRewardModel) -> int | None:
     """How many positions a model has a table of; None if they are rotary or relative, which have no end, only a range
     that they were trained on."""
     return model.config.max_positions if "positions" in model.abstract_params()["backbone"] else None
 
 
 @partial(jax.jit, static_argnums=0)
-def causal_answer_rewards(
-    model: CausalModel | PrefixCausalModel,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    answers: Int[Array, "B N"],
-    counts: Int[Array, "B"],
-) -> Float[Array, "B"]:
-    """Rewards of whole answers, read at each one's last token, in one pass."""
-    width = prompts.shape[1]
-    texts = jnp.concatenate([prompts, answers], axis=1)
-    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
-    last = jnp.take_along_axis(hidden, (width + counts - 1)[:, None, None], axis=1)[:, 0]
-    return on_every_device(model.rewards(params, last))
-
-
-@partial(jax.jit, static_argnums=0)
-def encoder_answer_rewards(model: EncoderModel, params: Params, *texts: Any) -> Float[Array, "B"]:
-    """`EncoderModel.answer_rewards`, compiled."""
-    return on_every_device(model.answer_rewards(params, *texts))
+def answer_rewards(model: AnyRewardModel, params: Params, *answers: Any) -> Float[Array, "B"]:
+    """`AnyRewardModel.answer_rewards`, compiled."""
+    return on_every_device(model.answer_rewards(params, *answers))
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts:

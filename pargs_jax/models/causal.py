@@ -15,13 +15,15 @@ from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import CAUSAL_HEADS
 from pargs_jax.models.layers import Beside, Within
 from pargs_jax.models.model import Model, Params
+from pargs_jax.models.one_pass import OnePass
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalModel(Model):
+class CausalModel(OnePass, Model):
     """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
+    reads_candidates: ClassVar[bool] = True
 
     def encode(
         self,
@@ -86,7 +88,7 @@ class CausalModel(Model):
             return cache._replace(kv=pending).keep_one(counts, index)
         return cache.append_one(pending, counts, index)
 
-    def read(
+    def read_on(
         self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.

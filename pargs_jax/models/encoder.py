@@ -3,11 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.heads import ENCODER_HEADS
-from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.model import HeadName, Model, Params, PromptsWithAnswers
+
+LENGTH_GROUPS = 4
+"""Widths that prefixes of decreasing length are padded to; each is a program of its own to compile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,8 @@ class EncoderModel(Model):
 
     head: HeadName = "reward"
     heads: ClassVar = ENCODER_HEADS
+    one_pass: ClassVar[bool] = False
+    reads_candidates: ClassVar[bool] = False
 
     def encode(
         self,
@@ -72,7 +78,7 @@ class EncoderModel(Model):
         prompt_lengths: Int[Array, "B"],
         answers: Int[Array, "B R"],
         lengths: Int[Array, "B"],
-        closing_id: int,
+        closing_id: int | Int[Array, ""],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B"]:
         """Rewards of answers to left-padded prompts, each read as a finished text: `[CLS] prompt [SEP] answer [SEP]`.
@@ -94,3 +100,77 @@ class EncoderModel(Model):
         is_closed = (lengths > 0) & (last == closing_id)
         texts = jnp.where(jnp.arange(texts.shape[1]) == end[:, None], closing_id, texts)
         return self.text_rewards(params, texts, width - prompt_lengths, end + ~is_closed, key, prompt_width=width)
+
+    def read(
+        self,
+        params: Params,
+        batch: PromptsWithAnswers,
+        key: PRNGKeyArray | None = None,
+        *,
+        closing_id: int | None = None,
+        chunk: int = 1,
+    ) -> "ApartOutputs":
+        """Reads the prefixes of answers when they are asked for, `chunk` at once, each closed by `closing_id`. A key
+        turns dropout on. Raises ValueError without a `closing_id`."""
+        if closing_id is None:
+            raise ValueError("an encoder reads prefixes as finished texts: it needs a closing_id")
+        return ApartOutputs(self, params, batch, key, closing_id, chunk)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ApartOutputs:
+    """What an encoder says of a batch of prompts with answers: rewards alone, of those prefixes that are asked for."""
+
+    model: EncoderModel
+    params: Params
+    batch: PromptsWithAnswers
+    key: PRNGKeyArray | None
+    closing_id: int
+    chunk: int
+    one_pass: ClassVar[bool] = False
+
+    def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
+        """Rewards of prefixes of these lengths, at least 1, each read as a finished text (`answer_rewards`); an answer
+        that is shorter stays at its last.
+
+        Prefixes are mapped by `vmap`, `chunk` of them at a time (A B chunk texts), and nothing but rewards is kept for
+        the backward pass, which reads each chunk again: memory is that of one chunk. With `descending` each row's
+        prefixes grow shorter, no two alike: later ones are then read at smaller widths.
+        """
+        batch = self.batch
+        count, (_, answers, width) = lengths.shape[1], batch.answers.shape
+        prompts, prompt_lengths = (jnp.repeat(x, answers, axis=0) for x in (batch.prompts, batch.prompt_lengths))
+        descending = descending and batch.prefixes is None
+
+        def group_rewards(first: int, last: int) -> Float[Array, "N B A"]:
+            room = width - first if descending else width
+
+            @jax.checkpoint
+            def one(prefix_and_key: tuple[Int[Array, "B"], PRNGKeyArray | None]) -> Float[Array, "B A"]:
+                prefix, key = prefix_and_key
+                texts = _answers_up_to(batch, prefix, room)
+                rewards = self.model.answer_rewards(self.params, prompts, prompt_lengths, *texts, self.closing_id, key)
+                return rewards.reshape(-1, answers)
+
+            keys = None if self.key is None else jax.random.split(jax.random.fold_in(self.key, first), last - first)
+            return jax.lax.map(one, (lengths[:, first:last].T, keys), batch_size=min(self.chunk, last - first))
+
+        # A group of a single chunk would not be mapped over, and then live beside the others.
+        groups = max(1, min(LENGTH_GROUPS, count // (2 * self.chunk))) if descending else 1
+        per_group = -(-count // groups)
+        rewards = [group_rewards(first, min(first + per_group, count)) for first in range(0, count, per_group)]
+        return jnp.concatenate(rewards).transpose(1, 0, 2)
+
+
+def _answers_up_to(
+    batch: PromptsWithAnswers, prefix: Int[Array, "B"], room: int
+) -> tuple[Int[Array, "BA R"], Int[Array, "BA"]]:
+    """All answers' tokens up to a prefix, and how many these are; what stands behind them is to be masked."""
+    rows, answers, _ = batch.answers.shape
+    cut = jnp.minimum(jnp.repeat(prefix, answers), batch.prefix_counts.reshape(-1))
+    if batch.prefixes is None:
+        return batch.answers[..., :room].reshape(rows * answers, room), cut
+    tokens, lengths = (x.reshape(rows * answers, *x.shape[2:]) for x in batch.prefixes[:2])
+    at = cut[:, None] - 1
+    tokens = jnp.take_along_axis(tokens, at[..., None], axis=1)[:, 0]
+    return tokens, jnp.take_along_axis(lengths, at, axis=1)[:, 0]

@@ -128,7 +128,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
     if head not in model.heads:
-        raise InputError(f"{folder}: {hf.model_type} is not a language model; it can be a reward model (--rm)")
+        reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
+        raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model (--rm)")
     marked = getattr(hf, "pargs_head", None)
     if marked not in (None, head):
         raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")

@@ -7,12 +7,12 @@ A `Model` is static and hashable, so it can be a static argument of `jax.jit`; i
 import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.heads import Head
 from pargs_jax.models.lora import Lora
@@ -21,6 +21,68 @@ from pargs_jax.models.preference_lora import PreferenceLora
 Params = dict[str, Any]
 HeadName = str
 """A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `reward` or `table`."""
+
+
+class PromptsWithAnswers(Protocol):
+    """What models read in training: prompts, each with A answers (`pargs_jax.data.batches.Batch`)."""
+
+    prompts: Int[Array, "B P"]
+    prompt_lengths: Int[Array, "B"]
+    answers: Int[Array, "B A R"]
+    answer_lengths: Int[Array, "B A"]
+    prefixes: Any
+    prefix_counts: Int[Array, "B A"]
+
+
+class AnyRewardModel(Protocol):
+    """What training, decoding and evaluation ask of a reward model, whatever its kind.
+
+    Attributes:
+        one_pass: whether one pass over an answer gives the rewards of all its prefixes. If so, decoding has a cache
+            (`prefill`, `extend`). If not, every prefix is a text of its own, which is read from its beginning.
+        reads_candidates: whether it can read a language model's candidates as they are, if both have the same tokens
+            (`siblings`, `keep`).
+    """
+
+    config: Any
+    head: HeadName
+    one_pass: ClassVar[bool]
+    reads_candidates: ClassVar[bool]
+
+    def abstract_params(self) -> Params: ...
+
+    def read(
+        self,
+        params: Params,
+        batch: PromptsWithAnswers,
+        key: PRNGKeyArray | None = None,
+        *,
+        closing_id: int | None = None,
+        chunk: int = 1,
+    ) -> Any:
+        """What a loss asks about a batch (`pargs_jax.objectives.contract.Outputs`): rewards of prefixes first of all.
+
+        Args:
+            params: the model's.
+            batch: prompts with answers.
+            key: turns dropout on.
+            closing_id: for models that read every prefix as a finished text, the token that closes one.
+            chunk: prefixes that such models read together.
+        """
+        ...
+
+    def answer_rewards(
+        self,
+        params: Params,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, "B"],
+        answers: Int[Array, "B R"],
+        lengths: Int[Array, "B"],
+        closing_id: int | Int[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B"]:
+        """Rewards (fp32) of the first `lengths[b]` tokens of answers to left-padded prompts."""
+        ...
 
 
 class Network(nnx.Module):

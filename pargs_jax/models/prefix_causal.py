@@ -16,17 +16,20 @@ from pargs_jax.models.causal import shift_left
 from pargs_jax.models.disentangled import CachedLayer
 from pargs_jax.models.heads import ENCODER_HEADS
 from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.one_pass import OnePass
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixCausalModel(Model):
-    """A DeBERTa reward model with prefix-causal attention; the interface is that of `CausalModel`.
+class PrefixCausalModel(OnePass, Model):
+    """A DeBERTa reward model with prefix-causal attention; the interface is that of `CausalModel`,
+    less `siblings` and `keep`.
 
     Raises InputError for a model with a convolution, which mixes every token with the one after it.
     """
 
     head: HeadName = "reward"
     heads: ClassVar = ENCODER_HEADS
+    reads_candidates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.config.convolution_width:

@@ -1,33 +1,16 @@
-"""Losses as pure functions of arrays; they know nothing of models."""
+"""What training can minimise: one file an objective, with its loss and its options (see `contract`)."""
 
-from pargs_jax.objectives.bradley_terry import (
-    FRACTIONS,
-    Metrics,
-    Prefixes,
-    bradley_terry,
-    choose_prefixes,
-    partial_bradley_terry,
-    preference_metrics,
-    prefix_lengths,
-    prefix_loss,
-    prefix_metrics,
-    prefix_rewards,
-    rewards_at,
-)
-from pargs_jax.objectives.likelihood import answer_likelihood
+from pargs_jax.objectives.bt import BradleyTerry
+from pargs_jax.objectives.contract import Loss
+from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.sft import SupervisedFineTuning
 
-__all__ = [
-    "FRACTIONS",
-    "Metrics",
-    "Prefixes",
-    "answer_likelihood",
-    "bradley_terry",
-    "choose_prefixes",
-    "partial_bradley_terry",
-    "preference_metrics",
-    "prefix_lengths",
-    "prefix_loss",
-    "prefix_metrics",
-    "prefix_rewards",
-    "rewards_at",
-]
+OBJECTIVES: dict[str, type[Loss]] = {
+    loss.name: loss
+    for loss in (
+        SupervisedFineTuning,
+        BradleyTerry,
+        PartialBradleyTerry,
+    )
+}
+"""Every objective by its name. A new one is a line here."""

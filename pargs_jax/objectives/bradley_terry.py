@@ -4,6 +4,7 @@ Rewards come as `[B 2 R]`, chosen first: entry i-1 is the reward of the answer's
 has n prefixes; past its end it stays at its last, as the paper's padding means.
 """
 
+import dataclasses
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -11,9 +12,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.objectives.contract import Outputs
+
 Metrics = dict[str, Array]
 FRACTIONS = (10, 25, 50, 75, 100)
 """Percentages of the longer answer at which accuracy is reported."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """The prefixes of each pair that a loss compares, longest first."""
+
+    lengths: Int[Array, "B N"]
+    """In tokens, at least 1; entry n is at most R - n * stride, R being the answers' padded length."""
+    weights: Float[Array, "B N"]
+    """In the mean over a pair's prefixes; 0 for entries that stand for none."""
+    has_full: bool = dataclasses.field(default=True, metadata={"static": True})
+    """Whether the full answers are surely among them."""
+    has_all: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether they are all that there are."""
 
 
 def bradley_terry(
@@ -34,11 +52,11 @@ def bradley_terry(
         centring: weight of `(r(y_w) + r(y_l))^2`, which keeps rewards around zero (Eisenstein et al., 2023).
 
     Returns:
-        The weighted mean over pairs, and `preference_metrics`.
+        The weighted mean over pairs, and `prefix_metrics` at all `FRACTIONS`.
     """
     weights = jnp.ones(rewards.shape[0]) if weights is None else weights
-    losses = _pair_loss(prefix_rewards(rewards, lengths, lengths.max(axis=1)), margin, centring)
-    return _mean(losses, weights), preference_metrics(rewards, lengths, weights)
+    outputs = _GivenRewards(rewards, lengths)
+    return preference_loss(outputs, lengths, weights, full_answers(lengths), margin=margin, centring=centring)
 
 
 def partial_bradley_terry(
@@ -57,8 +75,7 @@ def partial_bradley_terry(
     """The loss on all prefixes: for i = 1 .. max(|y_w|, |y_l|), `-log sigmoid(r(y_w[:i]) - r(y_l[:i]))` (PARGS, Eq. 5).
 
     The mean is over a pair's prefixes first, then over pairs, so a long pair counts as much as a short one. A causal
-    model gives all rewards in one pass, so the loss costs what the full-answer one does; it is mapped over prefix
-    lengths by `vmap`.
+    model gives all rewards in one pass, so the loss costs what the full-answer one does.
 
     Args:
         rewards, lengths, weights, margin, centring: as in `bradley_terry`.
@@ -77,19 +94,67 @@ def partial_bradley_terry(
         minimum_length=minimum_length,
         key=key,
     )
-    pairs = jax.vmap(partial(prefix_rewards, rewards, lengths), in_axes=1, out_axes=1)(prefixes.lengths)
     weights = jnp.ones(rewards.shape[0]) if weights is None else weights
+    return preference_loss(
+        _GivenRewards(rewards, lengths), lengths, weights, prefixes, margin=margin, centring=centring
+    )
+
+
+def preference_loss(
+    outputs: Outputs,
+    counts: Int[Array, "B 2"],
+    weights: Float[Array, "B"],
+    prefixes: Prefixes,
+    *,
+    is_evaluation: bool = True,
+    margin: float = 0.0,
+    centring: float = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The Bradley-Terry loss of these prefixes, and `prefix_metrics`, whichever way the model reads.
+
+    Metrics of a model that reads every prefix apart are of prefixes that were read. Evaluation reads those at
+    `FRACTIONS` besides the loss's, if these are not all. A training step reads no others: it has the metrics at all
+    `FRACTIONS` if the loss is of every prefix, those of full answers if the loss surely includes these, and none if
+    prefixes were drawn.
+
+    Args:
+        outputs: what the model says of the pairs.
+        counts: how many prefixes each answer has.
+        weights: how much each pair counts.
+        prefixes: those that are compared.
+        is_evaluation: whether prefixes may be read for the metrics alone.
+        margin, centring: as in `bradley_terry`.
+    """
+    longest = counts.max(axis=1)
+    pairs = outputs.rewards_at(prefixes.lengths, descending=True)
     loss = prefix_loss(pairs, prefixes, weights, margin=margin, centring=centring)
-    return loss, preference_metrics(rewards, lengths, weights)
+    if outputs.one_pass:
+        return loss, prefix_metrics(outputs.rewards_at(prefix_lengths(longest)), weights)
+    if not prefixes.has_full:
+        return loss, {}
+    if is_evaluation and not prefixes.has_all:
+        others = outputs.rewards_at(prefix_lengths(longest, FRACTIONS[:-1]))
+        reported = jnp.concatenate([others, rewards_at(pairs, prefixes, longest[:, None])], axis=1)
+        return loss, prefix_metrics(reported, weights)
+    fractions = FRACTIONS if prefixes.has_all else FRACTIONS[-1:]
+    reported = rewards_at(pairs, prefixes, prefix_lengths(longest, fractions))
+    return loss, prefix_metrics(reported, weights, fractions)
 
 
-class Prefixes(NamedTuple):
-    """The prefixes of each pair that a loss compares, longest first."""
+class _GivenRewards(NamedTuple):
+    """The part of `Outputs` that the loss needs, from rewards of all prefixes."""
 
-    lengths: Int[Array, "B N"]
-    """In tokens, at least 1; entry n is at most R - n * stride, R being the answers' padded length."""
-    weights: Float[Array, "B N"]
-    """In the mean over a pair's prefixes; 0 for entries that stand for none."""
+    rewards: Float[Array, "B 2 R"]
+    lengths: Int[Array, "B 2"]
+    one_pass: bool = True
+
+    def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N 2"]:
+        return jax.vmap(partial(prefix_rewards, self.rewards, self.lengths), in_axes=1, out_axes=1)(lengths)
+
+
+def full_answers(counts: Int[Array, "B 2"]) -> Prefixes:
+    """The full answers alone, as prefixes."""
+    return Prefixes(counts.max(axis=1, keepdims=True), jnp.ones((len(counts), 1)))
 
 
 def choose_prefixes(
@@ -109,6 +174,7 @@ def choose_prefixes(
     longest = lengths.max(axis=1, keepdims=True)
     chosen = longest - stride * jnp.arange(-(-width // stride))
     taken = (chosen == longest) | (chosen >= minimum_length)
+    has_all = stride == 1 and minimum_length == 1 and sample is None
     if sample is not None and sample < chosen.shape[1]:
         if key is None:
             raise ValueError("sample needs a key")
@@ -117,7 +183,8 @@ def choose_prefixes(
         drawn = jnp.sort(jax.lax.top_k(draws, sample)[1], axis=1)
         chosen, taken = (jnp.take_along_axis(x, drawn, axis=1) for x in (chosen, taken))
     chosen = jnp.maximum(chosen, 1)
-    return Prefixes(chosen, taken * (chosen if weighting == "linear" else jnp.ones_like(chosen)).astype(jnp.float32))
+    weights = taken * (chosen if weighting == "linear" else jnp.ones_like(chosen)).astype(jnp.float32)
+    return Prefixes(chosen, weights, has_full=sample is None, has_all=has_all)
 
 
 def prefix_loss(
@@ -151,15 +218,6 @@ def prefix_rewards(
 def prefix_lengths(longest: Int[Array, "B"], fractions: tuple[int, ...] = FRACTIONS) -> Int[Array, "B F"]:
     """These percentages of the longer answer, in tokens, rounded up."""
     return (longest[:, None] * jnp.array(fractions) + 99) // 100
-
-
-def preference_metrics(
-    rewards: Float[Array, "B 2 R"], lengths: Int[Array, "B 2"], weights: Float[Array, "B"]
-) -> Metrics:
-    """`prefix_metrics` at all `FRACTIONS`, from the rewards of every prefix."""
-    at = prefix_lengths(lengths.max(axis=1))
-    pairs = jax.vmap(partial(prefix_rewards, rewards, lengths), in_axes=1, out_axes=1)(at)
-    return prefix_metrics(pairs, weights)
 
 
 def prefix_metrics(

@@ -20,7 +20,7 @@ from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, ma
 
 def head_to_train(config: TrainConfig) -> HeadName:
     """The head that the objective trains."""
-    return "vocabulary" if config.objective.name == "sft" else "reward"
+    return config.objective.loss.head
 
 
 def lora_of(config: LoraConfig) -> Lora | None:
@@ -41,7 +41,8 @@ class TrainingProgram:
         low-rank additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
         model = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
-        return cls(config, Objective(model, config.objective, config.dtype, closing_id=closing_id))
+        chosen = config.objective
+        return cls(config, Objective(model, chosen.loss, config.dtype, closing_id=closing_id, chunk=chosen.chunk))
 
     @property
     def model(self) -> Any:
@@ -49,8 +50,7 @@ class TrainingProgram:
 
     @property
     def trained_names(self) -> tuple[str, ...] | None:
-        """What is trained beside a frozen model: the additions, and a head that may be new, as reward heads are; None if
-        all is."""
+        """What is trained beside a frozen model: the additions, and a head that may be new; None if all is."""
         if self.model.lora is None:
             return None
         return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES

@@ -14,7 +14,7 @@ from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.processes import on_first
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.loop import run_steps
+from pargs_jax.training.loop import Trainer
 from pargs_jax.training.program import TrainingProgram
 from pargs_jax.training.run_folder import save_config, saved_config
 from pargs_jax.training.same_run import check_same_data, warn_of_another_schedule
@@ -43,7 +43,7 @@ def run(
         examples, held_out: what is trained on, and evaluated on if anything.
         console: gets progress and evaluations.
 
-    Raises InputError if the folder's run read other rows, and for whatever ends a run (`run_steps`).
+    Raises InputError if the folder's run read other rows, and for whatever ends a run (`Trainer.run`).
     """
     saved = on_first(partial(saved_config, folder))  # None in a new run, and in all processes but the first
     on_first(partial(check_same_data, folder, config.data.train, examples, resumes=saved is not None))
@@ -67,10 +67,10 @@ def run(
             if saved is not None:
                 warn_of_another_schedule(config.optim, total_steps(saved, len(examples)), total, int(state.step))
         if int(state.step) < total:
-            state = run_steps(
-                config, state, frozen, step, program.objective, schedule, batches, evaluation, checkpoints, total,
-                console,
-            )  # fmt: skip
+            trainer = Trainer(
+                config, total, step, schedule, program.objective, frozen, batches, evaluation, checkpoints, console
+            )
+            state = trainer.run(state)
     return join_params(state.params, frozen)
 
 

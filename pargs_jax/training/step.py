@@ -13,9 +13,8 @@ from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
-from pargs_jax.objectives import Metrics
 from pargs_jax.sharding import ROWS, constrain, current_mesh, on_every_device, optimizer_shardings, place_whole
-from pargs_jax.training.objective import Objective
+from pargs_jax.training.objective import Metrics, Objective
 
 
 class TrainState(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 from pargs_jax.decoding.guides import Capacity, Chosen, EncoderGuide, RetokenisedGuide, Text
 from pargs_jax.demo.task import DEMO_LM
-from pargs_jax.generation.reward_models import causal_answer_rewards, left_pad
+from pargs_jax.generation.reward_models import answer_rewards, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
@@ -94,7 +94,7 @@ def own_rewards(model, params, rm):
         right = np.zeros((1, 256), np.int32)
         right[0, : len(answer)] = answer
         counts = np.array([len(prompt)]), np.array([len(answer)])
-        return float(causal_answer_rewards(model, params, left, counts[0], right, counts[1])[0])
+        return float(answer_rewards(model, params, left, counts[0], right, counts[1])[0])
 
     return reward
 

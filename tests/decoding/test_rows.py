@@ -14,7 +14,7 @@ from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.search import Searcher, SearchInputs
 from pargs_jax.decoding.state import RowSettings, insert, take
-from pargs_jax.generation.reward_models import causal_answer_rewards, encoder_answer_rewards, left_pad
+from pargs_jax.generation.reward_models import answer_rewards, left_pad
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.prefix_causal import PrefixCausalModel
@@ -97,9 +97,7 @@ def full_rewards(kind, prompts, answers):
     for row, answer in enumerate(ids):
         padded[row, : len(answer)] = answer
     texts = *left_pad(prompts, len(prompts), WIDTH), padded, np.array(list(map(len, ids)), np.int32)
-    if isinstance(model, EncoderModel):
-        return np.asarray(encoder_answer_rewards(model, params, *texts, tokenizer().eos_id))
-    return np.asarray(causal_answer_rewards(model, params, *texts))
+    return np.asarray(answer_rewards(model, params, *texts, tokenizer().eos_id))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pargs_jax.decoding.guides import Capacity, Prompts, RetokenisedGuide, Text
-from pargs_jax.generation.reward_models import causal_answer_rewards
+from pargs_jax.generation.reward_models import answer_rewards
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_model
 
@@ -42,5 +42,5 @@ def test_rewards_are_those_of_each_text_by_itself(kind, longest):
     text = Text(prompts, prompt_lengths, prompt_lengths)
     rewards, _ = jax.jit(guide.score)(params, state, text, np.zeros((ROWS, CANDIDATES), np.int32))
     for k in range(CANDIDATES):
-        alone = causal_answer_rewards(model, params, prompts, prompt_lengths, tokens[:, k], lengths[:, k])
+        alone = answer_rewards(model, params, prompts, prompt_lengths, tokens[:, k], lengths[:, k])
         np.testing.assert_allclose(rewards[:, k], alone, atol=2e-5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.objectives import bradley_terry, partial_bradley_terry, preference_metrics
+from pargs_jax.objectives.bradley_terry import bradley_terry, partial_bradley_terry
 
 WIDTH = 7
 LENGTHS = np.array([[5, 3], [2, 7], [1, 1], [4, 4], [7, 1]])
@@ -146,7 +146,7 @@ def test_metrics_are_as_counted_by_hand():
     rewards[3, :, 0] = 0.5  # the answers of this pair begin alike
     rewards[1, 0, 1], rewards[1, 1, 6] = 100, -100  # full answers, of weight 0
     rewards[4, 0, 2] = 50  # a prefix that is no full answer
-    metrics = jax.device_get(preference_metrics(*map(jnp.asarray, (rewards, LENGTHS, WEIGHTS))))
+    metrics = jax.device_get(bradley_terry(*map(jnp.asarray, (rewards, LENGTHS, WEIGHTS)))[1])
 
     def wins(percent):
         for r, n in zip(rewards, LENGTHS, strict=True):

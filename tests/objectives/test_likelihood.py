@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.objectives import answer_likelihood
+from pargs_jax.objectives.likelihood import answer_likelihood
 
 LENGTHS = np.array([4, 1, 6, 3])
 WEIGHTS = np.array([1.0, 0.0, 1.0, 0.5], np.float32)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.config import ObjectiveConfig
 from pargs_jax.data.batches import Batch, Batches, tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.objectives import bradley_terry, choose_prefixes, partial_bradley_terry, preference_metrics
+from pargs_jax.objectives import OBJECTIVES
+from pargs_jax.objectives.bradley_terry import bradley_terry, choose_prefixes, partial_bradley_terry
+from pargs_jax.objectives.partial_bt import PartialBradleyTerry
 from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
-from pargs_jax.training.objective import Objective, encoder_rewards
+from pargs_jax.training.objective import Objective
 
 SEP = 2
 PROMPT_LENGTHS = np.array([3, 6], np.int32)
@@ -24,6 +25,12 @@ WIDTH = 11
 MODEL = EncoderModel(TINY_DEBERTA)
 answer_rewards = jax.jit(EncoderModel.answer_rewards, static_argnums=0)
 evaluate = jax.jit(Objective.__call__, static_argnums=0)
+
+
+def objective_of(options, chunk):
+    options = dict(options)
+    loss = OBJECTIVES[options.pop("name", "partial_bt")](**options)
+    return Objective(MODEL, loss, closing_id=SEP, chunk=chunk)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,12 @@ def alone(params):
 @pytest.mark.parametrize(("chunk", "descending"), [(1, False), (4, True), (100, True)])
 def test_masked_prefixes_equal_the_same_prefixes_alone(params, alone, chunk, descending):
     prefixes = choose_prefixes(jnp.asarray(LENGTHS), WIDTH)
-    run = partial(encoder_rewards, MODEL, closing_id=SEP, chunk=chunk, descending=descending)
-    pairs = jax.jit(run)(params, batch(), prefixes.lengths)
+
+    @jax.jit
+    def run(params, batch, lengths):
+        return MODEL.read(params, batch, closing_id=SEP, chunk=chunk).rewards_at(lengths, descending=descending)
+
+    pairs = run(params, batch(), prefixes.lengths)
     for row in range(2):
         for n, prefix in enumerate(np.asarray(prefixes.lengths)[row]):
             np.testing.assert_allclose(pairs[row, n], alone[row, :, prefix - 1], atol=2e-5)
@@ -84,12 +95,12 @@ def test_masked_prefixes_equal_the_same_prefixes_alone(params, alone, chunk, des
     ids=str,
 )
 def test_the_loss_is_that_of_the_prefixes_rewards(params, alone, options):
-    config = ObjectiveConfig(chunk=4, **options)
-    loss, (metrics, weight) = evaluate(Objective(MODEL, config, closing_id=SEP), params, batch())
+    objective = objective_of(options, chunk=4)
+    loss, (metrics, weight) = evaluate(objective, params, batch())
     arrays = jnp.asarray(alone), jnp.asarray(LENGTHS)
     # Without a key nothing is drawn, here and there.
     options = {name: value for name, value in options.items() if name not in ("name", "sample")}
-    reference = bradley_terry if config.name == "bt" else partial_bradley_terry
+    reference = bradley_terry if objective.loss.name == "bt" else partial_bradley_terry
     expected, expected_metrics = reference(*arrays, **options)
     assert float(loss) == pytest.approx(float(expected), abs=2e-5)
     assert weight == 2
@@ -113,9 +124,9 @@ FULL = {"accuracy", "accuracy_100", "margin", "reward_mean", "reward_min", "rewa
     ids=str,
 )
 def test_a_training_step_reports_what_it_has_read(params, alone, options, reported):
-    objective = Objective(MODEL, ObjectiveConfig(chunk=4, **options), closing_id=SEP)
+    objective = objective_of(options, chunk=4)
     _, (metrics, _) = evaluate(objective, params, batch(), jax.random.key(0))
-    expected = preference_metrics(jnp.asarray(alone), jnp.asarray(LENGTHS), jnp.ones(2))
+    _, expected = bradley_terry(jnp.asarray(alone), jnp.asarray(LENGTHS))
     assert metrics.keys() == reported
     for name in reported:
         assert float(metrics[name]) == pytest.approx(float(expected[name]), abs=2e-5), name
@@ -123,16 +134,16 @@ def test_a_training_step_reports_what_it_has_read(params, alone, options, report
 
 def test_gradients_do_not_depend_on_the_chunks(params):
     def gradient(chunk):
-        objective = Objective(MODEL, ObjectiveConfig(chunk=chunk, stride=5), closing_id=SEP)
+        objective = objective_of({"stride": 5}, chunk)
         return jax.jit(jax.grad(lambda params: objective(params, batch())[0]))(params)
 
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradient(1), gradient(3))
 
 
 def test_a_sample_reads_only_the_prefixes_that_it_draws(params):
-    objective = Objective(MODEL, ObjectiveConfig(sample=2, chunk=2), closing_id=SEP)
+    objective = objective_of({"sample": 2}, chunk=2)
     assert np.isfinite(evaluate(objective, params, batch(), jax.random.key(0))[0])
-    full = dataclasses.replace(objective, config=ObjectiveConfig(chunk=2))
+    full = objective_of({}, chunk=2)
 
     def operations(objective):
         compiled = evaluate.lower(objective, params, batch(), jax.random.key(0)).compile()
@@ -143,7 +154,7 @@ def test_a_sample_reads_only_the_prefixes_that_it_draws(params):
 
 def test_prefix_causal_trains_in_one_pass_like_a_causal_model(params):
     model = PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal"))
-    loss, (metrics, _) = evaluate(Objective(model, ObjectiveConfig()), params, batch())
+    loss, (metrics, _) = evaluate(Objective(model, PartialBradleyTerry()), params, batch())
     rows = batch()
     texts = np.concatenate([np.repeat(rows.prompts, 2, axis=0), rows.answers.reshape(4, WIDTH)], axis=1)
     start = np.repeat(7 - PROMPT_LENGTHS, 2)
@@ -168,7 +179,7 @@ def test_prefixes_can_end_at_another_tokenizers_tokens(params):
         for answer, prefixes in zip(example.answers, other.prefixes, strict=True):
             assert len(prefixes) == len(answer)
             np.testing.assert_array_equal(prefixes[-1], answer)
-    objective = Objective(model, ObjectiveConfig(), closing_id=tokenizer.eos_id)
+    objective = Objective(model, PartialBradleyTerry(), closing_id=tokenizer.eos_id)
     losses = [
         evaluate(objective, params, next(Batches(examples, 2, 40, seed=0).evaluation()))[0]
         for examples in (plain, at_tokens)

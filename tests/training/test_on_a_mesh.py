@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.lora import Lora, split_params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.sharding import map_paths, place_params, place_rows, shardings_of
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
 from pargs_jax.training.objective import Objective
@@ -31,8 +33,8 @@ STEPS = 3
 
 
 def objective_of(model):
-    name = "sft" if model.head == "vocabulary" else "partial_bt"
-    return Objective(model, ObjectiveConfig(name=name, sample=2, chunk=1), closing_id=2)
+    loss = SupervisedFineTuning() if model.head == "vocabulary" else PartialBradleyTerry(sample=2)
+    return Objective(model, loss, closing_id=2, chunk=1)
 
 
 def some_batch():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from pargs_jax.config import ObjectiveConfig, OptimConfig
+from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.heads import CAUSAL_HEADS
+from pargs_jax.models.one_pass import OnePass
+from pargs_jax.objectives import OBJECTIVES
+from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.testing import TINY_CONFIGS, tiny_model
-from pargs_jax.training.objective import Objective, answer_states
+from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
 FAMILIES = ("gpt2", "llama")
@@ -28,7 +34,7 @@ evaluate = jax.jit(Objective.__call__, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def rewards_of(model, params, batch):
-    return model.rewards(params, answer_states(model, params, batch))
+    return model.read(params, batch).rewards()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -97,7 +103,7 @@ def test_rewards_depend_neither_on_padding_nor_on_the_rest_of_the_batch(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sft_predicts_every_token_of_the_chosen_answer_from_those_before_it(family):
     model, params = tiny(family, "vocabulary")
-    loss, (metrics, weight) = evaluate(Objective(model, ObjectiveConfig(name="sft")), params, some_batch())
+    loss, (metrics, weight) = evaluate(Objective(model, SupervisedFineTuning()), params, some_batch())
     losses = hits = 0.0
     for places, tokens in texts_by_length([(b, 0, ANSWER_LENGTHS[b, 0]) for b in range(3)]):
         logits = np.asarray(next_token_logits(model, params, tokens), np.float64)
@@ -114,8 +120,10 @@ def test_sft_predicts_every_token_of_the_chosen_answer_from_those_before_it(fami
 
 
 @dataclasses.dataclass(frozen=True)
-class RunningMean:
+class RunningMean(OnePass):
     """A causal model of three matrices, which compiles at once: a state is the mean embedding up to its token."""
+
+    head_kind: ClassVar = CAUSAL_HEADS["reward"]
 
     def init(self):
         rng = np.random.default_rng(0)
@@ -163,7 +171,7 @@ def first_step(objective, optimizer, batch, accumulation=1):
 
 @pytest.mark.parametrize(("name", "accumulations"), [("sft", [4]), ("partial_bt", [2, 4])])
 def test_accumulated_steps_equal_that_of_the_whole_batch(name, accumulations):
-    objective = Objective(RunningMean(), ObjectiveConfig(name=name))
+    objective = Objective(RunningMean(), OBJECTIVES[name]())
     batch = ragged_batch()
     # Rows of one micro-batch hold more tokens, and fewer rows that count, than those of another.
     assert len(set(batch.answer_lengths[:, 0].reshape(4, 2).sum(axis=1))) > 1
@@ -182,7 +190,7 @@ def test_accumulated_steps_equal_that_of_the_whole_batch(name, accumulations):
 
 
 def test_each_step_and_each_micro_batch_draws_its_own_prefixes():
-    objective, optimizer = Objective(RunningMean(), ObjectiveConfig(sample=1)), optax.sgd(0.0)
+    objective, optimizer = Objective(RunningMean(), PartialBradleyTerry(sample=1)), optax.sgd(0.0)
     twice = jax.tree.map(lambda x: x[[0, 0]], ragged_batch())._replace(answer_lengths=np.full((2, 2), 6, np.int32))
     step = make_train_step(objective, optimizer, accumulation=2)
 
@@ -198,7 +206,7 @@ def test_each_step_and_each_micro_batch_draws_its_own_prefixes():
 def test_evaluation_takes_all_prefixes_even_where_training_samples_them():
     model = RunningMean()
     sampled, full = (
-        evaluate(Objective(model, ObjectiveConfig(sample=sample)), model.init(), ragged_batch())[0]
+        evaluate(Objective(model, PartialBradleyTerry(sample=sample)), model.init(), ragged_batch())[0]
         for sample in (1, None)
     )
     assert sampled == full
@@ -259,7 +267,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "sft"), ("llama", "partial_bt")])
 def test_bfloat16_computes_about_the_same_loss(family, name):
     model, params = tiny(family, "vocabulary" if name == "sft" else "reward", std=0.04)
-    objective = Objective(model, ObjectiveConfig(name=name))
+    objective = Objective(model, OBJECTIVES[name]())
     exact, _ = evaluate(objective, params, some_batch())
     loss, (metrics, _) = evaluate(dataclasses.replace(objective, dtype="bfloat16"), params, some_batch())
     assert loss != exact and float(loss) == pytest.approx(float(exact), rel=0.03)
@@ -267,7 +275,7 @@ def test_bfloat16_computes_about_the_same_loss(family, name):
 
 
 def test_parameters_and_optimizer_state_stay_float32_in_bfloat16():
-    objective = Objective(RunningMean(), ObjectiveConfig(), "bfloat16")
+    objective = Objective(RunningMean(), PartialBradleyTerry(), "bfloat16")
     state, metrics = first_step(objective, make_optimizer(OptimConfig(), 10)[0], ragged_batch())
     floats = [x for x in jax.tree.leaves((state, metrics)) if not np.issubdtype(x.dtype, np.integer)]
     assert {x.dtype for x in floats} == {np.dtype("float32")}
@@ -279,7 +287,7 @@ def test_dropout_needs_both_a_rate_and_a_key():
 
     def loss(rate, key):
         dropping = dataclasses.replace(model, config=dataclasses.replace(model.config, dropout=rate))
-        return float(evaluate(Objective(dropping, ObjectiveConfig()), params, some_batch(), key)[0])
+        return float(evaluate(Objective(dropping, PartialBradleyTerry()), params, some_batch(), key)[0])
 
     exact = loss(0.0, None)
     assert loss(0.0, jax.random.key(0)) == pytest.approx(exact, rel=1e-6)
@@ -295,7 +303,7 @@ def test_remat_gives_the_same_gradients_for_less_memory(family):
 
     def compiled(remat):
         config = dataclasses.replace(model.config, remat=remat)
-        objective = Objective(dataclasses.replace(model, config=config), ObjectiveConfig())
+        objective = Objective(dataclasses.replace(model, config=config), PartialBradleyTerry())
         batch = some_batch(prompt_width=30, answer_width=30)
         return jax.jit(jax.grad(lambda params: objective(params, batch)[0])).lower(params).compile()
 
