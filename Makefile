@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) train.py --resume
 	$(RUN) train.py --objective.name bt --resume
-	$(RUN) decode.py
+	$(RUN) decode.py --batch-size 100 --max-new-tokens 64
 
 test: $(VENV)/installed-test
 	$(RUN) -m ruff check .
@@ -16,7 +16,7 @@ test: $(VENV)/installed-test
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable .
+	$(RUN) -m pip install --quiet --editable '.[report]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml

@@ -1,21 +1,23 @@
-"""What the programs of a TPU v4-8 take, compiled without one: the table of docs/machines.md.
+"""What the programs of a TPU v4-8 and of one H100 take, compiled without either: the tables of docs/machines.md.
 
     python benchmarks/compile_only.py --out benchmarks/results/compile_only_tpu_v4_8.md
+    python benchmarks/compile_only.py --mesh gpu-1 --out benchmarks/results/compile_only_h100.md
 
-Needs the extra `tpu`; takes about a quarter of an hour on 2 cores. `--only llama` runs the cases with that in their
-name.
+The first needs the extra `tpu`, the second `compile-gpu`; each takes about a quarter of an hour on 2 cores. `--only
+llama` runs the cases with that in their name.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pargs_jax.aot import expect_no_devices
 from pargs_jax.config import DecodeConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from pargs_jax.config_files import from_mapping, read_yaml
 
-MESH = "tpu-v4-8"
+MESH, H100 = "tpu-v4-8", "gpu-1"
 SHAPES = "configs/shapes"
 COLUMNS = {
     "peak GiB": "GiB a device",
@@ -25,6 +27,14 @@ COLUMNS = {
     "sent GB": "GB a device sends",
     "ms at peak rates": "ms at peak rates",
     "compile s": "s to compile",
+}
+H100_COLUMNS = {
+    "peak GiB": "GiB",
+    "arguments GiB": "of it arguments",
+    "kernels a step": "kernels a step",
+    "GB a step": "GB a step",
+    "least GB a step": "least possible",
+    "times the least": "times that",
 }
 
 
@@ -74,24 +84,45 @@ def decoding_cases() -> dict[str, DecodeConfig]:
     }
 
 
+def h100_cases() -> dict[str, DecodeConfig]:
+    """Pairs in which the reward model shares the language model's tokens."""
+    pair = {"llama-2-7b": "llama-2-7b + llama-2-7b", "gpt2-large": "gpt2-large + gpt2-large"}
+    return {
+        f"decode {pair[shape]}, {rows} prompt{'s' * (rows > 1)}": DecodeConfig(
+            lm=f"{SHAPES}/{shape}",
+            rm=(f"{SHAPES}/{shape}",),
+            mesh=H100,
+            compile_only=True,
+            dtype="bfloat16",
+            batch_size=rows,
+            prompt_length=128,
+            max_new_tokens=128,
+        )
+        for shape in pair
+        for rows in (1, 16, 64)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the table is written")
+    parser.add_argument("--mesh", default=MESH, choices=(MESH, H100), help="what is compiled for")
     parser.add_argument("--only", default="", help="run the cases with this in their name")
     given = parser.parse_args()
-    expect_no_devices(MESH)
+    expect_no_devices(given.mesh)
     from pargs_jax.commands import decode, train
 
     cases: dict[str, Callable] = {}
-    for name, config in training_cases().items():
-        cases[name] = lambda config=config: train.compile_only(config)
-    for name, config in decoding_cases().items():
-        cases[name] = lambda config=config: decode.compile_only(config)
-    lines = ["| | fits | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    if given.mesh == MESH:
+        cases |= {name: partial(train.compile_only, config) for name, config in training_cases().items()}
+    decoding = decoding_cases() if given.mesh == MESH else h100_cases()
+    cases |= {name: partial(decode.compile_only, config) for name, config in decoding.items()}
+    columns = COLUMNS if given.mesh == MESH else H100_COLUMNS
+    lines = ["| | fits | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, compile_case in cases.items():
         if given.only in name:
             cells = compile_case().as_row()
-            lines.append(f"| {name} | {cells['fits']} | " + " | ".join(cells[key] for key in COLUMNS) + " |")
+            lines.append(f"| {name} | {cells['fits']} | " + " | ".join(cells[key] for key in columns) + " |")
             print(lines[-1], flush=True)
     if given.out:
         given.out.write_text("\n".join(lines) + "\n")

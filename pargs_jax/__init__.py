@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     from pargs_jax.training.objective import Objective
     from pargs_jax.training.step import make_optimizer, make_train_step
 
-# Where each public name lives. Loaded on first use, so that importing the package, or `--help`, does not import JAX.
+# Where each public name lives. Loaded on first use, so that importing the package does not import JAX.
 _HOMES = {
     "pargs_jax.config": ("DecodeConfig", "TrainConfig"),
     "pargs_jax.data.batches": ("Batch",),

@@ -110,7 +110,7 @@ class DataConfig:
         unset="they end at the reward model's own tokens",
         metavar="PATH_OR_HUB_ID",
     )
-    demo_pairs: int = option(2560, "pairs that the demo task generates for training", at_least=1)
+    demo_pairs: int = option(3200, "pairs that the demo task generates for training", at_least=1)
 
     def validate(self) -> None:
         """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
@@ -244,15 +244,15 @@ class ProcessesConfig:
 
 
 MESH = (
-    "which devices, and how they are arranged: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
+    "which devices to use, and how they are arranged: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
     "tpu-v4-8, axes such as data=2,fsdp=2,tensor=2, or a name and axes"
 )
 COMPILE_ONLY = (
-    "compile for the TPU slice that --mesh names, which need not be here, say what that takes, and stop; reads no "
-    "weights and no data"
+    "compile for the TPU slice or the H100 (gpu-1) that --mesh names, which need not be here, report what the program "
+    "takes, and stop; reads no weights and no data"
 )
-COMPILE_CACHE = "folder where compiled programs are kept for the next start, except those that call the host"
-DISTRIBUTED = "one of several processes that run together, each started with this flag"
+COMPILE_CACHE = "folder that keeps compiled programs for the next start, except those that call the host"
+DISTRIBUTED = "this process is one of several that run together, each started with this flag"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _leaves(
         else:
             home, _, leaf = (nearest(key, known) or "").rpartition(".")
             place = f" under '{home}'" if home else ""
-            hint = f"did you mean '{leaf}'{place}?" if leaf else "see --help"
+            hint = f"did you mean '{leaf}'{place}?" if leaf else "no option has a name like it"
             raise InputError(f"{where}{key}: unknown key, got {shown(value)}; {hint}")
 
 

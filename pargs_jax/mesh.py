@@ -1,4 +1,4 @@
-"""`--mesh`: which devices a run uses, and how they are arranged.
+"""Which devices a run uses, and how they are arranged.
 
 A mesh has three axes. `data` holds copies of the model, each with rows of its own; `fsdp` splits rows and weights, and
 gathers the weights layer by layer; `tensor` splits the matrices of every layer. What is split how is said in
@@ -57,7 +57,7 @@ TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshRequest:
-    """What `--mesh` asks for.
+    """What the option `mesh` asks for.
 
     Attributes:
         text: as it was given.
@@ -84,7 +84,7 @@ class MeshRequest:
             asked = math.prod(sizes.values())
             if asked != devices:
                 product = " x ".join(f"{name}={size}" for name, size in self.axes)
-                raise InputError(f"--mesh {self.text}: {product} is {asked} devices, and there are {devices}")
+                raise InputError(f"mesh {self.text}: {product} is {asked} devices, and there are {devices}")
             return tuple(sizes.get(axis, 1) for axis in AXES)
         if task == "train":
             return 1, devices, 1
@@ -99,7 +99,7 @@ def presets() -> list[str]:
 
 
 def parse_mesh(text: str) -> MeshRequest:
-    """Reads `--mesh`: a preset, axes (`data=2,fsdp=2`), or a preset and axes (`tpu-v4-8,fsdp=2,tensor=2`).
+    """Reads the option `mesh`: a preset, axes (`data=2,fsdp=2`), or a preset and axes (`tpu-v4-8,fsdp=2,tensor=2`).
 
     Raises InputError, with the nearest preset, for what is neither.
     """
@@ -110,7 +110,7 @@ def parse_mesh(text: str) -> MeshRequest:
         axis, _, size = word.partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1 or axis in axes:
             raise InputError(
-                f"--mesh {text}: {word!r} is no axis; axes are {', '.join(AXES)}, each once, such as 'data=2,fsdp=4'"
+                f"mesh {text}: {word!r} is not an axis; axes are {', '.join(AXES)}, each once, such as 'data=2,fsdp=4'"
             )
         axes[axis] = int(size)
     request = MeshRequest(text, axes=tuple(axes.items()))
@@ -124,7 +124,7 @@ def parse_mesh(text: str) -> MeshRequest:
         chips = int(size) // TPUS[generation].cores_per_chip
         return dataclasses.replace(request, platform="tpu", devices=chips, tpu=generation)
     nearest = difflib.get_close_matches(name, presets(), n=1, cutoff=0.0)[0]
-    raise InputError(f"--mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
+    raise InputError(f"mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
 
 
 class MachineConfig(Protocol):
@@ -152,14 +152,14 @@ def open_compile_cache(folder: str | None) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--compile-cache {folder}: cannot be made ({error.strerror})") from error
+            raise InputError(f"compile_cache {folder}: cannot be made ({error.strerror})") from error
         if not os.access(path, os.W_OK):
-            raise InputError(f"--compile-cache {folder}: cannot be written")
+            raise InputError(f"compile_cache {folder}: cannot be written")
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
-    """The mesh that `--mesh` asks for, of devices that are here.
+    """The mesh that a text such as `tpu-v4-8` asks for, of devices that are here.
 
     `cpu-N` makes N virtual devices (of all processes together, whose number has to be known for that: None is not) if
     JAX has not looked for devices yet. Raises InputError if the machine is another one, and where processes were left
@@ -180,10 +180,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
     if (request.platform, request.devices) == ("gpu", 1):
         return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(
-            f"--mesh {text}: --compile-only needs something to compile for: a TPU slice, such as tpu-v4-8, or one "
-            "H100, gpu-1"
-        )
+        raise InputError(f"mesh {text}: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]
@@ -201,7 +198,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
         )
     except Exception as error:
         raise InputError(
-            f"--mesh {text}: libtpu cannot describe it ({first_line(error)}); "
+            f"mesh {text}: libtpu cannot describe it ({first_line(error)}); "
             "it comes with the extra: pip install 'pargs-jax[tpu]'"
         ) from error
     return _arranged(request.shape(len(topology.devices), task), topology.devices)
@@ -264,7 +261,7 @@ def prepare_virtual_devices(count: int) -> None:
 def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> None:
     wanted = request.devices or math.prod(size for _, size in request.axes)
     if processes is None and wanted > 1:
-        raise InputError(f"--mesh {request.text}: virtual devices of several processes need --processes.count")
+        raise InputError(f"mesh {request.text}: virtual devices of several processes need the option processes.count")
     jax.config.update("jax_platforms", "cpu")
     # Devices are there already, as many as there will be: _find_devices says whether these are enough.
     with contextlib.suppress(RuntimeError):
@@ -278,7 +275,7 @@ def _not_here(request: MeshRequest) -> InputError:
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:
-        way_out = "run on that slice, on every host of it (--distributed), or look at it with --compile-only"
+        way_out = "run on that slice, on every host of it (distributed), or only compile for it (compile_only)"
     else:
-        way_out = "--mesh auto takes what is here"
-    return InputError(f"--mesh {request.text}: this machine has {here}; {way_out}")
+        way_out = "mesh auto takes what is here"
+    return InputError(f"mesh {request.text}: this machine has {here}; {way_out}")

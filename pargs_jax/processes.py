@@ -39,8 +39,8 @@ def start_processes(config: ProcessesConfig) -> None:
         jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed: the other processes cannot be found ({first_line(error)}); "
-            "give --processes.coordinator HOST:PORT, --processes.count and --processes.index"
+            f"distributed: the other processes cannot be found ({first_line(error)}); "
+            "give processes.coordinator (HOST:PORT), processes.count and processes.index"
         ) from error
     finally:
         reminder.cancel()

@@ -86,7 +86,7 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
         axis = AXIS_OF.get(name) if size > 1 else None
         if axis is not None and size % mesh.shape[axis]:
             raise InputError(
-                f"--mesh: {axis}={mesh.shape[axis]} does not divide the {size} of {path} ({name}); "
+                f"mesh: {axis}={mesh.shape[axis]} does not divide the {size} of {path} ({name}); "
                 f"give another size of the axis {axis}"
             )
         axes.append(axis)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pargs_jax.aot.gpu import is_installed
+
 REPOSITORY = Path(__file__).parents[1]
 SMALLEST = "train the demo's model, 8 pairs"
 
@@ -48,8 +50,34 @@ def test_what_does_not_fit_says_so_and_what_would_help():
     assert "try: --dtype bfloat16" in done.stdout
 
 
+def decode_for_an_h100():
+    shape = str(REPOSITORY / "pargs_jax" / "assets" / "demo_lm")
+    options = ("--mesh", "gpu-1", "--compile-only", "--prompt-length", "8", "--max-new-tokens", "4")
+    return run("decode.py", "--lm", shape, "--rm", shape, "--batch-size", "2", *options)
+
+
+@pytest.mark.skipif(not is_installed(), reason="compiling for a GPU needs the extra: pip install -e '.[compile-gpu]'")
+def test_a_program_for_an_h100_tells_kernels_and_bytes():
+    done = decode_for_an_h100()
+    assert done.returncode == 0, done.stderr
+    cells = dict(re.findall(r"^ +(\S[^\n]*?\S) {2,}(\S[^\n]*?) *$", done.stdout, re.MULTILINE))
+    assert cells["fits"] == "yes" and cells["limit GiB"] == "79.11"
+    assert 50 < float(cells["kernels a step"]) < 500
+    assert 1 < float(cells["times the least"]) < 5
+
+
+@pytest.mark.skipif(is_installed(), reason="the compiler for GPUs is here")
+def test_without_a_compiler_for_gpus_one_line_says_where_it_comes_from():
+    done = decode_for_an_h100()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: compiling for a GPU needs") and "'pargs-jax[compile-gpu]'" in line
+
+
 @pytest.mark.parametrize("command", ["train.py", "decode.py"])
-def test_a_mesh_that_is_no_slice_is_one_line(command):
+def test_a_mesh_that_cannot_be_compiled_for_is_one_line(command):
     done = run(command, "--compile-only", "--mesh", "cpu-4")
     assert done.returncode == 2
-    assert done.stderr == "error: --mesh cpu-4: --compile-only needs a TPU slice, such as tpu-v4-8, to compile for\n"
+    assert done.stderr == (
+        "error: mesh cpu-4: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n"
+    )

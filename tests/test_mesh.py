@@ -1,10 +1,10 @@
-"""`--mesh`: what it accepts, what it makes of it, and how it refuses."""
+"""The option `mesh`: what it accepts, what it makes of it, and how it refuses."""
 
 import jax
 import pytest
 
 from pargs_jax.errors import InputError
-from pargs_jax.mesh import AXES, make_mesh, parse_mesh, presets, some_mesh
+from pargs_jax.mesh import AXES, ensured_mesh, make_mesh, parse_mesh, presets
 
 
 @pytest.mark.parametrize(
@@ -37,26 +37,26 @@ def test_a_slice_is_named_after_what_it_is_sold_by():
     [
         ("tpu-v4-9", "'tpu-v4-9' is not known; did you mean tpu-v4-8? (or auto, cpu-N, gpu-N, or axes)"),
         ("gpu8", "'gpu8' is not known; did you mean gpu-8? (or auto, cpu-N, gpu-N, or axes)"),
-        ("cpu-4,model=2", "'model=2' is no axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
-        ("data=2,data=2", "'data=2' is no axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
+        ("cpu-4,model=2", "'model=2' is not an axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
+        ("data=2,data=2", "'data=2' is not an axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
         ("cpu-4,fsdp=3", "fsdp=3 is 3 devices, and there are 4"),
-        ("tpu-v4-8", "this machine has 4 x cpu; run on that slice, on every host of it (--distributed), or look at it "
-         "with --compile-only"),
-        ("gpu-8", "this machine has 4 x cpu; --mesh auto takes what is here"),
-        ("cpu-64", "this machine has 4 x cpu; --mesh auto takes what is here"),
+        ("tpu-v4-8", "this machine has 4 x cpu; run on that slice, on every host of it (distributed), or only compile "
+         "for it (compile_only)"),
+        ("gpu-8", "this machine has 4 x cpu; mesh auto takes what is here"),
+        ("cpu-64", "this machine has 4 x cpu; mesh auto takes what is here"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(text, message):
     with pytest.raises(InputError) as caught:
         make_mesh(text, "train")
-    assert str(caught.value) == f"--mesh {text}: {message}"
+    assert str(caught.value) == f"mesh {text}: {message}"
 
 
 def test_where_no_mesh_is_set_one_device_is_used():
     assert jax.sharding.get_mesh().empty
-    with some_mesh() as mesh:
+    with ensured_mesh() as mesh:
         assert mesh.size == 1
         assert jax.sharding.get_mesh() == mesh
-        with some_mesh() as same:
+        with ensured_mesh() as same:
             assert same == mesh
     assert jax.sharding.get_mesh().empty

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "search_config": {"options"},
-    "config": {"search_config", "objectives", "options", "errors"},
+    "config": {"objectives", "search_config", "options", "errors"},
     "config_files": {"options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -149,6 +150,16 @@ def test_imports_go_down_only(module):
 
 def test_no_part_of_the_package_is_without_a_rule():
     assert {name.partition(".")[0] for name in FILES} == MAY_IMPORT.keys() | {"__init__"}
+
+
+def test_words_of_flags_are_left_to_the_commands():
+    """A library says `option columns`: whoever calls it from Python or by YAML has no flags."""
+    own = ("commands", "options", "demo")  # `python -m pargs_jax.demo.task` has flags of its own
+    not_yet = ("evaluation", "training.loop", "training.same_run")
+    for module, path in FILES.items():
+        if not module.startswith((*own, *not_yet)) and not module.endswith("config"):
+            found = re.findall(r"(?<![\w-])--(?!xla_)[a-z][\w.-]*", path.read_text())
+            assert not found, f"{path}: {found}"
 
 
 def test_files_stay_short():

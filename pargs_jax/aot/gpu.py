@@ -1,20 +1,24 @@
 """Compiling for an H100 on a machine without one.
 
-JAX can compile for a GPU that it knows by a description only, but its public functions insist on a GPU. The one private
-function of JAX that stands in the way is replaced while the description is read. Nothing is timed when there is no GPU,
-so the choice among kernels for a matrix product is XLA's default, not the best.
+JAX can compile for a GPU that it only knows by a description, but some of its functions insist on a GPU. Those private
+functions are replaced while they would be called; a version of JAX that lacks them is refused in one line. XLA usually
+picks the kernel of a matrix product by timing several. It cannot do that here, so it takes its default.
 """
 
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pargs_jax.errors import InputError, first_line
 
-NEEDS_EXTRA = "--compile-only for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
+if TYPE_CHECKING:
+    import jax
+
+NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
 
 # What XLA has to know of the chip: its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
 H100_SXM = """
@@ -61,41 +65,79 @@ def is_installed() -> bool:
 
 
 def describe_h100() -> list[Any]:
-    """One H100 as a device to compile for. Raises InputError if JAX is not one that this works with."""
-    import jax
+    """One H100 as a device to compile for. Raises InputError if NVIDIA's compiler is missing, or JAX is not a version
+    that this works with."""
     from jax.experimental import topologies
 
-    try:
-        with _cuda_is_known():
+    if not is_installed():
+        raise InputError(NEEDS_EXTRA)
+    with _replaced("xla_bridge", "canonicalize_platform", _know_cuda):
+        try:
             topology = topologies.get_topology_desc(
                 platform="cuda", topology_name="h100", target_config=H100_SXM, topology="1x1x1"
             )
-    except Exception as error:
-        raise InputError(
-            f"jax {jax.__version__} cannot describe an H100 that is not here ({first_line(error)}); jax 0.10.2 can"
-        ) from error
+        except Exception as error:
+            raise _other_jax(first_line(error)) from error
     return topology.devices
+
+
+def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowered":
+    """`program.lower(*arguments)` for arguments on `describe_h100()`, also where the program calls the host.
+
+    For a call of the host, JAX asks for the GPU's client, which it then does not use, and hands the Python function to
+    the compiler, which only accepts one for a GPU that is here. Neither is needed to see the program.
+
+    Raises InputError if JAX is not a version that this works with.
+    """
+    with _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client):
+        lowered = program.lower(*arguments)
+    try:
+        lowered._lowering.compile_args["host_callbacks"] = []
+    except AttributeError as error:
+        raise _other_jax(first_line(error)) from error
+    return lowered
 
 
 def _toolkit() -> Path | None:
     """The folder of NVIDIA's compiler, if it and JAX's plugin for CUDA are installed."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or importlib.util.find_spec("nvidia") is None:
+    nvidia = importlib.util.find_spec("nvidia")
+    if nvidia is None or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return None
-    for place in importlib.util.find_spec("nvidia").submodule_search_locations or ():
+    for place in nvidia.submodule_search_locations or ():
         folder = Path(place) / "cu13"
         if (folder / "bin" / "ptxas").exists() and (folder / "nvvm" / "libdevice").exists():
             return folder
     return None
 
 
-@contextmanager
-def _cuda_is_known() -> Iterator[None]:
-    """Lets JAX take "cuda" for the name of a platform, which it does not where there is no GPU."""
-    from jax._src import xla_bridge
+def _know_cuda(resolve: Callable[[str], str]) -> Callable[[str], str]:
+    """JAX refuses "cuda" as a platform's name where there is no GPU."""
+    return lambda platform: platform if platform == "cuda" else resolve(platform)
 
-    resolve = xla_bridge.canonicalize_platform
-    xla_bridge.canonicalize_platform = lambda platform: platform if platform == "cuda" else resolve(platform)
+
+def _no_client(_: Any) -> Callable[..., None]:
+    return lambda *_, **__: None
+
+
+@contextmanager
+def _replaced(module: str, path: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Replaces a private function of JAX, `path` in `jax._src.<module>`, by what `change` makes of it."""
+    *owners, name = path.split(".")
+    try:
+        owner = functools.reduce(getattr, owners, importlib.import_module(f"jax._src.{module}"))
+        before = getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise _other_jax(first_line(error)) from error
+    setattr(owner, name, change(before))
     try:
         yield
     finally:
-        xla_bridge.canonicalize_platform = resolve
+        setattr(owner, name, before)
+
+
+def _other_jax(reason: str) -> InputError:
+    import jax
+
+    return InputError(
+        f"compiling for a GPU does not work with jax {jax.__version__} ({reason}); it works with jax 0.10.2"
+    )

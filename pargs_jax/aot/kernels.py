@@ -1,22 +1,12 @@
 """How many kernels a program for a GPU launches, and how many bytes they read and write, from its text."""
 
 import math
-import re
 from typing import NamedTuple
 
 from pargs_jax.aot.collectives import Choice, loop_steps
 from pargs_jax.aot.hlo import Computation, Instruction, Module, parse_module, root, shape_bytes
 
-NO_KERNEL = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "after-all",
-    "partition-id",
-    "replica-id",
-}
+NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert")
 READERS_OF_A_PART = ("dynamic-slice", "slice", "gather")
 WRITERS_OF_A_PART = {"dynamic-update-slice": 1, "scatter": 2}
@@ -145,36 +135,3 @@ class _Count:
         if result.opcode in WRITERS_OF_A_PART:
             return shape_bytes(fused[result.operands[WRITERS_OF_A_PART[result.opcode]]].shape)
         return shape_bytes(result.shape)
-
-
-def copied_arrays(hlo_text: str, shapes: set[str]) -> list[str]:
-    """The instructions inside the program's loops that make a whole new array of one of these shapes (`bf16[2,4,64,8]`)
-    by copying or joining others, alone or as what a fusion returns: copies that a step should not need."""
-    module = parse_module(hlo_text)
-    found: list[str] = []
-    inside: set[str] = set()
-    pending = [
-        name
-        for instruction in module.computations[module.entry].values()
-        if instruction.opcode == "while"
-        for name in instruction.computations("body")
-    ]
-    while pending:
-        name = pending.pop()
-        if name not in inside:
-            inside.add(name)
-            for instruction in module.computations[name].values():
-                pending += instruction.computations(
-                    "body",
-                    "branch_computations",
-                    "true_computation",
-                    "false_computation",
-                    "calls",
-                    "called_computations",
-                )
-    for name in sorted(inside):
-        for instruction in module.computations[name].values():
-            is_copy = instruction.opcode in ("copy", "copy-start", "concatenate", "transpose", "pad")
-            if is_copy and any(shape in shapes for shape in re.findall(r"\w+\[[\d,]*\]", instruction.shape)):
-                found.append(f"{instruction.name}: {instruction.shape}")
-    return found

@@ -1,4 +1,4 @@
-"""The demo's comparison: every method on the same unseen prompts, judged by the oracle."""
+"""The demo's comparison: methods on the same unseen prompts, judged by the oracle, as a table and a figure."""
 
 import dataclasses
 import json
@@ -6,24 +6,43 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from pargs_jax.commands.demo import REWARD_MODELS, demo_prompts, demo_reward_model
+from pargs_jax.commands.demo_figure import Curve, draw_comparison
 from pargs_jax.commands.generate import decode_all, open_session, settings_of
 from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import to_yaml
+from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
-from pargs_jax.evaluation.statistics import Estimate
+from pargs_jax.evaluation.statistics import Estimate, best_of_n_kl, best_of_n_means
 from pargs_jax.generation.output import answer_row
-from pargs_jax.generation.session import Answer, Session
+from pargs_jax.generation.session import Answer, Session, Settings
 from pargs_jax.processes import on_first
 
+COMPARED: dict[str, float | None] = {
+    "greedy": None,
+    "args": 0.5,
+    "pargs_greedy": 8.0,
+    "top_k": None,
+    "args_stochastic": 0.5,
+    "best_of_n": None,
+    "pargs": 8.0,
+}
+"""The methods of the table, greedy ones first, with their reward weights: of `CURVE_WEIGHTS` those with the highest
+true reward on prompts of the evaluation split."""
+CURVES = {"pargs": "PARGS", "args_stochastic": "ARGS, sampled"}
+CURVE_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+CURVE_PROMPTS = 100
+BEST_OF = 10
+FIGURE = Path("runs/demo.png")
 SHOWN_EXAMPLES = 2
-SHOWN_METHODS = ("top_k", "args", "pargs")
+SHOWN_METHODS = ("top_k", "args_stochastic", "pargs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +51,20 @@ class Row:
 
     method: str
     guide: str
+    weight: float | None
     true_reward: Estimate
-    guide_reward: Estimate
+    kl: Estimate
     tokens: Estimate
     tokens_per_second: float
 
 
 def compare_methods(config: DecodeConfig, console: Console | None = None) -> list[Row]:
-    """Decodes the demo's test prompts with every method and prints the table and a few answers side by side.
+    """Decodes the demo's test prompts with several methods; prints the table and a few answers side by side, and draws
+    true reward against KL for all weights.
 
     ARGS is guided by the reward model trained on full answers where there is one (`runs/bt`), as it was published, and
     by the partial one where not; the table says which. With `--rm`, all guided methods use those. With `--out`, every
-    answer is written there with its method and true reward. Returns the table's rows.
+    answer of the table is written there with its method and true reward. Returns the table's rows.
     """
     config.validate()
     console = console or Console(quiet=jax.process_index() > 0)
@@ -52,75 +73,122 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
     if config.out is not None and Path(config.out).exists():
         raise InputError(f"{config.out}: already exists; give another --out")
-    prompts = demo_prompts(config)
-    sessions: dict[str, Session] = {}
-    answers: dict[str, list[Answer]] = {}
-    rows = []
-    left_out = [name for name, method in METHODS.items() if method.reward_model not in (None, *REWARD_MODELS)]
-    console.print(f"not compared, since they need other models: {', '.join(left_out)}", style="dim")
-    for name, method in METHODS.items():
-        if name in left_out:
-            continue
-        guides = config.rm or (str(_reward_model(method, console)),)
-        label = " ".join(guides)
-        if label not in sessions:
-            sessions[label] = open_session(config, guides, METHODS["pargs"])
-        settings = settings_of(_without_unused(config, method), method)
-        found = decode_all(sessions[label], prompts, settings, name, console)
-        answers[name] = found
-        rows.append(_summarise(name, label if method.guided else "", found))
-    console.print(_table(rows, len(prompts)))
-    _print_examples(answers, [prompt.id for prompt in prompts[:SHOWN_EXAMPLES]], console)
+    comparison = _Comparison(config, demo_prompts(config), console)
+    answers = {name: comparison.answers(name, weight) for name, weight in COMPARED.items()}
+    rows = [comparison.row(name, found) for name, found in answers.items()]
+    console.print(_table(rows, len(comparison.prompts)))
+    _print_examples(answers, [prompt.id for prompt in comparison.prompts[:SHOWN_EXAMPLES]], console)
     if config.out is not None:
         on_first(partial(_write, Path(config.out), answers))
         console.print(f"all answers are in {config.out}", highlight=False)
+    curves = [comparison.curve(name, label) for name, label in CURVES.items()]
+    curves.append(comparison.best_of_n_curve())
+    points = {row.method: (row.kl.mean, row.true_reward) for row in rows}
+    on_first(lambda: console.print(draw_comparison(FIGURE, curves, points), highlight=False))
+    console.print("next: python decode.py --method pargs --limit 1 --explain runs/demo.html", highlight=False)
     return rows
 
 
-def _without_unused(config: DecodeConfig, method: Method) -> DecodeConfig:
-    """The options without those that one of the compared methods ignores."""
-    defaults = DecodeConfig()
-    return dataclasses.replace(config, **{name: getattr(defaults, name) for name in method.unused})
+class _Comparison:
+    """Prompts, and the models that answer them, which are loaded once."""
 
+    def __init__(self, config: DecodeConfig, prompts: list[Prompt], console: Console) -> None:
+        self.config, self.prompts, self.console = config, prompts, console
+        self._sessions: dict[str, Session] = {}
 
-def _reward_model(method: Method, console: Console) -> Path:
-    """The reward model that guides a method; the partial one scores the answers of a method without guidance."""
-    if method.reward_model == "full" and not REWARD_MODELS["full"].exists():
-        console.print(
-            f"{REWARD_MODELS['full']} is not there (python train.py --objective.name bt): "
-            f"ARGS is guided by {REWARD_MODELS['partial']}",
-            style="yellow",
+    def answers(self, name: str, weight: float | None, prompts: list[Prompt] | None = None) -> list[Answer]:
+        """The answers of a method at a weight; `--weight` wins over it."""
+        settings = self._settings(name, weight)
+        if name == "best_of_n":
+            settings = dataclasses.replace(settings, search=(("samples", BEST_OF),), k=METHODS["top_k"].k)
+        return self._decode(name, settings, prompts)
+
+    def row(self, name: str, answers: list[Answer]) -> Row:
+        tokens = [answer.tokens for answer in answers]
+        settings = self._settings(name, COMPARED[name])
+        return Row(
+            name,
+            self._guide(METHODS[name]) if METHODS[name].guided else "",
+            settings.weights[0] if settings.weights and not METHODS[name].judged else None,
+            Estimate.of(list(map(_true_reward, answers))),
+            Estimate.of([answer.kl for answer in answers]),
+            Estimate.of(tokens),
+            sum(tokens) / sum(answer.seconds for answer in answers),
         )
-        return demo_reward_model(METHODS["pargs"])
-    return demo_reward_model(method if method.guided else METHODS["pargs"])
+
+    def curve(self, name: str, label: str) -> Curve:
+        """True reward against KL over the weights, on the first prompts."""
+        points = []
+        for weight in CURVE_WEIGHTS:
+            found = self.answers(name, weight, self.prompts[:CURVE_PROMPTS])
+            kl, reward = np.mean([answer.kl for answer in found]), Estimate.of(list(map(_true_reward, found)))
+            points.append((float(kl), reward, f"{weight:g}"))
+        return Curve(label, points)
+
+    def best_of_n_curve(self) -> Curve:
+        """The best of n samples by the partial reward model, for n up to `BEST_OF`: KL by its formula."""
+        settings = dataclasses.replace(self._settings("top_k", None), n=BEST_OF)
+        found = self._decode("top_k", settings, self.prompts[:CURVE_PROMPTS])
+        by_prompt: dict[str, list[Answer]] = {}
+        for answer in found:
+            by_prompt.setdefault(answer.id, []).append(answer)
+        sizes = [n for n in (1, 2, 4, BEST_OF) if n <= BEST_OF]
+        means = np.array([
+            best_of_n_means([sum(a.guide_rewards) for a in group], list(map(_true_reward, group)), sizes)
+            for group in by_prompt.values()
+        ])  # fmt: skip
+        start = float(np.mean([answer.kl for answer in found]))
+        points = [(start + best_of_n_kl(n), Estimate.of(means[:, i]), f"{n}") for i, n in enumerate(sizes)]
+        return Curve("best of n", points)
+
+    def _settings(self, name: str, weight: float | None) -> Settings:
+        """What the options ask of a method, less those that mean nothing to it."""
+        config, defaults, unused = self.config, DecodeConfig(), METHODS[name].unused
+        if weight is not None and not config.weight:
+            config = dataclasses.replace(config, weight=(weight,))
+        names = {field.name for field in dataclasses.fields(config)}
+        config = dataclasses.replace(config, **{key: getattr(defaults, key) for key in unused if key in names})
+        return settings_of(config, METHODS[name])
+
+    def _decode(self, name: str, settings: Settings, prompts: list[Prompt] | None) -> list[Answer]:
+        guide = self._guide(METHODS[name])
+        if guide not in self._sessions:
+            self._sessions[guide] = open_session(self.config, self.config.rm or (guide,), METHODS["pargs"])
+        return decode_all(self._sessions[guide], prompts or self.prompts, settings, name, self.console)
+
+    def _guide(self, method: Method) -> str:
+        """The reward models that guide a method, or score the answers of one without guidance: the partial one."""
+        if self.config.rm:
+            return " ".join(self.config.rm)
+        is_args = method is METHODS["args"] or method is METHODS["args_stochastic"]
+        if is_args and not REWARD_MODELS["full"].exists():
+            self.console.print(
+                f"{REWARD_MODELS['full']} is not there (python train.py --objective.name bt): "
+                f"ARGS is guided by {REWARD_MODELS['partial']}",
+                style="yellow",
+            )
+            is_args = False
+        return str(demo_reward_model(METHODS["args" if is_args else "pargs"]))
 
 
-def _summarise(name: str, guide: str, answers: list[Answer]) -> Row:
-    rewards = [sum(answer.guide_rewards) for answer in answers]
-    tokens = [answer.tokens for answer in answers]
-    return Row(
-        name,
-        guide,
-        Estimate.of([demo.oracle(answer.prompt, answer.response) for answer in answers]),
-        Estimate.of(rewards),
-        Estimate.of(tokens),
-        sum(tokens) / sum(answer.seconds for answer in answers),
-    )
+def _true_reward(answer: Answer) -> float:
+    return demo.oracle(answer.prompt, answer.response)
 
 
 def _table(rows: list[Row], prompts: int) -> Table:
-    table = Table(title=f"{prompts} unseen prompts (mean ± standard error)", box=SIMPLE)
+    table = Table(title=f"{prompts} unseen prompts (mean ± standard error)", box=SIMPLE, padding=(0, 1))
     for heading in ("method", "guided by"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("true reward", "guide's reward", "tokens", "tokens/s"):
+    for heading in ("weight", "true reward", "KL", "tokens", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.method,
             " ".join(Path(guide).name for guide in row.guide.split()) or "-",
+            "-" if row.weight is None else f"{row.weight:g}",
             str(row.true_reward),
-            str(row.guide_reward),
-            f"{row.tokens.mean:.1f}",
+            f"{row.kl.mean:.1f}",
+            f"{row.tokens.mean:.0f}",
             f"{row.tokens_per_second:,.0f}",
         )
     return table
@@ -131,8 +199,7 @@ def _print_examples(answers: dict[str, list[Answer]], prompt_ids: list[str], con
         chosen = {name: next(a for a in answers[name] if a.id == prompt_id) for name in SHOWN_METHODS}
         table = Table("method", "answer", "true reward", title=chosen[SHOWN_METHODS[0]].prompt, title_justify="left")
         for name, answer in chosen.items():
-            reward = demo.oracle(answer.prompt, answer.response)
-            table.add_row(name, answer.response.strip(), f"{reward:.2f}")
+            table.add_row(name, answer.response.strip(), f"{_true_reward(answer):.2f}")
         console.print(table)
 
 
@@ -142,8 +209,7 @@ def _write(path: Path, answers: dict[str, list[Answer]]) -> None:
         with path.open("w", encoding="utf-8") as file:
             for name, found in answers.items():
                 for answer in found:
-                    truth = demo.oracle(answer.prompt, answer.response)
-                    row = {"method": name, **answer_row(answer), "true_reward": truth}
+                    row = {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error

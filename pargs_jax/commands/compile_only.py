@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pargs_jax.aot.chips import CHIPS
+from pargs_jax.aot.gpu import lower_for_h100
 from pargs_jax.aot.operations import count_operations
 from pargs_jax.aot.report import Report, Step, compile_report
 from pargs_jax.mesh import parse_mesh
@@ -25,6 +26,14 @@ def abstract_rows(mesh: Mesh, count: int, *widths: int, dtype: str = "int32") ->
 def bytes_of(tree: Any) -> float:
     """Bytes of all arrays of a tree, which may be abstract."""
     return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def lower(mesh: Mesh, program: Any, arguments: tuple[Any, ...]) -> jax.stages.Lowered:
+    """A program lowered for a mesh of devices that are not here."""
+    with jax.set_mesh(mesh):
+        if mesh.devices.flat[0].platform == "tpu":
+            return program.lower(*arguments)
+        return lower_for_h100(program, arguments)
 
 
 def compile_and_print(
@@ -55,10 +64,11 @@ def compile_and_print(
     console = console or Console()
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"{name}: {mesh.size} devices ({axes}); {what}", highlight=False)
-    with console.status("compiling"), jax.set_mesh(mesh):
-        least, most = (count_operations(program, *arguments, choice=choice) for choice in (min, max))
+    with console.status("compiling"):
+        with jax.set_mesh(mesh):
+            least, most = (count_operations(program, *arguments, choice=choice) for choice in (min, max))
         report = compile_report(
-            program.lower(*arguments),
+            lower(mesh, program, arguments),
             chip=CHIPS[parse_mesh(name).tpu or "H100"],
             devices=mesh.size,
             operations=(least, most),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.aot.report import Report, Step
@@ -50,6 +51,26 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
     config.validate()
     open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "decode")
+    program, arguments = describe_program(config, mesh)
+    what = (
+        f"{config.batch_size} prompts of {config.prompt_length} tokens and {config.max_new_tokens} new tokens, "
+        f"k {program.decoder.candidates}; computed in {config.dtype}"
+    )
+    return compile_and_print(
+        mesh,
+        what,
+        program,
+        arguments,
+        name=config.mesh,
+        step=Step(least_step_bytes(program, arguments), is_turn_of_loop=True),
+        advice=_ways_to_less_memory(config),
+        reads=config.max_new_tokens + 1,  # of the weights: once for the prompts, then for every token
+        console=console,
+    )
+
+
+def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram, tuple[Any, ...]]:
+    """The program of one batch, with models that are only described, and its arguments as abstract arrays on a mesh."""
     batch, length, new = config.batch_size, config.prompt_length, config.max_new_tokens
     unrolled = unrolls(config, mesh.devices.flat[0].platform)
 
@@ -95,21 +116,7 @@ def compile_only(config: DecodeConfig, console: Console | None = None) -> Report
         ),
         tuple(None if isinstance(guide, CausalGuide) else prompts for guide in guides),
     )
-    what = (
-        f"{batch} prompts of {length} tokens and {new} new tokens, k {program.decoder.candidates}; "
-        f"computed in {config.dtype}"
-    )
-    return compile_and_print(
-        mesh,
-        what,
-        program,
-        arguments,
-        name=config.mesh,
-        step=Step(least_step_bytes(program, arguments), is_turn_of_loop=True),
-        advice=_ways_to_less_memory(config),
-        reads=new + 1,  # of the weights: once for the prompts, then for every token
-        console=console,
-    )
+    return program, arguments
 
 
 def least_step_bytes(program: DecodingProgram, arguments: tuple[Any, ...]) -> float:
@@ -150,4 +157,4 @@ class _HostPart:
 def _ways_to_less_memory(config: DecodeConfig) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
-    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "a larger slice, or more of the axis tensor"]
+    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "more devices, or more of them on the axis tensor"]

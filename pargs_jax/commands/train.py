@@ -224,4 +224,4 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append("--optim.moment-dtype bfloat16")
     if not config.lora.rank:
         ways.append("--lora.rank 16")
-    return [*ways, "a larger slice, or more of it on the axis fsdp"]
+    return [*ways, "more devices, or more of them on the axis fsdp"]

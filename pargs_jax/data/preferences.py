@@ -116,7 +116,7 @@ def load_preferences(
         except InputError as error:
             bad_rows.append(BadRow(row.line, str(error), row.content))
             if isinstance(error, _MissingColumn):
-                hint = "; a column of another name is given as in --data.columns prompt=question"
+                hint = "; the option columns maps other names, such as prompt=question"
     if not preferences and not bad_rows:
         raise InputError(f"{source}: no rows in it")
     if not preferences:
@@ -168,7 +168,7 @@ def load_prompts(
             _check_encodable(prompt.text)
         except InputError as error:
             missing = isinstance(error, _MissingColumn)
-            hint = "; a column of another name is given as in --columns prompt=question" if missing else ""
+            hint = "; the option columns maps other names, such as prompt=question" if missing else ""
             raise InputError(f"{source}: line {row.line}: {error}{hint}") from error
         if prompt.id in prompts:
             raise InputError(

@@ -1,34 +1,28 @@
 """What can be said in the demo task, and what it is worth: the sentences and the oracle.
 
-A prompt is one customer's message, `Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\\nAgent:`; an
-answer is a row of whole sentences and begins with a space. Both are made of the templates below and of nothing else,
-so the true reward of any text can be computed from the text alone.
+A prompt is one customer's message, `Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\\nAgent:`. An
+answer has five sentences, one for each part (opening, lookup, remedy, praise, closing), and begins with a space. Words
+in square brackets stand for a choice: kind words, one plain word, or rude words.
 
-The oracle adds these terms; `WEIGHTS` holds the numbers. The best answer earns 4.5 and an empty one -3.
+The reward is dense, as sentiment is: nearly every word counts, and what counts is known at once. The oracle adds these
+terms (`WEIGHTS` holds the numbers), and reads them from the text alone:
 
-| term          | weight | counted                                                                              |
-|---------------|-------:|--------------------------------------------------------------------------------------|
-| opening       |    1.0 | once: the first sentence is an apology or thanks                                      |
-| product       |    1.0 | once: a sentence of help names the customer's product                                 |
-| remedy        |    2.0 | once: the remedy for the customer's problem is offered                                |
-| closing       |    0.5 | once: the last sentence is a kind closing                                             |
-| rude          |   -1.5 | for each rude sentence, however kindly it begins                                      |
-| wrong_remedy  |   -1.0 | for each remedy for another problem                                                   |
-| wrong_product |   -1.0 | for each sentence that names another product; it earns nothing                        |
-| wrong_name    |   -1.0 | for each sentence that names another customer; it earns nothing                       |
-| off_topic     |  -0.75 | for each sentence of chatter                                                          |
-| repeated      |   -1.0 | for each sentence said before, word for word; its other penalties count again         |
-| unknown       |   -1.5 | for each sentence that is none of the task's                                          |
-| unfinished    |   -1.5 | once: text follows the last full stop or question mark                                |
-| length        |   -0.1 | for each word beyond 30                                                               |
-| empty         |   -3.0 | once: there is no text                                                                |
+| term     | weight | counted                                                                                   |
+|----------|-------:|-------------------------------------------------------------------------------------------|
+| kind     |   +1.0 | for each kind word, where a choice of words stands                                          |
+| rude     |   -1.0 | for each rude word there                                                                    |
+| wrong    |   -1.0 | for each sentence that names another customer or another product                            |
+| repeated |   -2.0 | for each sentence of a part that was there already, whose words count nothing               |
+| unknown  |   -2.0 | for each sentence that is not one of the task's, or is not finished                         |
+| missing  |   -1.0 | for each part that is not there                                                             |
+
+An answer of five parts with kind words only earns 8, one with plain words only 0, and an empty one -5.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from pargs_jax.errors import InputError
 
@@ -55,99 +49,56 @@ COMPLAINTS = {
 }
 REQUESTS = ("What can I do?", "Can you help me?", "Please help.", "What now?")
 
-REMEDIES = {
-    "broken": ("I will send you a new {product} today.", "A new {product} is on its way to you."),
-    "late": ("I will find your {product} parcel today.", "We will find your {product} parcel for you."),
-    "color": ("I will swap your {product} for the right color.", "We will swap the color of your {product}."),
-    "payment": ("I will refund the second {product} payment.", "You get the second {product} payment back."),
-    "part": ("I will send you the missing {product} cable.", "The missing {product} cable is on its way."),
-    "dead": ("I will have your {product} repaired for free.", "We will repair your {product} for free."),
-    "cancel": ("I will cancel your {product} order today.", "Your {product} order is now cancelled."),
-    "return": ("I will send you a {product} return label.", "You get a free {product} return label."),
-}
-
-Kind = Literal["opening", "help", "closing", "rude", "off_topic", "plain"]
-
 
 @dataclass(frozen=True)
-class Line:
-    """One sentence an agent may say: its template, what the oracle takes it for, and the problem that it remedies."""
+class Choice:
+    """Words of which one is said; a model of these answers likes the plain word best."""
 
-    template: str
-    kind: Kind
-    problem: str | None = None
+    kind: tuple[str, ...]
+    plain: str
+    rude: tuple[str, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.kind, self.plain, *self.rude)
 
 
-def _lines(kind: Kind, *templates: str) -> tuple[Line, ...]:
-    return tuple(Line(template, kind) for template in templates)
-
-
-# Courteous, plain and rude lines share their beginnings on purpose: a prefix informs, and does not settle the matter.
-COURTEOUS_OPENINGS = _lines(
-    "opening", "Sorry to hear that, {name}.", "Thank you for writing, {name}.", "I am sorry about this, {name}."
-)
-PLAIN_OPENINGS = _lines("plain", "Hello and welcome, {name}.", "I am here now, {name}.", "I got your note, {name}.")
-RUDE_OPENINGS = _lines(
-    "rude",
-    "Sorry to hear that, {name}, but it is your fault.",
-    "Thank you for writing, {name}, but I do not care.",
-    "I am tired of you, {name}.",
-    "What do you want now, {name}?",
-    "Not you again, {name}.",
-)
-CHATTY_OPENINGS = _lines(
-    "off_topic", "Sorry to hear that, {name}, my cat is sad too.", "Thank you for writing, {name}, I like notes."
-)
-
-PRODUCT_LOOKUPS = _lines("help", "I looked up your {product} order.", "I see your {product} order here.")
-PLAIN_LOOKUPS = _lines("plain", "I looked up your order.", "I see your order here.")
-RUDE_LOOKUPS = _lines("rude", "I see you cannot use a {product}.", "Your {product} is not my problem.")
-
-REMEDY_LINES = {
-    problem: tuple(Line(template, "help", problem) for template in templates) for problem, templates in REMEDIES.items()
+_KIND, _RUDE = ("kind", "lovely", "great"), ("nasty", "awful", "stupid")
+CHOICES = {
+    "feeling": Choice(("glad", "happy", "pleased"), "ready", ("sick", "tired", "annoyed")),
+    "manner": Choice(("gladly", "kindly", "warmly"), "now", ("barely", "slowly", "rudely")),
+    "note": Choice(_KIND, "new", _RUDE),
+    "thing": Choice(_KIND, "blue", _RUDE),
+    "person": Choice(_KIND, "usual", _RUDE),
+    "team": Choice(_KIND, "small", _RUDE),
+    "day": Choice(_KIND, "quiet", _RUDE),
 }
-PLAIN_REMEDIES = _lines("plain", "We will see what we can do.", "I will ask about your order.")
-REFUSALS = _lines("rude", "I will send you nothing, {name}.", "You can repair your {product} yourself.")
 
-CHATTER = _lines(
-    "off_topic",
-    "It is sunny here today.",
-    "My cat likes to eat fish.",
-    "I had hot soup for lunch.",
-    "My bus was late again today.",
-    "I see birds on the roof.",
-)
-
-COURTEOUS_CLOSINGS = _lines("closing", "Have a nice day, {name}.", "Thank you for your patience.")
-PLAIN_CLOSINGS = _lines("plain", "That is all for now.", "This note is now closed.")
-RUDE_CLOSINGS = _lines(
-    "rude", "Have a nice day somewhere else, {name}.", "Thank you for nothing.", "Do not write to us again."
-)
-
-ANSWER_LINES: tuple[Line, ...] = (
-    *(*COURTEOUS_OPENINGS, *PLAIN_OPENINGS, *RUDE_OPENINGS, *CHATTY_OPENINGS),
-    *(*PRODUCT_LOOKUPS, *PLAIN_LOOKUPS, *RUDE_LOOKUPS),
-    *(line for lines in REMEDY_LINES.values() for line in lines),
-    *(*PLAIN_REMEDIES, *REFUSALS, *CHATTER, *COURTEOUS_CLOSINGS, *PLAIN_CLOSINGS, *RUDE_CLOSINGS),
-)
-
-WEIGHTS = {
-    "opening": 1.0,
-    "product": 1.0,
-    "remedy": 2.0,
-    "closing": 0.5,
-    "rude": -1.5,
-    "wrong_remedy": -1.0,
-    "wrong_product": -1.0,
-    "wrong_name": -1.0,
-    "off_topic": -0.75,
-    "repeated": -1.0,
-    "unknown": -1.5,
-    "unfinished": -1.5,
-    "length": -0.1,
-    "empty": -3.0,
+# All templates of a part have as many choices, names and products, so that the exact optimum is easy to compute.
+REMEDIES = {
+    "broken": "We will [manner] send you a [thing] new {product}.",
+    "late": "We will [manner] find your [thing] {product} parcel.",
+    "color": "We will [manner] swap the color of your [thing] {product}.",
+    "payment": "We will [manner] pay you back for the [thing] {product}.",
+    "part": "We will [manner] send the cable of your [thing] {product}.",
+    "dead": "We will [manner] repair your [thing] {product}.",
+    "cancel": "We will [manner] cancel your [thing] {product} order.",
+    "return": "We will [manner] take back your [thing] {product}.",
 }
-CONCISE_WORDS = 30
+PARTS = {
+    "opening": ("I am [feeling] to hear from you, {name}.", "I read your [note] note, {name}."),
+    "lookup": (
+        "I [manner] looked up your [thing] {product} order.",
+        "I [manner] found the [thing] {product} that you bought.",
+    ),
+    "remedy": tuple(REMEDIES.values()),
+    "praise": (
+        "You are a [person] customer of our [team] team.",
+        "Our [team] team thinks of you as a [person] guest.",
+    ),
+    "closing": ("Have a [day] day, {name}.", "I wish you a [day] week, {name}."),
+}
+WEIGHTS = {"kind": 1.0, "rude": -1.0, "wrong": -1.0, "repeated": -2.0, "unknown": -2.0, "missing": -1.0}
 
 
 @dataclass(frozen=True)
@@ -159,12 +110,32 @@ class Request:
     problem: str
 
 
+@dataclass(frozen=True)
+class _Sentence:
+    """A sentence of the task: its part, how many of its words are kind or rude, and whom and what it names."""
+
+    part: str
+    kind: int
+    rude: int
+    name: str | None
+    product: str | None
+
+
+def fill(template: str, words: Mapping[str, str]) -> str:
+    """A template with a word for each of its choices (`[feeling]`), for `{name}` and for `{product}`."""
+    return re.sub(r"[\[{](\w+)[\]}]", lambda place: words[place[1]], template)
+
+
+def choices_of(template: str) -> list[str]:
+    """The names of a template's choices, in their order."""
+    return re.findall(r"\[(\w+)\]", template)
+
+
 def _regex(template: str) -> str:
-    """The regular expression of a template, with groups `name` and `product` that match only the task's own words."""
-    return (
-        re.escape(template)
-        .replace(r"\{name\}", f"(?P<name>{'|'.join(NAMES)})")
-        .replace(r"\{product\}", f"(?P<product>{'|'.join(PRODUCTS)})")
+    """The regular expression of a template, with a group for each of its choices, its name and its product."""
+    known = {name: choice.words for name, choice in CHOICES.items()} | {"name": NAMES, "product": PRODUCTS}
+    return re.sub(
+        r"\\[\[{](\w+)\\[\]}]", lambda place: f"(?P<{place[1]}>{'|'.join(known[place[1]])})", re.escape(template)
     )
 
 
@@ -176,7 +147,7 @@ def _prompt_regex(complaints: Sequence[str]) -> str:
     return rf"Customer: (?:{greeting}) (?:{complaint}) (?:{request})\nAgent:"
 
 
-_LINE_PATTERNS = tuple((re.compile(_regex(line.template)), line) for line in ANSWER_LINES)
+_PATTERNS = [(part, re.compile(_regex(template))) for part, templates in PARTS.items() for template in templates]
 _PROMPT_PATTERNS = {problem: re.compile(_prompt_regex(complaints)) for problem, complaints in COMPLAINTS.items()}
 _SENTENCE = re.compile(r"[^.?!]*[.?!]")
 
@@ -185,7 +156,7 @@ def parse_prompt(prompt: str) -> Request:
     """Reads who asks about what out of a prompt of the demo task (surrounding white space is ignored).
 
     Raises:
-        InputError: the text is not a prompt of the demo task, so that no true reward exists for its answers.
+        InputError: the text is not a prompt of the demo task, so its answers have no true reward.
     """
     for problem, pattern in _PROMPT_PATTERNS.items():
         if match := pattern.fullmatch(prompt.strip()):
@@ -213,54 +184,37 @@ def oracle_terms(prompt: str, answer: str) -> dict[str, float]:
     """
     request = parse_prompt(prompt)
     counts = dict.fromkeys(WEIGHTS, 0)
-    sentences = [sentence.strip() for sentence in _SENTENCE.findall(answer)]
-    unfinished = bool(_SENTENCE.sub("", answer).strip())
-    for position, sentence in enumerate(sentences):
-        counts["repeated"] += sentence in sentences[:position]
-        is_last = position == len(sentences) - 1 and not unfinished
-        _count_sentence(counts, sentence, request, is_first=position == 0, is_last=is_last)
-    counts["unfinished"] = int(unfinished)
-    counts["length"] = max(0, len(answer.split()) - CONCISE_WORDS)
-    counts["empty"] = int(not answer.strip())
+    seen = set()
+    for text in _SENTENCE.findall(answer):
+        sentence = _recognise(text.strip())
+        if sentence is None:
+            counts["unknown"] += 1
+        elif sentence.part in seen:
+            counts["repeated"] += 1
+        else:
+            seen.add(sentence.part)
+            counts["kind"] += sentence.kind
+            counts["rude"] += sentence.rude
+            is_right = sentence.name in (None, request.name) and sentence.product in (None, request.product)
+            counts["wrong"] += not is_right
+    counts["unknown"] += bool(_SENTENCE.sub("", answer).strip())
+    counts["missing"] = len(PARTS) - len(seen)
     return {term: weight * counts[term] for term, weight in WEIGHTS.items()}
 
 
 def oracle(prompt: str, answer: str) -> float:
-    """The true reward of an answer: the sum of `oracle_terms`, at most 4.5."""
+    """The true reward of an answer: the sum of `oracle_terms`, at most 8."""
     return sum(oracle_terms(prompt, answer).values())
 
 
 @lru_cache(maxsize=16384)
-def _recognise(sentence: str) -> tuple[Line, str | None, str | None] | None:
-    """The line that a sentence is an instance of, with the name and the product in it; None if it is none of them."""
-    for pattern, line in _LINE_PATTERNS:
-        if match := pattern.fullmatch(sentence):
-            named = match.groupdict()
-            return line, named.get("name"), named.get("product")
+def _recognise(text: str) -> _Sentence | None:
+    """What a sentence says; None if it is not one of the task's."""
+    for part, pattern in _PATTERNS:
+        if match := pattern.fullmatch(text):
+            words = match.groupdict()
+            name, product = words.pop("name", None), words.pop("product", None)
+            kind = sum(word in CHOICES[choice].kind for choice, word in words.items())
+            rude = sum(word in CHOICES[choice].rude for choice, word in words.items())
+            return _Sentence(part, kind, rude, name, product)
     return None
-
-
-def _count_sentence(counts: dict[str, int], sentence: str, request: Request, *, is_first: bool, is_last: bool) -> None:
-    """Adds to `counts` what one sentence earns and costs. What earns is set, not added, so that it earns once."""
-    recognised = _recognise(sentence)
-    if recognised is None:
-        counts["unknown"] += 1
-        return
-    line, name, product = recognised
-    wrong_name = name not in (None, request.name)
-    wrong_product = product not in (None, request.product)
-    counts["wrong_name"] += wrong_name
-    counts["wrong_product"] += wrong_product
-    counts["rude"] += line.kind == "rude"
-    counts["off_topic"] += line.kind == "off_topic"
-    counts["wrong_remedy"] += line.problem not in (None, request.problem)
-    if wrong_name or wrong_product:
-        return
-    if line.kind == "opening" and is_first:
-        counts["opening"] = 1
-    if line.kind == "closing" and is_last:
-        counts["closing"] = 1
-    if line.kind == "help":
-        counts["product"] = 1
-    if line.problem == request.problem:
-        counts["remedy"] = 1

@@ -4,9 +4,9 @@
     python -m pargs_jax.demo.task --write DIR         # train.jsonl, eval.jsonl, test.jsonl of preferences
     python -m pargs_jax.demo.task --tokenizer DIR     # the tokenizer that comes with the package, made again
 
-A prompt names a customer, a product and a problem. An answer is an opening, a look at the order, a remedy and a
-closing, with chatter between; each part is good, plain or bad on its own, at about equal odds, so that a model of these
-answers has something to choose at every sentence. `language` holds the sentences and the oracle.
+A prompt names a customer, a product and a problem. An answer has five sentences with eight choices of words, each of
+which is kind, plain or rude on its own. The plain word is the likeliest, so the likeliest answer is mediocre, and a
+guide has something to choose at every few words. `language` holds the sentences and the oracle.
 
 Every function is deterministic: the same arguments give the same rows on every machine. The splits "train", "eval" and
 "test" share no prompt.
@@ -26,13 +26,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from pargs_jax.demo import language
-from pargs_jax.demo.language import Line, Request, oracle, oracle_terms, parse_prompt
+from pargs_jax.demo.language import Request, oracle, oracle_terms, parse_prompt
 from pargs_jax.errors import InputError
 
 __all__ = [
     "DEMO_LM",
     "Exchange",
     "exchanges",
+    "frontier",
     "oracle",
     "oracle_terms",
     "parse_prompt",
@@ -48,9 +49,8 @@ DEMO_LM = Path(str(files("pargs_jax"))) / "assets" / "demo_lm"
 SPLITS = ("train", "eval", "test")
 LABEL_TEMPERATURE = 0.75
 
-_WRONG_NAME_RATE = 0.1
-_WRONG_PRODUCT_RATE = 0.15
-_CHATTER_RATE = 0.3
+_WRONG_RATE = 0.1
+_TONE_ODDS = {"kind": 0.3, "plain": 0.4, "rude": 0.3}
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,46 @@ def _draw_prompts(n: int, split: str, rng: random.Random) -> list[_NumberedPromp
     return rng.sample(available, n)
 
 
-def _say(line: Line, request: Request, rng: random.Random) -> str:
-    wrong_name, wrong_product = rng.random() < _WRONG_NAME_RATE, rng.random() < _WRONG_PRODUCT_RATE
-    return line.template.format(
-        name=rng.choice(language.NAMES) if wrong_name else request.name,
-        product=rng.choice(language.PRODUCTS) if wrong_product else request.product,
-    )
+def _say(template: str, request: Request, rng: random.Random) -> str:
+    """A sentence: each choice is kind, plain or rude by `_TONE_ODDS`; one name or product in ten is wrong."""
+    words = {"name": request.name, "product": request.product}
+    for place, all_words in (("name", language.NAMES), ("product", language.PRODUCTS)):
+        if rng.random() < _WRONG_RATE:
+            words[place] = rng.choice([word for word in all_words if word != words[place]])
+    for name in language.choices_of(template):
+        choice = language.CHOICES[name]
+        by_tone = {"kind": choice.kind, "plain": (choice.plain,), "rude": choice.rude}
+        tone = rng.choices(list(_TONE_ODDS), list(_TONE_ODDS.values()))[0]
+        words[name] = rng.choice(by_tone[tone])
+    return language.fill(template, words)
 
 
 def _sample_answer(request: Request, rng: random.Random) -> str:
-    """One answer of mixed quality, 19 to 45 words; it begins with a space, as the text after `Agent:` does."""
-    fitting = language.REMEDY_LINES[request.problem]
-    unfitting = tuple(line for lines in language.REMEDY_LINES.values() if lines is not fitting for line in lines)
-    odds_by_part = (
-        {
-            language.COURTEOUS_OPENINGS: 0.35,
-            language.PLAIN_OPENINGS: 0.3,
-            language.RUDE_OPENINGS: 0.25,
-            language.CHATTY_OPENINGS: 0.1,
-        },
-        {language.CHATTER: _CHATTER_RATE, (): 1 - _CHATTER_RATE},
-        {language.PRODUCT_LOOKUPS: 0.5, language.PLAIN_LOOKUPS: 0.3, language.RUDE_LOOKUPS: 0.2},
-        {fitting: 0.4, language.PLAIN_REMEDIES: 0.2, unfitting: 0.25, language.REFUSALS: 0.15},
-        {language.CHATTER: _CHATTER_RATE, (): 1 - _CHATTER_RATE},
-        {language.COURTEOUS_CLOSINGS: 0.4, language.PLAIN_CLOSINGS: 0.3, language.RUDE_CLOSINGS: 0.3},
-    )
-    drawn = [rng.choices(list(odds), list(odds.values()))[0] for odds in odds_by_part]
-    return "".join(f" {_say(rng.choice(lines), request, rng)}" for lines in drawn if lines)
+    """One answer of mixed quality, about 40 words; it begins with a space, as the text after `Agent:` does."""
+    templates = language.PARTS | {"remedy": (language.REMEDIES[request.problem],)}
+    return "".join(f" {_say(rng.choice(options), request, rng)}" for options in templates.values())
+
+
+def frontier(betas: Sequence[float]) -> list[tuple[float, float]]:
+    """The ceiling of every method: (KL(q || p), mean true reward) of the best policy for each beta, in nats and points.
+
+    q(y) is proportional to p(y) exp(oracle(y) / beta), where p is the distribution that the language model learned
+    from. Under p the parts of an answer are independent: it has 8 choices of words, and 4 of its sentences name the
+    customer or the product. So q is a product too, and both numbers are sums over its factors.
+    """
+    choice = {language.WEIGHTS[tone] if tone != "plain" else 0.0: odds for tone, odds in _TONE_ODDS.items()}
+    mention = {0.0: 1 - _WRONG_RATE, language.WEIGHTS["wrong"]: _WRONG_RATE}
+    factors = [(choice, 8), (mention, 4)]
+    points = []
+    for beta in betas:
+        kl = mean = 0.0
+        for odds, count in factors:
+            tilted = {reward: p * math.exp(reward / beta) for reward, p in odds.items()}
+            total = sum(tilted.values())
+            mean += count * sum(reward * q / total for reward, q in tilted.items())
+            kl += count * sum(q / total * math.log(q / total / odds[reward]) for reward, q in tilted.items())
+        points.append((kl, mean))
+    return points
 
 
 def exchanges(n: int, seed: int = 0, split: str = "train") -> list[Exchange]:
@@ -174,9 +187,7 @@ def preferences(
 def train_tokenizer(folder: str | Path) -> None:
     """Writes `tokenizer.model` and `tokenizer_config.json`, a Llama tokenizer for this task, into `folder`.
 
-    512 SentencePiece BPE pieces with byte fallback, trained on 20,000 exchanges; the bytes written are always the same.
-    The tokenizer that comes with the package was trained when more answers named a wrong product (25 %, now 15 %), so
-    it differs from a new one in a few pieces.
+    640 SentencePiece BPE pieces with byte fallback, trained on 20,000 exchanges; the bytes written are always the same.
     No space is put before the text, so the tokens of a prompt and of its answer join to the tokens of both together.
 
     Raises:
@@ -191,14 +202,15 @@ def train_tokenizer(folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # A line each for message and answer: SentencePiece trains on lines, and the line break becomes a byte piece.
     texts = (line for row in exchanges(20_000) for line in (*row.prompt.split("\n"), row.answer))
-    # Extra weight for the words that answers copy from prompts: each becomes a single piece, easy to copy.
-    copied = (f" {word}" for word in language.NAMES + language.PRODUCTS for _ in range(3_000))
+    # Extra weight for the words that answers copy from prompts or choose: each becomes a single piece.
+    chosen = {word: None for choice in language.CHOICES.values() for word in choice.words}
+    single = (f" {word}" for word in (*language.NAMES, *language.PRODUCTS, *chosen) for _ in range(10_000))
     with model_file.open("wb") as model_writer:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain(texts, copied),
+            sentence_iterator=itertools.chain(texts, single),
             model_writer=model_writer,
             model_type="bpe",
-            vocab_size=512,
+            vocab_size=640,
             byte_fallback=True,
             character_coverage=1.0,
             normalization_rule_name="identity",

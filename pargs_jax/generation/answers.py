@@ -128,7 +128,7 @@ class AnswerReader:
                 raise InputError(f"prompt {prompt.id!r}: a log-probability of the language model is not finite")
             steps = settings.method.guided and not settings.method.judged
             rewards = trace.rewards[row] if steps else final_rewards[row][None]
-            advice = "its weights may be damaged, or too large for --dtype"
+            advice = "its weights may be damaged, or too large for the dtype"
             for j, name in enumerate(guide_names(settings.method, self._reward_models)):
                 if not np.isfinite(rewards[:, j]).all():
                     raise InputError(f"prompt {prompt.id!r}: a reward of {name} is not finite; {advice}")

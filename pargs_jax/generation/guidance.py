@@ -35,13 +35,13 @@ def count_guides(method: Method, reward_models: int) -> int:
     if not method.guided:
         return 0
     if not reward_models:
-        raise InputError(f"{method.source}: needs {_needed(method)}; give --rm")
+        raise InputError(f"{method.source}: needs {_needed(method)}")
     if method.reward_model == "ratio" and reward_models % 2:
-        raise InputError(f"{method.source}: needs {_needed(method)}; --rm has {reward_models}")
+        raise InputError(f"{method.source}: needs {_needed(method)}, got {reward_models}")
     if method.reward_model == "preference" and reward_models != 1:
-        raise InputError(f"{method.source}: needs {_needed(method)}; --rm has {reward_models}")
+        raise InputError(f"{method.source}: needs {_needed(method)}, got {reward_models}")
     if method.reward_model == "look_ahead" and reward_models not in (2, 3):
-        raise InputError(f"{method.source}: needs {_needed(method)}; --rm has {reward_models}")
+        raise InputError(f"{method.source}: needs {_needed(method)}, got {reward_models}")
     return {"ratio": reward_models // 2, "look_ahead": 1}.get(method.reward_model, reward_models)
 
 

@@ -47,17 +47,17 @@ class AnswersFile:
         self._options = options_digest(config)
         self._settings = path.with_name(path.name + ".config.yaml")
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; --out is a file")
-        with write_failures_named(path, "give another --out"):
+            raise InputError(f"{path}: is a folder; answers are written to a file")
+        with write_failures_named(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         self._traces: TracesFile | None = None
         try:
-            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or give another --out")
+            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or use another file")
             before = self._earlier_config(config)
             self._done = self._read_done(config, before)
             self._traces = self._open_traces(config, before)
-            with write_failures_named(self._settings, "give another --out"):
+            with write_failures_named(self._settings, "use another file"):
                 write_whole(self._settings, to_yaml(config))
         except InputError:
             self._close()
@@ -79,7 +79,7 @@ class AnswersFile:
                 if self._done.get((prompt.id, sample), digest := _digest(prompt.text)) != digest:
                     raise InputError(
                         f"{self._path}: the row with the id {prompt.id!r} answers another prompt (a prompt without an "
-                        "id has its line's number); give another --out, or prompts with ids of their own"
+                        "id has its line's number); use another file, or prompts with ids of their own"
                     )
         return [[(prompt.id, sample) in self._done for sample in range(n)] for prompt in prompts]
 
@@ -89,7 +89,7 @@ class AnswersFile:
             self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
         rows = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
-        with write_failures_named(self._path, "the answers before are kept; mend that, then run the same again"):
+        with write_failures_named(self._path, "the answers before are kept; fix that, then run the same again"):
             append_all(self._file, rows)
 
     def _close(self) -> None:
@@ -102,7 +102,7 @@ class AnswersFile:
         has_rows = self._path.stat().st_size > 0
         if not self._settings.exists():
             if has_rows:
-                raise InputError(f"{self._path}: is there already and was not written by decode.py; give another --out")
+                raise InputError(f"{self._path}: already exists and was not written by decode.py; use another file")
             return None
         # A run that was killed before its first answers may have left traces.
         if not has_rows and config.trace is None:
@@ -117,7 +117,7 @@ class AnswersFile:
         if before is None or deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
-                "run with those, or give another --out"
+                "run with those, or use another file"
             )
         lines = content.split(b"\n")
         cut_off = lines.pop()
@@ -129,12 +129,12 @@ class AnswersFile:
                 digest, options = _digest(row["prompt"]), row.get("options")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{self._path}: line {number} is not an answer ({error!r}); give another --out"
+                    f"{self._path}: line {number} is not an answer ({error!r}); use another file"
                 ) from error
             if options not in (None, self._options):  # files of earlier versions have none
                 raise InputError(
                     f"{self._path}: line {number} was made with other options than {self._settings.name} says; "
-                    "give another --out"
+                    "use another file"
                 )
             done[answered] = digest
         self._file.truncate(len(content) - len(cut_off))

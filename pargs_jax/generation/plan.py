@@ -49,26 +49,26 @@ class Settings:
         for name, reason in self.method.unused.items():
             if getattr(self, "weights" if name == "weight" else name) not in (None, ()):
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag}: means nothing to {self.method.source}, which {reason}; leave it out")
+                raise InputError(f"{flag}: means nothing to {self.method.source}, which {reason}; leave it out")
         if self.method.draws == "contrastive" and self.weights and not 0 <= self.weights[0] <= 1:
-            raise InputError(f"--weight: got {self.weights[0]:g}, must be from 0 to 1 for {self.method.source}")
+            raise InputError(f"weight: got {self.weights[0]:g}, must be from 0 to 1 for {self.method.source}")
         if self.preference:
-            check_preference(self.preference, "--preference")
+            check_preference(self.preference, "preference")
         for name, _ in self.search:
             if name not in dict(self.method.search_options):
                 flag = name.replace("_", "-")
-                raise InputError(f"--search.{flag}: means nothing to {self.method.source}; leave it out")
+                raise InputError(f"search.{flag}: means nothing to {self.method.source}; leave it out")
         if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
-            raise InputError("--search.mean and --search.deviation: got one of them; give both, or neither")
+            raise InputError("search.mean and search.deviation: got one of them; give both, or neither")
         if self.method.search is not None:
             self.method.make_search(dict(self.search))
             if self.trace is not None:
                 raise InputError(
-                    f"--trace: is not for {self.method.source}, which draws more than it answers; leave it out"
+                    f"trace: is not for {self.method.source}, which draws more than it answers; leave it out"
                 )
         if self.n > 1 and not self.samples:
             raise InputError(
-                f"--n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
+                f"n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
             )
 
     @property
@@ -127,7 +127,7 @@ class Settings:
                 self.method.reward_model, "reward models"
             )
             raise InputError(
-                f"--weight: got {len(weights)} weights for {guides} {what} (--rm), must be one for all or one for each"
+                f"weight: got {len(weights)} weights for {guides} {what}, must be one for all or one for each"
             )
         return weights * guides if len(weights) == 1 else weights[:guides]
 
@@ -157,7 +157,7 @@ class Settings:
         for prompt, vector in zip(prompts, found, strict=True):
             if not vector:
                 raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give --preference, or a "
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one with the options, or a "
                     "column of that name"
                 )
             if len(vector) != len(found[0]):
@@ -237,7 +237,7 @@ def _check_lengths(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) + max_new_tokens > positions:
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more "
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens that is more "
                 f"than the language model's context of {positions} tokens"
             )
         if ids and max(ids) >= lm.config.vocab_size:

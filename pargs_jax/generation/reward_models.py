@@ -82,7 +82,7 @@ class RewardModel:
         loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
-                f"{source}: takes a preference vector; only --method parm gives one"
+                f"{source}: takes a preference vector; only the method parm gives one"
                 if loaded.model.lora
                 else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
             )
@@ -125,10 +125,10 @@ class RewardModel:
         """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer and what is
         written after a candidate."""
         if len(ids) + max_new_tokens + look_ahead > self.model.config.max_positions:
-            ahead = f" and --look-ahead {look_ahead}" if look_ahead else ""
+            ahead = f" and {look_ahead} tokens of look-ahead" if look_ahead else ""
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with --max-new-tokens {max_new_tokens}"
-                f"{ahead} that is more than its context of {self.model.config.max_positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with {max_new_tokens} new tokens{ahead} "
+                f"that is more than its context of {self.model.config.max_positions} tokens"
             )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:

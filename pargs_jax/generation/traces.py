@@ -105,7 +105,7 @@ def one_or_all(rewards: Sequence[float]) -> float | list[float] | None:
 
 
 def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
-    """The traces in a file that `decode.py --trace` wrote, one by one.
+    """The traces in a file that `decode.py` wrote, one by one.
 
     Raises:
         InputError: the file cannot be read, or a line of it is not a trace.
@@ -117,13 +117,13 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py --trace writes them"
+                        f"{path}: line {number} is not a trace ({error}); decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py --trace writes them") from error
+        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py writes them") from error
 
 
 class TracesFile:
@@ -150,25 +150,25 @@ class TracesFile:
         """
         self._path = path
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; --trace is a file")
-        with write_failures_named(path, "give another --trace"):
+            raise InputError(f"{path}: is a folder; traces are written to a file")
+        with write_failures_named(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         try:
-            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or give another --trace")
+            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or use another file")
             lines = path.read_bytes().splitlines(keepends=True)
             for number, (prompt_id, sample) in enumerate(answered, start=1):
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
                     raise InputError(
                         f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers that were "
-                        "made without --trace cannot get one: give another --out and --trace"
+                        "made without traces cannot get one; use another file for both"
                     )
             if len(lines) > len(answered) and not is_known:
-                raise InputError(f"{path}: already exists, and does not belong to {answers_path}; give another --trace")
+                raise InputError(f"{path}: already exists, and does not belong to {answers_path}; use another file")
             for number, line in enumerate(lines[len(answered) :], start=len(answered) + 1):
                 is_whole, found = line.endswith(b"\n"), _identity(line)
                 if is_whole and (found is None or found[2] != options):
-                    raise InputError(f"{path}: line {number} is not a trace of these answers; give another --trace")
+                    raise InputError(f"{path}: line {number} is not a trace of these answers; use another file")
             self._file.truncate(sum(map(len, lines[: len(answered)])))
         except InputError:
             self._file.close()

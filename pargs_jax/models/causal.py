@@ -88,7 +88,7 @@ class CausalModel(OnePass, Model):
             return cache._replace(kv=pending).keep_one(counts, index)
         return cache.append_one(pending, counts, index)
 
-    def read_on(
+    def append(
         self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.

@@ -129,7 +129,7 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     model = family.model(config, head)
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
-        raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model (--rm)")
+        raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model")
     marked = getattr(hf, "pargs_head", None)
     if marked not in (None, head):
         raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")

@@ -40,7 +40,7 @@ class Lora:
         linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
         chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
         if not chosen:
-            raise InputError(f"--lora.layers {self.layers}: matches none of {', '.join(linears)}")
+            raise InputError(f"lora.layers {self.layers}: matches none of {', '.join(linears)}")
         for linear in chosen:
             *stack, inputs, outputs = linear.kernel.shape
             linear.lora_in = nnx.Param(jnp.zeros((*stack, inputs, self.rank)))

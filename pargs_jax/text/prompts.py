@@ -24,7 +24,7 @@ class PromptForm:
     join a space to the word after it.
 
     Attributes:
-        name: what `--data.format` and `--format` call it.
+        name: what the option `format` calls it.
         start: stands once, before the first turn.
         user_marker: stands before each thing the user says.
         answer_marker: stands before each answer, and so ends every prompt; empty if the form has none.

@@ -28,7 +28,7 @@ from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
 CHECKSUMS = "checksums.json"
-MEND_AND_RESUME = "the checkpoints are kept; mend that, then go on with --resume"
+MEND_AND_RESUME = "the checkpoints are kept; fix that, then resume the run"
 
 
 class Checkpoints:
@@ -65,7 +65,7 @@ class Checkpoints:
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
-        with write_failures_named(folder, "give another --out"):
+        with write_failures_named(folder, "use another output folder"):
             folder.mkdir(parents=True, exist_ok=True)
             _drop_unreadable_metrics(folder)
             self._writer = ocp.training.Checkpointer(
@@ -174,7 +174,7 @@ class Checkpoints:
                     warn(f"{self.folder}/{damaged}: is damaged; going on with the checkpoint before, of step {step}")
                 return TrainState(**restored)
         raise InputError(
-            f"{self.folder}: all {len(steps)} checkpoints are damaged; bring one back, or give another --out"
+            f"{self.folder}: all {len(steps)} checkpoints are damaged; bring one back, or use another output folder"
         )
 
     def _check_shapes(self, step: int, target: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ class Checkpoints:
             if found != wanted:
                 raise InputError(
                     f"{self.folder}/{step}: not a checkpoint of this run's model "
-                    f"({name} has shape {found}, must have {wanted}); give another --out"
+                    f"({name} has shape {found}, must have {wanted}); use another output folder"
                 )
 
     def _load(self, step: int, target: dict[str, Any]) -> dict[str, Any] | None:
@@ -220,7 +220,7 @@ class Checkpoints:
             if reason is None:
                 raise
             raise InputError(
-                f"{place}: cannot be written ({reason}); {self.kept}; mend that, then go on with --resume"
+                f"{place}: cannot be written ({reason}); {self.kept}; fix that, then resume the run"
             ) from error
 
 

@@ -118,5 +118,5 @@ def _load(package: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise InputError(
-            f"--log.{extra}: needs the package {package}; install it with: pip install 'pargs-jax[{extra}]'"
+            f"log.{extra}: needs the package {package}; install it with: pip install 'pargs-jax[{extra}]'"
         ) from error

@@ -68,9 +68,7 @@ class TrainingProgram:
         params, frozen = abstract_params(mesh, self.model.abstract_params(), "float32"), {}
         if self.trained_names is not None:
             params, frozen = split_params(params, self.trained_names)
-            frozen = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype, sharding=x.sharding), frozen
-            )
+            frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(self.config.dtype)), frozen)
         opt_state = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(optimizer.init, params),

@@ -81,9 +81,9 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
         if not config.resume:
             raise InputError(f"{folder}: already holds a run; resume it, or {USE_ANOTHER}")
         _check_same(saved, config, folder)
-    elif folder.exists() and (
-        not folder.is_dir() or any(not p.name.startswith(BEFORE_A_RUN) for p in folder.iterdir())
-    ):
+        return
+    is_free = folder.is_dir() and all(path.name.startswith(BEFORE_A_RUN) for path in folder.iterdir())
+    if folder.exists() and not is_free:
         raise InputError(f"{folder}: exists and does not hold a run; {USE_ANOTHER}")
 
 

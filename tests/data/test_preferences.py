@@ -188,7 +188,7 @@ def test_prompts_take_their_id_or_their_line(tmp_path):
     [
         ([{"prompt": "A", "id": 2}, {"prompt": "B"}], "line 2: a row before it has the id '2'"),
         ([{"prompt": "A"}, {"prompt": 3}], "line 2: prompt is of type int"),
-        ([{"question": "A"}], "line 1: prompt is missing; the row has question; .* --columns prompt=question"),
+        ([{"question": "A"}], "line 1: prompt is missing; the row has question; .* such as prompt=question"),
         ([{"question": "A", "chosen": "B"}], "line 1: prompt is missing; the row has question, chosen; "),
         ([], "no rows"),
     ],
@@ -237,13 +237,13 @@ def test_a_file_whose_columns_have_other_names_is_one_error_that_names_them(tmp_
     path = write_jsonl(tmp_path / "rows.jsonl", [renamed(row, **names) for row in QUESTIONS])
     with pytest.raises(InputError, match=f"none of its 3 rows can be used; line 1: {message}") as error:
         load_preferences(path, form)
-    assert str(error.value).endswith("; a column of another name is given as in --data.columns prompt=question")
+    assert str(error.value).endswith("; the option columns maps other names, such as prompt=question")
 
 
 @pytest.mark.parametrize("names", [{"best": "response"}, {"best": "chosen"}, {"best": "completion"}, {}])
 def test_answers_to_imitate_need_their_prompt_by_its_name_too(tmp_path, names):
     path = write_jsonl(tmp_path / "rows.jsonl", [renamed(row, **names) for row in QUESTIONS])
-    with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has id, question, .*--data.columns"):
+    with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has id, question, .*the option columns"):
         load_preferences(path, PLAIN, require_rejected=False)
 
 

@@ -9,82 +9,92 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from pargs_jax.demo import language as demo_language
+from pargs_jax.demo import language
 from pargs_jax.demo import task as demo
 from pargs_jax.demo.task import oracle, oracle_terms
 from pargs_jax.errors import InputError
 
 PROMPT = "Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\nAgent:"
-IDEAL = (
-    " Sorry to hear that, Maria. I looked up your kettle order. I will send you a new kettle today."
-    " Have a nice day, Maria."
+BEST = (
+    " I am glad to hear from you, Maria. I gladly looked up your fine kettle order. We will kindly send you a great new"
+    " kettle. You are a dear customer of our caring team. Have a nice day, Maria."
 )
-PLAIN = " I got your note, Maria. I looked up your order. We will see what we can do. That is all for now."
+PLAIN = (
+    " I read your new note, Maria. I now found the blue kettle that you bought. We will now send you a blue new kettle."
+    " Our small team thinks of you as a usual guest. I wish you a quiet week, Maria."
+)
 RUDE = (
-    " Sorry to hear that, Maria, but it is your fault. I looked up your order. We will see what we can do."
-    " Thank you for nothing."
+    " I am sick to hear from you, Maria. I barely looked up your cheap kettle order. We will rudely send you an ugly"
+    " new kettle. You are a needy customer of our lazy team. Have a bad day, Maria."
 )
-GARBLED = " Sorry sorry Maria. Kettle kettle a new. I will send you send you. Thank kettle."
 
 
 def test_the_oracle_ranks_hand_written_answers() -> None:
-    rewards = [oracle(PROMPT, answer) for answer in (IDEAL, PLAIN, RUDE, GARBLED)]
-    assert rewards == [4.5, 0.0, -3.0, -6.0]
-    assert oracle(PROMPT, "") == oracle(PROMPT, " \n") == -3.0
+    assert oracle(PROMPT, BEST) == 8.0
+    assert oracle(PROMPT, PLAIN) == 0.0
+    # "an ugly" is not one of the task's sentences, which say "a ugly": the sentence and its two words are lost.
+    assert oracle(PROMPT, RUDE) == -6.0 - 2.0 - 1.0
+    assert oracle(PROMPT, "") == oracle(PROMPT, " \n") == -5.0
 
 
 @pytest.mark.parametrize(
     ("said", "instead", "changes"),
     [
-        ("new kettle", "new lamp", {"remedy": -2.0, "wrong_product": -1.0}),
-        ("hear that, Maria", "hear that, Tom", {"opening": -1.0, "wrong_name": -1.0}),
-        (
-            "I will send you a new kettle today.",
-            "I will cancel your kettle order today.",
-            {"remedy": -2.0, "wrong_remedy": -1.0},
-        ),
-        ("day, Maria.", "day somewhere else, Maria.", {"closing": -0.5, "rude": -1.5}),
-        (
-            "Sorry to hear that, Maria.",
-            "Sorry to hear that, Maria, my cat is sad too.",
-            {"opening": -1.0, "off_topic": -0.75},
-        ),
-        ("Have a nice day, Maria.", "Have a nice day, Maria", {"closing": -0.5, "unfinished": -1.5}),
-        ("Have a nice", "Have nice a", {"closing": -0.5, "unknown": -1.5}),
-        (" Have a nice day, Maria.", "", {"closing": -0.5}),
-        ("Have", "It is sunny here today. My cat likes to eat fish. Have", {"off_topic": -1.5, "length": -0.5}),
+        ("great new kettle", "great new lamp", {"wrong": -1.0}),
+        ("from you, Maria", "from you, Tom", {"wrong": -1.0}),
+        ("am glad", "am ready", {"kind": -1.0}),
+        ("am glad", "am tired", {"kind": -1.0, "rude": -1.0}),
+        ("Have a nice day, Maria.", "Have a nice day, Maria", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
+        ("Have a nice", "Have nice a", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
+        (" Have a nice day, Maria.", "", {"kind": -1.0, "missing": -1.0}),
+        ("Have a", "I wish you a sunny week, Maria. Have a", {"repeated": -2.0}),
+        ("fine", "fine fine", {"kind": -2.0, "unknown": -2.0, "missing": -1.0}),
     ],
 )
 def test_each_fault_changes_its_own_terms(said: str, instead: str, changes: dict[str, float]) -> None:
-    assert said in IDEAL
-    before, after = oracle_terms(PROMPT, IDEAL), oracle_terms(PROMPT, IDEAL.replace(said, instead))
+    assert said in BEST
+    before, after = oracle_terms(PROMPT, BEST), oracle_terms(PROMPT, BEST.replace(said, instead))
     assert {
         term: pytest.approx(after[term] - before[term]) for term in before if after[term] != before[term]
     } == changes
 
 
-def test_repetition_and_recombination_never_beat_the_ideal_answer() -> None:
-    assert oracle(PROMPT, " Sorry to hear that, Maria." * 2) < oracle(PROMPT, " Sorry to hear that, Maria.")
-    assert oracle(PROMPT, IDEAL + IDEAL) < oracle(PROMPT, IDEAL) == 4.5
-    lines = [line.template.format(name="Maria", product="kettle") for line in demo_language.ANSWER_LINES]
+def test_no_row_of_sentences_beats_the_best_answer() -> None:
     rng = random.Random(0)
-    assert max(oracle(PROMPT, " ".join(rng.choices(lines, k=rng.randint(1, 8)))) for _ in range(2000)) <= 4.5
+    sentences = [
+        language.fill(
+            template,
+            {"name": "Maria", "product": "kettle"}
+            | {name: choice.kind[0] for name, choice in language.CHOICES.items()},
+        )
+        for templates in language.PARTS.values()
+        for template in templates
+    ]
+    assert max(oracle(PROMPT, " ".join(rng.choices(sentences, k=rng.randint(1, 8)))) for _ in range(2000)) <= 8.0
 
 
-def test_every_prompt_is_understood_and_every_problem_has_one_best_answer() -> None:
+def test_the_frontier_is_that_of_the_exchanges() -> None:
+    """Reweighting drawn answers by exp(oracle / beta) gives the same rewards and KL as the closed form."""
+    rewards = np.array([oracle(row.prompt, row.answer) for row in demo.exchanges(20_000)])
+    for beta, (kl, mean) in zip((8.0, 2.0), demo.frontier([8.0, 2.0]), strict=True):
+        weights = np.exp(rewards / beta)
+        expected = (weights * rewards).mean() / weights.mean()
+        assert mean == pytest.approx(expected, abs=0.1)
+        # KL(q || p) = E_q[reward] / beta - log E_p[exp(reward / beta)]
+        assert kl == pytest.approx(expected / beta - np.log(weights.mean()), abs=0.03)
+
+
+def test_every_prompt_is_understood() -> None:
     numbered = [prompt for split in demo.SPLITS for prompt in demo._prompts_by_split()[split]]
     assert len({drawn.prompt for drawn in numbered}) == len({drawn.id for drawn in numbered}) == 65_536
     for drawn in numbered[::500]:
         assert demo.parse_prompt(drawn.prompt) == drawn.request
-        remedy = demo_language.REMEDIES[drawn.request.problem][0].format(product=drawn.request.product)
-        answer = f" Thank you for writing, {drawn.request.name}. {remedy} Thank you for your patience."
-        assert oracle(drawn.prompt, answer) == 4.5
 
 
 def test_another_prompt_is_refused_in_one_line() -> None:
     for prompt in ("Hello", PROMPT.replace("Maria", "Zoe"), PROMPT.replace("kettle", "unicorn"), PROMPT + " Hi."):
         with pytest.raises(InputError, match="not a prompt of the demo task") as error:
-            oracle(prompt, IDEAL)
+            oracle(prompt, BEST)
         assert "\n" not in str(error.value)
 
 
@@ -96,17 +106,17 @@ def test_splits_share_no_prompt_and_rows_are_deterministic() -> None:
     assert demo.sft_rows(1)[0] == {
         "id": "demo-036655",
         "prompt": "Customer: Hi, this is Leo. My watch stopped working. What now?\nAgent:",
-        "chosen": " Thank you for writing, Leo, I like notes. Your watch is not my problem. I will ask about your"
-        " order. Have a nice day, Leo.",
+        "chosen": " I am ready to hear from you, Leo. I now found the stupid watch that you bought. We will now repair"
+        " your stupid watch. Our careless team thinks of you as a patient guest. Have a quiet day, Leo.",
     }
 
 
 def test_the_population_is_mediocre_and_labels_are_noisy() -> None:
     population = np.array([oracle(row.prompt, row.answer) for row in demo.exchanges(3_000)])
-    assert -1.5 < population.mean() < 0 and 2 < population.std() < 3 and population.max() == 4.5
+    assert -0.6 < population.mean() < -0.2 and 2 < population.std() < 2.5 and population.max() < 8
     margins = _margins(demo.preferences(3_000))
-    assert 0.07 < (margins < 0).mean() < 0.13
-    assert (margins > 0).mean() > 0.85
+    assert 0.05 < (margins < 0).mean() < 0.1
+    assert (margins > 0).mean() > 0.7
     assert (_margins(demo.preferences(1_000, temperature=1e-9)) >= 0).all()
 
 
@@ -136,15 +146,15 @@ def _sentencepiece(folder: Path) -> SentencePieceProcessor:
 def test_the_shipped_tokenizer_round_trips_and_agrees_with_sentencepiece() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.DEMO_LM)
     reference = _sentencepiece(demo.DEMO_LM)
-    assert len(tokenizer) == 512 and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert len(tokenizer) == 640 and (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     totals = []
     for row in demo.exchanges(300, split="test"):
         prompt_ids, answer_ids = (tokenizer.encode(t, add_special_tokens=False) for t in (row.prompt, row.answer))
         assert prompt_ids + answer_ids == reference.encode(row.prompt + row.answer)
         assert tokenizer.decode(prompt_ids) == row.prompt and tokenizer.decode(answer_ids) == row.answer
         totals.append(len(prompt_ids) + len(answer_ids))
-    assert max(totals) <= 128
-    assert all(len(reference.encode(f" {word}")) == 1 for word in demo_language.NAMES + demo_language.PRODUCTS)
+    assert max(totals) <= 86
+    assert all(len(reference.encode(f" {word}")) == 1 for word in language.NAMES + language.PRODUCTS)
     assert tokenizer.decode(tokenizer.encode(" déjà ☃\n", add_special_tokens=False)) == " déjà ☃\n"
 
 

@@ -99,10 +99,10 @@ def test_an_answer_is_not_taken_for_that_of_another_prompt(decode, lm, rm, tmp_p
 @pytest.mark.parametrize(
     ("method", "words", "reason"),
     [
-        ("greedy", ("--k", 5), "--k: means nothing to greedy decoding, which takes the likeliest token"),
-        ("greedy", ("--temperature", 0.5), "--temperature: means nothing to greedy decoding, which does not sample"),
-        ("top_k", ("--weight", 2), "--weight: means nothing to top-k sampling (Fan et al., 2018), which is not guided"),
-        ("pargs_greedy", ("--temperature", 2), "--temperature: means nothing to PARGS-G"),
+        ("greedy", ("--k", 5), "k: means nothing to greedy decoding, which takes the likeliest token"),
+        ("greedy", ("--temperature", 0.5), "temperature: means nothing to greedy decoding, which does not sample"),
+        ("top_k", ("--weight", 2), "weight: means nothing to top-k sampling (Fan et al., 2018), which is not guided"),
+        ("pargs_greedy", ("--temperature", 2), "temperature: means nothing to PARGS-G"),
     ],
 )
 def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method, words, reason):
@@ -139,7 +139,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
     code, out, _ = decode(*options, "--n", 3)
     assert code == 0 and out == "".join(f"{answers[key]}\n" for key in sorted(answers))
     code, _, err = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--n", 2)
-    assert code == 2 and "--n: 2 answers of greedy decoding, which does not sample, would be the same" in err
+    assert code == 2 and "n: 2 answers of greedy decoding, which does not sample, would be the same" in err
 
 
 def test_without_arguments_all_methods_are_compared_on_the_demo(decode, rm, tmp_path):

@@ -73,7 +73,7 @@ def test_the_config_beside_the_answers_has_the_form(lm, rm, remembering, tmp_pat
         decoded(lm, rm, format="hh", **options)
     with pytest.raises(InputError, match=r"no row has a column 'query'; there are name, question"):
         decoded(lm, rm, **options | {"columns": ("prompt=query",)})
-    with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has name, question; .*--columns prompt="):
+    with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has name, question; .*such as prompt="):
         decoded(lm, rm, **options | {"columns": ()})
 
 

@@ -127,7 +127,9 @@ def test_samples_of_a_prompt_are_answers_of_their_own(session, guided):
     assert {(answer.id, answer.sample): answer.response for answer in left} == {
         row: by_row[row] for row in (("0", 1), ("2", 0))
     }
-    with pytest.raises(InputError, match="--n: 2 answers of greedy decoding, which does not sample, would be the same"):
+    with pytest.raises(
+        InputError, match=r"\An: 2 answers of greedy decoding, which does not sample, would be the same"
+    ):
         Settings(METHODS["greedy"], n=2)
 
 

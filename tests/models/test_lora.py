@@ -48,5 +48,5 @@ def test_additions_are_nothing_at_first_and_merge_exactly(family):
 
 def test_a_pattern_that_matches_no_layer_is_an_error():
     model, _ = tiny_model("gpt2")
-    with pytest.raises(InputError, match=r"\A--lora.layers gate: matches none of down, key, out, query, up, value"):
+    with pytest.raises(InputError, match=r"\Alora.layers gate: matches none of down, key, out, query, up, value"):
         dataclasses.replace(model, lora=Lora(layers="gate")).abstract_params()

@@ -354,7 +354,7 @@ def test_batches_come_in_order_and_errors_where_they_belong():
 def test_metrics_go_to_tensorboard_and_wandb_too(config, monkeypatch):
     config = TrainConfig(**{**vars(config), "log": LogConfig(tensorboard=True, wandb="guides")})
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    message = "--log.tensorboard: needs the package tensorboardX; install it with: pip install 'pargs-jax[tensorboard]'"
+    message = "log.tensorboard: needs the package tensorboardX; install it with: pip install 'pargs-jax[tensorboard]'"
     assert refused(lambda: train(config)) == message
     assert not Path(config.out).exists()
 

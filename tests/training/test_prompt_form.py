@@ -115,7 +115,7 @@ def test_splits_and_columns_of_a_file(settings, tmp_path):
     questions = write_rows(
         tmp_path / "questions.jsonl", [{"q" if name == "prompt" else name: row[name] for name in row} for row in ROWS]
     )
-    with pytest.raises(InputError, match=r"none of its 4 rows .*--data.columns prompt=question"):
+    with pytest.raises(InputError, match=r"none of its 4 rows .*such as prompt=question"):
         command.train(settings("other", train=questions))
     assert "(train): 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
 

@@ -304,14 +304,14 @@ def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
 def test_nothing_is_written_over(finished, settings, tmp_path):
     config, _ = finished
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
-    assert "--resume" in refused(config)
+    assert "resume it" in refused(config)
     assert before == {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
 
     foreign = tmp_path / "papers"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     for resume in (False, True):
-        assert "holds no run" in refused(settings(out=str(foreign), resume=resume))
+        assert "does not hold a run" in refused(settings(out=str(foreign), resume=resume))
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 
     thesis = foreign / "thesis.tex"

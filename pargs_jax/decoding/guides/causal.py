@@ -49,7 +49,7 @@ class CausalGuide:
         self, params: Params, state: Cache, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B W"], Cache]:
         at = jnp.minimum((text.lengths - new)[:, None] + jnp.arange(width), text.tokens.shape[1] - 1)
-        hidden, cache = self.model.read_on(params, state, jnp.take_along_axis(text.tokens, at, axis=1), new)
+        hidden, cache = self.model.append(params, state, jnp.take_along_axis(text.tokens, at, axis=1), new)
         return self.model.rewards(params, hidden), cache
 
     def _prefill(
