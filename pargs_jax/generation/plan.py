@@ -157,8 +157,8 @@ class Settings:
         for prompt, vector in zip(prompts, found, strict=True):
             if not vector:
                 raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one with the options, or a "
-                    "column of that name"
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one with the options, or "
+                    "a column of that name"
                 )
             if len(vector) != len(found[0]):
                 raise InputError(f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(found[0])}")

@@ -119,7 +119,9 @@ class Session:
         weights = settings.guide_weights(len(self.reward_models))
         rewards = [np.dot(answer.guide_rewards, weights) for batch in self.answer(first, own) for answer in batch]
         if not np.std(rewards) > 0:
-            raise InputError("the language model's own answers all have one reward; give search.mean and search.deviation")
+            raise InputError(
+                "the language model's own answers all have one reward; give search.mean and search.deviation"
+            )
         return float(np.mean(rewards)), float(np.std(rewards))
 
     def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded | Found, float]:
