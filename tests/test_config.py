@@ -136,7 +136,7 @@ def test_a_config_file_that_cannot_be_read(config_file):
         ("--optim.accumulation 3", "--batch-size: got 8, must be a multiple of --optim.accumulation (3)"),
         (
             "--objective.minimum-length 128",
-            "--objective.minimum-length: got 128, must be below --max-length (128)",
+            "objective.minimum-length: got 128, must be below max-length (128)",
         ),
     ],
 )

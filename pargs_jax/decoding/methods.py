@@ -1,6 +1,6 @@
 """The named methods: each is a combination of parts and their usual numbers, not a code path of its own.
 
-The table imports no JAX, so that a help text can show it quickly; a method's parts are imported when they are asked for.
+The table imports no JAX, so that a help text shows it at once; a method's parts are imported when they are asked for.
 docs/methods.md says of each what it needs, what it costs, and what to watch.
 """
 
