@@ -184,7 +184,7 @@ def test_a_real_model_tells_its_story(decode):
         (["--prompts", "{tmp}/malformed.jsonl"], "malformed.jsonl"),
         (["--prompts", "{tmp}/empty.jsonl"], "empty.jsonl"),
         (["--max-new-tokens", "60"], "more than the language model's context of 64 tokens"),
-        (["--k", "513"], "k is 513"),
+        (["--k", "9999"], "k is 9999"),
         (["--rm", "{lm}"], "no reward head"),
         (["--rm", "{tmp}"], "no config.json"),
         (["--lm", "{tmp}/strange"], "architecture 'rwkv' is not known"),
