@@ -99,7 +99,7 @@ def test_what_means_nothing_to_a_search_is_refused():
 
     refused("best_of_n", "search.beams: means nothing to best-of-n .*; leave it out", search=(("beams", 2),))
     refused("pargs", "search.samples: means nothing to PARGS", search=(("samples", 2),))
-    refused("smc", "trace: is not for twisted SMC", trace="tokens")
+    refused("smc", "trace and explain: are not for twisted SMC", trace="tokens")
     refused("cards", "search.mean and search.deviation: got one", search=(("mean", 1.0),))
     refused("cards", "1 <= shortest <= longest", search=(("shortest", 9), ("longest", 3)))
     with pytest.raises(InputError, match="weight: got 3 weights for 2 reward models"):
