@@ -56,7 +56,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
         "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
-        "sample", "options", "lm_tokens", "rm_tokens",
+        "sample", "options", "lm_tokens", "rm_tokens", "kl_is",
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
