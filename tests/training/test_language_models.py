@@ -1,7 +1,9 @@
 """Objectives that train a language model, from the command's options to answers of the exported model."""
 
+import dataclasses
 import io
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,14 @@ from rich.console import Console
 
 from pargs_jax.commands import doors
 from pargs_jax.commands import train as command
-from pargs_jax.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.data.batches import Batches, tokenise
+from pargs_jax.data.preferences import Preference
+from pargs_jax.models.hf import load_model
+from pargs_jax.objectives.dpo import DirectPreference
+from pargs_jax.testing import tiny_tokenizer
+from pargs_jax.training.loop import evaluate
+from pargs_jax.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("compiled_steps_are_reused")
 
@@ -33,7 +42,7 @@ def settings(lm, tmp_path):
         log_every=1,
         model=ModelConfig(init=str(lm)),
         data=DataConfig(train=str(path), eval=str(path)),
-        optim=OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
+        optim=OptimConfig(lr=3e-3, schedule="constant", warmup=0.0),
         out=str(tmp_path / "run"),
     )
 
@@ -60,3 +69,26 @@ def test_an_autoregressive_reward_model_guides_genarm(settings, lm, tmp_path, mo
     decode(monkeypatch, "--lm", lm, "--rm", config.out, *options)
     (row,) = map(json.loads, out.read_text().splitlines())
     assert row["id"] == "a" and 0 < row["tokens"] <= 4 and row["kl"] > 0 and row["guide_reward"] < 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_dpo_moves_away_from_the_model_that_it_starts_from(settings, lm, tmp_path, rank):
+    """Which is the reference after a restart too."""
+    lora = LoraConfig(rank=rank)
+    config = settings(objective=ObjectiveConfig(name="dpo"), lora=lora, save_every=3)
+    losses, evaluation = train(config)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0]
+    first = dataclasses.replace(config, steps=3, out=str(tmp_path / "stopped"))
+    train(first)
+    resumed, found = train(dataclasses.replace(first, steps=6, resume=True))
+    assert resumed == losses and found["loss"] == evaluation["loss"]
+
+    tuned, before = load_model(f"{config.out}/model", "vocabulary"), load_model(lm, "vocabulary")
+    assert tuned.params.keys() == before.params.keys()
+    tokenizer = tiny_tokenizer()
+    rows = [Preference(**row) for row in map(json.loads, Path(config.data.train).read_text().splitlines())]
+    examples, _ = tokenise(rows, tokenizer, config.max_length, 2)
+    objective = Objective(tuned.model, DirectPreference(), frozen=(("reference", before.model),))
+    exported = evaluate(objective, {**tuned.params, "reference": before.params}, Batches(examples, 4, 48, 0))
+    assert exported["loss"] == pytest.approx(evaluation["loss"], rel=1e-4)
+    assert exported["margin"] == pytest.approx(evaluation["margin"], rel=1e-3)
