@@ -304,7 +304,7 @@ def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
 def test_nothing_is_written_over(finished, settings, tmp_path):
     config, _ = finished
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
-    assert "--resume" in refused(config)
+    assert "resume it" in refused(config)
     assert before == {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
 
     foreign = tmp_path / "papers"
