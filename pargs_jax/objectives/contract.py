@@ -72,8 +72,8 @@ class Loss:
         head: the head of the model that it trains (`pargs_jax.models.heads`).
         answers: how many answers of a row it reads: 2, a chosen and a rejected one, or 1.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
-        frozen: names of other models that it reads and does not train, such as a reference. The training program gives
-            each its parameters; the loss gets their outputs as keyword arguments of these names.
+        frozen: names of other models that it reads and does not train; the loss gets their outputs as keyword arguments
+            of these names. The training program gives one, `reference`: the model that training starts from.
     """
 
     name: ClassVar[str]
