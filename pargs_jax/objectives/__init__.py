@@ -3,6 +3,7 @@
 from pargs_jax.objectives.bt import BradleyTerry
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.rad import RewardAugmented
 from pargs_jax.objectives.sft import SupervisedFineTuning
 
 OBJECTIVES: dict[str, type[Loss]] = {
@@ -11,6 +12,7 @@ OBJECTIVES: dict[str, type[Loss]] = {
         SupervisedFineTuning,
         BradleyTerry,
         PartialBradleyTerry,
+        RewardAugmented,
     )
 }
 """Every objective by its name. A new one is a line here."""
