@@ -333,6 +333,8 @@ class TrainConfig:
         check_each(self)
         self.data.validate()
         self.objective.validate(self.max_length)
+        if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
+            raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:

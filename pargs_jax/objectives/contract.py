@@ -73,6 +73,7 @@ class Loss:
         answers: how many answers of a row it reads: 2, a chosen and a rejected one, or 1.
         reward_range: the least and the largest reward of an answer that it can learn from; None if it does not read
             rewards. One that does reads scored answers (`answers = 1`), and batches have `rewards`.
+        has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
         frozen: names of other models that it reads and does not train, such as a reference. The training program gives
             each its parameters; the loss gets their outputs as keyword arguments of these names.
@@ -83,6 +84,7 @@ class Loss:
     head: ClassVar[str]
     answers: ClassVar[int] = 2
     reward_range: ClassVar[tuple[float, float] | None] = None
+    has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
 

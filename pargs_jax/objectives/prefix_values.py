@@ -47,6 +47,14 @@ def label_loss(values: Float[Array, "B N"], labels: Float[Array, "B"]) -> Float[
     return jax.nn.softplus(values) - labels[:, None] * values
 
 
+def label_accuracy(
+    values: Float[Array, "B N"], counted: Float[Array, "B N"], labels: Float[Array, "B"], weights: Float[Array, "B"]
+) -> Metrics:
+    """`accuracy`: the share of prefixes whose value is on the side of their answer's label, above 1/2 or not."""
+    is_right = (values > 0) == (labels > 0.5)[:, None]
+    return {"accuracy": mean_over_prefixes(is_right.astype(jnp.float32), counted, weights)[0]}
+
+
 def td_lambda_returns(values: Float[Array, "B N"], rewards: Float[Array, "B"], decay: float) -> Float[Array, "B N"]:
     """TD(lambda) targets of the prefixes of answers with a reward at the end alone, undiscounted (VAS, Han et al.,
     2024): the full answer's is its reward, and `G_t = (1 - decay) v_(t+1) + decay G_(t+1)`. No gradient flows through
@@ -62,8 +70,8 @@ def td_lambda_returns(values: Float[Array, "B N"], rewards: Float[Array, "B"], d
 
 
 def value_metrics(values: Float[Array, "B N"], rewards: Float[Array, "B"], weights: Float[Array, "B"]) -> Metrics:
-    """Means over rows: `squared_error` of the full answers' values, `reward_mean` of these, and `target_mean`, of the
-    rewards that they should have."""
+    """Means over rows, by these weights: `squared_error` of the full answers' values, `reward_mean` of these, and
+    `target_mean`, of the rewards that they should have."""
     full = values[:, 0]
     means = {"squared_error": jnp.square(full - rewards), "reward_mean": full, "target_mean": rewards}
     return {name: (each * weights).sum() / weights.sum() for name, each in means.items()}
@@ -72,6 +80,7 @@ def value_metrics(values: Float[Array, "B N"], rewards: Float[Array, "B"], weigh
 def squared_result(
     values: Float[Array, "B N"], targets: Float[Array, "B N"], counted: Float[Array, "B N"], batch: Batch
 ) -> LossResult:
-    """Half the squared distance of values and targets, a mean over all prefixes, with the metrics."""
+    """Half the squared distance of values and targets, a mean over all prefixes. The metrics are means over answers,
+    which count as they do in the loss, by their prefixes."""
     loss, prefixes = mean_over_prefixes(jnp.square(values - targets) / 2, counted, batch.weights)
-    return LossResult(loss, value_metrics(values, batch.rewards[:, 0], batch.weights), prefixes)
+    return LossResult(loss, value_metrics(values, batch.rewards[:, 0], counted.sum(axis=1) * batch.weights), prefixes)

@@ -24,6 +24,7 @@ class RewardAugmented(Loss):
     head = "reward"
     answers = 1
     reward_range = (-math.inf, math.inf)
+    has_accuracy = False
 
     def chance(self, vocab_size: int) -> float:
         return math.inf  # depends on the rewards' scale
