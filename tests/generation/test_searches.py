@@ -65,9 +65,9 @@ def test_every_search_answers_and_says_what_it_took(name, session):
 
 def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
     """`--n` draws with the same keys."""
-    plain = Settings(METHODS["top_k"], k=512, max_new_tokens=TOKENS, n=3)
+    plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
-    for key, best in answer(session, "best_of_n", k=512).items():
+    for key, best in answer(session, "best_of_n", k=tiny_tokenizer().vocab_size).items():
         own = [a for a in samples if a.id == key]
         expected = max(own, key=lambda a: a.guide_rewards[0])
         assert best.response == expected.response
@@ -77,9 +77,9 @@ def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
 
 def test_a_judge_with_a_tokenizer_of_its_own(lm, encoder):
     session = Session(lm, [encoder])
-    plain = Settings(METHODS["top_k"], k=512, max_new_tokens=TOKENS, n=3)
+    plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
-    for key, best in answer(session, "best_of_n", k=512).items():
+    for key, best in answer(session, "best_of_n", k=tiny_tokenizer().vocab_size).items():
         expected = max((a for a in samples if a.id == key), key=lambda a: a.guide_rewards[0])
         assert best.response == expected.response
     found = answer(session, "cards", search={"mean": 0.0, "deviation": 0.5})
