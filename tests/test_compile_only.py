@@ -79,5 +79,5 @@ def test_a_mesh_that_cannot_be_compiled_for_is_one_line(command):
     done = run(command, "--compile-only", "--mesh", "cpu-4")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: mesh cpu-4: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n"
+        "error: mesh cpu-4: --compile-only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n"
     )

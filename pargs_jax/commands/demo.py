@@ -35,7 +35,7 @@ def demo_reward_model(method: Method) -> Path:
     path = REWARD_MODELS[method.reward_model]
     if not path.exists():
         objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
-        raise InputError(f"{path}: the demo's reward model is not there; run 'python train.py{objective}' first")
+        raise InputError(f"{path}: the demo's reward model is missing; run 'python train.py{objective}' first")
     return path
 
 

@@ -131,10 +131,10 @@ def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered
 @pytest.mark.parametrize(
     ("remembered", "message"),
     [
-        ([[A, B]], "different prompt forms: runs/a 'hh', runs/b 'tldr'; say which with --format"),
-        ([[("runs/c", "xml")]], "runs/c: was trained with the prompt form 'xml', which is not known; known are hh, "),
-        ([[("runs/c", ["hh"])]], "not known"),
-        ([[("runs/c", "")]], "not known"),
+        ([[A, B]], "different prompt formats: runs/a 'hh', runs/b 'tldr'; choose one with --format"),
+        ([[("runs/c", "xml")]], "runs/c: was trained with the unknown prompt format 'xml'; choose one of hh, "),
+        ([[("runs/c", ["hh"])]], "unknown prompt format"),
+        ([[("runs/c", "")]], "unknown prompt format"),
     ],
 )
 def test_forms_that_do_not_agree_or_are_not_known_are_one_line(remembered, message):

@@ -304,7 +304,7 @@ def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
 def test_nothing_is_written_over(finished, settings, tmp_path):
     config, _ = finished
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
-    assert "resume it" in refused(config)
+    assert "continue it with --resume" in refused(config)
     assert before == {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
 
     foreign = tmp_path / "papers"
@@ -366,7 +366,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(s
     )
     message = refused(config)
     steps = saved_steps(config.out)
-    assert f"the checkpoint of step {steps[-1]} is kept" in message
+    assert f"the checkpoint of step {steps[-1]} is safe" in message
     assert message.startswith(f"step {steps[-1] + 1}: the loss is")
     assert len(metrics_of(config.out)) == steps[-1]
     assert not (Path(config.out) / "model").exists()

@@ -73,19 +73,19 @@ def test_a_run_is_not_resumed_on_other_rows(config, pairs):
         with pytest.raises(InputError) as caught:
             train(resumed)
         assert str(caught.value) == (
-            f"{data}: its rows, as tokens, are not those that the run in {out} began with (4 then, {len(words)} now); "
-            "resume with the data and the tokenizer of then, or give another --out"
+            f"{data}: its tokenised rows differ from those that the run in {out} began with (4 then, "
+            f"{len(words)} now); resume with the original data and tokenizer, or give another --out"
         )
     pairs("lamp", "kettle", "chair", "phone")
     assert train(resumed) == []
 
     (out / "data.json").unlink()  # as a version before this one left it
     (warning,) = train(resumed)
-    assert warning.startswith(f"{out}: has no data.json, so nobody can say whether {data} is the data")
+    assert warning.startswith(f"{out}: has no data.json, so it is not checked that {data} is the data")
     assert train(resumed) == [] and (out / "data.json").read_bytes() == noted
 
     (out / "data.json").write_text("{")
-    with pytest.raises(InputError, match=r"data\.json: cannot be read; bring it back, or remove it"):
+    with pytest.raises(InputError, match=r"data\.json: cannot be read; restore it, or remove it"):
         train(resumed)
 
 
@@ -95,7 +95,7 @@ def test_the_demo_is_checked_like_a_file(config, monkeypatch):
     train(config)
     made = task.preferences
     monkeypatch.setattr(task, "preferences", lambda *args, **options: made(*args, **options)[::-1])
-    with pytest.raises(InputError, match=r"^demo: its rows, as tokens, are not those"):
+    with pytest.raises(InputError, match=r"^demo: its tokenised rows differ from those"):
         train(dataclasses.replace(config, resume=True))
 
 
