@@ -278,7 +278,7 @@ def test_columns_need_a_file_that_has_them():
     given = train("--data.train", "f.jsonl", "--data.columns", *words).data.columns
     assert given == words and column_names(given, "") == {"prompt": "question", "chosen": "best answer"}
     assert train("--data.eval", "f.jsonl", "--data.columns", *words).data.columns == words
-    assert "the demo has none" in message(train, "--data.columns", *words)
+    assert "has no effect on the demo" in message(train, "--data.columns", *words)
     assert "needs --prompts" in message(decode, "--prompt", "Hi", "--columns", *words)
     assert "with a NAME of id, prompt, chosen, rejected" in message(
         decode, "--prompts", "f.jsonl", "--columns", "response=a"

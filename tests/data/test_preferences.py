@@ -131,7 +131,7 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
         ({"chosen": "Human: Yes", "rejected": "Human: No"}, "prompt is missing, and chosen and rejected"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "prompt is missing, and chosen and rejected"),
         ({"chosen": [USER, GOOD], "rejected": [GOOD, USER, BAD]}, "same prompt"),
-        ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with the assistant's"),
+        ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with an assistant turn"),
         ({**ROW, "prompt": [GOOD]}, "must be the user's"),
         ({**ROW, "chosen": "\ud83d"}, "half a surrogate pair"),
     ]
@@ -266,7 +266,7 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{**ROW, "source": "web"}])
     for load in (load_preferences, load_prompts):
         with pytest.raises(
-            InputError, match=r"no row has a column 'question'; there are chosen, prompt, rejected, source\Z"
+            InputError, match=r"no row has a column 'question'; the columns are chosen, prompt, rejected, source\Z"
         ):
             load(path, PLAIN, columns={"prompt": "question"})
 

@@ -147,7 +147,7 @@ def test_a_saved_model_says_what_its_head_is(folder):
         ("parm", ["arm"], {"preference": (1.0,)}, "takes no preference vector"),
         ("parm", ["parm"], {}, "prompt 'a': PARM .* needs a preference vector; set the option preference"),
         ("parm", ["parm"], {"preference": (0.2, 0.3, 0.5)}, "has 3 numbers, but .* was trained for 2 objectives"),
-        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead that is more than its context"),
+        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead it exceeds that model's context"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(folder, method, names, changes, message):

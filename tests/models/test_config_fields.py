@@ -165,7 +165,7 @@ IMPOSSIBLE = [
     ("deberta-v2", {"norm_rel_ebd": ["layer_norm"]}, "norm_rel_ebd is ['layer_norm'], must be 'layer_norm' or 'none'"),
     ("deberta-v2", {"attention_head_size": 8}, "attention_head_size is 8, must be 4 as hidden_size is 16"),
     ("deberta-v2", {"pooler_hidden_size": 8}, "pooler_hidden_size is 8, must be 16 as hidden_size is 16"),
-    ("deberta-v2", {"type_vocab_size": 1}, "type_vocab_size is 1, which has no row for the second text of a pair"),
+    ("deberta-v2", {"type_vocab_size": 1}, "type_vocab_size is 1, which leaves no row for the second text of a pair"),
     ("deberta-v2", {"pargs_attention": "sideways"}, "pargs_attention is 'sideways', must be"),
 ]  # fmt: skip
 

@@ -116,7 +116,7 @@ SILENT = ("gpt2", None)
             "tldr",
             "'tldr', but runs/a was trained with 'hh' and runs/sft was trained with 'shp'",
         ),
-        ("plain", [[("runs/c", "xml")]], "plain", "form 'plain', but runs/c was trained with 'xml'"),
+        ("plain", [[("runs/c", "xml")]], "plain", "format 'plain', but runs/c was trained with 'xml'"),
     ],
 )
 def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered, form, warned):

@@ -94,7 +94,7 @@ def test_a_tokenizer_json_without_tokens_is_refused(changed, folders):
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
     definition["model"] |= {"vocab": {}, "merges": []}
     assert refusal(changed("llama3", **{"tokenizer.json": json.dumps(definition).encode()})) == (
-        "tokenizer.json holds no tokens"
+        "tokenizer.json has no tokens"
     )
 
 
@@ -143,7 +143,7 @@ def test_a_tokenizer_must_have_about_as_many_tokens_as_the_model_embeddings():
         InputError, match="has 1000 tokens, but the model has 2001 embeddings; the tokenizer is incomplete"
     ):
         tokenizer.check_embeddings(2001, "somewhere")
-    with pytest.warns(InputWarning, match="has 1000 tokens, the model 2000 embeddings; see that it is the model's own"):
+    with pytest.warns(InputWarning, match="has 1000 tokens, but the model has 2000 embeddings; check that"):
         tokenizer.check_embeddings(2000, "somewhere")
 
 

@@ -57,8 +57,8 @@ def test_a_longer_run_is_told_of_its_other_schedule_and_the_same_one_of_nothing(
     assert train(config) == train(resumed) == []
     (warning,) = train(dataclasses.replace(resumed, steps=6))
     assert warning == (
-        "--steps, --epochs: the run was to have 3 steps and now has 6, which changes its cosine schedule: "
-        "the learning rate of step 4 is 0.001, and was to be 0"
+        "--steps, --epochs: the run was planned with 3 steps and now has 6, which changes its cosine schedule: "
+        "the learning rate of step 4 is now 0.001 instead of 0"
     )
     assert train(dataclasses.replace(resumed, steps=None, epochs=6.0)) == []  # which are six steps too
 
@@ -125,9 +125,9 @@ def test_all_that_training_reads_counts():
 @pytest.mark.parametrize(
     ("schedule", "before", "now", "step", "numbers"),
     [
-        ("cosine", 100, 200, 50, ("100 steps and now has 200", "step 51 is 0.00179,", "be 0.00108")),
-        ("linear", 200, 100, 50, ("200 steps and now has 100", "step 51 is 0.00105,", "be 0.00158")),
-        ("constant", 100, 200, 4, ("step 5 is 0.0008,", "be 0.0016")),
+        ("cosine", 100, 200, 50, ("100 steps and now has 200", "step 51 is now 0.00179 instead of 0.00108")),
+        ("linear", 200, 100, 50, ("200 steps and now has 100", "step 51 is now 0.00105 instead of 0.00158")),
+        ("constant", 100, 200, 4, ("step 5 is now 0.0008 instead of 0.0016",)),
         ("constant", 100, 200, 10, None),
         ("cosine", 100, 100, 50, None),
         ("cosine", 100, 50, 50, None),
