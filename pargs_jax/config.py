@@ -70,7 +70,7 @@ class ModelConfig:
         "before it, and one pass reads all prefixes",
         unset="as the checkpoint says",
     )
-    dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
+    dropout: float = option(0.0, "share of activations that training drops", at_least=0, below=1)
     remat: Literal["none", "products", "layers"] = option(
         "none",
         "what the backward pass computes again to save memory. none: nothing; products: all but the products with "

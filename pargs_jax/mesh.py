@@ -180,7 +180,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
     if (request.platform, request.devices) == ("gpu", 1):
         return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(f"mesh {text}: --compile-only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
+        raise InputError(f"mesh {text}: compile_only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]

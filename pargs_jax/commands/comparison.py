@@ -18,9 +18,10 @@ from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
 from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
-from pargs_jax.evaluation.statistics import Estimate, best_of_n_kl, best_of_n_means
+from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
 from pargs_jax.generation.session import Answer, Session, Settings
 from pargs_jax.processes import on_first
@@ -54,7 +55,6 @@ class Row:
     weight: float | None
     true_reward: Estimate
     kl: Estimate
-    tokens: Estimate
     tokens_per_second: float
 
 
@@ -64,7 +64,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
 
     ARGS is guided by the reward model trained on full answers where there is one (`runs/bt`), as it was published, and
     by the partial one where not; the table says which. With `--rm`, all guided methods use those. With `--out`, every
-    answer of the table is written there with its method and true reward. Returns the table's rows.
+    answer of the table is written there with its method and true reward, and the figure lies beside it. Returns the
+    table's rows.
     """
     config.validate()
     console = console or Console(quiet=jax.process_index() > 0)
@@ -84,7 +85,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     curves = [comparison.curve(name, label) for name, label in CURVES.items()]
     curves.append(comparison.best_of_n_curve())
     points = {row.method: (row.kl.mean, row.true_reward) for row in rows}
-    on_first(lambda: console.print(draw_comparison(FIGURE, curves, points), highlight=False))
+    figure = FIGURE if config.out is None else Path(config.out).with_suffix(".png")
+    on_first(lambda: console.print(draw_comparison(figure, curves, points), highlight=False))
     console.print("next: python decode.py --method pargs --limit 1 --explain runs/demo.html", highlight=False)
     return rows
 
@@ -104,7 +106,7 @@ class _Comparison:
         return self._decode(name, settings, prompts)
 
     def row(self, name: str, answers: list[Answer]) -> Row:
-        tokens = [answer.tokens for answer in answers]
+        tokens = sum(answer.tokens for answer in answers)
         settings = self._settings(name, COMPARED[name])
         return Row(
             name,
@@ -112,8 +114,7 @@ class _Comparison:
             settings.weights[0] if settings.weights and not METHODS[name].judged else None,
             Estimate.of(list(map(_true_reward, answers))),
             Estimate.of([answer.kl for answer in answers]),
-            Estimate.of(tokens),
-            sum(tokens) / sum(answer.seconds for answer in answers),
+            tokens / sum(answer.seconds for answer in answers),
         )
 
     def curve(self, name: str, label: str) -> Curve:
@@ -129,16 +130,12 @@ class _Comparison:
         """The best of n samples by the partial reward model, for n up to `BEST_OF`: KL by its formula."""
         settings = dataclasses.replace(self._settings("top_k", None), n=BEST_OF)
         found = self._decode("top_k", settings, self.prompts[:CURVE_PROMPTS])
-        by_prompt: dict[str, list[Answer]] = {}
+        by_prompt: dict[str, list[tuple[float, float]]] = {}
         for answer in found:
-            by_prompt.setdefault(answer.id, []).append(answer)
-        sizes = [n for n in (1, 2, 4, BEST_OF) if n <= BEST_OF]
-        means = np.array([
-            best_of_n_means([sum(a.guide_rewards) for a in group], list(map(_true_reward, group)), sizes)
-            for group in by_prompt.values()
-        ])  # fmt: skip
+            by_prompt.setdefault(answer.id, []).append((sum(answer.guide_rewards), _true_reward(answer)))
+        means = np.array([best_of_n_curve(*np.array(pairs).T) for pairs in by_prompt.values()])
         start = float(np.mean([answer.kl for answer in found]))
-        points = [(start + best_of_n_kl(n), Estimate.of(means[:, i]), f"{n}") for i, n in enumerate(sizes)]
+        points = [(start + best_of_n_kl(n), Estimate.of(means[:, n - 1]), f"{n}") for n in (1, 2, 4, BEST_OF)]
         return Curve("best of n", points)
 
     def _settings(self, name: str, weight: float | None) -> Settings:
@@ -177,9 +174,9 @@ def _true_reward(answer: Answer) -> float:
 
 def _table(rows: list[Row], prompts: int) -> Table:
     table = Table(title=f"{prompts} unseen prompts (mean ± standard error)", box=SIMPLE, padding=(0, 1))
-    for heading in ("method", "guided by"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "true reward", "KL", "tokens", "tokens/s"):
+    table.add_column("method", no_wrap=True)
+    table.add_column("guided by", overflow="fold")
+    for heading in ("weight", "true reward", "KL, nats", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -188,7 +185,6 @@ def _table(rows: list[Row], prompts: int) -> Table:
             "-" if row.weight is None else f"{row.weight:g}",
             str(row.true_reward),
             f"{row.kl.mean:.1f}",
-            f"{row.tokens.mean:.0f}",
             f"{row.tokens_per_second:,.0f}",
         )
     return table

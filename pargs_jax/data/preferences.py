@@ -312,7 +312,7 @@ def _answer_start(chosen: str, rejected: str, form: PromptForm, tokenizer: TextT
     start = form.prompt_end(shared, tokenizer)
     other = form_of_dialogue(shared)
     if start is None and other is not None:
-        raise InputError(f"chosen and rejected are dialogues in the prompt form {other.name!r}, not {form.name!r}")
+        raise InputError(f"chosen and rejected are dialogues in the prompt format {other.name!r}, not {form.name!r}")
     return start
 
 

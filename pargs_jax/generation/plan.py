@@ -64,7 +64,7 @@ class Settings:
             self.method.make_search(dict(self.search))
             if self.trace is not None:
                 raise InputError(
-                    f"trace: is not supported by {self.method.source}, which draws more than one answer; leave it out"
+                    f"trace and explain: are not supported by {self.method.source}, a search; leave them out"
                 )
         if self.n > 1 and not self.samples:
             raise InputError(

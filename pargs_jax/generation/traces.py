@@ -117,14 +117,14 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); make one with decode.py --trace"
+                        f"{path}: line {number} is not a trace ({error}); decode.py writes such files with the option trace"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: is not a file of traces ({error.reason}); make one with decode.py --trace"
+            f"{path}: is not a file of traces ({error.reason}); decode.py writes such files with the option trace"
         ) from error
 
 
@@ -163,7 +163,7 @@ class TracesFile:
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
                     raise InputError(
                         f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers made "
-                        "without --trace cannot get one later; use new files for both"
+                        "without traces cannot get them later; use new files for both"
                     )
             if len(lines) > len(answered) and not is_known:
                 raise InputError(f"{path}: already exists, and does not belong to {answers_path}; use another file")

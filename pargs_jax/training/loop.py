@@ -139,9 +139,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._diverged(number, f"the loss is {loss:g} and the gradient norm is {norm:g}")
         if loss > self._largest_loss:
-            raise self._diverged(
-                number, f"the loss is {loss:g}, over the limit of {self._largest_loss:g} (--loss-limit)"
-            )
+            raise self._diverged(number, f"the loss is {loss:g}, over the limit of {self._largest_loss:g} (loss_limit)")
 
     def _evaluate(self, number: int) -> dict[str, float]:
         with self._meter.paused():
@@ -169,14 +167,14 @@ class Trainer:
 
     def _say_stopped(self, number: int) -> None:
         self.console.print(
-            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; continue with --resume",
+            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to continue",
             highlight=False,
         )
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
             f"step {step}: {what}; {self.checkpoints.kept}; "
-            "try a lower --optim.lr, a lower --optim.clip or a longer --optim.warmup"
+            "try a lower optim.lr, a lower optim.clip or a longer optim.warmup"
         )
 
 

@@ -79,7 +79,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
     saved = saved_config(folder)
     if saved is not None:
         if not config.resume:
-            raise InputError(f"{folder}: already holds a run; continue it with --resume, or {USE_ANOTHER}")
+            raise InputError(f"{folder}: already holds a run; resume it, or {USE_ANOTHER}")
         _check_same(saved, config, folder)
         return
     is_free = folder.is_dir() and all(path.name.startswith(BEFORE_A_RUN) for path in folder.iterdir())

@@ -35,12 +35,12 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
         if digest != now["digest"]:
             raise InputError(
                 f"{source}: its tokenised rows differ from those that the run in {folder} began with ({rows} then, "
-                f"{now['rows']} now); resume with the original data and tokenizer, or give another --out"
+                f"{now['rows']} now); resume with the original data and tokenizer, or use another output folder"
             )
         return
     if resumes:
         warn(f"{folder}: has no {DATA_FILE}, so it is not checked that {source} is the data that the run began with")
-    with write_failures_named(path, "give another --out"):
+    with write_failures_named(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
 
@@ -64,7 +64,7 @@ def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: in
     rest = np.linspace(step, now - 1, 1000).astype(int)
     if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
         warn(
-            f"--steps, --epochs: the run was planned with {before} steps and now has {now}, which changes its "
+            f"steps, epochs: the run was planned with {before} steps and now has {now}, which changes its "
             f"{optim.schedule} schedule: the learning rate of step {step + 1} is now {float(becomes(step)):.3g} "
             f"instead of {float(was(step)):.3g}"
         )

@@ -295,7 +295,7 @@ def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
 
 def test_dialogues_in_another_form_say_which(tmp_path):
     row = {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."}
-    with pytest.raises(InputError, match="are dialogues in the prompt form 'hh', not 'tldr'"):
+    with pytest.raises(InputError, match="are dialogues in the prompt format 'hh', not 'tldr'"):
         load_one(tmp_path, row, get_form("tldr"))
 
 

@@ -108,7 +108,7 @@ SILENT = ("gpt2", None)
         (None, [[A], [SILENT]], "hh", None),
         (None, [[SILENT, A], [SILENT]], "hh", None),
         (None, [[SILENT], [LM]], "shp", None),
-        (None, [[A], [LM]], "hh", "form 'hh', but runs/sft was trained with 'shp'"),
+        (None, [[A], [LM]], "hh", "format 'hh', but runs/sft was trained with 'shp'"),
         ("hh", [[A], [SILENT]], "hh", None),
         (
             "tldr",

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.guides import Capacity, Chosen, Guide, Prompts, Text
@@ -290,12 +289,6 @@ def drift(answers: Decoded) -> Float[Array, "B"]:
     """sum_t log q(y_t) - log p(y_t) of the distributions q that the tokens were drawn from: what the temperature, the
     choice of candidates and guidance add to the KL of a search over draws from q."""
     return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
-
-
-def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1)/n: no less than KL(best of n || p), and near it where no answer has much probability (Beirami et
-    al., 2024, Theorem 1)."""
-    return float(np.log(n) - (n - 1) / n)
 
 
 def _of_models(own: Any) -> tuple[Prompts | None, ...]:
