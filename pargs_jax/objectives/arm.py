@@ -28,7 +28,7 @@ class AutoregressiveReward(Loss):
     meaning = "an autoregressive reward model (GenARM): Bradley-Terry on log-probabilities of answers"
     head = "vocabulary"
     usual_beta: ClassVar[float] = 0.5
-    """The paper's for helpfulness in SafeRLHF. For HH it has 0.05: the smaller, the further `pi` goes from its start."""
+    """The paper's for helpfulness in SafeRLHF; for HH it has 0.05. A smaller one takes `pi` further from its start."""
 
     beta: float | None = option(
         None, "factor of log-probabilities in the reward", unset="0.5 in arm and 0.1 in dpo", above=0
