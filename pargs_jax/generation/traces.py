@@ -117,7 +117,7 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py writes such files with the option trace"
+                        f"{path}: line {number} is not a trace ({error}); the option trace of decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
