@@ -31,7 +31,7 @@ MethodName = Literal[
 ]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
+COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "reward", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
 GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
 """Those whose reward models guide together, several for one weight."""
@@ -81,11 +81,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The preference pairs."""
+    """The preference pairs, or scored answers."""
 
     train: str = option(
         DEMO,
-        "pairs to train on: 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet file, or a hub id",
+        "pairs to train on, or what the objective reads (scored answers are rows of prompt, response, reward, or a "
+        "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
+        "file, or a hub id",
         metavar="FILE_OR_HUB_ID",
     )
     eval: str | None = option(
@@ -331,6 +333,8 @@ class TrainConfig:
         check_each(self)
         self.data.validate()
         self.objective.validate(self.max_length)
+        if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
+            raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:

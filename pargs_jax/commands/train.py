@@ -73,6 +73,8 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     half = config.max_length // 2
     rows = partial(abstract_rows, mesh, config.batch_size)
     batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
+    if config.objective.loss.reward_range is not None:
+        batch = batch._replace(rewards=rows(answers, dtype="float32"))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     what = (
@@ -192,7 +194,13 @@ def _load_examples(
     else:
         columns = column_names(config.data.columns, "--data.columns")
         loaded = load_preferences(
-            source, form, tokenizer=tokenizer, require_rejected=answers == 2, split=split, columns=columns
+            source,
+            form,
+            tokenizer=tokenizer,
+            require_rejected=answers == 2,
+            reward_range=config.objective.loss.reward_range,
+            split=split,
+            columns=columns,
         )
         rows = loaded.rows
         if loaded.other_splits:

@@ -41,6 +41,7 @@ class Batch(NamedTuple):
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
         prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where each of an answer's
             tokens ends one.
+        rewards: those of scored answers; None where rows have none.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     answer_lengths: Int[np.ndarray, "B A"]
     weights: Float[np.ndarray, "B"]
     prefixes: PrefixTexts | None = None
+    rewards: Float[np.ndarray, "B A"] | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
@@ -65,12 +67,14 @@ class Batch(NamedTuple):
 class Example:
     """Token ids of one prompt and its answers, chosen first, that fit the maximum length together.
 
-    `prefixes` are those of each answer, shortest first, where they end at another tokenizer's tokens.
+    `prefixes` are those of each answer, shortest first, where they end at another tokenizer's tokens; `rewards` are
+    those of scored answers.
     """
 
     prompt: Int[np.ndarray, "P"]
     answers: tuple[Int[np.ndarray, "R"], ...]
     prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def prefix_counts(self) -> list[int]:
@@ -112,9 +116,9 @@ def tokenise(
 ) -> tuple[list[Example], TruncationReport]:
     """Tokenises prompts and answers apart and cuts them to fit.
 
-    The end-of-sequence token is part of an answer. Where a prompt and its longest answer exceed `max_length` tokens,
-    the prompt first loses tokens on the left (never BOS, and never so many that less than half of `max_length` is left
-    of it), then answers lose tokens on the right.
+    The end-of-sequence token is part of an answer that is finished. Where a prompt and its longest answer exceed
+    `max_length` tokens, the prompt first loses tokens on the left (never BOS, and never so many that less than half of
+    `max_length` is left of it), then answers lose tokens on the right.
 
     Args:
         preferences: the rows; with `answers=2` each needs a rejected answer.
@@ -136,7 +140,7 @@ def tokenise(
     for preference in preferences:
         whole_prompt = tokenizer.encode_prompt(preference.prompt)
         whole_answers = [
-            [*tokenizer.encode_answer(text, starts_text=not preference.prompt), tokenizer.eos_id]
+            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * preference.finished
             for text in (preference.chosen, preference.rejected)[:answers]
         ]
         prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
@@ -155,7 +159,8 @@ def tokenise(
                     (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, room), whole)
                     for text, whole in zip(texts, ids, strict=True)
                 )
-            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes))
+            rewards = None if preference.reward is None else (preference.reward,)
+            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards))
     report = TruncationReport(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
@@ -324,6 +329,8 @@ class Batches:
                 answers[b, a, : len(ids)] = ids
         weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
         batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        if examples[0].rewards is not None:
+            batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
         return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
 
     def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:

@@ -1,4 +1,4 @@
-"""Preference pairs, answers to imitate and prompts, from a local file or the hub.
+"""Preference pairs, answers to imitate, scored answers and prompts, from a local file or the hub.
 
 Every row is brought to one shape, `Preference`. A row that cannot be is set aside with its line and the reason; a
 source that gives nothing is an `InputError`.
@@ -19,16 +19,24 @@ from pargs_jax.text.tokenization import TextTokenizer
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
 """Where a row may hold the answer to imitate, first found first."""
+_REWARD_FIELDS = ("reward", "guide_reward")
+"""Where a row may hold the reward of its answer, first found first."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt with the preferred answer and, unless only answers to imitate were asked for, the other one."""
+    """One prompt with the preferred answer and, unless only single answers were asked for, the other one.
+
+    Of a scored answer, which is `chosen`, `reward` is its reward. `finished` is false for one that was cut off before
+    its end-of-sequence token.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str | None
+    reward: float | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,11 @@ def load_preferences(
     *,
     tokenizer: TextTokenizer | None = None,
     require_rejected: bool = True,
+    reward_range: tuple[float, float] | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
 ) -> LoadedPreferences:
-    """Reads preference pairs, or answers to imitate, and writes their prompts in `form`.
+    """Reads preference pairs, answers to imitate, or scored answers, and writes their prompts in `form`.
 
     Each row may be
     - explicit: `prompt`, `chosen`, `rejected`;
@@ -92,13 +101,17 @@ def load_preferences(
       prompt is what they share up to the last answer marker;
     - conversational: the prompt a list of `{"role", "content"}`, the answers likewise, the turns before them or not;
     - where `require_rejected` is false also `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
-      which is an answer to the empty prompt.
+      which is an answer to the empty prompt;
+    - with a `reward_range` an answer in one of these shapes with its `reward`, a finite number; or a row that
+      `decode.py` wrote with one reward model, where `guide_reward` is the reward. Such an answer is taken as it is, and
+      has no end-of-sequence token where its `finish_reason` is `length`.
 
     Args:
         source: a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a hub id.
         form: the prompt form.
         tokenizer: needed by the form `chat` alone, for its template.
         require_rejected: whether rows need a rejected answer; if not, `rejected` is None in all of them.
+        reward_range: the least and the largest reward that a scored answer may have; None: rewards are not read.
         split: `train` or `eval`, where a file's rows have a column `split`; which split to take of a data set from
             the hub (see `Rows`).
         columns: by which name of its own the source calls a column, such as `{"prompt": "question"}`.
@@ -112,7 +125,10 @@ def load_preferences(
     rows = Rows(source, split, columns or {})
     for row in rows:
         try:
-            preferences.append(_preference(row, form, tokenizer, require_rejected))
+            if reward_range is None:
+                preferences.append(_preference(row, form, tokenizer, require_rejected))
+            else:
+                preferences.append(_scored_answer(row, form, tokenizer, reward_range))
         except InputError as error:
             bad_rows.append(BadRow(row.line, str(error), row.content))
             if isinstance(error, _MissingColumn):
@@ -215,6 +231,8 @@ def _preference(
 ) -> Preference:
     fields = _fields(row)
     rejected = None
+    if require_rejected and "chosen" not in fields and fields.keys() & set(_REWARD_FIELDS):
+        raise InputError("the row is a scored answer; pairs are needed, rows of prompt, chosen, rejected")
     if not require_rejected:
         prompt, chosen = _prompt_and_answer(fields, form, tokenizer)
     elif fields.get("prompt") is None:
@@ -233,6 +251,43 @@ def _preference(
     for text in (prompt, chosen, rejected or ""):
         _check_encodable(text)
     return Preference(_row_id(row), prompt, chosen, rejected)
+
+
+def _scored_answer(
+    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, reward_range: tuple[float, float]
+) -> Preference:
+    fields = _fields(row)
+    if fields.get("rejected") is not None:
+        raise InputError("the row is a pair; scored answers are needed, rows of prompt, response, reward")
+    reward = _reward(fields, *reward_range)
+    if "guide_reward" in fields:
+        prompt, answer = _prompt_text(fields, form, tokenizer), _text(fields, "response")
+    else:
+        prompt, answer = _prompt_and_answer(fields, form, tokenizer)
+    if not answer.strip():
+        raise InputError("the answer is empty")
+    for text in (prompt, answer):
+        _check_encodable(text)
+    return Preference(_row_id(row), prompt, answer, None, reward, fields.get("finish_reason") != "length")
+
+
+def _reward(fields: dict[str, Any], least: float, most: float) -> float:
+    """The reward of a scored answer."""
+    name = next((name for name in _REWARD_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        raise _MissingColumn("reward is missing", fields)
+    value = fields[name]
+    if isinstance(value, list):
+        raise InputError(f"{name} is {len(value)} numbers; a scored answer has one, so decode with one reward model")
+    try:
+        reward = math.nan if isinstance(value, bool) else float(value)  # CSV files hold texts
+    except (TypeError, ValueError, OverflowError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise InputError(f"{name} is {value!r}: it must be a finite number")
+    if not least <= reward <= most:
+        raise InputError(f"{name} is {reward:g}: this objective needs rewards from {least:g} to {most:g}")
+    return reward
 
 
 def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> tuple[str, str]:

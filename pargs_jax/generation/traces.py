@@ -117,14 +117,14 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py writes them with the option trace"
+                        f"{path}: line {number} is not a trace ({error}); the option trace of decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: is not a file of traces ({error.reason}); decode.py writes them with the option trace"
+            f"{path}: is not a file of traces ({error.reason}); the option trace of decode.py writes them"
         ) from error
 
 

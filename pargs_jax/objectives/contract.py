@@ -71,15 +71,20 @@ class Loss:
         meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
         answers: how many answers of a row it reads: 2, a chosen and a rejected one, or 1.
+        reward_range: the least and the largest reward of an answer that it can learn from; None if it does not read
+            rewards. One that does reads scored answers (`answers = 1`), and batches have `rewards`.
+        has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
-        frozen: names of other models that it reads and does not train, such as a reference. The training program gives
-            each its parameters; the loss gets their outputs as keyword arguments of these names.
+        frozen: names of other models that it reads and does not train; the loss gets their outputs as keyword arguments
+            of these names. The training program gives one, `reference`: the model that training starts from.
     """
 
     name: ClassVar[str]
     meaning: ClassVar[str]
     head: ClassVar[str]
     answers: ClassVar[int] = 2
+    reward_range: ClassVar[tuple[float, float] | None] = None
+    has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
 
@@ -87,7 +92,8 @@ class Loss:
         """Raises InputError for options that do not go together, or with texts of at most so many tokens."""
 
     def chance(self, vocab_size: int) -> float:
-        """The loss of a model that tells nothing apart, which the option `loss_limit` is a multiple of."""
+        """The loss of a model that tells nothing apart, which the option `loss_limit` is a multiple of; infinite
+        where that depends on the data, so that there is no limit."""
         raise NotImplementedError
 
     def __call__(

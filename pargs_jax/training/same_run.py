@@ -45,13 +45,16 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """A digest of what training reads: all token ids, where texts begin and end, and the order of the rows."""
+    """A digest of what training reads: all token ids, where texts begin and end, rewards, and the order of
+    the rows."""
     total = hashlib.sha256()
     for example in examples:
         prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
         texts = [example.prompt, *example.answers, *prefixes]
         lengths = np.array([*example.prefix_counts, *map(len, texts)])
         total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
+        if example.rewards is not None:
+            total.update(np.asarray(example.rewards, "<f4").tobytes())
     return total.hexdigest()
 
 

@@ -232,3 +232,13 @@ def test_impossible_options_are_errors(options, reason):
         Batches(**{"examples": examples_of(2), "batch_size": 2, "max_length": 100, "seed": 0, **options})
     with pytest.raises(InputError, match="max_length: got 1"):
         tokenise([], LetterTokenizer(), 1)
+
+
+def test_scored_answers_keep_their_rewards_and_end_as_they_did():
+    rows = [Preference("1", "p", "abc", None, 0.25), Preference("2", "pq", "ab", None, -3.0, finished=False)]
+    examples, _ = tokenise(rows, LetterTokenizer(), max_length=16, answers=1)
+    assert [letters(example.answers[0]) for example in examples] == ["abc>", "ab"]
+    batches = Batches(examples, 2, 16, seed=0)
+    for batch in (batches.batch(0), next(batches.evaluation())):
+        assert dict(zip(batch.prompt_lengths.tolist(), batch.rewards[:, 0].tolist(), strict=True)) == {2: 0.25, 3: -3.0}
+    assert Batches(examples_of(4), 2, 100, seed=0).batch(0).rewards is None

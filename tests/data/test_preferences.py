@@ -386,3 +386,48 @@ def test_prompts_keep_their_turns_where_each_model_has_a_template_of_its_own(tmp
         load_prompts(path, get_form("chat"), Template())
     path.write_text(json.dumps({"prompt": "Why?"}) + "\n")
     assert [prompt.turns for prompt in load_prompts(path, get_form("hh"))] == [None]
+
+
+ANYTHING = (float("-inf"), float("inf"))
+SCORED = {"prompt": "Why?", "response": "Because.", "reward": -0.5}
+
+
+def load_scored(tmp_path, rows, reward_range=ANYTHING):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return load_preferences(path, HH, require_rejected=False, reward_range=reward_range)
+
+
+def test_scored_answers_are_rows_with_a_reward(tmp_path):
+    decoded = {"prompt": PROMPT, "response": "Because", "guide_reward": 2, "finish_reason": "length", "options": "ab"}
+    rows = load_scored(tmp_path, [SCORED, decoded, {**SCORED, "reward": "1e2"}]).rows
+    assert [(row.prompt, row.chosen, row.reward, row.finished) for row in rows] == [
+        (PROMPT, " Because.", -0.5, True),
+        (PROMPT, "Because", 2.0, False),  # as the language model wrote it
+        (PROMPT, " Because.", 100.0, True),
+    ]
+
+
+def test_answers_without_a_usable_reward_are_bad_rows(tmp_path):
+    bad = [
+        ({**SCORED, "reward": float("nan")}, "reward is nan: it must be a finite number"),
+        ({**SCORED, "reward": float("inf")}, "reward is inf: it must be a finite number"),
+        ({**SCORED, "reward": "good"}, "reward is 'good': it must be a finite number"),
+        ({**SCORED, "reward": True}, "reward is True: it must be"),
+        ({**SCORED, "reward": None}, "reward is missing"),
+        ({**SCORED, "reward": [1, 2]}, "reward is 2 numbers; a scored answer has one"),
+        ({**SCORED, "response": " "}, "the answer is empty"),
+        (ROW | {"reward": 1}, "the row is a pair; scored answers are needed"),
+    ]
+    loaded = load_scored(tmp_path, [SCORED, *(row for row, _ in bad)])
+    assert len(loaded.rows) == 1
+    for row, (_, reason) in zip(loaded.bad_rows, bad, strict=True):
+        assert reason in row.reason
+    with pytest.raises(InputError, match=r"line 1: reward is -0.5: this objective needs rewards from 0 to 1"):
+        load_scored(tmp_path, [SCORED], (0.0, 1.0))
+
+
+def test_the_wrong_kind_of_rows_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="line 1: the row is a pair; scored answers are needed, rows of prompt, resp"):
+        load_scored(tmp_path, [ROW])
+    with pytest.raises(InputError, match="line 1: the row is a scored answer; pairs are needed, rows of prompt, chos"):
+        load_preferences(write_jsonl(tmp_path / "rows.jsonl", [SCORED]), HH)

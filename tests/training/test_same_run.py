@@ -117,6 +117,8 @@ def test_all_that_training_reads_counts():
         [example([1, 2], [3], [4, 6]), example([1, 2], [3], [4, 5])],
         [example([1, 2], [3], [4, 5], prefixes=[[[3]], [[4], [4, 5]]])],
         [example([1, 2], [3], [4, 5], prefixes=[[[3], [4]], [[4, 5]]])],
+        [dataclasses.replace(example([1, 2], [3]), rewards=(0.5,))],
+        [dataclasses.replace(example([1, 2], [3]), rewards=(0.25,))],
     ]
     assert len({digest_of(some) for some in rows}) == len(rows)
     assert digest_of(rows[1]) == digest_of([example([1, 2], [3], [4, 5])])
