@@ -232,7 +232,7 @@ def _preference(
     fields = _fields(row)
     rejected = None
     if require_rejected and "chosen" not in fields and fields.keys() & set(_REWARD_FIELDS):
-        raise InputError("the row is a scored answer; pairs are needed, rows of prompt, chosen, rejected")
+        raise InputError("the row is a scored answer, must be a pair: prompt, chosen, rejected")
     if not require_rejected:
         prompt, chosen = _prompt_and_answer(fields, form, tokenizer)
     elif fields.get("prompt") is None:
@@ -258,7 +258,7 @@ def _scored_answer(
 ) -> Preference:
     fields = _fields(row)
     if fields.get("rejected") is not None:
-        raise InputError("the row is a pair; scored answers are needed, rows of prompt, response, reward")
+        raise InputError("the row is a pair, must be a scored answer: prompt, response, reward")
     reward = _reward(fields, *reward_range)
     if "guide_reward" in fields:
         prompt, answer = _prompt_text(fields, form, tokenizer), _text(fields, "response")
@@ -284,9 +284,9 @@ def _reward(fields: dict[str, Any], least: float, most: float) -> float:
     except (TypeError, ValueError, OverflowError):
         reward = math.nan
     if not math.isfinite(reward):
-        raise InputError(f"{name} is {value!r}: it must be a finite number")
+        raise InputError(f"{name} is {value!r}, must be a finite number")
     if not least <= reward <= most:
-        raise InputError(f"{name} is {reward:g}: this objective needs rewards from {least:g} to {most:g}")
+        raise InputError(f"{name} is {reward:g}, must be from {least:g} to {most:g} for this objective")
     return reward
 
 

@@ -124,7 +124,7 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: is not a file of traces ({error.reason}); decode.py writes such files with the option trace"
+            f"{path}: is not a file of traces ({error.reason}); the option trace of decode.py writes them"
         ) from error
 
 

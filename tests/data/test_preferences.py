@@ -409,25 +409,29 @@ def test_scored_answers_are_rows_with_a_reward(tmp_path):
 
 def test_answers_without_a_usable_reward_are_bad_rows(tmp_path):
     bad = [
-        ({**SCORED, "reward": float("nan")}, "reward is nan: it must be a finite number"),
-        ({**SCORED, "reward": float("inf")}, "reward is inf: it must be a finite number"),
-        ({**SCORED, "reward": "good"}, "reward is 'good': it must be a finite number"),
+        ({**SCORED, "reward": float("nan")}, "reward is nan, must be a finite number"),
+        ({**SCORED, "reward": float("inf")}, "reward is inf, must be a finite number"),
+        ({**SCORED, "reward": "good"}, "reward is 'good', must be a finite number"),
         ({**SCORED, "reward": True}, "reward is True: it must be"),
         ({**SCORED, "reward": None}, "reward is missing"),
         ({**SCORED, "reward": [1, 2]}, "reward is 2 numbers; a scored answer has one"),
         ({**SCORED, "response": " "}, "the answer is empty"),
-        (ROW | {"reward": 1}, "the row is a pair; scored answers are needed"),
+        (ROW | {"reward": 1}, "the row is a pair, must be a scored answer"),
     ]
     loaded = load_scored(tmp_path, [SCORED, *(row for row, _ in bad)])
     assert len(loaded.rows) == 1
     for row, (_, reason) in zip(loaded.bad_rows, bad, strict=True):
         assert reason in row.reason
-    with pytest.raises(InputError, match=r"line 1: reward is -0.5: this objective needs rewards from 0 to 1"):
+    with pytest.raises(InputError, match=r"line 1: reward is -0.5, must be from 0 to 1"):
         load_scored(tmp_path, [SCORED], (0.0, 1.0))
 
 
 def test_the_wrong_kind_of_rows_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="line 1: the row is a pair; scored answers are needed, rows of prompt, resp"):
+    with pytest.raises(
+        InputError, match="line 1: the row is a pair, must be a scored answer: prompt, response, reward"
+    ):
         load_scored(tmp_path, [ROW])
-    with pytest.raises(InputError, match="line 1: the row is a scored answer; pairs are needed, rows of prompt, chos"):
+    with pytest.raises(
+        InputError, match="line 1: the row is a scored answer, must be a pair: prompt, chosen, rejected"
+    ):
         load_preferences(write_jsonl(tmp_path / "rows.jsonl", [SCORED]), HH)

@@ -309,7 +309,7 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert "another run is writing there" in refused(lambda: resumed(config))
+        assert "another run is writing to it" in refused(lambda: resumed(config))
         process.terminate()
         printed, errors = process.communicate(timeout=60)
     acknowledged = "stopping after this step; send SIGTERM again to stop at once\n"

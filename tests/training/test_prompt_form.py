@@ -79,7 +79,7 @@ def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
         resumed = settings("third", init=first.out, format=form, steps=2, resume=True)
         assert "format: plain" in train(resumed)[0]
         assert saved_form(resumed) == "plain"
-    with pytest.raises(InputError, match=r'has --data.format "plain", this one "hh"'):
+    with pytest.raises(InputError, match=r'has --data.format "plain", but this one has "hh"'):
         command.train(settings("third", init=first.out, format="hh", resume=True))
 
 

@@ -291,9 +291,9 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 1}, ["--seed 0", "this one 1"]),
-        ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one 0.001"]),
-        ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one "bt"']),
+        ({"seed": 1}, ["--seed 0", "this one has 1"]),
+        ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one has 0.001"]),
+        ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one has "bt"']),
     ],
 )
 def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
