@@ -127,7 +127,7 @@ def copy_rows(tree: Any, sources: Int[Array, "B n"]) -> Any:
     def copy_one(step: Int[Array, ""], tree: Any) -> Any:
         place = places[:, step]
         source = jnp.take_along_axis(sources, place[:, None], axis=1)[:, 0]
-        place = jnp.where(step < is_copy.sum(axis=1), place, source)  # a group with nothing left copies a row onto itself
+        place = jnp.where(step < is_copy.sum(axis=1), place, source)  # nothing left to copy: onto itself
         return _map_rows(lambda x, axis: _copy_row(x, axis, source, place), tree)
 
     return jax.lax.fori_loop(0, is_copy.sum(axis=1).max(), copy_one, tree)

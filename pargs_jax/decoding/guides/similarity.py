@@ -1,4 +1,4 @@
-"""How much a candidate repeats what the language model has read, for contrastive search."""
+"""For contrastive search: how similar a candidate is to the tokens that the language model has read."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -13,11 +13,11 @@ from pargs_jax.models.model import Params
 
 
 class SimilarityState(NamedTuple):
-    """The model has read each text, prompt included."""
+    """The model's cache and hidden states; it has read each text, prompt included."""
 
     cache: Cache
     directions: Float[Array, "B S D"]
-    """The model's final hidden states at unit length; those of real tokens are at their slots in the cache."""
+    """The model's final hidden states at unit length; slot s of a row holds that of the token at position s."""
 
 
 class _Pending(NamedTuple):
@@ -27,10 +27,10 @@ class _Pending(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SimilarityGuide:
-    """The degeneration penalty of contrastive search (Su et al., 2022): minus the largest cosine of the hidden states
-    of a candidate and of any token before it, prompt included.
+    """The degeneration penalty of contrastive search (Su et al., 2022): minus the largest cosine between the hidden
+    states of a candidate and of any token before it, prompt included.
 
-    `model` is the language model, with its own params. It reads each text a second time, into another cache.
+    `model` is the language model, with its params passed again. It reads each text a second time, into another cache.
     """
 
     model: CausalModel
@@ -56,7 +56,7 @@ class SimilarityGuide:
 
     def commit(self, params: Params, state: SimilarityState, pending: _Pending, chosen: Chosen) -> SimilarityState:
         rows = jnp.arange(len(chosen.token))
-        # A row that is done writes nowhere.
+        # A finished row writes nowhere.
         at = jnp.where(chosen.live, state.cache.lengths, state.cache.slots)
         directions = state.directions.at[rows, at].set(pending.directions[rows, chosen.index], mode="drop")
         return SimilarityState(self.model.keep(state.cache, pending.kept, chosen.live, chosen.index), directions)
