@@ -294,7 +294,7 @@ class Decoder:
 
 
 def row_keys(seed: int, prompt_ids: Int[Array, "B"]) -> PRNGKeyArray:
-    """One key per row, from the seed and the prompt's number only, so that an answer does not depend on its batch."""
+    """One key per row, from the seed and the prompt's id only, so that an answer does not depend on its batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_ids)
 
 

@@ -96,10 +96,10 @@ class RetokenisedGuide:
     beginning that several candidates share is read once.
 
     Attributes:
-    model: the reward model.
-    retokeniser: turns the language model's tokens into this model's.
-    answer_width: the most tokens of an answer with a candidate, in the reward model's tokens. Longer texts are cut, and
-        the state's `needed` reports it.
+        model: the reward model.
+        retokeniser: turns the language model's tokens into this model's.
+        answer_width: the most tokens of an answer with a candidate, in the reward model's tokens. Longer texts are cut,
+            and the state's `needed` reports it.
     """
 
     model: CausalModel | PrefixCausalModel

@@ -1,4 +1,4 @@
-"""Search over chunks: several continuations of each beam, of which the best are kept."""
+"""Search over chunks: draws several continuations of each beam and keeps the best."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -30,9 +30,9 @@ from pargs_jax.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class ChunkBeam:
     """Chunk-level beam search (weak-to-strong search; Zhou et al., 2024, Algorithm 1). Each of W beams draws K
-    continuations of L tokens, and the W best of the W K texts are kept, by their scores so far. Finished texts compete,
-    once each, and the search ends when the W best are finished. With W = 1 this is blockwise best-of-K (controlled
-    decoding; Mudgal et al., 2024, Section 3).
+    continuations of L tokens. Of the W K texts, the W with the best scores so far are kept. A finished text competes
+    once, and the search ends when the W best are finished. With W = 1 this is blockwise best-of-K (controlled decoding;
+    Mudgal et al., 2024, Section 3).
 
     Attributes:
         beams: W.
@@ -60,7 +60,7 @@ class ChunkBeam:
 
         def extend(carry: _Carry) -> _Carry:
             rows = branch(carry.rows, carry.counts)
-            # Copies of a finished text: they would crowd out others.
+            # Copies of a finished text would take the places of other texts.
             is_twin = (carry.counts == 0) & of_prompts(rows.decode.done, batch)
             rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
@@ -82,7 +82,7 @@ class ChunkBeam:
 
 
 class _Carry(NamedTuple):
-    """Rows and tokens, how many copies of each row the next chunk begins with, and the best row with its score."""
+    """Rows and tokens, the number of copies of each row in the next chunk, and the best row with its score."""
 
     rows: Rows
     tokens: Tokens
