@@ -1,4 +1,4 @@
-"""Answers as JSONL, and going on with a file that an earlier run left."""
+"""Writes answers as JSONL, and continues a file that an earlier run left."""
 
 import dataclasses
 import hashlib
@@ -23,25 +23,25 @@ def answer_row(answer: Answer) -> dict[str, Any]:
     row = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if field.name != "trace"}
     row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
     if row["log_z"] is None:
-        del row["log_z"]  # particles alone have it
+        del row["log_z"]  # only particles have it
     return row
 
 
 class AnswersFile:
-    """Appends answers to a JSONL file, each batch as soon as it is done; no other process may at the same time.
+    """Appends answers to a JSONL file, batch by batch. Only one process may do so at a time.
 
-    Beside `F.jsonl` lies `F.jsonl.config.yaml`: a second run goes on after the rows that are there if its options are
-    the same, and is refused if not. Every row has a digest of the options that it was made with, and its prompt: the
-    same id with another prompt is refused too. A last line that was cut off is dropped and answered again.
+    Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
+    with other options it is refused. Every row has a digest of its options, and its prompt: the same id with another
+    prompt is refused too. A truncated last line is dropped and answered again.
 
-    With the config's `trace`, the answers' traces go into that file (`TracesFile`).
+    With the config's `trace`, the answers' traces are written to that file (`TracesFile`).
     """
 
     def __init__(self, path: Path, config: DecodeConfig) -> None:
-        """Opens the file, or makes it.
+        """Opens the file, or creates it.
 
         Raises:
-            InputError: it cannot be written, belongs to something else, or another process is writing it.
+            InputError: if it cannot be written, belongs to something else, or another process is writing it.
         """
         self._path = path
         self._options = options_digest(config)
@@ -72,8 +72,8 @@ class AnswersFile:
         self._close()
 
     def answered(self, prompts: Sequence[Prompt], n: int = 1) -> list[list[bool]]:
-        """Which of the n samples of each prompt have a row. Raises InputError if a row of a prompt's id answers another
-        prompt."""
+        """Which of the n samples of each prompt have a row. Raises InputError if a row with a prompt's id answers
+        another prompt."""
         for prompt in prompts:
             for sample in range(n):
                 if self._done.get((prompt.id, sample), digest := _digest(prompt.text)) != digest:
@@ -84,7 +84,7 @@ class AnswersFile:
         return [[(prompt.id, sample) in self._done for sample in range(n)] for prompt in prompts]
 
     def write(self, answers: Sequence[Answer]) -> None:
-        """Appends rows, those of the traces first. Raises InputError if the disk does not take them all."""
+        """Appends rows; the traces' rows first. Raises InputError if they cannot be written completely."""
         if self._traces is not None:
             self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
@@ -98,7 +98,7 @@ class AnswersFile:
             self._traces.close()
 
     def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
-        """That of the run that made the file; None where there is nothing to go on with."""
+        """The config of the run that made the file; None if there is nothing to continue."""
         has_rows = self._path.stat().st_size > 0
         if not self._settings.exists():
             if has_rows:
@@ -110,7 +110,7 @@ class AnswersFile:
         return from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
 
     def _read_done(self, config: DecodeConfig, before: DecodeConfig | None) -> dict[tuple[str, int], bytes]:
-        """The digest of each answered prompt, by its id and the answer's sample."""
+        """The digest of each answered prompt, by the prompt's id and the answer's sample."""
         content = self._path.read_bytes()
         if not content:
             return {}
@@ -148,7 +148,7 @@ class AnswersFile:
 
 
 def options_digest(config: DecodeConfig) -> str:
-    """A short digest of the options that decide what an answer is."""
+    """A short digest of the options that determine the answers."""
     return _digest(json.dumps(deciding_values(config), sort_keys=True)).hex()
 
 
