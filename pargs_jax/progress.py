@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, and lines in a log, such as that of a batch job."""
+"""Shows a command's progress: a bar on a terminal, and lines in a log, such as that of a batch job."""
 
 import time
 from datetime import timedelta
@@ -11,7 +11,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ShownProgress:
-    """Progress through `total` steps or rows, shown while this is entered."""
+    """Progress through `total` steps or rows, shown inside a `with` block."""
 
     def __init__(self, console: Console, name: str, total: int, done: int = 0, *, transient: bool = False) -> None:
         """Starts at `done`. A `transient` bar is removed at the end."""
@@ -38,7 +38,7 @@ class ShownProgress:
         self._bar.stop()
 
     def update(self, done: int, note: str) -> None:
-        """Shows how many are done, and how it goes."""
+        """Shows how many are done, with a note beside it."""
         self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
         if self._has_bar or (now < self._next_line and done < self._total):
