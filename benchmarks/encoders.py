@@ -20,7 +20,7 @@ tokens:
 
 Training, on every prefix of both answers of each pair, the gradient alone:
 
-- chunked: `EncoderModel.read`, as `partial_bt` uses it: texts grouped by length, one chunk's memory.
+- chunked: `EncoderModel.read_answers`, as `partial_bt` uses it: texts grouped by length, one chunk's memory.
 - plain batch: all prefixes as rows of one padded batch.
 - prefix_causal: one pass.
 """
@@ -239,7 +239,7 @@ def train_rows(args: argparse.Namespace, config: DebertaConfig) -> list[dict[str
     def loss(params: Params, *, kind: str) -> jax.Array:
         prefixes = choose_prefixes(batch.answer_lengths, args.answer)
         model = causal if kind == "prefix_causal" else encoder
-        outputs = model.read(params, batch, closing_id=2, chunk=CHUNK if kind == "chunked" else args.answer)
+        outputs = model.read_answers(params, batch, closing_id=2, chunk=CHUNK if kind == "chunked" else args.answer)
         pairs = outputs.rewards_at(prefixes.lengths, descending=kind == "chunked")
         return prefix_loss(pairs, prefixes, batch.weights)
 

@@ -24,7 +24,7 @@ is pure, and the big ones are jitted already:
 
 The losses are functions of arrays. With a reward model's rewards of every prefix, `Float[B 2 R]`, chosen first:
 
-    outputs = rm.model.read(rm.params, batch)                # one causal pass over both answers
+    outputs = rm.model.read_answers(rm.params, batch)        # one causal pass over both answers
     rewards = outputs.rewards()
     loss, metrics = pj.partial_bradley_terry(rewards, batch.answer_lengths)
 

@@ -70,7 +70,7 @@ class ModelConfig:
         "before them and one pass reads all prefixes",
         unset="as the checkpoint says",
     )
-    dropout: float = option(0.0, "share of activations dropped in training", at_least=0, below=1)
+    dropout: float = option(0.0, "share of activations that training drops", at_least=0, below=1)
     remat: Literal["none", "products", "layers"] = option(
         "none",
         "what layers keep for the backward pass, which computes the rest again: all (none), products with weights, or "
@@ -96,7 +96,7 @@ class DataConfig:
         may_change=True,
     )
     columns: tuple[str, ...] = option(
-        (), "columns that the files call otherwise, such as prompt=question chosen=best", metavar="NAME=COLUMN"
+        (), "names that the files give their columns, such as prompt=question chosen=best", metavar="NAME=COLUMN"
     )
     format: PromptFormName | None = option(
         None,
@@ -105,7 +105,7 @@ class DataConfig:
     )
     prefix_tokenizer: str | None = option(
         None,
-        "language model at whose tokens the prefixes of answers end, as they will in decoding; for models with full "
+        "language model whose tokens the prefixes of answers end at, as they will in decoding; for models with full "
         "attention",
         unset="they end at the reward model's own tokens",
         metavar="PATH_OR_HUB_ID",
@@ -194,7 +194,7 @@ class LoraConfig:
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
         ".*",
-        "regular expression for the names of the layers that are adapted, such as 'query|value'",
+        "regular expression for the names of the layers to adapt, such as 'query|value'",
         metavar="REGEX",
     )
 
@@ -290,14 +290,14 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1, may_change=True)
     epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(8, "pairs an optimizer step", at_least=1)
+    batch_size: int = option(8, "pairs in each optimizer step", at_least=1)
     max_length: int = option(128, "tokens of prompt and answer together; longer ones are cut", at_least=2)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
     keep: int = option(2, "newest checkpoints kept", at_least=1, may_change=True)
     keep_best: int = option(
         1,
-        "checkpoints kept besides, of the best evaluations; a step whose evaluation is among them is saved; 0: none",
+        "checkpoints of the best evaluations kept too; a step whose evaluation is among them is saved; 0: none",
         at_least=0,
         may_change=True,
     )
@@ -309,7 +309,7 @@ class TrainConfig:
     log_every: int = option(10, "steps between lines of metrics", at_least=1, may_change=True)
     loss_limit: float = option(
         10.0,
-        "the run ends at a step whose loss is over so many times the first's, or chance's if that is more; 0: never",
+        "end the run when a loss is over so many times the first step's, or that of chance if it is larger; 0: never",
         at_least=0,
         may_change=True,
     )
@@ -370,7 +370,7 @@ class DecodeConfig:
     )
     columns: tuple[str, ...] = option(
         (),
-        "columns that --prompts calls otherwise, such as prompt=question",
+        "names that --prompts gives its columns, such as prompt=question",
         metavar="NAME=COLUMN",
         may_change=True,
     )

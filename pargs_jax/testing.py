@@ -67,7 +67,7 @@ def random_params(model: Model, seed: int = 0, std: float = 0.1) -> Params:
 
 
 def tiny_tokenizer() -> TextTokenizer:
-    """The demo task's tokenizer: 512 pieces, byte fallback, BOS 1, EOS 2."""
+    """The demo task's tokenizer: a few hundred pieces, byte fallback, BOS 1, EOS 2."""
     return TextTokenizer.load(demo.DEMO_LM)
 
 

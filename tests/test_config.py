@@ -148,6 +148,10 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
     ("argv", "expected"),
     [
         ("--prompt a --prompts b", "--prompt and --prompts: got both, must be one of them"),
+        (
+            "--rm a b --weight 1 2 3",
+            "--weight: got 3 weights for 2 reward models (--rm), must be one for all or one for each",
+        ),
         ("--search.chunk 3", "--search.chunk: needs --method NAME, one that searches"),
         ("--weight 1 x", '--weight: got [1.0, "x"], must be a finite number, one or several'),
         ("--temperature 0", "--temperature: got 0.0, must be a finite number, above 0, or null"),

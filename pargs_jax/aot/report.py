@@ -139,7 +139,7 @@ class Report:
         """Lines that say by how much the program does not fit, what takes the memory, and what to try; none if it fits.
 
         Args:
-        options: changes that the caller can make, the most helpful first, as whole phrases.
+            options: changes that the caller can make, the most helpful first, as whole phrases.
         """
         if self.fits:
             return []

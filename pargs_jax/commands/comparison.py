@@ -18,9 +18,10 @@ from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
 from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
-from pargs_jax.evaluation.statistics import Estimate, best_of_n_kl, best_of_n_means
+from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
 from pargs_jax.generation.session import Answer, Session, Settings
 from pargs_jax.processes import on_first
@@ -129,16 +130,12 @@ class _Comparison:
         """The best of n samples by the partial reward model, for n up to `BEST_OF`: KL by its formula."""
         settings = dataclasses.replace(self._settings("top_k", None), n=BEST_OF)
         found = self._decode("top_k", settings, self.prompts[:CURVE_PROMPTS])
-        by_prompt: dict[str, list[Answer]] = {}
+        by_prompt: dict[str, list[tuple[float, float]]] = {}
         for answer in found:
-            by_prompt.setdefault(answer.id, []).append(answer)
-        sizes = [n for n in (1, 2, 4, BEST_OF) if n <= BEST_OF]
-        means = np.array([
-            best_of_n_means([sum(a.guide_rewards) for a in group], list(map(_true_reward, group)), sizes)
-            for group in by_prompt.values()
-        ])  # fmt: skip
+            by_prompt.setdefault(answer.id, []).append((sum(answer.guide_rewards), _true_reward(answer)))
+        means = np.array([best_of_n_curve(*np.array(pairs).T) for pairs in by_prompt.values()])
         start = float(np.mean([answer.kl for answer in found]))
-        points = [(start + best_of_n_kl(n), Estimate.of(means[:, i]), f"{n}") for i, n in enumerate(sizes)]
+        points = [(start + best_of_n_kl(n), Estimate.of(means[:, n - 1]), f"{n}") for n in (1, 2, 4, BEST_OF)]
         return Curve("best of n", points)
 
     def _settings(self, name: str, weight: float | None) -> Settings:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
 from pargs_jax.durable_files import write_failures_named, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.report import Metric, Report
-from pargs_jax.evaluation.statistics import RESAMPLES, best_of_n_kl, best_of_n_means
+from pargs_jax.evaluation.statistics import RESAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,8 +197,6 @@ def _frontier(report: Report, judge: Metric) -> tuple["Figure", str]:
 
 def _best_of_n(axis: "Axes", report: Report, judge: Metric, kl: Metric) -> int:
     """Draws best-of-n for systems with several samples a prompt and a reward for each; returns how many."""
-    import numpy as np
-
     drawn = 0
     for system in report.systems:
         found, start = _best_of_n_curve(report, judge, system.name), report.estimate(kl, system.name)
@@ -226,7 +227,8 @@ def _best_of_n_curve(report: Report, judge: Metric, name: str) -> tuple[list[int
     if fewest < 2 or len(samples) < len(system.by_prompt):
         return None
     sizes = [n for n in (2**i for i in range(RESAMPLES.bit_length())) if n <= fewest]
-    return sizes, [best_of_n_means(*zip(*found, strict=True), sizes) for found in samples.values()]
+    curves = [best_of_n_curve(*np.array(found).T) for found in samples.values()]
+    return sizes, [curve[np.array(sizes) - 1] for curve in curves]
 
 
 def _reward_models(report: Report) -> "Figure":

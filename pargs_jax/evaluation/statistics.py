@@ -248,26 +248,6 @@ def calibration_error(
     return np.abs(np.add.reduceat(excess, starts, axis=-1)).sum(axis=-1) / count
 
 
-def best_of_n_kl(n: int) -> float:
-    """`log n - (n - 1) / n`: the most that the best of n samples is from the language model, in nats, and nearly what
-    it is where no single answer is likely (Beirami et al., 2024, arXiv:2401.01879)."""
-    return float(np.log(n) - (n - 1) / n)
-
-
-def best_of_n_means(proxies: Sequence[float], values: Sequence[float], sizes: Sequence[int]) -> Float[np.ndarray, "S"]:
-    """The expected value of the best of n samples by a proxy, for each n of `sizes`, from at least that many samples.
-
-    With the samples sorted by the proxy, rank i of N is the best of n with probability C(i-1, n-1) / C(N, n); no
-    randomness is drawn. Samples with equal proxies share their values.
-    """
-    proxies, values = np.asarray(proxies, float), np.asarray(values, float)
-    inverse = np.unique(proxies, return_inverse=True)[1]
-    shared = (np.bincount(inverse, weights=values) / np.bincount(inverse))[inverse]
-    ordered = shared[np.argsort(proxies, kind="stable")]
-    ranks, total = np.arange(1, len(values) + 1), len(values)
-    return np.array([(special.comb(ranks - 1, n - 1) / special.comb(total, n) * ordered).sum() for n in sizes])
-
-
 def _percentiles(values: Sequence[float] | np.ndarray) -> Interval:
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]

@@ -64,7 +64,7 @@ class Settings:
             self.method.make_search(dict(self.search))
             if self.trace is not None:
                 raise InputError(
-                    f"trace: is not for {self.method.source}, which draws more than it answers; leave it out"
+                    f"trace and explain: are not for {self.method.source}, a search: it draws more than it answers"
                 )
         if self.n > 1 and not self.samples:
             raise InputError(

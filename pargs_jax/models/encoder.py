@@ -101,7 +101,7 @@ class EncoderModel(Model):
         texts = jnp.where(jnp.arange(texts.shape[1]) == end[:, None], closing_id, texts)
         return self.text_rewards(params, texts, width - prompt_lengths, end + ~is_closed, key, prompt_width=width)
 
-    def read(
+    def read_answers(
         self,
         params: Params,
         batch: PromptsWithAnswers,

@@ -51,7 +51,7 @@ class AnyRewardModel(Protocol):
 
     def abstract_params(self) -> Params: ...
 
-    def read(
+    def read_answers(
         self,
         params: Params,
         batch: PromptsWithAnswers,

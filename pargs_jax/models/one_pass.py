@@ -57,7 +57,7 @@ class OnePass:
     rewards: Any
     logits: Any
 
-    def read(
+    def read_answers(
         self,
         params: Params,
         batch: PromptsWithAnswers,

@@ -140,7 +140,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._diverged(number, f"the loss is {loss:g} and the gradient norm {norm:g}")
         if loss > self._largest_loss:
-            limit = f"no step's may be over {self._largest_loss:g} (--loss-limit)"
+            limit = f"no step's may be over {self._largest_loss:g} (loss_limit)"
             raise self._diverged(number, f"the loss is {loss:g}, and {limit}")
 
     def _evaluate(self, number: int) -> dict[str, float]:
@@ -169,14 +169,14 @@ class Trainer:
 
     def _say_stopped(self, number: int) -> None:
         self.console.print(
-            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; go on with --resume",
+            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to go on",
             highlight=False,
         )
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
             f"step {step}: {what}; {self.checkpoints.kept}; "
-            "a lower --optim.lr or --optim.clip, or a longer --optim.warmup may help"
+            "a lower optim.lr or optim.clip, or a longer optim.warmup may help"
         )
 
 

@@ -41,8 +41,8 @@ class Objective:
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
-        frozen = {name: model.read(params.pop(name), batch, **options) for name, model in self.frozen}
-        outputs = self.model.read(params, batch, dropout_key, **options)
+        frozen = {name: model.read_answers(params.pop(name), batch, **options) for name, model in self.frozen}
+        outputs = self.model.read_answers(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
         return loss, (metrics, weight)
 

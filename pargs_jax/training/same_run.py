@@ -33,12 +33,12 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
         if digest != now["digest"]:
             raise InputError(
                 f"{source}: its rows, as tokens, are not those that the run in {folder} began with ({rows} then, "
-                f"{now['rows']} now); resume with the data and the tokenizer of then, or give another --out"
+                f"{now['rows']} now); resume with the data and the tokenizer of then, or use another output folder"
             )
         return
     if resumes:
         warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
-    with write_failures_named(path, "give another --out"):
+    with write_failures_named(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
 
@@ -62,7 +62,7 @@ def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: in
     rest = np.linspace(step, now - 1, 1000).astype(int)
     if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
         warn(
-            f"--steps, --epochs: the run was to have {before} steps and now has {now}, which changes its "
+            f"steps, epochs: the run was to have {before} steps and now has {now}, which changes its "
             f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(becomes(step)):.3g}, and was "
             f"to be {float(was(step)):.3g}"
         )

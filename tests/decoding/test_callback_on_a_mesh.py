@@ -24,7 +24,7 @@ class Noted(Retokeniser):
         return super().candidates(prompts, *rest)
 
 
-model, params = tiny_model("llama", "reward", vocab_size=512)
+model, params = tiny_model("llama", "reward", vocab_size=tiny_tokenizer().vocab_size)
 guide = RetokenisedGuide(model, Noted(tokenizer, tokenizer), 32)
 texts = ["Hi", "My lamp broke.", "", "Thank you.", "a b c", "It is late", "No", "Yes, Eva"]
 ids = [tokenizer.encode_prompt(text) for text in texts]
@@ -32,7 +32,7 @@ prompts = np.zeros((8, 16), np.int32)
 for row, prompt in enumerate(ids):
     prompts[row, 16 - len(prompt):] = prompt
 lengths = np.array(list(map(len, ids)), np.int32)
-candidates = np.random.default_rng(0).integers(3, 512, (8, 3)).astype(np.int32)
+candidates = np.random.default_rng(0).integers(3, tokenizer.vocab_size, (8, 3)).astype(np.int32)
 choice = np.zeros(8, np.int32)
 
 

@@ -49,9 +49,9 @@ class OnlyWords:
 @lru_cache
 def parts(kind):
     """A decoder with one guide of this kind, its parameters, and whether the guide goes by the text."""
-    lm, lm_params = unstack_layers(*tiny_model("llama", vocab_size=512))
+    lm, lm_params = unstack_layers(*tiny_model("llama", vocab_size=tokenizer().vocab_size))
     text_of = Retokeniser(tokenizer(), tokenizer())
-    config = dataclasses.replace(TINY_DEBERTA, vocab_size=512)
+    config = dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer().vocab_size)
     if kind == "encoder":
         rm = EncoderModel(config)
         guide = EncoderGuide(rm, text_of, 80, tokenizer().eos_id, finest=2)
@@ -59,7 +59,7 @@ def parts(kind):
         rm = PrefixCausalModel(dataclasses.replace(config, attention="prefix_causal"))
         guide = RetokenisedGuide(rm, text_of, 80)
     else:
-        rm = tiny_model("gpt2", "reward", vocab_size=512)[0]
+        rm = tiny_model("gpt2", "reward", vocab_size=tokenizer().vocab_size)[0]
         guide = RetokenisedGuide(rm, text_of, 80) if kind == "retokenised" else CausalGuide(rm)
     rm_params = random_params(rm, seed=1)
     if kind == "causal":

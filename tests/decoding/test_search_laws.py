@@ -15,7 +15,7 @@ from pargs_jax.decoding.guides import CausalGuide
 from pargs_jax.decoding.loop import Decoder, row_keys
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.search import BestOfN, Cards, Searcher, SearchInputs, TwistedSmc, best_of_n_curve, search
-from pargs_jax.decoding.search.rows import best_of_n_kl
+from pargs_jax.decoding.search.order_statistics import best_of_n_kl
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.testing import tiny_model

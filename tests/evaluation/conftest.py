@@ -18,7 +18,7 @@ def save_tiny(tmp_path_factory):
 
     def save(head, *, seed=0):
         folder = tmp_path_factory.mktemp(head)
-        model, params = tiny_model("llama", head, seed=seed, vocab_size=512)
+        model, params = tiny_model("llama", head, seed=seed, vocab_size=tiny_tokenizer().vocab_size)
         save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
         tiny_tokenizer().save(folder)
         return str(folder)

@@ -71,8 +71,8 @@ def naive_rewards(model, example_pairs):
 
 def scoring_encoder():
     config = DebertaConfig(
-        vocab_size=512, context_length=128, width=32, layers=1, heads=4, feedforward=48, position_buckets=8,
-        max_relative_positions=24,
+        vocab_size=tiny_tokenizer().vocab_size, context_length=128, width=32, layers=1, heads=4, feedforward=48,
+        position_buckets=8, max_relative_positions=24,
     )  # fmt: skip
     model = EncoderModel(config)
     return ScoringModel("tiny", model, random_params(model), tiny_tokenizer(), batch_size=8)

@@ -1,7 +1,6 @@
 """Statistics, against scipy and against a bootstrap on the same numbers."""
 
 import math
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ from scipy import optimize, special, stats
 
 from pargs_jax.evaluation.statistics import (
     Estimate,
-    best_of_n_kl,
-    best_of_n_means,
     bootstrap,
     calibration_error,
     clustered_rate,
@@ -143,16 +140,3 @@ def test_calibration_is_the_tables_weighted_gap():
     assert expected == pytest.approx(0.2, abs=0.08)
     assert sum(row.count for row in table) == 205 and len(table) == 10
     assert calibration_error(np.array([0.9, 0.6]), np.array([1.0, 0.0])) == pytest.approx((0.1 + 0.6) / 2)
-
-
-def test_best_of_n_is_the_mean_over_all_subsets():
-    proxies, values = RNG.integers(0, 5, 7).astype(float), RNG.normal(size=7)
-    distinct = RNG.permutation(7).astype(float)
-    best = [values[max(chosen, key=lambda i: distinct[i])] for chosen in combinations(range(7), 3)]
-    assert best_of_n_means(distinct, values, [3, 1, 7]) == pytest.approx(
-        [np.mean(best), values.mean(), values[np.argmax(distinct)]]
-    )
-    # Equal proxies share their values, whatever their order.
-    order = RNG.permutation(7)
-    assert best_of_n_means(proxies, values, [2]) == pytest.approx(best_of_n_means(proxies[order], values[order], [2]))
-    assert best_of_n_kl(1) == 0 and best_of_n_kl(4) == pytest.approx(0.636, abs=1e-3)

@@ -10,8 +10,9 @@ from pargs_jax.testing import tiny_model, tiny_tokenizer
 def save_tiny(tmp_path_factory):
     """Saves a random model with the demo's tokenizer and returns its folder."""
 
-    def save(head, *, family="llama", seed=0, vocab_size=512):
+    def save(head, *, family="llama", seed=0, vocab_size=None):
         folder = tmp_path_factory.mktemp(head)
+        vocab_size = vocab_size or tiny_tokenizer().vocab_size
         model, params = tiny_model(family, head, seed=seed, vocab_size=vocab_size)
         save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
         tiny_tokenizer().save(folder)

@@ -56,7 +56,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
         "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
-        "sample", "options", "lm_tokens", "rm_tokens",
+        "sample", "options", "lm_tokens", "rm_tokens", "kl_is",
     }  # fmt: skip
 
     # Killed in the middle of writing the fourth row.
@@ -184,7 +184,7 @@ def test_a_real_model_tells_its_story(decode):
         (["--prompts", "{tmp}/malformed.jsonl"], "malformed.jsonl"),
         (["--prompts", "{tmp}/empty.jsonl"], "empty.jsonl"),
         (["--max-new-tokens", "60"], "more than the language model's context of 64 tokens"),
-        (["--k", "513"], "k is 513"),
+        (["--k", "9999"], "k is 9999"),
         (["--rm", "{lm}"], "no reward head"),
         (["--rm", "{tmp}"], "no config.json"),
         (["--lm", "{tmp}/strange"], "architecture 'rwkv' is not known"),

@@ -31,7 +31,7 @@ def folder(tmp_path_factory, lm, rm, save_tiny):
         tiny_tokenizer().save(path)
         return str(path)
 
-    model, params = tiny_model("llama", seed=3, vocab_size=512)
+    model, params = tiny_model("llama", seed=3, vocab_size=tiny_tokenizer().vocab_size)
     conditioned = dataclasses.replace(model, lora=PreferenceLora(2))
     rng = np.random.default_rng(0)
 
@@ -179,7 +179,7 @@ def test_numbers_that_mean_nothing_to_a_method_are_refused(method, changes, mess
 
 
 def test_another_tokenizer_is_refused_where_all_next_tokens_are_scored(folder, tmp_path):
-    model, params = tiny_model("llama", vocab_size=512)
+    model, params = tiny_model("llama", vocab_size=tiny_tokenizer().vocab_size)
     save_model(tmp_path, model, params)
     tiny_tokenizer().save(tmp_path)
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())

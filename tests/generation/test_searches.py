@@ -65,9 +65,9 @@ def test_every_search_answers_and_says_what_it_took(name, session):
 
 def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
     """`--n` draws with the same keys."""
-    plain = Settings(METHODS["top_k"], k=512, max_new_tokens=TOKENS, n=3)
+    plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
-    for key, best in answer(session, "best_of_n", k=512).items():
+    for key, best in answer(session, "best_of_n", k=tiny_tokenizer().vocab_size).items():
         own = [a for a in samples if a.id == key]
         expected = max(own, key=lambda a: a.guide_rewards[0])
         assert best.response == expected.response
@@ -77,9 +77,9 @@ def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
 
 def test_a_judge_with_a_tokenizer_of_its_own(lm, encoder):
     session = Session(lm, [encoder])
-    plain = Settings(METHODS["top_k"], k=512, max_new_tokens=TOKENS, n=3)
+    plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
-    for key, best in answer(session, "best_of_n", k=512).items():
+    for key, best in answer(session, "best_of_n", k=tiny_tokenizer().vocab_size).items():
         expected = max((a for a in samples if a.id == key), key=lambda a: a.guide_rewards[0])
         assert best.response == expected.response
     found = answer(session, "cards", search={"mean": 0.0, "deviation": 0.5})
@@ -99,7 +99,7 @@ def test_what_means_nothing_to_a_search_is_refused():
 
     refused("best_of_n", "search.beams: means nothing to best-of-n .*; leave it out", search=(("beams", 2),))
     refused("pargs", "search.samples: means nothing to PARGS", search=(("samples", 2),))
-    refused("smc", "trace: is not for twisted SMC", trace="tokens")
+    refused("smc", "trace and explain: are not for twisted SMC", trace="tokens")
     refused("cards", "search.mean and search.deviation: got one", search=(("mean", 1.0),))
     refused("cards", "1 <= shortest <= longest", search=(("shortest", 9), ("longest", 3)))
     with pytest.raises(InputError, match="weight: got 3 weights for 2 reward models"):

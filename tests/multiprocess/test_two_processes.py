@@ -75,7 +75,7 @@ def losses(folder):
 def start(tmp_path_factory):
     """A random Llama with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("start")
-    model, params = tiny_model("llama", vocab_size=512)
+    model, params = tiny_model("llama", vocab_size=tiny_tokenizer().vocab_size)
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     tiny_tokenizer().save(folder)
     return str(folder)

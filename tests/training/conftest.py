@@ -29,7 +29,7 @@ def compiled_steps_are_reused(tmp_path_factory):
 def lm(tmp_path_factory):
     """A random Llama with the demo's tokenizer, on disk."""
     folder = tmp_path_factory.mktemp("lm")
-    model, params = tiny_model("llama", vocab_size=512)
+    model, params = tiny_model("llama", vocab_size=640)
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     tiny_tokenizer().save(folder)
     return folder

@@ -75,7 +75,7 @@ def test_masked_prefixes_equal_the_same_prefixes_alone(params, alone, chunk, des
 
     @jax.jit
     def run(params, batch, lengths):
-        return MODEL.read(params, batch, closing_id=SEP, chunk=chunk).rewards_at(lengths, descending=descending)
+        return MODEL.read_answers(params, batch, closing_id=SEP, chunk=chunk).rewards_at(lengths, descending=descending)
 
     pairs = run(params, batch(), prefixes.lengths)
     for row in range(2):

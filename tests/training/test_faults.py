@@ -219,7 +219,7 @@ def test_a_loss_that_explodes_ends_the_run_which_may_go_on_without_the_limit(con
     with monkeypatch.context() as patch:
         change_step(patch, 4, lambda state, metrics: (state, metrics | {"loss": 100 * metrics["loss"]}))
         message = refused(lambda: train(config))
-        assert re.match(r"step 4: the loss is \d.*, and no step's may be over \d.* \(--loss-limit\); the ", message)
+        assert re.match(r"step 4: the loss is \d.*, and no step's may be over \d.* \(loss_limit\); the ", message)
         assert steps_in(Path(config.out) / "checkpoints") == [2]
         resumed(dataclasses.replace(config, loss_limit=0.0))
     assert steps_in(Path(config.out) / "checkpoints")[-1] == 6

@@ -57,7 +57,7 @@ def test_a_longer_run_is_told_of_its_other_schedule_and_the_same_one_of_nothing(
     assert train(config) == train(resumed) == []
     (warning,) = train(dataclasses.replace(resumed, steps=6))
     assert warning == (
-        "--steps, --epochs: the run was to have 3 steps and now has 6, which changes its cosine schedule: "
+        "steps, epochs: the run was to have 3 steps and now has 6, which changes its cosine schedule: "
         "the learning rate of step 4 is 0.001, and was to be 0"
     )
     assert train(dataclasses.replace(resumed, steps=None, epochs=6.0)) == []  # which are six steps too
@@ -74,7 +74,7 @@ def test_a_run_is_not_resumed_on_other_rows(config, pairs):
             train(resumed)
         assert str(caught.value) == (
             f"{data}: its rows, as tokens, are not those that the run in {out} began with (4 then, {len(words)} now); "
-            "resume with the data and the tokenizer of then, or give another --out"
+            "resume with the data and the tokenizer of then, or use another output folder"
         )
     pairs("lamp", "kettle", "chair", "phone")
     assert train(resumed) == []

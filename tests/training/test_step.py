@@ -34,7 +34,7 @@ evaluate = jax.jit(Objective.__call__, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def rewards_of(model, params, batch):
-    return model.read(params, batch).rewards()
+    return model.read_answers(params, batch).rewards()
 
 
 @partial(jax.jit, static_argnums=0)

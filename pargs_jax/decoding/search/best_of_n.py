@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pargs_jax.decoding.search.order_statistics import best_of_n_kl
 from pargs_jax.decoding.search.rows import (
     Found,
     KlKind,
     Searcher,
     SearchInputs,
-    best_of_n_kl,
     drift,
     event_keys,
     of_prompts,

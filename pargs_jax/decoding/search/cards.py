@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pargs_jax.decoding.search.order_statistics import best_of_n_kl
 from pargs_jax.decoding.search.rows import (
     Found,
     KlKind,
@@ -15,7 +16,6 @@ from pargs_jax.decoding.search.rows import (
     Searcher,
     SearchInputs,
     Tokens,
-    best_of_n_kl,
     branch_keys,
     drift,
     event_keys,

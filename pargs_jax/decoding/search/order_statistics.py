@@ -6,6 +6,12 @@ import numpy as np
 from jaxtyping import Float
 
 
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1)/n, in nats: at least KL(best of n || p), and close to it where no answer has much probability
+    (Beirami et al., 2024, Theorem 1)."""
+    return math.log(n) - (n - 1) / n
+
+
 def best_of_n_curve(scores: Float[np.ndarray, "*B N"], values: Float[np.ndarray, "*B N"]) -> Float[np.ndarray, "*B N"]:
     """The expected value of the best of n samples, n = 1 .. N, over all choices of n of the N.
 

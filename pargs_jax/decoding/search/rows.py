@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.guides import Capacity, Chosen, Guide, Prompts, Text
@@ -292,12 +291,6 @@ def drift(answers: Decoded) -> Float[Array, "B"]:
     """sum_t log q(y_t) - log p(y_t), where q are the distributions that the tokens were drawn from. The KL of a search
     over draws from q grows by this, because of the temperature, the choice of candidates and guidance."""
     return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
-
-
-def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1)/n: an upper bound of KL(best of n || p), close to it if no answer has a high probability (Beirami
-    et al., 2024, Theorem 1)."""
-    return float(np.log(n) - (n - 1) / n)
 
 
 def _of_models(own: Any) -> tuple[Prompts | None, ...]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pargs_jax.decoding.loop import Decoded
+from pargs_jax.decoding.search.order_statistics import best_of_n_kl
 from pargs_jax.decoding.search.rows import (
     Found,
     KlKind,
     Searcher,
     SearchInputs,
-    best_of_n_kl,
     drift,
     of_prompts,
     pick,
