@@ -48,7 +48,7 @@ def hold(file: IO[bytes], busy: str) -> None:
             raise
 
 
-def write_failure(error: BaseException) -> str | None:
+def write_error_reason(error: BaseException) -> str | None:
     """The operating system's reason for a failed write, such as `No space left on device`; None for errors of another
     kind."""
     number = error.errno if isinstance(error, OSError) else None
@@ -58,12 +58,12 @@ def write_failure(error: BaseException) -> str | None:
 
 
 @contextmanager
-def write_failures_named(place: Path, advice: str) -> Iterator[None]:
+def write_errors_named_after(place: Path, advice: str) -> Iterator[None]:
     """Turns a failed write inside into an InputError that names the place, the reason, and `advice`."""
     try:
         yield
     except Exception as error:
-        reason = write_failure(error)
+        reason = write_error_reason(error)
         if reason is None:
             raise
         raise InputError(f"{place}: cannot be written ({reason}); {advice}") from error

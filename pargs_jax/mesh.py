@@ -275,7 +275,7 @@ def _not_here(request: MeshRequest) -> InputError:
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:
-        way_out = "run on that slice, on every host of it (distributed), or only compile for it (compile_only)"
+        advice = "run on that slice, on every host of it (distributed), or only compile for it (compile_only)"
     else:
-        way_out = "mesh auto takes what is here"
-    return InputError(f"mesh {request.text}: this machine has {here}; {way_out}")
+        advice = "mesh auto takes what is here"
+    return InputError(f"mesh {request.text}: this machine has {here}; {advice}")

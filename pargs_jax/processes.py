@@ -16,9 +16,9 @@ from pargs_jax.errors import InputError, first_line
 
 Result = TypeVar("Result")
 
-PATIENCE = 300
+TIMEOUT = 300
 """Seconds that the processes of a run wait for each other at the start."""
-SILENCE = 10.0
+SECONDS_BEFORE_NOTICE = 10.0
 """Seconds before a waiting process says what it waits for."""
 
 
@@ -26,16 +26,18 @@ def start_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, before JAX looks for devices.
 
     On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
-    if their addresses are not known. If they do not come, JAX ends the process after `PATIENCE`, with a stack trace.
+    if their addresses are not known. If they do not come, JAX ends the process after `TIMEOUT`, with a stack trace.
     """
     where = config.coordinator or "the address that JAX found"
-    said = f"waiting for the other processes at {where}, for at most {PATIENCE} seconds"
-    reminder = threading.Timer(SILENCE, print, args=(said,), kwargs={"file": sys.stderr, "flush": True})
+    message = f"waiting for the other processes at {where}, for at most {TIMEOUT} seconds"
+    reminder = threading.Timer(
+        SECONDS_BEFORE_NOTICE, print, args=(message,), kwargs={"file": sys.stderr, "flush": True}
+    )
     reminder.daemon = True
     reminder.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and not tell us
     try:
-        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
+        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"distributed: the other processes cannot be found ({first_line(error)}); "

@@ -46,6 +46,6 @@ class ShownProgress:
         self._next_line = now + SECONDS_BETWEEN_LINES
         passed = now - self._began
         left = passed * (self._total - done) / max(done - self._first, 1)
-        passed_and_left = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
-        line = (f"{self._name} {done}/{self._total}", note, *passed_and_left)
+        elapsed_and_remaining = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
+        line = (f"{self._name} {done}/{self._total}", note, *elapsed_and_remaining)
         self._console.print("{}  {}  {} left {}".format(*line), highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ ERRORS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _AGAIN = {signal.SIGINT: "press Ctrl-C again", signal.SIGTERM: "send SIGTERM again"}
 _SHOW_CURSOR = b"\x1b[?25h"
-_PATIENCE = 1.0  # the most seconds that blocked output may delay the end
+_OUTPUT_TIMEOUT = 1.0  # the most seconds that blocked output may delay the end
 
 
 class StopRequest:
@@ -50,7 +50,7 @@ class _Watcher:
         self._lock = threading.Lock()
         self._request: StopRequest | None = None
 
-    def take_note(self, request: StopRequest | None) -> None:
+    def record_in(self, request: StopRequest | None) -> None:
         """From now on, records the first signal in the request; with None, the first signal ends the process.
 
         After this returns, nothing is recorded in an earlier request.
@@ -69,7 +69,7 @@ class _Watcher:
                 if is_first:
                     request.number = number
             if is_first:
-                _try(lambda number=number: _say(f"stopping after this step; {_AGAIN[number]} to stop at once"))
+                _try(lambda number=number: _write_line(f"stopping after this step; {_AGAIN[number]} to stop at once"))
             else:
                 _end_process(number)
 
@@ -123,11 +123,11 @@ def signals_wait() -> Iterator[StopRequest]:
     request = StopRequest()
     if _watcher is not None:
         watcher = _watcher
-        watcher.take_note(request)
+        watcher.record_in(request)
         try:
             yield request
         finally:
-            watcher.take_note(None)
+            watcher.record_in(None)
     elif _is_main_thread():
 
         def note(number: int, _: FrameType | None) -> None:
@@ -178,7 +178,7 @@ def _end_process(number: int) -> None:
     try:
         _try(sys.stdout.flush)
         _try(_show_cursor)
-        _try(lambda: _say(_WORDS[signal.Signals(number)]))
+        _try(lambda: _write_line(_WORDS[signal.Signals(number)]))
     finally:
         os._exit(128 + number)
 
@@ -192,7 +192,7 @@ def _try(action: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(_OUTPUT_TIMEOUT)
 
 
 def _show_cursor() -> None:
@@ -202,7 +202,7 @@ def _show_cursor() -> None:
             os.write(stream.fileno(), _SHOW_CURSOR)
 
 
-def _say(line: str) -> None:
+def _write_line(line: str) -> None:
     """Writes a line directly to standard error; on a terminal, below the ^C and the progress bar."""
     if sys.__stderr__ is not None:  # None if it was closed before Python started; descriptor 2 may then be any file
         start = "\n" if sys.__stderr__.isatty() else ""

@@ -148,9 +148,9 @@ def tokenise(
             prefixes = None
             if prefix_tokenizer is not None:
                 texts = (preference.chosen, preference.rejected)[:answers]
-                room = max_length - len(prompt)
+                capacity = max_length - len(prompt)
                 prefixes = tuple(
-                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, room), whole)
+                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, capacity), whole)
                     for text, whole in zip(texts, ids, strict=True)
                 )
             examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes))
@@ -173,7 +173,7 @@ def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id:
 
 
 def _prefixes_at(
-    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, room: int
+    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, capacity: int
 ) -> list[Int[np.ndarray, "R"]]:
     """The model's ids of an answer's prefixes, one for each token of `boundaries`, as long as they fit `capacity`."""
     starts_text = not prompt
@@ -183,7 +183,7 @@ def _prefixes_at(
     for end in range(1, len(answer_ids) + 1):
         text = boundaries.decode_answer(prompt_ids, answer_ids[:end])
         ids = tokenizer.encode_answer(text, starts_text=starts_text)
-        if len(ids) > room:
+        if len(ids) > capacity:
             break
         prefixes.append(np.asarray(ids, np.int32))
     return prefixes

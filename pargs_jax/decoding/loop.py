@@ -26,7 +26,7 @@ AllParams = tuple[Params, tuple[Any, ...]]
 """The arrays of the language model, and of each guide."""
 
 
-MOST_TRACED = 100
+MAX_TRACED = 100
 """The most candidates per step in a trace; whole vocabularies at every token would take gigabytes."""
 
 
@@ -62,7 +62,7 @@ class Decoder:
         rule: draws one of them.
         eos_ids: tokens that end an answer.
         pad_id: the token after an answer's end.
-        keeps_candidates: whether the trace holds the candidates with their numbers: all of them, or else `MOST_TRACED`,
+        keeps_candidates: whether the trace holds the candidates with their numbers: all of them, or else `MAX_TRACED`,
             which are the chosen one and the most probable others.
         reward_form: how rewards enter the scores.
         keeps_rest: whether tokens that are not proposed can be drawn too, with their scores without rewards (VAS).
@@ -271,16 +271,16 @@ class Decoder:
         if self.keeps_candidates:
             tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
             candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
-            if self.candidates > MOST_TRACED:
+            if self.candidates > MAX_TRACED:
                 is_chosen = jnp.arange(self.candidates) == index[:, None]
-                _, kept = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MOST_TRACED)
+                _, traced = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MAX_TRACED)
                 rows = jnp.arange(len(index))[:, None]
-                candidates = jax.tree.map(lambda x: x[rows, kept], candidates)
+                candidates = jax.tree.map(lambda x: x[rows, traced], candidates)
         of_token = map(of_chosen, (proposal.log_probs, log_q))
         return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
 
     def _blank_trace(self, batch: int, steps: int) -> Trace:
-        count, guides = min(self.candidates, MOST_TRACED), len(self.guides)
+        count, guides = min(self.candidates, MAX_TRACED), len(self.guides)
         candidates = None
         if self.keeps_candidates:
             numbers = jnp.zeros((batch, steps, count))

@@ -98,7 +98,7 @@ def make_guides(
     own_prompts: Sequence[Prompts],
     lm_prompts: Prompts,
     max_new_tokens: int,
-    rooms: Sequence[int],
+    answer_widths: Sequence[int],
     look_ahead: int,
     preferences: Float[np.ndarray, "B M"] | None,
     eos_ids: tuple[int, ...],
@@ -112,7 +112,7 @@ def make_guides(
         own_prompts: the prompts in each reward model's tokens.
         lm_prompts: the same prompts in the language model's tokens.
         max_new_tokens: the longest answer.
-        rooms: the answer width that each reward model's texts need, as far as it is known.
+        answer_widths: the answer width that each reward model's texts need, as far as it is known.
         look_ahead: tokens that an aligned model writes after each candidate.
         preferences: a preference vector for each row, for the method that takes them.
         eos_ids: tokens that end an answer.
@@ -127,7 +127,10 @@ def make_guides(
     if method.reward_model == "look_ahead":
         aligned, *judges = (model.model for model in reward_models)
         return Guides((LookAheadGuide(aligned, tuple(judges), look_ahead, eos_ids),), (params,), (prompts,))
-    guides = tuple(model.guide(own, max_new_tokens, room) for (model, own), room in zip(parts, rooms, strict=True))
+    guides = tuple(
+        model.guide(own, max_new_tokens, answer_width)
+        for (model, own), answer_width in zip(parts, answer_widths, strict=True)
+    )
     if method.reward_model == "ratio":
         pairs = [slice(i, i + 2) for i in range(0, len(guides), 2)]
         return Guides(

@@ -11,7 +11,7 @@ from typing import Any
 from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
+from pargs_jax.durable_files import append_all, hold, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
@@ -48,7 +48,7 @@ class AnswersFile:
         self._settings = path.with_name(path.name + ".config.yaml")
         if path.is_dir():
             raise InputError(f"{path}: is a folder; answers are written to a file")
-        with write_failures_named(path, "use another file"):
+        with write_errors_named_after(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         self._traces: TracesFile | None = None
@@ -57,7 +57,7 @@ class AnswersFile:
             before = self._earlier_config(config)
             self._done = self._read_done(config, before)
             self._traces = self._open_traces(config, before)
-            with write_failures_named(self._settings, "use another file"):
+            with write_errors_named_after(self._settings, "use another file"):
                 write_whole(self._settings, to_yaml(config))
         except InputError:
             self._close()
@@ -89,7 +89,7 @@ class AnswersFile:
             self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
         rows = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
-        with write_failures_named(self._path, "the answers before are kept; fix that, then run the same again"):
+        with write_errors_named_after(self._path, "the answers before are kept; fix that, then run the same again"):
             append_all(self._file, rows)
 
     def _close(self) -> None:

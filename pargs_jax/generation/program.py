@@ -23,12 +23,12 @@ class DecodingProgram(NamedTuple):
     Attributes:
         decoder: language model, guides, proposer and rule.
         max_new_tokens: the longest answer.
-        by_text: the indices of the guides with their own tokenizer, whose answer width can be too small.
+        retokenised: the indices of the guides with their own tokenizer, whose answer width can be too small.
     """
 
     decoder: Decoder
     max_new_tokens: int
-    by_text: tuple[int, ...]
+    retokenised: tuple[int, ...]
 
     @classmethod
     def assemble(
@@ -58,14 +58,14 @@ class DecodingProgram(NamedTuple):
             method.reward_form,
             method.keeps_rest,
         )
-        by_text = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
-        return cls(decoder, max_new_tokens, by_text)
+        retokenised = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
+        return cls(decoder, max_new_tokens, retokenised)
 
     def __call__(self, *arguments: Any) -> tuple[Decoded, tuple[Int[Array, ""], ...]]:
         """Decodes a batch. The arguments are the parameters of the language model and of each guide, the prompts, their
         lengths, keys, `RowSettings`, and each guide's own prompts (see `decode`).
 
-        Returns the answers, and the longest answer of each guide in `by_text`, in that guide's tokens.
+        Returns the answers, and the longest answer of each guide in `retokenised`, in that guide's tokens.
         """
         return _decode(self, *arguments)
 
@@ -81,13 +81,13 @@ class SearchProgram(NamedTuple):
         search: the search method.
         searcher: draws tokens and judges texts.
         max_new_tokens: the longest answer.
-        by_text: the indices of the judges and guides with their own tokenizer.
+        retokenised: the indices of the judges and guides with their own tokenizer.
     """
 
     search: SearchMethod
     searcher: Searcher
     max_new_tokens: int
-    by_text: tuple[int, ...]
+    retokenised: tuple[int, ...]
 
     @classmethod
     def assemble(cls, program: DecodingProgram, method: Method, search: SearchMethod) -> "SearchProgram":
@@ -95,7 +95,7 @@ class SearchProgram(NamedTuple):
         decoder, judges = program.decoder, ()
         if method.judged:
             decoder, judges = dataclasses.replace(decoder, guides=()), decoder.guides
-        return cls(search, Searcher(decoder, judges), program.max_new_tokens, program.by_text)
+        return cls(search, Searcher(decoder, judges), program.max_new_tokens, program.retokenised)
 
     def __call__(self, *arguments: Any) -> tuple[Found, tuple[Int[Array, ""], ...]]:
         """The search's result, and the longest answers as in `DecodingProgram`, whose arguments it takes."""
@@ -143,4 +143,4 @@ def _decode(
     decoder, steps = program.decoder, program.max_new_tokens
     state = decoder.start(params, prompts, lengths, keys, settings, steps, guide_prompts)
     state = decoder.advance(params, state, steps)
-    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in program.by_text)))
+    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in program.retokenised)))

@@ -141,13 +141,15 @@ class RewardModel:
             width = min(-(-longest // step) * step, self.model.config.max_positions)
         return left_pad(prompts, rows, width)
 
-    def guide(self, prompts: Prompts, max_new_tokens: int, room: int = 0) -> Guide:
-        """The guide for a batch of prompts in this model's tokens. Its answer width is at least `room` of its own
-        tokens, as far as the model has positions for them."""
+    def guide(self, prompts: Prompts, max_new_tokens: int, min_answer_width: int = 0) -> Guide:
+        """The guide for a batch of prompts in this model's tokens. Its answers may have at least `min_answer_width`
+        of its own tokens, as far as the model has positions for them."""
         if self.role != "scalar":
             return _NEXT_TOKEN_GUIDES[self.role](self.model, self.lm_vocab_size)
         longest = int(prompts.lengths.max())
-        return make_guide(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
+        return make_guide(
+            self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, min_answer_width
+        )
 
     def guide_prompts(self, prompts: Prompts, lm_prompts: Prompts) -> Prompts | None:
         """A batch of prompts in this model's tokens, as its guide takes them; None if they equal the language
@@ -163,17 +165,17 @@ class RewardModel:
             return prompt + candidates * answer
         return candidates * (answer * prompt + answer * (answer + 1) // 2)
 
-    def larger_room(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
+    def larger_answer_width(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
         """The answer width to use after an answer needed `needed` of this model's tokens and did not fit. Raises
         InputError if the model has too few positions for it."""
-        room = padded_width(needed)
-        most = self.guide(prompts, max_new_tokens, room).answer_width
+        width = padded_width(needed)
+        most = self.guide(prompts, max_new_tokens, width).answer_width
         if most < needed:
             raise InputError(
                 f"{self.source}: an answer with a candidate takes {needed} of its tokens; after the longest prompt it "
                 f"has positions for {most}; ask for fewer new tokens"
             )
-        return room
+        return width
 
     def score(
         self,
@@ -233,13 +235,13 @@ def make_guide(
     longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
-    room: int = 0,
+    min_answer_width: int = 0,
 ) -> Guide:
     """The guide of a reward model. With a `retokeniser`, the model has its own tokenizer, and `longest_prompt` and
-    `room` count its tokens."""
+    `min_answer_width` count its tokens."""
     if retokeniser is None:
         return CausalGuide(model)
-    answer_width = max(first_room(max_new_tokens), room)
+    answer_width = max(first_answer_width(max_new_tokens), min_answer_width)
     if (positions := table_of_positions(model)) is not None:
         closing = int(not model.one_pass)
         answer_width = min(answer_width, positions - longest_prompt - closing)
@@ -248,9 +250,9 @@ def make_guide(
     return EncoderGuide(model, retokeniser, answer_width, closing_id)
 
 
-def first_room(max_new_tokens: int) -> int:
+def first_answer_width(max_new_tokens: int) -> int:
     """The first answer width to try, in the reward model's tokens: usually they are fewer than twice the language
-    model's. If that is too few, see `RewardModel.larger_room`."""
+    model's. If that is too few, see `RewardModel.larger_answer_width`."""
     return 2 * max_new_tokens + SMALLEST_WIDTH
 
 

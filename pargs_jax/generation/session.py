@@ -96,10 +96,10 @@ class Session:
         check_roles(settings.method, self.reward_models)
         if settings.measures_rewards:
             settings = settings.with_reward_scale(*self._reward_scale(prompts, settings))
-        rooms = [0] * len(self.reward_models)
+        answer_widths = [0] * len(self.reward_models)
         batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
         for batch in batches:
-            decoded, seconds = self._decode(batch, settings, rooms)
+            decoded, seconds = self._decode(batch, settings, answer_widths)
             yield self._reader.read(batch, decoded, seconds / len(batch.prompts), settings)
 
     def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
@@ -125,8 +125,8 @@ class Session:
             )
         return float(np.mean(rewards)), float(np.std(rewards))
 
-    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded | Found, float]:
-        """Decodes a batch; also returns the seconds that it took. `rooms` are the answer widths that the guides' texts
+    def _decode(self, batch: Batch, settings: Settings, answer_widths: list[int]) -> tuple[Decoded | Found, float]:
+        """Decodes a batch; also returns the seconds that it took. `answer_widths` are the widths that the guides' texts
         have needed so far; they grow where a text needs more."""
         rows = len(batch.lm_prompts.lengths)
         numbers, samples = np.zeros((2, rows), np.uint32)
@@ -150,7 +150,7 @@ class Session:
                 batch.own_prompts,
                 batch.lm_prompts,
                 settings.max_new_tokens,
-                rooms,
+                answer_widths,
                 settings.tokens_ahead,
                 preferences,
                 self.tokenizer.eos_ids,
@@ -176,13 +176,13 @@ class Session:
                 decoded, needed = jax.block_until_ready(run(*arguments))
             seconds = time.perf_counter() - began
             # A text may need more of a reward model's tokens than expected. Then the batch is decoded again.
-            is_void = False
-            for j, most in zip(program.by_text, map(int, needed), strict=True):
+            is_invalid = False
+            for j, most in zip(program.retokenised, map(int, needed), strict=True):
                 model, own = self.reward_models[j], batch.own_prompts[j]
                 if most > guides[j].answer_width:
-                    rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
-                    is_void = True
-            if not is_void:
+                    answer_widths[j] = model.larger_answer_width(most, own, settings.max_new_tokens)
+                    is_invalid = True
+            if not is_invalid:
                 return jax.device_get(decoded), seconds
 
     def _compile(

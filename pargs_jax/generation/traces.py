@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_failures_named
+from pargs_jax.durable_files import append_all, hold, write_errors_named_after
 from pargs_jax.errors import InputError
 
 
@@ -152,7 +152,7 @@ class TracesFile:
         self._path = path
         if path.is_dir():
             raise InputError(f"{path}: is a folder; traces are written to a file")
-        with write_failures_named(path, "use another file"):
+        with write_errors_named_after(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         try:
@@ -182,7 +182,7 @@ class TracesFile:
     def write(self, traces: Sequence[AnswerTrace]) -> None:
         """Appends rows. Raises InputError if they cannot be written completely."""
         rows = "".join(json.dumps(trace.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for trace in traces)
-        with write_failures_named(self._path, "the traces before are kept; mend that, then run the same again"):
+        with write_errors_named_after(self._path, "the traces before are kept; mend that, then run the same again"):
             append_all(self._file, rows)
 
 

@@ -12,7 +12,7 @@ from pargs_jax.sharding import ROWS, constrain, row_shards, spec_of
 SLOT_MULTIPLE = 64
 """Cache sizes are multiples of this many slots; GPUs and TPUs multiply odd sizes slowly."""
 
-MOST_SLICES = 256
+MAX_SLICES = 256
 """The most rows of a stacked cache that are written one by one; more would take too long to compile."""
 
 
@@ -80,7 +80,7 @@ def with_slots(new: Any, slots: int) -> Any:
 def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
     """Writes `[... B H T D]` into `[... B H S D]`; row b is written from slot `places[b]` on."""
     new = new.astype(stored.dtype)
-    if stored.ndim == 4 or len(places) > MOST_SLICES:
+    if stored.ndim == 4 or len(places) > MAX_SLICES:
         write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
         return (jax.vmap(write, (0, 0, None)) if stored.ndim == 5 else write)(stored, new, places)
     # Stacked layers: one slice update per row. With a single scatter for all rows, TPUs choose a layout of the cache in
@@ -138,7 +138,7 @@ def _copy_row(x: Array, axis: int, source: Int[Array, "B"], place: Int[Array, "B
     groups, count = len(source), x.shape[axis] // len(source)
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
-    if axis == 0 or groups % shards or groups > MOST_SLICES:
+    if axis == 0 or groups % shards or groups > MAX_SLICES:
         apart = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
         write = jax.vmap(lambda rows, source, place: rows.at[place].set(rows[source]))
         for _ in range(axis):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import CAUSAL_HEADS
-from pargs_jax.models.layers import Beside, Within
+from pargs_jax.models.layers import BesideCache, InCache
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.one_pass import OnePass
 
@@ -79,7 +79,7 @@ class CausalModel(OnePass, Model):
         own_slots = cache.lengths[:, None] + jnp.arange(count)
         mask = cache.valid[:, None] | (slots == own_slots[..., None])
         positions = jnp.broadcast_to(cache.lengths[:, None], candidates.shape)
-        return self.network(params).backbone(candidates, positions, Within(cache.lengths, mask), cache.kv)
+        return self.network(params).backbone(candidates, positions, InCache(cache.lengths, mask), cache.kv)
 
     def keep(self, cache: Cache, pending: Any, live: Bool[Array, "B"], index: Int[Array, "B"] | None = None) -> Cache:
         """The cache with sibling `index[b]` appended to every live row. `index` is None if there was only one
@@ -101,7 +101,7 @@ class CausalModel(OnePass, Model):
             return hidden, cache.append(new, counts)
         positions = cache.lengths[:, None] + offsets
         mask = jnp.arange(cache.slots) <= positions[..., None]
-        hidden, kv = self.network(params).backbone(tokens, positions, Within(cache.lengths, mask), cache.kv)
+        hidden, kv = self.network(params).backbone(tokens, positions, InCache(cache.lengths, mask), cache.kv)
         return hidden, cache._replace(kv=kv, lengths=cache.lengths + counts)
 
     def extend(
@@ -115,7 +115,7 @@ class CausalModel(OnePass, Model):
         """Hidden states of T new tokens, and their keys and values for `Cache.append`. Each token stands `offsets[b,
         t]` positions after the cached text and sees all of it; `mask[..., t, s]` says whether token t sees token s."""
         positions = cache.lengths[:, None] + offsets
-        return self.network(params).backbone(tokens, positions, Beside(cache.valid, mask), cache.kv)
+        return self.network(params).backbone(tokens, positions, BesideCache(cache.valid, mask), cache.kv)
 
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None

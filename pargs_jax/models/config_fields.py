@@ -9,31 +9,33 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.layers import ACTIVATIONS
 
 
-class Must(NamedTuple):
+class Requirement(NamedTuple):
     """The condition that a field's value must meet: in words, and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
-NOT_SET = Must("left out or null", lambda value: value is None)
-EMPTY = Must("left out or empty", lambda value: not value)
-FALSE = Must("false", lambda value: not value)
+NOT_SET = Requirement("left out or null", lambda value: value is None)
+EMPTY = Requirement("left out or empty", lambda value: not value)
+FALSE = Requirement("false", lambda value: not value)
 
 # The code that all causal families of transformers share reads these.
-CAUSAL: dict[str, Must] = {
-    "is_causal": Must("true", bool),
+CAUSAL: dict[str, Requirement] = {
+    "is_causal": Requirement("true", bool),
     "sliding_window": NOT_SET,
     "attention_chunk_size": NOT_SET,
-    "layer_types": Must(
+    "layer_types": Requirement(
         "left out, null or 'full_attention' for every layer",
         lambda value: value is None or value == ["full_attention"] * len(value),
     ),
     "kv_sharing_modes": NOT_SET,
 }
 
-_EVERYWHERE: dict[str, Must] = {
-    "quantization_config": Must("left out, since quantised checkpoints cannot be read", lambda value: value is None),
+_EVERYWHERE: dict[str, Requirement] = {
+    "quantization_config": Requirement(
+        "left out, since quantised checkpoints cannot be read", lambda value: value is None
+    ),
     "per_layer_config": EMPTY,
     "pruned_heads": EMPTY,
     "is_encoder_decoder": FALSE,
@@ -82,7 +84,7 @@ class ConfigFields:
     sizes: tuple[str, ...]
     read: tuple[str, ...]
     harmless: tuple[str, ...] = ()
-    must: Mapping[str, Must] = dataclasses.field(default_factory=dict)
+    must: Mapping[str, Requirement] = dataclasses.field(default_factory=dict)
 
     def check(self, fields: Mapping[str, Any]) -> list[str]:
         """Checks the fields of a config.json and returns the names of unknown ones. Names that begin with `pargs_` are

@@ -46,11 +46,11 @@ def position_scores_by_distance(
     """Scores of content with positions in a whole text; `table` has a row for each distance 1 - T .. T - 1."""
     scores: Any = 0.0
     if table.keys is not None:
-        met = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
-        scores = scores + _skew(met)
+        products = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
+        scores = scores + _skew(products)
     if table.queries is not None:
-        met = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + _skew(met).swapaxes(-1, -2)
+        products = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + _skew(products).swapaxes(-1, -2)
     return scores
 
 
@@ -73,13 +73,13 @@ def cached_scores(
     last = jnp.arange(block - 1, slots, block)
     band = rows(end[:, None, None] - last[:, None] + jnp.arange(block + count - 1))
     if table.keys is not None:
-        met = jnp.einsum("bhtd,hbnwd->bhtnw", queries, table.keys[:, band], preferred_element_type=jnp.float32)
-        met = _shift_left(met, offsets[:, None, :, None, None], count - 1)
-        scores = scores + met[..., :block][..., ::-1].reshape(scores.shape)
+        products = jnp.einsum("bhtd,hbnwd->bhtnw", queries, table.keys[:, band], preferred_element_type=jnp.float32)
+        products = _shift_left(products, offsets[:, None, :, None, None], count - 1)
+        scores = scores + products[..., :block][..., ::-1].reshape(scores.shape)
     if table.queries is not None:
         blocks = keys.reshape(batch, heads, -1, block, keys.shape[-1])
-        met = jnp.einsum("bhncd,hbnwd->bhncw", blocks, table.queries[:, band], preferred_element_type=jnp.float32)
-        by_offset = _skew(met).reshape(batch, heads, slots, count).swapaxes(-1, -2)
+        products = jnp.einsum("bhncd,hbnwd->bhncw", blocks, table.queries[:, band], preferred_element_type=jnp.float32)
+        by_offset = _skew(products).reshape(batch, heads, slots, count).swapaxes(-1, -2)
         scores = scores + jnp.take_along_axis(by_offset, offsets[:, None, :, None], axis=2)
     return scores
 
@@ -101,11 +101,11 @@ def pick_scores(
             scores = scores + (keys[:, :, None] * picked).sum(axis=-1, dtype=jnp.float32)
         return scores
     if table.keys is not None:
-        met = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows[:, None], axis=-1)
+        products = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(products, rows[:, None], axis=-1)
     if table.queries is not None:
-        met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
+        products = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(products, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
     return scores
 
 

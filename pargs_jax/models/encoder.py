@@ -109,16 +109,16 @@ class EncoderModel(Model):
         *,
         closing_id: int | None = None,
         chunk: int = 1,
-    ) -> "ApartOutputs":
+    ) -> "SeparateOutputs":
         """Prepares to read prefixes of answers, `chunk` at once, each closed by `closing_id`. They are read only when
         `rewards_at` asks for them. A key turns dropout on. Raises ValueError without a `closing_id`."""
         if closing_id is None:
             raise ValueError("an encoder reads prefixes as finished texts: it needs a closing_id")
-        return ApartOutputs(self, params, batch, key, closing_id, chunk)
+        return SeparateOutputs(self, params, batch, key, closing_id, chunk)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ApartOutputs:
+class SeparateOutputs:
     """An encoder's outputs for a batch of prompts with answers: only rewards, and only of the prefixes asked for."""
 
     model: EncoderModel
@@ -143,12 +143,12 @@ class ApartOutputs:
         descending = descending and batch.prefixes is None
 
         def group_rewards(first: int, last: int) -> Float[Array, "N B A"]:
-            room = width - first if descending else width
+            answer_width = width - first if descending else width
 
             @jax.checkpoint
             def one(prefix_and_key: tuple[Int[Array, "B"], PRNGKeyArray | None]) -> Float[Array, "B A"]:
                 prefix, key = prefix_and_key
-                texts = _answers_up_to(batch, prefix, room)
+                texts = _answers_up_to(batch, prefix, answer_width)
                 rewards = self.model.answer_rewards(self.params, prompts, prompt_lengths, *texts, self.closing_id, key)
                 return rewards.reshape(-1, answers)
 
@@ -164,13 +164,13 @@ class ApartOutputs:
 
 
 def _answers_up_to(
-    batch: PromptsWithAnswers, prefix: Int[Array, "B"], room: int
+    batch: PromptsWithAnswers, prefix: Int[Array, "B"], answer_width: int
 ) -> tuple[Int[Array, "BA R"], Int[Array, "BA"]]:
     """The tokens of all answers up to a prefix, and how many they are; the caller masks the rest."""
     rows, answers, _ = batch.answers.shape
     cut = jnp.minimum(jnp.repeat(prefix, answers), batch.prefix_counts.reshape(-1))
     if batch.prefixes is None:
-        return batch.answers[..., :room].reshape(rows * answers, room), cut
+        return batch.answers[..., :answer_width].reshape(rows * answers, answer_width), cut
     tokens, lengths = (x.reshape(rows * answers, *x.shape[2:]) for x in batch.prefixes[:2])
     at = cut[:, None] - 1
     tokens = jnp.take_along_axis(tokens, at[..., None], axis=1)[:, 0]

@@ -119,7 +119,7 @@ def describe_model(
 
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
-    with _errors_name(folder / "config.json"):
+    with _errors_named_after(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
@@ -235,7 +235,7 @@ def _read_config(folder: Path) -> Any:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    with _errors_name(path):
+    with _errors_named_after(path):
         unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
     if unknown:
         warn(f"{path}: not known for {kind} and not used: {', '.join(unknown)}")
@@ -251,7 +251,7 @@ def _read_config(folder: Path) -> Any:
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _errors_named_after(path: Path) -> Iterator[None]:
     """Prefixes an InputError with the file that it is about."""
     try:
         yield

@@ -39,7 +39,7 @@ class CachedPrefix(NamedTuple):
     valid: Bool[Array, "B S"]
 
 
-class Beside(NamedTuple):
+class BesideCache(NamedTuple):
     """New tokens attend to the real slots of the cache and, by `mask`, to each other. Their keys and values stay
     outside the cache."""
 
@@ -47,7 +47,7 @@ class Beside(NamedTuple):
     mask: Bool[Array, "*B T T"]
 
 
-class Within(NamedTuple):
+class InCache(NamedTuple):
     """New tokens are first written into the cache, row b from slot `places[b]` on, and attend to its slots by `mask`.
     This takes one product for all keys, and copies none of them."""
 
@@ -55,7 +55,7 @@ class Within(NamedTuple):
     mask: Bool[Array, "B T S"]
 
 
-Sight = Bool[Array, "*B T T"] | Beside | Within
+Sight = Bool[Array, "*B T T"] | BesideCache | InCache
 """How new tokens see the cache; without a cache, a mask whose entry (t, s) says whether new token t sees new token
 s."""
 
@@ -63,12 +63,12 @@ s."""
 def attend(
     queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
-    """Attention of new tokens as `sight` says. Also returns the new keys and values (`Beside`, or no cache), or the
-    cache with them written into it (`Within`)."""
-    if isinstance(sight, Within):
+    """Attention of new tokens as `sight` says. Also returns the new keys and values (`BesideCache`, or no cache), or
+    the cache with them written into it (`InCache`)."""
+    if isinstance(sight, InCache):
         kv = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
         return attention(queries, kv, sight.mask, None, scale), kv
-    if isinstance(sight, Beside):
+    if isinstance(sight, BesideCache):
         return attention(queries, new, sight.mask, CachedPrefix(cached, sight.valid), scale), new
     return attention(queries, new, sight, None, scale), new
 

@@ -204,8 +204,8 @@ def prefix_loss(
 
 def rewards_at(pairs: Float[Array, "B N 2"], prefixes: Prefixes, lengths: Int[Array, "B F"]) -> Float[Array, "B F 2"]:
     """Rewards of the prefixes of these lengths; each must be among the prefixes that were scored."""
-    is_it = (prefixes.lengths[:, None, :] == lengths[..., None]) & (prefixes.weights[:, None, :] > 0)
-    return jnp.take_along_axis(pairs, is_it.argmax(axis=-1)[..., None], axis=1)
+    is_match = (prefixes.lengths[:, None, :] == lengths[..., None]) & (prefixes.weights[:, None, :] > 0)
+    return jnp.take_along_axis(pairs, is_match.argmax(axis=-1)[..., None], axis=1)
 
 
 def prefix_rewards(

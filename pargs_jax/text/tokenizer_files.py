@@ -69,12 +69,12 @@ def _without_vocabulary(folder: Path | None, vocabularies: tuple[tuple[str, ...]
 
     If a vocabulary is there in part, its other files are the missing ones.
     """
-    there = [[name for name in names if folder and (folder / name).exists()] for names in vocabularies]
-    for names, found in zip(vocabularies, there, strict=True):
+    present = [[name for name in names if folder and (folder / name).exists()] for names in vocabularies]
+    for names, found in zip(vocabularies, present, strict=True):
         if len(found) == len(names):
             return f"{' with '.join(names)} {fault}"
-    begun = [names for names, found in zip(vocabularies, there, strict=True) if found]
-    missing = [name for names in (*(begun or vocabularies[1:]), _WHOLE) for name in names if [name] not in there]
+    incomplete = [names for names, found in zip(vocabularies, present, strict=True) if found]
+    missing = [name for names in (*(incomplete or vocabularies[1:]), _WHOLE) for name in names if [name] not in present]
     return f"its vocabulary is missing: there is no {' or '.join(filter(None, (', '.join(missing[:-1]), missing[-1])))}"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from pargs_jax.durable_files import write_failure, write_failures_named, write_whole
+from pargs_jax.durable_files import write_error_reason, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
@@ -66,7 +66,7 @@ class Checkpoints:
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
-        with write_failures_named(folder, "use another output folder"):
+        with write_errors_named_after(folder, "use another output folder"):
             folder.mkdir(parents=True, exist_ok=True)
             _drop_unreadable_metrics(folder)
             self._writer = ocp.training.Checkpointer(
@@ -126,7 +126,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step:
             return
-        with self._write_failures_named(self.folder / str(step)):
+        with self._write_errors_named_after(self.folder / str(step)):
             response = self._writer.save_async(step, state._asdict(), metrics=held_out)
             self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
 
@@ -135,7 +135,7 @@ class Checkpoints:
         if self._save_in_progress is None:
             return
         (step, saving), self._save_in_progress = self._save_in_progress, None
-        with self._write_failures_named(self.folder / str(step)):
+        with self._write_errors_named_after(self.folder / str(step)):
             saving.result()
 
     def _finish(self, step: int, response: Any) -> None:
@@ -208,16 +208,16 @@ class Checkpoints:
     def _put_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, which keeps its files for inspection and frees its step's name."""
         aside = self.folder / f"damaged-{step}"
-        with self._write_failures_named(aside):
+        with self._write_errors_named_after(aside):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
 
     @contextmanager
-    def _write_failures_named(self, place: Path) -> Iterator[None]:
+    def _write_errors_named_after(self, place: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            reason = write_failure(error)
+            reason = write_error_reason(error)
             if reason is None:
                 raise
             raise InputError(

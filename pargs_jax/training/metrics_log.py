@@ -10,7 +10,7 @@ from types import ModuleType, TracebackType
 import jax
 
 from pargs_jax.config import LogConfig, TrainConfig
-from pargs_jax.durable_files import append_all, write_failures_named, write_whole
+from pargs_jax.durable_files import append_all, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 
@@ -22,13 +22,13 @@ class MetricsFile:
         """Drops the lines of later steps. Raises InputError if the file cannot be written."""
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-        with write_failures_named(path, MEND_AND_RESUME):
+        with write_errors_named_after(path, MEND_AND_RESUME):
             write_whole(path, "".join(line + "\n" for line in kept))
         self._path = path
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Appends a line. Raises InputError if it cannot be written."""
-        with write_failures_named(self._path, MEND_AND_RESUME), self._path.open("ab", buffering=0) as file:
+        with write_errors_named_after(self._path, MEND_AND_RESUME), self._path.open("ab", buffering=0) as file:
             append_all(file, json.dumps({"step": step, "split": split, **values}) + "\n")
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class WeightsAndBiases:
         folder = config.output_folder
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
-            with write_failures_named(id_file, MEND_AND_RESUME):
+            with write_errors_named_after(id_file, MEND_AND_RESUME):
                 write_whole(id_file, uuid.uuid4().hex)
         self._run = _load("wandb", "wandb").init(
             project=config.log.wandb,

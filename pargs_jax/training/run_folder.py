@@ -8,7 +8,7 @@ import numpy as np
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
-from pargs_jax.durable_files import hold, write_failures_named, write_whole
+from pargs_jax.durable_files import hold, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.options import options, shown, value_of
 from pargs_jax.processes import from_first, on_first
@@ -16,7 +16,7 @@ from pargs_jax.text.prompts import PROMPT_FORMS
 from pargs_jax.training.same_run import DATA_FILE
 
 # Files that a command leaves if it stops before its run begins.
-BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.", DATA_FILE, f".{DATA_FILE}.partial")
+FILES_BEFORE_A_RUN = (".lock", ".config.yaml.partial", "bad_rows.", DATA_FILE, f".{DATA_FILE}.partial")
 USE_ANOTHER = "use another output folder"
 
 
@@ -34,7 +34,7 @@ def claimed_folder(config: TrainConfig) -> Iterator[Path]:
 
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Writes the config of the run in a folder; a folder with this file counts as a run."""
-    with write_failures_named(folder, USE_ANOTHER):
+    with write_errors_named_after(folder, USE_ANOTHER):
         write_whole(folder / "config.yaml", to_yaml(config))
 
 
@@ -65,7 +65,7 @@ def _locked_folder(config: TrainConfig) -> Iterator[None]:
     """Creates the run's folder, or checks that its run is the one to resume, and keeps other runs out."""
     folder = config.output_folder
     _check_folder(config, folder)
-    with write_failures_named(folder, USE_ANOTHER):
+    with write_errors_named_after(folder, USE_ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")
     with lock:
@@ -82,18 +82,18 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
             raise InputError(f"{folder}: already holds a run; resume it, or {USE_ANOTHER}")
         _check_same(saved, config, folder)
         return
-    is_free = folder.is_dir() and all(path.name.startswith(BEFORE_A_RUN) for path in folder.iterdir())
+    is_free = folder.is_dir() and all(path.name.startswith(FILES_BEFORE_A_RUN) for path in folder.iterdir())
     if folder.exists() and not is_free:
         raise InputError(f"{folder}: exists and does not hold a run; {USE_ANOTHER}")
 
 
 def _check_same(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
     for option in options(TrainConfig):
-        was, becomes = (value_of(config, option) for config in (before, now))
-        if option.key == "data.format" and becomes is None:
+        old, new = (value_of(config, option) for config in (before, now))
+        if option.key == "data.format" and new is None:
             continue  # not given: the run keeps its own
-        if was != becomes and not option.may_change:
+        if old != new and not option.may_change:
             raise InputError(
-                f"{folder}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
+                f"{folder}: the run there has {option.flag} {shown(old)}, this one {shown(new)}; "
                 f"resume with the same options, or {USE_ANOTHER}"
             )

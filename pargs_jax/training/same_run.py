@@ -9,7 +9,7 @@ import numpy as np
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Example
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError, warn
 from pargs_jax.training.step import make_optimizer
 
@@ -38,7 +38,7 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
         return
     if resumes:
         warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
-    with write_failures_named(path, "use another output folder"):
+    with write_errors_named_after(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
 
@@ -58,11 +58,11 @@ def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: in
     other than planned."""
     if step >= now:
         return
-    was, becomes = (make_optimizer(optim, steps)[1] for steps in (before, now))
+    planned, current = (make_optimizer(optim, steps)[1] for steps in (before, now))
     rest = np.linspace(step, now - 1, 1000).astype(int)
-    if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
+    if not np.allclose(planned(rest), current(rest), rtol=1e-5, atol=0):
         warn(
             f"steps, epochs: the run was to have {before} steps and now has {now}, which changes its "
-            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(becomes(step)):.3g}, and was "
-            f"to be {float(was(step)):.3g}"
+            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(current(step)):.3g}, and was "
+            f"to be {float(planned(step)):.3g}"
         )

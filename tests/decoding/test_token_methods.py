@@ -420,7 +420,7 @@ def test_vas_with_every_token_a_candidate_has_no_rest():
 
 
 def test_of_many_candidates_the_trace_has_the_chosen_and_the_likeliest(monkeypatch):
-    monkeypatch.setattr(loop, "MOST_TRACED", 4)
+    monkeypatch.setattr(loop, "MAX_TRACED", 4)
     case = CASES["genarm"]
     found = run(case, decoder=dataclasses.replace(case.decoder, keeps_candidates=True, pad_id=59))
     candidates = found.trace.candidates

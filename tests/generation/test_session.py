@@ -235,7 +235,7 @@ def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_pa
     session = Session(lm, [str(tmp_path)])
     longest = max(len(tokenizer.encode_prompt(prompt.text)) for prompt in PROMPTS)
     expected = answers(session)
-    monkeypatch.setattr(reward_models, "first_room", lambda _: 2)
+    monkeypatch.setattr(reward_models, "first_answer_width", lambda _: 2)
     assert [a.response for a in answers(session).values()] == [a.response for a in expected.values()]
     monkeypatch.setattr(reward_models, "table_of_positions", lambda _: longest + 4)
     with pytest.raises(InputError, match=r"takes \d+ of its tokens; after the longest prompt it has positions for 4;"):

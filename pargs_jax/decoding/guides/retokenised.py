@@ -143,7 +143,7 @@ class RetokenisedGuide:
         unit = -(-(candidates.shape[1] + 4) // FRESH) * FRESH
         widths = [width * unit for width in PACKED_WIDTHS if width * unit < tokens.shape[1] * tokens.shape[2]]
         packed = [partial(self._score_packed, params, state, tokens, lengths, tree, width) for width in widths]
-        apart = partial(self._score_apart, params, state, tokens, lengths)
+        apart = partial(self._score_one_by_one, params, state, tokens, lengths)
         first = jnp.searchsorted(jnp.asarray(widths, jnp.int32), tree.size.max())
         rewards, kv = jax.lax.switch(first, [*packed, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
@@ -199,7 +199,7 @@ class RetokenisedGuide:
         rewards = self.model.rewards(params, jnp.take_along_axis(hidden, index[..., None], axis=1))
         return rewards, jax.tree.map(lambda x: x[..., :FRESH, :], kv)
 
-    def _score_apart(
+    def _score_one_by_one(
         self, params: Params, state: CachedState, tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Any]:
         """Like `_score_packed`, for texts of any length: one candidate at a time."""

@@ -21,7 +21,7 @@ class SimilarityState(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    kept: Any
+    siblings: Any
     directions: Float[Array, "B K D"]
 
 
@@ -42,24 +42,24 @@ class SimilarityGuide:
     ) -> SimilarityState:
         tokens, lengths = prompts
         hidden, cache = self.model.prefill_states(params, tokens, lengths, tokens.shape[1] + sum(capacity))
-        room = cache.slots - tokens.shape[1]
-        return SimilarityState(cache, jnp.pad(_directions(hidden), ((0, 0), (0, room), (0, 0))))
+        free_slots = cache.slots - tokens.shape[1]
+        return SimilarityState(cache, jnp.pad(_directions(hidden), ((0, 0), (0, free_slots), (0, 0))))
 
     def score(
         self, params: Params, state: SimilarityState, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], _Pending]:
-        hidden, kept = self.model.siblings(params, state.cache, candidates)
+        hidden, siblings = self.model.siblings(params, state.cache, candidates)
         directions = _directions(hidden)
         cosines = jnp.einsum("bkd,bsd->bks", directions, state.directions, precision="highest")
         largest = jnp.where(state.cache.valid[:, None], cosines, -1.0).max(axis=-1)
-        return -largest, _Pending(kept, directions)
+        return -largest, _Pending(siblings, directions)
 
     def commit(self, params: Params, state: SimilarityState, pending: _Pending, chosen: Chosen) -> SimilarityState:
         rows = jnp.arange(len(chosen.token))
         # A finished row writes nowhere.
         at = jnp.where(chosen.live, state.cache.lengths, state.cache.slots)
         directions = state.directions.at[rows, at].set(pending.directions[rows, chosen.index], mode="drop")
-        return SimilarityState(self.model.keep(state.cache, pending.kept, chosen.live, chosen.index), directions)
+        return SimilarityState(self.model.keep(state.cache, pending.siblings, chosen.live, chosen.index), directions)
 
     def rewind(self, state: SimilarityState, text: Text, dropped: Int[Array, "B"]) -> SimilarityState:
         return state._replace(cache=state.cache.forget(dropped))

@@ -15,7 +15,7 @@ from pargs_jax.decoding.search.rows import (
     SearchInputs,
     drift,
     event_keys,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -60,7 +60,7 @@ class BestOfN:
         else:
             rows, tokens, rewards = searcher.judge_prefixes(inputs, rows, tokens, max_new_tokens)
             scores = self._over_prefixes(weighted(rewards, inputs.judge_weights), rows.judged)
-        samples, scores = searcher.found(rows), of_prompts(scores, batch)
+        samples, scores = searcher.found(rows), group_by_prompt(scores, batch)
         chosen, kls = self._choose(inputs, scores)
         answers = pick(samples, chosen)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]

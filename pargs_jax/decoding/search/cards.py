@@ -71,13 +71,13 @@ class Cards:
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)
         batch, longest = len(inputs.lengths), min(self.longest, max_new_tokens)
-        rows, tokens, of_prompts = searcher.start_judged(inputs, max_new_tokens, longest)
-        start_rewards = self._scaled(weighted(of_prompts, inputs.judge_weights))
+        rows, tokens, prompt_rewards = searcher.start_judged(inputs, max_new_tokens, longest)
+        start_rewards = self._scaled(weighted(prompt_rewards, inputs.judge_weights))
         harmonic = jnp.asarray(np.cumsum([0.0, *1 / np.arange(1, self.most_rejections + 1)]), jnp.float32)
-        none, lowest = jnp.zeros(batch, jnp.int32), jnp.full(batch, -jnp.inf)
-        never = jnp.zeros(batch, bool)
+        zeros, lowest = jnp.zeros(batch, jnp.int32), jnp.full(batch, -jnp.inf)
+        false = jnp.zeros(batch, bool)
         first = _Carry(
-            rows, tokens, none, rows.rewards, rows.decode.done, none, none, none, none, lowest, none, never,
+            rows, tokens, zeros, rows.rewards, rows.decode.done, zeros, zeros, zeros, zeros, lowest, zeros, false,
             jnp.zeros(batch),
         )  # fmt: skip
 
@@ -93,9 +93,9 @@ class Cards:
 
             is_best = rejected & (reward > carry.best)
             best, best_key = jnp.where(is_best, reward, carry.best), jnp.where(is_best, carry.key, carry.best_key)
-            in_a_row, in_all = carry.rejections + rejected, carry.all_rejections + rejected
-            is_forced = rejected & (in_a_row >= self.most_rejections)
-            key = jnp.where(rejected, jnp.where(is_forced, best_key, in_all), carry.key)
+            rejections, all_rejections = carry.rejections + rejected, carry.all_rejections + rejected
+            is_forced = rejected & (rejections >= self.most_rejections)
+            key = jnp.where(rejected, jnp.where(is_forced, best_key, all_rejections), carry.key)
             lengths = jnp.where(rejected, carry.begin, rows.decode.text.answer_lengths)
             rows = searcher.rewind(rows, lengths, branch_keys(inputs.keys, key))
             rewards = jnp.where(rejected[:, None], carry.begin_rewards, rows.rewards)
@@ -107,8 +107,8 @@ class Cards:
                 begin_rewards=rewards,
                 is_over=carry.is_over | (accepted & rows.decode.done & (end == rows.decode.text.answer_lengths)),
                 proposals=carry.proposals + ~carry.is_over,
-                all_rejections=in_all,
-                rejections=jnp.where(accepted, 0, in_a_row),
+                all_rejections=all_rejections,
+                rejections=jnp.where(accepted, 0, rejections),
                 key=key,
                 best=jnp.where(accepted, -jnp.inf, best),
                 best_key=best_key,

@@ -18,7 +18,7 @@ from pargs_jax.decoding.search.rows import (
     Tokens,
     branch,
     drift,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -55,24 +55,26 @@ class ChunkBeam:
         chunk = min(self.chunk, max_new_tokens)
         rows, tokens = searcher.start(inputs, max_new_tokens, chunk)
 
-        def goes_on(carry: _Carry) -> Bool[Array, ""]:
-            return ((carry.counts > 0) & ~of_prompts(carry.rows.decode.done, batch)).any()
+        def is_unfinished(carry: _Carry) -> Bool[Array, ""]:
+            return ((carry.counts > 0) & ~group_by_prompt(carry.rows.decode.done, batch)).any()
 
         def extend(carry: _Carry) -> _Carry:
             rows = branch(carry.rows, carry.counts)
             # Copies of a finished text would take the places of other texts.
-            is_twin = (carry.counts == 0) & of_prompts(rows.decode.done, batch)
+            is_duplicate = (carry.counts == 0) & group_by_prompt(rows.decode.done, batch)
             rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
-            scores = jnp.where(is_twin, -jnp.inf, of_prompts(weighted(rows.rewards, inputs.judge_weights), batch))
+            scores = jnp.where(
+                is_duplicate, -jnp.inf, group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
+            )
             best, kept = jax.lax.top_k(scores, self.beams)
             counts = jax.nn.one_hot(kept, count, dtype=jnp.int32).sum(axis=1) * self.successors
             return _Carry(rows, tokens, counts, best[:, 0], kept[:, 0])
 
         # At first every row is a successor of the prompt.
-        ones, none = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
-        first = _Carry(spread(rows, count), tokens, ones, none, jnp.zeros(batch, jnp.int32))
-        rows, tokens, _, scores, chosen = jax.lax.while_loop(goes_on, extend, first)
+        ones, zeros = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
+        first = _Carry(spread(rows, count), tokens, ones, zeros, jnp.zeros(batch, jnp.int32))
+        rows, tokens, _, scores, chosen = jax.lax.while_loop(is_unfinished, extend, first)
         answers = pick(searcher.found(rows), chosen)
         chunks = -(-answers.lengths // chunk)
         per_chunk = best_of_n_kl(self.successors) if self.beams == 1 else float(np.log(self.successors))

@@ -120,9 +120,9 @@ class Searcher:
             inputs.params, inputs.prompts, lengths, inputs.keys, inputs.settings, max_new_tokens, inputs.guide_prompts
         )
         prompts, capacity = Prompts(inputs.prompts, lengths), Capacity(max_new_tokens, width)
-        none = jnp.zeros(len(lengths))
+        no_reward = jnp.zeros(len(lengths))
         own_prompts = inputs.judge_prompts or (None,) * len(self.judges)
-        of_prompts, judges = [], []
+        per_judge, judges = [], []
         for guide, params, own in zip(self.judges, inputs.judge_params, own_prompts, strict=True):
             if rewards and not guide.adds_up:
                 if not hasattr(guide, "read_prompts"):
@@ -131,14 +131,14 @@ class Searcher:
                     )
                 reward, judge = guide.read_prompts(params, prompts, capacity, own)
             else:
-                reward, judge = none, guide.prefill(params, prompts, capacity, own)
-            of_prompts.append(reward)
+                reward, judge = no_reward, guide.prefill(params, prompts, capacity, own)
+            per_judge.append(reward)
             judges.append(judge)
         read = jnp.zeros_like(lengths)
         for own in (*(inputs.guide_prompts or (None,) * len(self.decoder.guides)), *own_prompts):
-            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _of_models(own))
+            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _model_prompts(own))
         blank = jnp.zeros((len(lengths), len(self.judges)))
-        prompt_rewards = jnp.stack(of_prompts, axis=-1) if of_prompts else blank
+        prompt_rewards = jnp.stack(per_judge, axis=-1) if per_judge else blank
         rows = Rows(state, tuple(judges), jnp.zeros_like(lengths), blank)
         return rows, Tokens(jnp.maximum(lengths - 1, 0), read, _needed(rows)), prompt_rewards
 
@@ -153,9 +153,9 @@ class Searcher:
             # Guides count all candidates of a step, or only the newest token, or each candidate's text from its
             # beginning.
             texts = drawn * before + drawn * (drawn + 1) // 2 if getattr(guide, "rereads", False) else drawn
-            a_step = 1 if guide.scores_vocabulary else self.decoder.candidates
-            read = read + texts * a_step * len(_of_models(own))
-        drawn, read = (of_prompts(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
+            per_step = 1 if guide.scores_vocabulary else self.decoder.candidates
+            read = read + texts * per_step * len(_model_prompts(own))
+        drawn, read = (group_by_prompt(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
         rows = rows._replace(decode=state)
         return rows, Tokens(tokens.lm + drawn, tokens.rm + read, _most_needed(tokens, rows))
 
@@ -179,7 +179,7 @@ class Searcher:
             before = rows.rewards[:, j]
             rewards.append(jnp.where(new > 0, reward + before if guide.adds_up else reward, before))
             judges.append(state)
-            read = read + of_prompts(count, len(read)).sum(axis=1) * len(_of_models(own))
+            read = read + group_by_prompt(count, len(read)).sum(axis=1) * len(_model_prompts(own))
         stacked = jnp.stack(rewards, axis=-1) if rewards else rows.rewards
         rows = Rows(rows.decode, tuple(judges), text.answer_lengths, stacked)
         return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows))
@@ -194,7 +194,7 @@ class Searcher:
             reward, count, state = _prefix_rewards(guide, params, state, text, text.answer_lengths, width)
             rewards.append(jnp.cumsum(reward, axis=1) if guide.adds_up else reward)
             judges.append(state)
-            read = read + of_prompts(count, len(read)).sum(axis=1)
+            read = read + group_by_prompt(count, len(read)).sum(axis=1)
         stacked = jnp.stack(rewards, axis=-1)
         last = jnp.maximum(text.answer_lengths - 1, 0)[:, None, None]
         newest = jnp.take_along_axis(stacked, last, axis=1)[:, 0]
@@ -228,7 +228,7 @@ def require_judge(method: Any, searcher: Searcher) -> None:
         raise InputError(f"{type(method).__name__}: needs a reward model that judges what was drawn")
 
 
-def of_prompts(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
+def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
     """Groups rows by prompt."""
     return x.reshape(prompts, len(x) // prompts, *x.shape[1:])
 
@@ -274,11 +274,11 @@ def pick(tree: Any, index: Int[Array, "B *m"]) -> Any:
     """The rows at `index` among each prompt's rows; all arrays of the tree are `[R ...]`."""
     chosen = index if index.ndim == 2 else index[:, None]
 
-    def of_array(x: Array) -> Array:
-        taken = jax.vmap(lambda rows, i: rows[i])(of_prompts(x, len(index)), chosen)
+    def pick_rows(x: Array) -> Array:
+        taken = jax.vmap(lambda rows, i: rows[i])(group_by_prompt(x, len(index)), chosen)
         return taken.reshape(chosen.size, *x.shape[1:])
 
-    return jax.tree.map(of_array, tree)
+    return jax.tree.map(pick_rows, tree)
 
 
 def weighted(rewards: Float[Array, "R *d J"], weights: Float[Array, "B J"]) -> Float[Array, "R *d"]:
@@ -293,7 +293,7 @@ def drift(answers: Decoded) -> Float[Array, "B"]:
     return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
 
 
-def _of_models(own: Any) -> tuple[Prompts | None, ...]:
+def _model_prompts(own: Any) -> tuple[Prompts | None, ...]:
     """The prompts of each model of a guide; a guide may have several models."""
     return own if isinstance(own, tuple) and not hasattr(own, "lengths") else (own,)
 

@@ -17,7 +17,7 @@ from pargs_jax.decoding.search.rows import (
     Tokens,
     branch,
     event_keys,
-    of_prompts,
+    group_by_prompt,
     pick,
     spread,
 )
@@ -57,15 +57,17 @@ class TwistedSmc:
             raise InputError("TwistedSmc: needs a rule that samples, not Greedy")
         batch = len(inputs.lengths)
         rows, tokens = searcher.start(inputs, max_new_tokens, 1)
-        none = jnp.zeros(batch)
-        first = _Carry(spread(rows, self.particles), tokens, jnp.zeros((batch, self.particles)), none, jnp.int32(0))
+        zeros = jnp.zeros(batch)
+        first = _Carry(spread(rows, self.particles), tokens, jnp.zeros((batch, self.particles)), zeros, jnp.int32(0))
 
         def step(carry: _Carry) -> _Carry:
             rows, tokens = searcher.draw(inputs, carry.rows, carry.tokens, 1)
             is_live = ~carry.rows.decode.done
-            log_weights = carry.log_weights + of_prompts(jnp.where(is_live, _increments(searcher, rows), 0.0), batch)
+            log_weights = carry.log_weights + group_by_prompt(
+                jnp.where(is_live, _increments(searcher, rows), 0.0), batch
+            )
             # No resampling once all particles are finished: it would change nothing.
-            is_over = of_prompts(rows.decode.done, batch).all(axis=1)
+            is_over = group_by_prompt(rows.decode.done, batch).all(axis=1)
             resampled = (_effective(log_weights) < self.threshold * self.particles) & ~is_over
             log_mean = jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
             counts = _systematic(event_keys(inputs.keys, 1 + carry.step), log_weights)
@@ -78,11 +80,11 @@ class TwistedSmc:
                 carry.step + 1,
             )
 
-        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_goes_on, step, first)
+        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_is_unfinished, step, first)
         log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
         samples = searcher.found(rows)
-        scores = of_prompts(_log_twists(searcher, rows), batch)
+        scores = group_by_prompt(_log_twists(searcher, rows), batch)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         return Found(
             pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
@@ -97,7 +99,7 @@ class _Carry(NamedTuple):
     step: Int[Array, ""]
 
 
-def _goes_on(carry: _Carry) -> Bool[Array, ""]:
+def _is_unfinished(carry: _Carry) -> Bool[Array, ""]:
     return ~carry.rows.decode.done.all()
 
 

@@ -16,7 +16,7 @@ from pargs_jax.decoding.search.rows import (
     Searcher,
     SearchInputs,
     drift,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -58,17 +58,17 @@ class SpeculativeRejection:
         for size in sizes[1:]:
             rows, tokens = searcher.draw(inputs, rows, tokens, self.chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, self.chunk)
-            scores = of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)
+            scores = group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
             # Only finished answers can win, so those that are dropped are remembered.
-            ended.append((searcher.found(rows), jnp.where(of_prompts(rows.decode.done, batch), scores, -jnp.inf)))
+            ended.append((searcher.found(rows), jnp.where(group_by_prompt(rows.decode.done, batch), scores, -jnp.inf)))
             kept = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
             rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + kept).ravel())
         rows, tokens = searcher.draw(inputs, rows, tokens, rest)
         rows, tokens = searcher.judge(inputs, rows, tokens, rest)
-        ended.append((searcher.found(rows), of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)))
+        ended.append((searcher.found(rows), group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)))
 
         def all_of(*parts: jax.Array) -> jax.Array:
-            joined = jnp.concatenate([of_prompts(part, batch) for part in parts], axis=1)
+            joined = jnp.concatenate([group_by_prompt(part, batch) for part in parts], axis=1)
             return joined.reshape(batch * joined.shape[1], *joined.shape[2:])
 
         scores = jnp.concatenate([scores for _, scores in ended], axis=1)
