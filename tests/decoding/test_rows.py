@@ -82,7 +82,7 @@ def begin(kind, numbers):
 
 
 def full_rewards(kind, prompts, answers):
-    """What the guide's model says of finished or unfinished answers, each read whole."""
+    """Rewards of finished or unfinished answers by the guide's model, each read whole."""
     decoder, (_, (params,)), retokenised = parts(kind)
     model = decoder.guides[0].model
     ids = []
@@ -106,7 +106,7 @@ def full_log_probs(lm, params, tokens):
 
 
 def assert_true_to_its_text(kind, state):
-    """Whatever was done to a row: its numbers are those of full passes over its text."""
+    """Checks that a row's numbers are those of full passes over its text."""
     decoder, (lm_params, _), _ = parts(kind)
     decoded = jax.device_get(decoder.read(state))
     text = jax.device_get(state.text)
@@ -133,7 +133,7 @@ def assert_true_to_its_text(kind, state):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_go_on_after_any_sequence_of_moves(kind):
-    """Random moves; beside each row runs its own history, all that was done to it alone, which ends the same."""
+    """Random moves. Each row ends like a decode of that row alone with the same moves."""
     decoder, params, _ = parts(kind)
     rng = np.random.default_rng(KINDS.index(kind))
     state = begin(kind, range(ROWS))
@@ -194,7 +194,7 @@ def test_rewinding_copies_nothing_and_brings_back_the_same_tokens():
 
 @partial(jax.jit, static_argnums=0)
 def judge_in_chunks(searcher, inputs, left, keys):
-    """Draws, judges, takes back, draws and judges again; the rewards after each judging."""
+    """Draws, judges, rewinds, draws and judges again; returns the rewards after each judging."""
     rows, tokens, prompt_rewards = searcher.start_judged(inputs, STEPS, 5)
     rewards, counts = [prompt_rewards], [tokens]
     for steps in (5, 4):
