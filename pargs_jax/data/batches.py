@@ -41,6 +41,7 @@ class Batch(NamedTuple):
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
         prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where they end at the model's
             own.
+        rewards: the rewards of scored answers; None if rows have none.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -49,6 +50,7 @@ class Batch(NamedTuple):
     answer_lengths: Int[np.ndarray, "B A"]
     weights: Float[np.ndarray, "B"]
     prefixes: PrefixTexts | None = None
+    rewards: Float[np.ndarray, "B A"] | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
@@ -65,12 +67,14 @@ class Batch(NamedTuple):
 class Example:
     """Token ids of one prompt and its answers, chosen first; together they fit the maximum length.
 
-    `prefixes` holds the prefixes of each answer, shortest first, where they end at another tokenizer's tokens.
+    `prefixes` holds the prefixes of each answer, shortest first, where they end at another tokenizer's tokens;
+    `rewards` holds those of scored answers.
     """
 
     prompt: Int[np.ndarray, "P"]
     answers: tuple[Int[np.ndarray, "R"], ...]
     prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def prefix_counts(self) -> list[int]:
@@ -112,9 +116,9 @@ def tokenise(
 ) -> tuple[list[Example], TruncationReport]:
     """Tokenises prompts and answers separately and cuts them to fit.
 
-    The end-of-sequence token is part of an answer. If a prompt and its longest answer exceed `max_length` tokens, the
-    prompt first loses tokens on the left, but never BOS, and it keeps at least half of `max_length`. Then answers lose
-    tokens on the right.
+    The end-of-sequence token is part of a finished answer. If a prompt and its longest answer exceed `max_length`
+    tokens, the prompt first loses tokens on the left, but never BOS, and it keeps at least half of `max_length`. Then
+    answers lose tokens on the right.
 
     Args:
         preferences: the rows; with `answers=2` each needs a rejected answer.
@@ -128,13 +132,15 @@ def tokenise(
         InputError: if `max_length` is below 2, or no row is left after truncation.
     """
     if max_length < 2:
-        raise InputError(f"max_length is {max_length}: it must be at least 2, a token each of prompt and answer")
+        raise InputError(
+            f"max_length: got {max_length}, must be at least 2: one token of the prompt and one of the answer"
+        )
     examples = []
     prompts_cut = answers_cut = tokens_lost = 0
     for preference in preferences:
         whole_prompt = tokenizer.encode_prompt(preference.prompt)
         whole_answers = [
-            [*tokenizer.encode_answer(text, starts_text=not preference.prompt), tokenizer.eos_id]
+            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * preference.finished
             for text in (preference.chosen, preference.rejected)[:answers]
         ]
         prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
@@ -153,12 +159,13 @@ def tokenise(
                     (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, capacity), whole)
                     for text, whole in zip(texts, ids, strict=True)
                 )
-            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes))
+            rewards = None if preference.reward is None else (preference.reward,)
+            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards))
     report = TruncationReport(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
     if not examples:
-        raise InputError(f"no row is left at max_length {max_length}; {report}")
+        raise InputError(f"no rows are left after cutting to max_length {max_length}; {report}")
     return examples, report
 
 
@@ -217,11 +224,11 @@ class Batches:
             InputError: if there are no examples, or the batch size or the seed is out of range.
         """
         if not examples:
-            raise InputError("no examples to make batches of")
+            raise InputError("there are no examples to make batches of")
         if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         if seed < 0:
-            raise InputError(f"seed is {seed}: it must be 0 or more")
+            raise InputError(f"seed: got {seed}, must be at least 0")
         self._examples = examples
         self._batch_size = batch_size
         self._seed = seed
@@ -325,6 +332,8 @@ class Batches:
                 answers[b, a, : len(ids)] = ids
         weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
         batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        if examples[0].rewards is not None:
+            batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
         return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
 
     def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:

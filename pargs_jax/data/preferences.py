@@ -1,4 +1,4 @@
-"""Preference pairs, answers to imitate and prompts, from a local file or the hub.
+"""Preference pairs, answers to imitate, scored answers and prompts, from a local file or the hub.
 
 Every row is converted to a `Preference`. A row that cannot be converted is set aside with its line and the reason. A
 source without usable rows raises `InputError`.
@@ -19,16 +19,24 @@ from pargs_jax.text.tokenization import TextTokenizer
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
 """Columns that may hold the answer to imitate; the first one found is used."""
+_REWARD_FIELDS = ("reward", "guide_reward")
+"""Columns that may hold the reward of the answer; the first one found is used."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt with the preferred answer and the rejected one (None when only answers to imitate were asked for)."""
+    """One prompt with the preferred answer and the rejected one (None when only single answers were asked for).
+
+    A scored answer is in `chosen`, and `reward` is its reward. `finished` is false if the answer was cut off before its
+    end-of-sequence token.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str | None
+    reward: float | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,11 @@ def load_preferences(
     *,
     tokenizer: TextTokenizer | None = None,
     require_rejected: bool = True,
+    reward_range: tuple[float, float] | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
 ) -> LoadedPreferences:
-    """Reads preference pairs, or answers to imitate, and writes their prompts in `form`.
+    """Reads preference pairs, answers to imitate, or scored answers, and writes their prompts in `form`.
 
     Each row may be
     - explicit: `prompt`, `chosen`, `rejected`;
@@ -94,27 +103,34 @@ def load_preferences(
     - conversational: the prompt is a list of `{"role", "content"}`; so are the answers, with or without the turns
       before them;
     - if `require_rejected` is false, also: `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
-      which is an answer to the empty prompt.
+      which is an answer to the empty prompt;
+    - with a `reward_range`: an answer in one of these shapes with its `reward`, a finite number; or a row that
+      `decode.py` wrote with one reward model, where `guide_reward` is the reward. Such an answer is not changed, and
+      has no end-of-sequence token if its `finish_reason` is `length`.
 
     Args:
         source: a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a hub id.
         form: the prompt form.
         tokenizer: needed only by the form `chat`, for its template.
         require_rejected: whether rows need a rejected answer; if not, `rejected` is None in all of them.
+        reward_range: the lowest and the highest reward that a scored answer may have; None: rewards are not read.
         split: `train` or `eval`. It selects rows of a file that has a column `split`, and the split of a data set on
             the hub (see `Rows`).
         columns: the source's names for columns that it names differently, such as `{"prompt": "question"}`.
 
     Raises:
         InputError: if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
-        do not match the source.
+            do not match the source.
     """
     preferences, bad_rows = [], []
     hint = ""
     rows = Rows(source, split, columns or {})
     for row in rows:
         try:
-            preferences.append(_preference(row, form, tokenizer, require_rejected))
+            if reward_range is None:
+                preferences.append(_preference(row, form, tokenizer, require_rejected))
+            else:
+                preferences.append(_scored_answer(row, form, tokenizer, reward_range))
         except InputError as error:
             bad_rows.append(BadRow(row.line, str(error), row.content))
             if isinstance(error, _MissingColumn):
@@ -174,7 +190,7 @@ def load_prompts(
             raise InputError(f"{source}: line {row.line}: {error}{hint}") from error
         if prompt.id in prompts:
             raise InputError(
-                f"{source}: line {row.line}: a row before it has the id {prompt.id!r} too; ids must differ"
+                f"{source}: line {row.line}: an earlier row also has the id {prompt.id!r}; ids must differ"
             )
         prompts[prompt.id] = prompt
     if not prompts:
@@ -189,7 +205,7 @@ def _fields(row: SourceRow) -> dict[str, Any]:
     if row.problem:
         raise InputError(row.problem)
     if not isinstance(row.content, dict):
-        raise InputError(f"the row is of type {type(row.content).__name__}: it must be an object with named fields")
+        raise InputError(f"the row is of type {type(row.content).__name__}, must be an object with named fields")
     return row.content
 
 
@@ -199,7 +215,7 @@ def _numbers(fields: dict[str, Any], name: str) -> tuple[float, ...] | None:
     if found is None:
         return None
     if not isinstance(found, list) or not found or not all(_is_number(x) for x in found):
-        raise InputError(f"{name} must be a list of numbers, got {found!r}")
+        raise InputError(f"{name}: got {found!r}, must be a list of numbers")
     return tuple(map(float, found))
 
 
@@ -217,6 +233,8 @@ def _preference(
 ) -> Preference:
     fields = _fields(row)
     rejected = None
+    if require_rejected and "chosen" not in fields and fields.keys() & set(_REWARD_FIELDS):
+        raise InputError("the row is a scored answer; pairs are needed, rows of prompt, chosen, rejected")
     if not require_rejected:
         prompt, chosen = _prompt_and_answer(fields, form, tokenizer)
     elif fields.get("prompt") is None:
@@ -237,13 +255,50 @@ def _preference(
     return Preference(_row_id(row), prompt, chosen, rejected)
 
 
+def _scored_answer(
+    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, reward_range: tuple[float, float]
+) -> Preference:
+    fields = _fields(row)
+    if fields.get("rejected") is not None:
+        raise InputError("the row is a pair; scored answers are needed, rows of prompt, response, reward")
+    reward = _reward(fields, *reward_range)
+    if "guide_reward" in fields:
+        prompt, answer = _prompt_text(fields, form, tokenizer), _text(fields, "response")
+    else:
+        prompt, answer = _prompt_and_answer(fields, form, tokenizer)
+    if not answer.strip():
+        raise InputError("the answer is empty")
+    for text in (prompt, answer):
+        _check_encodable(text)
+    return Preference(_row_id(row), prompt, answer, None, reward, fields.get("finish_reason") != "length")
+
+
+def _reward(fields: dict[str, Any], least: float, most: float) -> float:
+    """The reward of a scored answer."""
+    name = next((name for name in _REWARD_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        raise _MissingColumn("reward is missing", fields)
+    value = fields[name]
+    if isinstance(value, list):
+        raise InputError(f"{name} is {len(value)} numbers; a scored answer has one, so decode with one reward model")
+    try:
+        reward = math.nan if isinstance(value, bool) else float(value)  # CSV files hold texts
+    except (TypeError, ValueError, OverflowError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise InputError(f"{name} is {value!r}: it must be a finite number")
+    if not least <= reward <= most:
+        raise InputError(f"{name} is {reward:g}: this objective needs rewards from {least:g} to {most:g}")
+    return reward
+
+
 def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> tuple[str, str]:
     """The prompt and the answer to imitate. A rejected answer is used only to find an implicit prompt."""
     if fields.get("prompt") is not None:
         name = next((name for name in _ANSWER_FIELDS if fields.get(name) is not None), None)
         if name is None:
             names = f"{', '.join(_ANSWER_FIELDS[:-1])} or {_ANSWER_FIELDS[-1]}"
-            raise _MissingColumn(f"no answer beside prompt: it must be called {names}", fields)
+            raise _MissingColumn(f"the row has a prompt but no answer, in a column {names}", fields)
         return _explicit_answer(fields, name, form, tokenizer)
     if fields.get("messages") is not None:
         turns, answer = _split_conversation(fields, "messages")
@@ -296,7 +351,7 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
         if turns != other_turns:
             raise InputError("chosen and rejected do not answer the same prompt")
         if not turns:
-            raise _MissingColumn("no prompt beside chosen and rejected, which are answers alone", fields)
+            raise _MissingColumn("prompt is missing, and chosen and rejected do not contain one", fields)
         return form.render(turns, tokenizer), form.begin_answer(chosen), form.begin_answer(rejected)
     missing = [name for name in ("prompt", "chosen", "rejected") if fields.get(name) is None]
     if len(missing) > 1:
@@ -304,7 +359,7 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
     start = _answer_start(chosen, rejected, form, tokenizer)
     if start is None:
-        raise _MissingColumn("no prompt beside chosen and rejected, which are not dialogues that share one", fields)
+        raise _MissingColumn("prompt is missing, and chosen and rejected are not dialogues that share one", fields)
     return chosen[:start], form.begin_answer(chosen[start:]), form.begin_answer(rejected[start:])
 
 
@@ -314,7 +369,7 @@ def _answer_start(chosen: str, rejected: str, form: PromptForm, tokenizer: TextT
     start = form.prompt_end(shared, tokenizer)
     other = form_of_dialogue(shared)
     if start is None and other is not None:
-        raise InputError(f"chosen and rejected are dialogues in the prompt form {other.name!r}, not {form.name!r}")
+        raise InputError(f"chosen and rejected are dialogues in the prompt format {other.name!r}, not {form.name!r}")
     return start
 
 
@@ -323,7 +378,7 @@ def _split_conversation(fields: dict[str, Any], name: str) -> tuple[list[Turn], 
     turns = fields[name]
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-        raise InputError(f"{name} must be a list of turns that ends with the assistant's")
+        raise InputError(f"{name} must be a list of turns that ends with an assistant turn")
     return turns[:-1], last["content"]
 
 
@@ -331,7 +386,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if fields.get(name) is None:
         raise _MissingColumn(f"{name} is missing", fields)
     if not isinstance(fields[name], str):
-        raise InputError(f"{name} is of type {type(fields[name]).__name__}: it must be a text or a list of turns")
+        raise InputError(f"{name} is of type {type(fields[name]).__name__}, must be a text or a list of turns")
     return fields[name]
 
 
@@ -341,5 +396,5 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"half a surrogate pair ({text[error.start]!r}) stands in the text: it is not Unicode"
+            f"the text contains half a surrogate pair ({text[error.start]!r}), so it is not valid Unicode"
         ) from error

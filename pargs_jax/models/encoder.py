@@ -113,7 +113,7 @@ class EncoderModel(Model):
         """Prepares to read prefixes of answers, `chunk` at once, each closed by `closing_id`. They are read only when
         `rewards_at` asks for them. A key turns dropout on. Raises ValueError without a `closing_id`."""
         if closing_id is None:
-            raise ValueError("an encoder reads prefixes as finished texts: it needs a closing_id")
+            raise ValueError("an encoder reads every prefix as a finished text, so it needs a closing_id")
         return SeparateOutputs(self, params, batch, key, closing_id, chunk)
 
 

@@ -72,15 +72,20 @@ class Loss:
         meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
         answers: how many answers of a row it reads: 2 (chosen and rejected) or 1 (chosen).
+        reward_range: the lowest and the highest reward of an answer that it can learn from; None if it does not read
+            rewards. An objective that does reads scored answers (`answers = 1`), and batches have `rewards`.
+        has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
-        frozen: names of other models that it reads but does not train, such as a reference model. The training program
-            loads their parameters; the loss gets their outputs as keyword arguments with these names.
+        frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
+            with these names. The training program provides one, `reference`: the model that training starts from.
     """
 
     name: ClassVar[str]
     meaning: ClassVar[str]
     head: ClassVar[str]
     answers: ClassVar[int] = 2
+    reward_range: ClassVar[tuple[float, float] | None] = None
+    has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
 
@@ -89,7 +94,8 @@ class Loss:
         tokens."""
 
     def chance(self, vocab_size: int) -> float:
-        """The loss of a model that cannot tell anything apart. The option `loss_limit` is a multiple of it."""
+        """The loss of a model that cannot tell anything apart. The option `loss_limit` is a multiple of it. Infinite if
+        this loss depends on the data; then there is no limit."""
         raise NotImplementedError
 
     def __call__(

@@ -29,27 +29,31 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
             before = json.loads(path.read_bytes())
             rows, digest = before["rows"], before["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read; bring it back, or remove it to go on unchecked") from error
+            raise InputError(
+                f"{path}: cannot be read; restore it, or remove it to continue without the check"
+            ) from error
         if digest != now["digest"]:
             raise InputError(
-                f"{source}: its rows, as tokens, are not those that the run in {folder} began with ({rows} then, "
-                f"{now['rows']} now); resume with the data and the tokenizer of then, or use another output folder"
+                f"{source}: its tokenised rows differ from those that the run in {folder} began with ({rows} then, "
+                f"{now['rows']} now); resume with the original data and tokenizer, or use another output folder"
             )
         return
     if resumes:
-        warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
+        warn(f"{folder}: has no {DATA_FILE}, so it is not checked that {source} is the data that the run began with")
     with write_errors_named_after(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """A digest of the training input: all token ids, where texts begin and end, and the order of the rows."""
+    """A digest of the training input: all token ids, where texts begin and end, rewards, and the order of the rows."""
     total = hashlib.sha256()
     for example in examples:
         prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
         texts = [example.prompt, *example.answers, *prefixes]
         lengths = np.array([*example.prefix_counts, *map(len, texts)])
         total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
+        if example.rewards is not None:
+            total.update(np.asarray(example.rewards, "<f4").tobytes())
     return total.hexdigest()
 
 
@@ -62,7 +66,7 @@ def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: in
     rest = np.linspace(step, now - 1, 1000).astype(int)
     if not np.allclose(planned(rest), current(rest), rtol=1e-5, atol=0):
         warn(
-            f"steps, epochs: the run was to have {before} steps and now has {now}, which changes its "
-            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(current(step)):.3g}, and was "
-            f"to be {float(planned(step)):.3g}"
+            f"steps, epochs: the run was planned with {before} steps and now has {now}, which changes its "
+            f"{optim.schedule} schedule: the learning rate of step {step + 1} is now {float(current(step)):.3g} "
+            f"instead of {float(planned(step)):.3g}"
         )

@@ -127,7 +127,7 @@ class Searcher:
             if rewards and not guide.adds_up:
                 if not hasattr(guide, "read_prompts"):
                     raise InputError(
-                        f"{type(guide).__name__}: has no reward of a prompt alone, which this method needs"
+                        f"{type(guide).__name__}: cannot score a prompt without an answer, but this method needs it to"
                     )
                 reward, judge = guide.read_prompts(params, prompts, capacity, own)
             else:
@@ -225,7 +225,7 @@ class Searcher:
 def require_judge(method: Any, searcher: Searcher) -> None:
     """Raises InputError if the searcher has no judge."""
     if not searcher.judges:
-        raise InputError(f"{type(method).__name__}: needs a reward model that judges what was drawn")
+        raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
 
 
 def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
