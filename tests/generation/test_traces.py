@@ -205,7 +205,7 @@ def test_a_line_that_is_not_a_trace_is_one_line_of_error(answers, tmp_path, spoi
     path.write_text(f"{good}\n{json.dumps(row)}\n")
     with pytest.raises(
         InputError,
-        match=rf"t.jsonl: line 2 is not a trace \({reason}\); decode.py writes such files with the option trace\Z",
+        match=rf"t.jsonl: line 2 is not a trace \({reason}\); the option trace of decode.py writes them\Z",
     ):
         list(read_traces(path))
 
