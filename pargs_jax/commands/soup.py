@@ -10,7 +10,7 @@ import jax
 
 from pargs_jax.commands.command_line import Parser
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.durable_files import write_failures_named
+from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import Pretrained, load_model, resolve, save_model, stored_head
 from pargs_jax.text.tokenization import TextTokenizer
@@ -36,7 +36,7 @@ def soup(sources: Sequence[str], weights: Sequence[float], out: Path) -> None:
         if not tokenizer.same_vocabulary(other_tokenizer) or first.eos_ids != other.eos_ids:
             raise InputError(f"{source}: its tokenizer differs from {sources[0]}'s; averaged models must share one")
         total = jax.tree.map(lambda x, y, weight=weight: x + weight * y, total, other.params)
-    with write_failures_named(out, "give another --out"):
+    with write_errors_named_after(out, "give another --out"):
         save_model(out, first.model, total, special_tokens=first.special_tokens, prompt_form=first.prompt_form)
         tokenizer.save(out)
 

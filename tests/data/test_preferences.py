@@ -287,7 +287,7 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path):
         },
     ],
 )
-def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
+def test_published_rows_are_not_refused(tmp_path, row):
     preference = load_one(tmp_path, row, PLAIN)
     assert preference.prompt.endswith(("Why?", "Assistant:", "It sat.", "ASSISTANT:"))
     assert preference.chosen.strip() in ("Because.", "TL;DR: A cat.")
@@ -362,7 +362,7 @@ def test_evaluation_takes_the_splits_that_the_hub_has_for_it(monkeypatch):
 
 
 class Template:
-    """A tokenizer that has nothing but a chat template."""
+    """A tokenizer with only a chat template."""
 
     def render_chat(self, turns):
         return "".join(f"<{turn['role'][0]}>{turn['content']}" for turn in turns) + "<a>"

@@ -46,7 +46,7 @@ def session(lm, rm):
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "weak_to_strong"])
-def test_every_search_answers_and_says_what_it_took(name, session):
+def test_every_search_answers_and_counts_tokens(name, session):
     found = answer(session, name)
     model = session.reward_models[0]
     for prompt in PROMPTS:
@@ -63,7 +63,7 @@ def test_every_search_answers_and_says_what_it_took(name, session):
                 assert row.guide_rewards[0] == pytest.approx(float(scored[0]), abs=1e-4)
 
 
-def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
+def test_best_of_n_returns_the_best_of_n_separate_samples(session):
     """`--n` draws with the same keys."""
     plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
@@ -92,7 +92,7 @@ def test_weak_to_strong_search_scores_by_a_log_ratio(lm, save_tiny):
     assert all(len(row.guide_rewards) == 1 and row.rm_tokens > 2 * row.tokens for row in found.values())
 
 
-def test_what_means_nothing_to_a_search_is_refused():
+def test_options_that_do_not_apply_to_a_search_are_refused():
     def refused(name, words, **changes):
         with pytest.raises(InputError, match=words):
             Settings(METHODS[name], **changes)

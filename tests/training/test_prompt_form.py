@@ -57,7 +57,7 @@ def saved_form(config):
 
 
 def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
-    """To the run that starts from it; a resumed run keeps its own."""
+    """A run that starts from it uses its form; a resumed run keeps its own."""
     assert load_model(lm, "reward").prompt_form is None
     first = settings("first", format="hh")
     assert not train(first)[1]
