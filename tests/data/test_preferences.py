@@ -412,7 +412,7 @@ def test_answers_without_a_usable_reward_are_bad_rows(tmp_path):
         ({**SCORED, "reward": float("nan")}, "reward is nan, must be a finite number"),
         ({**SCORED, "reward": float("inf")}, "reward is inf, must be a finite number"),
         ({**SCORED, "reward": "good"}, "reward is 'good', must be a finite number"),
-        ({**SCORED, "reward": True}, "reward is True: it must be"),
+        ({**SCORED, "reward": True}, "reward is True, must be a finite number"),
         ({**SCORED, "reward": None}, "reward is missing"),
         ({**SCORED, "reward": [1, 2]}, "reward is 2 numbers; a scored answer has one"),
         ({**SCORED, "response": " "}, "the answer is empty"),
