@@ -61,7 +61,7 @@ def test_a_sweep_decodes_what_is_missing_and_a_second_run_nothing(evaluate, lm, 
     before = {file: file.read_bytes() for file in files}
     files[0].unlink()
     code, _, err, _ = evaluate(*words, "--sweep", "method=top_k,pargs", "weight=1,2,4")
-    assert code == 0 and "4 of 4 answers are there already" in " ".join(err.split())
+    assert code == 0 and "4 of 4 answers are already there" in " ".join(err.split())
     assert {file: file.read_bytes().count(b"\n") for file in files} == {file: 4 for file in before}
     assert files[1].read_bytes() == before[files[1]]
     assert (tmp_path / "out" / "answers" / "pargs_weight=2.jsonl").exists()

@@ -65,7 +65,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + lines[3][:17])
     code, _, err = decode(*options)
-    assert code == 0 and "3 of 5 answers are there already" in " ".join(err.split())
+    assert code == 0 and "3 of 5 answers are already there" in " ".join(err.split())
     again = rows(out)
     assert again[:3] == whole[:3]
     assert {row["id"]: row["response"] for row in again} == {row["id"]: row["response"] for row in whole}
@@ -138,7 +138,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
     first = rows(written)
     assert decode(*options, "--out", written, "--n", 3, "--temperature", 1)[0] == 2  # another temperature
     code, _, err = decode(*options, "--out", written, "--n", 3)
-    assert code == 0 and "2 of 6 answers are there already" in " ".join(err.split())
+    assert code == 0 and "2 of 6 answers are already there" in " ".join(err.split())
     assert rows(written)[:2] == first
     answers = {(row["id"], row["sample"]): row["response"] for row in rows(written)}
     assert len(set(answers.values())) == 6

@@ -133,7 +133,7 @@ def test_decoding_a_file_of_prompts_by_the_text(start, tmp_path):
     run("decode.py", *common, "--mesh", "cpu-1", "--out", str(tmp_path / "one.jsonl"))
     two = (*common, "--mesh", "cpu-4,data=2,tensor=2", "--out", str(tmp_path / "two.jsonl"))
     run("decode.py", *two, "--limit", "3", processes=2)
-    assert "3 of 6 answers are there already" in run("decode.py", *two, processes=2)
+    assert "3 of 6 answers are already there" in run("decode.py", *two, processes=2)
     one, two = (
         {row["id"]: row for row in map(json.loads, (tmp_path / name).read_text().splitlines())}
         for name in ("one.jsonl", "two.jsonl")
