@@ -14,8 +14,9 @@ HELD_OUT_PAIRS = 256
 """Pairs of the evaluation split."""
 PROMPTS = 200
 """Prompts that are answered where `--limit` gives no number."""
-REWARD_MODELS = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
-"""Where `train.py` leaves the demo's reward models, trained on all prefixes and on full answers."""
+REWARD_MODELS = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt"), "autoregressive": Path("runs/arm")}
+"""Where `train.py` leaves the demo's reward models, by what methods need: trained on all prefixes, on full answers, and
+as language models whose log-probabilities are the rewards."""
 
 
 def model_source(source: str) -> str:
@@ -42,7 +43,7 @@ def demo_reward_model(method: Method) -> Path:
         raise InputError(f"{method.source}: the demo has no reward model for it; give --rm")
     path = REWARD_MODELS[method.reward_model]
     if not path.exists():
-        objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
+        objective = "" if method.reward_model == "partial" else f" --objective.name {path.name}"
         raise InputError(f"{path}: the demo's reward model is not there; run 'python train.py{objective}' first")
     return path
 

@@ -1,7 +1,10 @@
 """What training can minimise: one file an objective, with its loss and its options (see `contract`)."""
 
+from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bt import BradleyTerry
+from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.objectives.dpo import DirectPreference
 from pargs_jax.objectives.fudge import PrefixRegression
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
 from pargs_jax.objectives.rad import RewardAugmented
@@ -14,9 +17,12 @@ OBJECTIVES: dict[str, type[Loss]] = {
         SupervisedFineTuning,
         BradleyTerry,
         PartialBradleyTerry,
+        AutoregressiveReward,
+        DirectPreference,
         RewardAugmented,
         PrefixRegression,
         TemporalDifference,
+        ControlledDecoding,
     )
 }
 """Every objective by its name. A new one is a line here."""

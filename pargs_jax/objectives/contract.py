@@ -75,8 +75,8 @@ class Loss:
             rewards. One that does reads scored answers (`answers = 1`), and batches have `rewards`.
         has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
-        frozen: names of other models that it reads and does not train, such as a reference. The training program gives
-            each its parameters; the loss gets their outputs as keyword arguments of these names.
+        frozen: names of other models that it reads and does not train; the loss gets their outputs as keyword arguments
+            of these names. The training program gives one, `reference`: the model that training starts from.
     """
 
     name: ClassVar[str]

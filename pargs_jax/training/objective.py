@@ -7,6 +7,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
+from pargs_jax.models.lora import NAMES as LORA_NAMES
+from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives.contract import Loss
 
@@ -24,7 +26,8 @@ class Objective:
         closing_id: the token that closes a text, which encoders need to read a prefix as a finished text.
         chunk: prefixes that models which read each of them apart read together.
         frozen: the other models that the loss reads (`Loss.frozen`), by name. The parameters of each are in those that
-            the objective is called with, below its name.
+            the objective is called with, below its name. One whose parameters are not there is the trained model
+            without its low-rank additions.
     """
 
     model: Any
@@ -41,7 +44,9 @@ class Objective:
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
-        frozen = {name: model.read_answers(params.pop(name), batch, **options) for name, model in self.frozen}
+        others = {name: params.pop(name) for name, _ in self.frozen if name in params}
+        base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
+        frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         outputs = self.model.read_answers(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
         return loss, (metrics, weight)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batches, Example
-from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.processes import on_first
 from pargs_jax.training.checkpoint import Checkpoints
@@ -31,7 +30,7 @@ def run(
     console: Console,
 ) -> Params:
     """Trains from the folder's newest checkpoint, or from `params` if there is none, and returns the parameters after
-    the last step, those that were frozen included.
+    the last step, those of the model that were frozen included.
 
     The folder gets `config.yaml`, `data.json` (a digest of the rows), `metrics.jsonl` and `checkpoints/`.
 
@@ -71,7 +70,7 @@ def run(
                 config, total, step, schedule, program.objective, frozen, batches, evaluation, checkpoints, console
             )
             state = trainer.run(state)
-    return join_params(state.params, frozen)
+    return program.model_params(state.params, frozen)
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
