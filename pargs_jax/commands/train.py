@@ -100,7 +100,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
 
 def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> TrainingProgram:
     """The program that a config asks for, with a model that was loaded or only described. Raises InputError if the
-    model cannot read texts as long as the config allows."""
+    model cannot read texts as long as the config allows, or cannot be the start of the objective."""
     positions = model.config.max_positions
     if config.max_length > positions:
         raise InputError(

@@ -7,7 +7,11 @@ import optax
 import pytest
 import torch
 
+from pargs_jax.commands.train import training_program
+from pargs_jax.config import ModelConfig, ObjectiveConfig, TrainConfig
 from pargs_jax.data.batches import Batch
+from pargs_jax.errors import InputError
+from pargs_jax.models.hf import save_model
 from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.testing import tiny_model
 from pargs_jax.training.objective import Objective
@@ -86,3 +90,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, parts.params)
     for name, value in metrics.items():
         assert float(part_metrics[name]) == pytest.approx(float(value), rel=1e-3), name
+
+
+def test_a_table_is_not_the_language_model_to_start_from(tmp_path):
+    model, params = tiny_model("gpt2", "table")
+    save_model(tmp_path / "table", model, params)
+    config = TrainConfig(
+        objective=ObjectiveConfig(name="cd_q"), model=ModelConfig(init=str(tmp_path / "table")), max_length=16
+    )
+    with pytest.raises(InputError, match=r"--model.init: .*table has a table of rewards already; cd_q starts from"):
+        training_program(config, model, closing_id=0)
