@@ -84,7 +84,7 @@ class MeshRequest:
             asked = math.prod(sizes.values())
             if asked != devices:
                 product = " x ".join(f"{name}={size}" for name, size in self.axes)
-                raise InputError(f"mesh {self.text}: {product} is {asked} devices, and there are {devices}")
+                raise InputError(f"mesh {self.text}: {product} needs {asked} devices, but there are {devices}")
             return tuple(sizes.get(axis, 1) for axis in AXES)
         if task == "train":
             return 1, devices, 1
@@ -152,7 +152,7 @@ def open_compile_cache(folder: str | None) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"compile_cache {folder}: cannot be made ({error.strerror})") from error
+            raise InputError(f"compile_cache {folder}: cannot be created ({error.strerror})") from error
         if not os.access(path, os.W_OK):
             raise InputError(f"compile_cache {folder}: cannot be written")
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -180,7 +180,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
     if (request.platform, request.devices) == ("gpu", 1):
         return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(f"mesh {text}: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
+        raise InputError(f"mesh {text}: compile_only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]
@@ -199,7 +199,7 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
     except Exception as error:
         raise InputError(
             f"mesh {text}: libtpu cannot describe it ({first_line(error)}); "
-            "it comes with the extra: pip install 'pargs-jax[tpu]'"
+            "install it with pip install 'pargs-jax[tpu]'"
         ) from error
     return _arranged(request.shape(len(topology.devices), task), topology.devices)
 
@@ -275,7 +275,7 @@ def _not_here(request: MeshRequest) -> InputError:
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:
-        way_out = "run on that slice, on every host of it (distributed), or only compile for it (compile_only)"
+        way_out = "run on every host of that slice (distributed), or only compile for it (compile_only)"
     else:
-        way_out = "mesh auto takes what is here"
+        way_out = "use mesh auto for the devices of this machine"
     return InputError(f"mesh {request.text}: this machine has {here}; {way_out}")

@@ -39,7 +39,7 @@ def start_processes(config: ProcessesConfig) -> None:
         jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"distributed: the other processes cannot be found ({first_line(error)}); "
+            f"distributed: cannot find the other processes ({first_line(error)}); "
             "give processes.coordinator (HOST:PORT), processes.count and processes.index"
         ) from error
     finally:
@@ -60,7 +60,7 @@ def on_first(action: Callable[[], Result]) -> Result | None:
         except InputError as refusal:
             error = refusal
     if from_first(np.asarray(error is not None)):
-        raise error or InputError("the first process has stopped; its message says why")
+        raise error or InputError("the first process stopped; see its error message")
     return result
 
 

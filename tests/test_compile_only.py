@@ -78,6 +78,4 @@ def test_without_a_compiler_for_gpus_one_line_says_where_it_comes_from():
 def test_a_mesh_that_cannot_be_compiled_for_is_one_line(command):
     done = run(command, "--compile-only", "--mesh", "cpu-4")
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: mesh cpu-4: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n"
-    )
+    assert done.stderr == ("error: mesh cpu-4: compile_only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n")

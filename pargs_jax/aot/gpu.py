@@ -18,7 +18,7 @@ from pargs_jax.errors import InputError, first_line
 if TYPE_CHECKING:
     import jax
 
-NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
+NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler; install it with pip install 'pargs-jax[compile-gpu]'"
 
 # What XLA has to know of the chip: its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
 H100_SXM = """

@@ -48,7 +48,7 @@ def count_step_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
     entry = module.computations[module.entry]
     loops = [instruction for instruction in entry.values() if instruction.opcode == "while"]
     if not loops:
-        raise ValueError("the program has no loop, and so no step")
+        raise ValueError("the program has no loop, so it has no step")
     turns = {loop.name: count.turn(loop) for loop in loops}
     main = max(loops, key=lambda loop: turns[loop.name].bytes * (loop_steps(loop, entry, module) or 1))
     return turns[main.name]

@@ -136,7 +136,7 @@ class Report:
         }
 
     def advice(self, options: Iterable[str]) -> list[str]:
-        """Lines that say by how much the program does not fit, what takes the room, and what to try; none if it fits.
+        """Lines that say how much memory is missing, what takes most of it, and what to try; none if the program fits.
 
         Args:
             options: what the caller can change, most helpful first, as whole phrases.

@@ -44,7 +44,7 @@ def demo_reward_model(method: Method) -> Path:
     path = REWARD_MODELS[method.reward_model]
     if not path.exists():
         objective = "" if method.reward_model == "partial" else f" --objective.name {path.name}"
-        raise InputError(f"{path}: the demo's reward model is not there; run 'python train.py{objective}' first")
+        raise InputError(f"{path}: the demo's reward model is missing; run 'python train.py{objective}' first")
     return path
 
 

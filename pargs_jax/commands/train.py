@@ -121,7 +121,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
     if rows % shards:
         raise InputError(
             f"--batch-size: {config.batch_size} in {config.optim.accumulation} micro-batches (--optim.accumulation) is "
-            f"{rows} pairs at once, which the mesh's {shards} row shards (data x fsdp) cannot share; make it a multiple"
+            f"{rows} pairs at once, must be a multiple of the mesh's {shards} row shards (data x fsdp)"
         )
 
 
@@ -160,7 +160,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         )
         if jax.process_index() == 0:
             tokenizer.save(exported)
-    console.print(f"the model is in {exported}", highlight=False)
+    console.print(f"saved the model to {exported}", highlight=False)
 
 
 def _with_prompt_form(config: TrainConfig, folder: Path, remembered: str | None) -> TrainConfig:
@@ -177,8 +177,8 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
         return None
     if model.one_pass or not config.objective.loss.scores_prefixes:
         raise InputError(
-            "--data.prefix-tokenizer: is for partial_bt and a model with full attention, which reads prefixes apart; "
-            "other models are scored at their own tokens"
+            "--data.prefix-tokenizer: needs partial_bt and a model with full attention; other models are scored at "
+            "their own tokens, so leave it out"
         )
     return TextTokenizer.load(resolve(model_source(source)))
 
@@ -210,9 +210,7 @@ def _load_examples(
         )
         rows = loaded.rows
         if loaded.other_splits:
-            console.print(
-                f"{source} ({split}): {loaded.other_splits} rows of other splits are left out", highlight=False
-            )
+            console.print(f"{source} ({split}): skipped {loaded.other_splits} rows of other splits", highlight=False)
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
             with write_failures_named(path, "give another --out"):
@@ -238,4 +236,4 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append("--optim.moment-dtype bfloat16")
     if not config.lora.rank:
         ways.append("--lora.rank 16")
-    return [*ways, "more devices, or more of them on the axis fsdp"]
+    return [*ways, "more devices, or a larger fsdp axis"]

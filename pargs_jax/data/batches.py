@@ -132,7 +132,9 @@ def tokenise(
         InputError: if `max_length` is below 2, or cutting left no row.
     """
     if max_length < 2:
-        raise InputError(f"max_length is {max_length}: it must be at least 2, a token each of prompt and answer")
+        raise InputError(
+            f"max_length: got {max_length}, must be at least 2: one token of the prompt and one of the answer"
+        )
     examples = []
     prompts_cut = answers_cut = tokens_lost = 0
     for preference in preferences:
@@ -163,7 +165,7 @@ def tokenise(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
     if not examples:
-        raise InputError(f"no row is left at max_length {max_length}; {report}")
+        raise InputError(f"no rows are left after cutting to max_length {max_length}; {report}")
     return examples, report
 
 
@@ -222,11 +224,11 @@ class Batches:
             InputError: if there are no examples, or the batch size or the seed is out of range.
         """
         if not examples:
-            raise InputError("no examples to make batches of")
+            raise InputError("there are no examples to make batches of")
         if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         if seed < 0:
-            raise InputError(f"seed is {seed}: it must be 0 or more")
+            raise InputError(f"seed: got {seed}, must be at least 0")
         self._examples = examples
         self._batch_size = batch_size
         self._seed = seed

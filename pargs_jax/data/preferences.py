@@ -188,7 +188,7 @@ def load_prompts(
             raise InputError(f"{source}: line {row.line}: {error}{hint}") from error
         if prompt.id in prompts:
             raise InputError(
-                f"{source}: line {row.line}: a row before it has the id {prompt.id!r} too; ids must differ"
+                f"{source}: line {row.line}: an earlier row also has the id {prompt.id!r}; ids must differ"
             )
         prompts[prompt.id] = prompt
     if not prompts:
@@ -203,7 +203,7 @@ def _fields(row: SourceRow) -> dict[str, Any]:
     if row.problem:
         raise InputError(row.problem)
     if not isinstance(row.content, dict):
-        raise InputError(f"the row is of type {type(row.content).__name__}: it must be an object with named fields")
+        raise InputError(f"the row is of type {type(row.content).__name__}, must be an object with named fields")
     return row.content
 
 
@@ -213,7 +213,7 @@ def _numbers(fields: dict[str, Any], name: str) -> tuple[float, ...] | None:
     if found is None:
         return None
     if not isinstance(found, list) or not found or not all(_is_number(x) for x in found):
-        raise InputError(f"{name} must be a list of numbers, got {found!r}")
+        raise InputError(f"{name}: got {found!r}, must be a list of numbers")
     return tuple(map(float, found))
 
 
@@ -296,7 +296,7 @@ def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: Text
         name = next((name for name in _ANSWER_FIELDS if fields.get(name) is not None), None)
         if name is None:
             names = f"{', '.join(_ANSWER_FIELDS[:-1])} or {_ANSWER_FIELDS[-1]}"
-            raise _MissingColumn(f"no answer beside prompt: it must be called {names}", fields)
+            raise _MissingColumn(f"the row has a prompt but no answer, in a column {names}", fields)
         return _explicit_answer(fields, name, form, tokenizer)
     if fields.get("messages") is not None:
         turns, answer = _split_conversation(fields, "messages")
@@ -349,7 +349,7 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
         if turns != other_turns:
             raise InputError("chosen and rejected do not answer the same prompt")
         if not turns:
-            raise _MissingColumn("no prompt beside chosen and rejected, which are answers alone", fields)
+            raise _MissingColumn("prompt is missing, and chosen and rejected do not contain one", fields)
         return form.render(turns, tokenizer), form.begin_answer(chosen), form.begin_answer(rejected)
     missing = [name for name in ("prompt", "chosen", "rejected") if fields.get(name) is None]
     if len(missing) > 1:
@@ -357,7 +357,7 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
     start = _answer_start(chosen, rejected, form, tokenizer)
     if start is None:
-        raise _MissingColumn("no prompt beside chosen and rejected, which are not dialogues that share one", fields)
+        raise _MissingColumn("prompt is missing, and chosen and rejected are not dialogues that share one", fields)
     return chosen[:start], form.begin_answer(chosen[start:]), form.begin_answer(rejected[start:])
 
 
@@ -367,7 +367,7 @@ def _answer_start(chosen: str, rejected: str, form: PromptForm, tokenizer: TextT
     start = form.prompt_end(shared, tokenizer)
     other = form_of_dialogue(shared)
     if start is None and other is not None:
-        raise InputError(f"chosen and rejected are dialogues in the prompt form {other.name!r}, not {form.name!r}")
+        raise InputError(f"chosen and rejected are dialogues in the prompt format {other.name!r}, not {form.name!r}")
     return start
 
 
@@ -376,7 +376,7 @@ def _split_conversation(fields: dict[str, Any], name: str) -> tuple[list[Turn], 
     turns = fields[name]
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-        raise InputError(f"{name} must be a list of turns that ends with the assistant's")
+        raise InputError(f"{name} must be a list of turns that ends with an assistant turn")
     return turns[:-1], last["content"]
 
 
@@ -384,7 +384,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if fields.get(name) is None:
         raise _MissingColumn(f"{name} is missing", fields)
     if not isinstance(fields[name], str):
-        raise InputError(f"{name} is of type {type(fields[name]).__name__}: it must be a text or a list of turns")
+        raise InputError(f"{name} is of type {type(fields[name]).__name__}, must be a text or a list of turns")
     return fields[name]
 
 
@@ -394,5 +394,5 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"half a surrogate pair ({text[error.start]!r}) stands in the text: it is not Unicode"
+            f"the text contains half a surrogate pair ({text[error.start]!r}), so it is not valid Unicode"
         ) from error

@@ -66,14 +66,16 @@ class Rows:
             yield row
         missing = [column for column in self.columns.values() if column not in names]
         if names and missing:
-            raise InputError(f"{self.source}: no row has a column {missing[0]!r}; there are {', '.join(sorted(names))}")
+            raise InputError(
+                f"{self.source}: no row has a column {missing[0]!r}; the columns are {', '.join(sorted(names))}"
+            )
         if None in splits and len(splits) > 1:
             raise InputError(
-                f"{self.source}: {splits[None]} rows have no split, and others have; fill or drop the column"
+                f"{self.source}: {splits[None]} rows have no split, but others do; fill or drop the column split"
             )
         if self.other_splits and self.other_splits == splits.total():
             raise InputError(
-                f"{self.source}: no row's split is {_listed(SPLITS[self.split])}; the column says "
+                f"{self.source}: no row's split is {_listed(SPLITS[self.split])}; the column split has "
                 f"{', '.join(map(repr, splits))}"
             )
 
@@ -95,7 +97,7 @@ class Rows:
         if split is None:
             raise InputError(
                 f"{self.source}: line {row.line}: split is {said!r}, must be {_listed(SPLITS['train'])}, or for "
-                f"evaluation {_listed(SPLITS['eval'])}; give a column that says something else another name"
+                f"evaluation {_listed(SPLITS['eval'])}; if the column means something else, rename it"
             )
         return split == self.split
 
@@ -139,12 +141,12 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}: not JSON (one object a line is .jsonl): {error.msg} at line {error.lineno}"
+            f"{path}: not JSON (a file with one object per line must end in .jsonl): {error.msg} at line {error.lineno}"
         ) from error
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
-        raise InputError(f"{path}: must hold a list of rows, or an object with such a list called data")
+        raise InputError(f"{path}: must hold a list of rows, or an object with the list under 'data'")
     yield from map(SourceRow, itertools.count(1), content)
 
 
@@ -152,7 +154,7 @@ def _csv_rows(path: Path) -> Iterator[SourceRow]:
     csv.field_size_limit(2**31 - 1)  # Python's limit of 128 KiB a field is less than a long dialogue
     with open(path, newline="", encoding="utf-8-sig") as file:
         for number, fields in enumerate(csv.DictReader(file), start=1):
-            problem = "the row has more values than there are columns" if None in fields else ""
+            problem = "the row has more values than the header has columns" if None in fields else ""
             yield SourceRow(number, fields, problem)
 
 

@@ -83,7 +83,7 @@ class Decoder:
         vocab_size = self.lm.config.vocab_size
         proposed = self.proposer.size(vocab_size)
         if not 1 <= proposed <= vocab_size:
-            raise InputError(f"k is {proposed}; it must be from 1 to the vocabulary's {vocab_size} tokens")
+            raise InputError(f"k: got {proposed}, must be from 1 to {vocab_size}, the size of the vocabulary")
 
     @property
     def candidates(self) -> int:

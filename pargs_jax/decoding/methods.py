@@ -102,27 +102,27 @@ class Method:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Which of the options below mean nothing to this method, and why."""
+        """Which of the options below this method does not have, and why."""
         is_contrastive = self.draws == "contrastive"
         reasons = {
             "weight": "" if self.guided or is_contrastive else "is not guided",
             "gate_entropy": "" if self.guided and not self.judged else "is not guided at each token",
             "temperature": "" if self.draws == "sample" else "does not sample",
-            "top_p": "" if self.candidates == "top_p" else "has other candidates",
+            "top_p": "" if self.candidates == "top_p" else "does not choose candidates by their total probability",
             "look_ahead": "" if self.look_ahead else "does not look ahead",
             "preference": "" if self.reward_model == "preference" else "takes no preference vector",
         }
         if self.draws == "greedy" and not self.guided:
-            reasons["k"] = "takes the likeliest token"
+            reasons["k"] = "takes the most likely token"
         elif self.candidates == "top_p" or (
             self.reward_model in ("autoregressive", "preference", "ratio") and not self.judged
         ):
-            reasons["k"] = "does not take the k likeliest tokens"
+            reasons["k"] = "does not take the k most likely tokens"
         return {name: reason for name, reason in reasons.items() if reason}
 
     @property
     def defaults(self) -> str:
-        """The numbers that it has unless others are given, for those that mean something to it."""
+        """The default numbers of the options that it has."""
         numbers = [
             f"{name} {getattr(self, name.replace(' ', '_')):g}"
             for name in ("k", "weight", "temperature", "top_p", "look_ahead")
@@ -133,10 +133,10 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "greedy": Method("greedy decoding", "the likeliest token", None, "greedy", k=1),
-    "top_k": Method("top-k sampling (Fan et al., 2018)", "log p(v) for the k likeliest tokens", None, "sample"),
+    "greedy": Method("greedy decoding", "the most likely token", None, "greedy", k=1),
+    "top_k": Method("top-k sampling (Fan et al., 2018)", "log p(v) for the k most likely tokens", None, "sample"),
     "top_p": Method(
-        "nucleus sampling (Holtzman et al., 2020)", "log p(v) for the fewest tokens with probability P together",
+        "nucleus sampling (Holtzman et al., 2020)", "log p(v) for the fewest tokens with total probability P",
         None, "sample", top_p=0.95, candidates="top_p",
     ),
     "contrastive": Method(
@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
         reward_form="clipped",
     ),
     "farma": Method(
-        "FaRMA (Rashid et al., 2025)", "log p(v) + w r(y, v), of which the k highest", "partial", "sample", weight=1.0,
+        "FaRMA (Rashid et al., 2025)", "log p(v) + w r(y, v), the k highest", "partial", "sample", weight=1.0,
         candidates="top_k_of_sum",
     ),
     "cd": Method(
@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
         candidates="all",
     ),
     "vas": Method(
-        "VAS (Han et al., 2024)", "log p(v) + w (V(y, v) - mean V) for the k likeliest, log p(v) for the rest",
+        "VAS (Han et al., 2024)", "log p(v) + w (V(y, v) - mean V) for the k most likely, log p(v) for the rest",
         "partial", "sample", k=20, weight=3.0, reward_form="centred", keeps_rest=True,
     ),
     "genarm": Method(
@@ -173,7 +173,7 @@ METHODS: dict[str, Method] = {
         candidates="all",
     ),
     "parm": Method(
-        "PARM (Lin et al., 2025)", "log p(v) + w log pi(v | a), a the row's preference vector", "preference",
+        "PARM (Lin et al., 2025)", "log p(v) + w log pi(v | a), where a is the row's preference vector", "preference",
         "sample", weight=1.0, candidates="all",
     ),
     "expert_ratio": Method(

@@ -91,7 +91,7 @@ class TopP:
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
-            raise InputError(f"top p is {self.mass}; it must be above 0 and at most 1")
+            raise InputError(f"top_p: got {self.mass}, must be above 0 and at most 1")
 
     def size(self, vocab_size: int) -> int:
         return vocab_size

@@ -261,7 +261,10 @@ class Replies:
     def add(self, key: str, reply: str) -> None:
         """Keeps a reply. Raises InputError if the disk does not take it."""
         line = json.dumps({"request": key, "reply": reply}) + "\n"
-        with self._lock, write_failures_named(self._path, "the replies before are kept; mend that, then run again"):
+        with (
+            self._lock,
+            write_failures_named(self._path, "earlier replies are safe; fix that, then run the same command again"),
+        ):
             append_all(self._file, line)
             self._replies[key] = reply
 

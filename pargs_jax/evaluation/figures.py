@@ -44,7 +44,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("figures need matplotlib: pip install 'pargs-jax[report]', or give --no-figures") from error
+        raise InputError(
+            "figures need matplotlib: run pip install 'pargs-jax[report]', or give --no-figures"
+        ) from error
 
 
 def draw(report: Report, folder: Path) -> list[Drawn]:

@@ -135,7 +135,7 @@ class AnswerReader:
             # One candidate's NaN makes the probabilities of all of them NaN, also where another was chosen.
             if not np.isfinite(trace.guided_log_probs[row]).all():
                 raise InputError(
-                    f"prompt {prompt.id!r}: a candidate's reward is not finite; a reward model's {advice[4:]}"
+                    f"prompt {prompt.id!r}: a candidate's reward is not finite; the reward model's {advice[4:]}"
                 )
 
     def _trace(

@@ -79,7 +79,7 @@ def check_roles(method: Method, reward_models: Sequence[RewardModel]) -> None:
     }[method.reward_model]
     for model in reward_models:
         if model.role not in allowed:
-            raise InputError(f"{model.source}: guides other methods than {method.source}")
+            raise InputError(f"{model.source}: was loaded for another kind of method, cannot guide {method.source}")
 
 
 class Guides(NamedTuple):
@@ -200,7 +200,7 @@ def _needed(method: Method) -> str:
         "autoregressive": "an autoregressive reward model, or several",
         "preference": "one reward model that takes a preference vector",
         "ratio": "pairs of language models: tuned, reference",
-        "look_ahead": "an aligned language model, then a reward model, and one more where the transfer is indirect",
+        "look_ahead": "an aligned language model, then a reward model, then a second one for indirect transfer",
     }[method.reward_model]
 
 

@@ -47,7 +47,7 @@ class AnswersFile:
         self._options = options_digest(config)
         self._settings = path.with_name(path.name + ".config.yaml")
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; answers are written to a file")
+            raise InputError(f"{path}: is a folder, must be a file")
         with write_failures_named(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
@@ -78,8 +78,8 @@ class AnswersFile:
             for sample in range(n):
                 if self._done.get((prompt.id, sample), digest := _digest(prompt.text)) != digest:
                     raise InputError(
-                        f"{self._path}: the row with the id {prompt.id!r} answers another prompt (a prompt without an "
-                        "id has its line's number); use another file, or prompts with ids of their own"
+                        f"{self._path}: the row with the id {prompt.id!r} answers another prompt (without an id, a "
+                        "prompt's line number is its id); use another file, or give every prompt its own id"
                     )
         return [[(prompt.id, sample) in self._done for sample in range(n)] for prompt in prompts]
 
@@ -89,7 +89,7 @@ class AnswersFile:
             self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
         rows = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
-        with write_failures_named(self._path, "the answers before are kept; fix that, then run the same again"):
+        with write_failures_named(self._path, "earlier answers are safe; fix that, then run the same command again"):
             append_all(self._file, rows)
 
     def _close(self) -> None:
@@ -117,7 +117,7 @@ class AnswersFile:
         if before is None or deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
-                "run with those, or use another file"
+                "use the same options, or another file"
             )
         lines = content.split(b"\n")
         cut_off = lines.pop()
@@ -133,7 +133,7 @@ class AnswersFile:
                 ) from error
             if options not in (None, self._options):  # files of earlier versions have none
                 raise InputError(
-                    f"{self._path}: line {number} was made with other options than {self._settings.name} says; "
+                    f"{self._path}: line {number} was not made with the options in {self._settings.name}; "
                     "use another file"
                 )
             done[answered] = digest

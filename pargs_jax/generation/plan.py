@@ -49,7 +49,7 @@ class Settings:
         for name, reason in self.method.unused.items():
             if getattr(self, "weights" if name == "weight" else name) not in (None, ()):
                 flag = name.replace("_", "-")
-                raise InputError(f"{flag}: means nothing to {self.method.source}, which {reason}; leave it out")
+                raise InputError(f"{flag}: is not an option of {self.method.source}, which {reason}; leave it out")
         if self.method.draws == "contrastive" and self.weights and not 0 <= self.weights[0] <= 1:
             raise InputError(f"weight: got {self.weights[0]:g}, must be from 0 to 1 for {self.method.source}")
         if self.preference:
@@ -57,18 +57,18 @@ class Settings:
         for name, _ in self.search:
             if name not in dict(self.method.search_options):
                 flag = name.replace("_", "-")
-                raise InputError(f"search.{flag}: means nothing to {self.method.source}; leave it out")
+                raise InputError(f"search.{flag}: is not an option of {self.method.source}; leave it out")
         if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
-            raise InputError("search.mean and search.deviation: got one of them; give both, or neither")
+            raise InputError("search.mean and search.deviation: got only one, give both or neither")
         if self.method.search is not None:
             self.method.make_search(dict(self.search))
             if self.trace is not None:
                 raise InputError(
-                    f"trace and explain: are not for {self.method.source}, a search: it draws more than it answers"
+                    f"trace and explain: are not supported by {self.method.source}, a search; leave them out"
                 )
         if self.n > 1 and not self.samples:
             raise InputError(
-                f"n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
+                f"n: got {self.n}, but {self.method.source} does not sample, so all answers would be the same"
             )
 
     @property
@@ -127,7 +127,7 @@ class Settings:
                 self.method.reward_model, "reward models"
             )
             raise InputError(
-                f"weight: got {len(weights)} weights for {guides} {what}, must be one for all or one for each"
+                f"weight: got {len(weights)} weights for {guides} {what}, give one for all or one for each"
             )
         return weights * guides if len(weights) == 1 else weights[:guides]
 
@@ -157,8 +157,8 @@ class Settings:
         for prompt, vector in zip(prompts, found, strict=True):
             if not vector:
                 raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one, or a "
-                    "column of that name"
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; set the option "
+                    "preference, or add a column 'preference'"
                 )
             if len(vector) != len(found[0]):
                 raise InputError(f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(found[0])}")
@@ -168,7 +168,9 @@ class Settings:
 def check_preference(vector: Sequence[float], name: str) -> None:
     """Raises InputError for numbers that are not shares of a whole."""
     if min(vector) < 0 or abs(sum(vector) - 1) > 1e-3:
-        raise InputError(f"{name}: got {', '.join(f'{x:g}' for x in vector)}, must be at least 0 and sum to 1")
+        raise InputError(
+            f"{name}: got {', '.join(f'{x:g}' for x in vector)}, must be numbers of at least 0 that sum to 1"
+        )
 
 
 class Batch(NamedTuple):
@@ -237,11 +239,11 @@ def _check_lengths(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) + max_new_tokens > positions:
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens that is more "
-                f"than the language model's context of {positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds "
+                f"the language model's context of {positions} tokens"
             )
         if ids and max(ids) >= lm.config.vocab_size:
-            raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
+            raise InputError(f"prompt {prompt.id!r} has tokens outside the language model's vocabulary")
     for model, own in zip(reward_models, own_encoded, strict=True):
         for prompt, ids in zip(prompts, own, strict=True):
             model.check_prompt(prompt, ids, max_new_tokens, settings.tokens_ahead)

@@ -76,18 +76,18 @@ class RewardModel:
         folder = resolve(source)
         if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(folder)):
             raise InputError(
-                f"{source}: has another tokenizer than the language model; one that scores all next tokens at once "
+                f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
         loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
-                f"{source}: takes a preference vector; only the method parm gives one"
+                f"{source}: needs a preference vector, which only the method parm provides"
                 if loaded.model.lora
                 else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
             )
         if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
+            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         tokenizer.check_embeddings(model.config.vocab_size, source)
@@ -113,8 +113,8 @@ class RewardModel:
             return self.tokenizer.encode_prompt(prompt.text)
         if not prompt.turns:
             raise InputError(
-                f"prompt {prompt.id!r} is in the language model's chat template already, which {self.source} does not "
-                "share; give the question, or a list of turns, without a template"
+                f"prompt {prompt.id!r} is already written in the language model's chat template, but {self.source} has "
+                "another one; give the plain question or a list of turns"
             )
         try:
             return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
@@ -127,8 +127,8 @@ class RewardModel:
         if len(ids) + max_new_tokens + look_ahead > self.model.config.max_positions:
             ahead = f" and {look_ahead} tokens of look-ahead" if look_ahead else ""
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with {max_new_tokens} new tokens{ahead} "
-                f"that is more than its context of {self.model.config.max_positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens for {self.source}; with {max_new_tokens} new tokens"
+                f"{ahead} it exceeds that model's context of {self.model.config.max_positions} tokens"
             )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:
@@ -169,8 +169,8 @@ class RewardModel:
         most = self.guide(prompts, max_new_tokens, room).answer_width
         if most < needed:
             raise InputError(
-                f"{self.source}: an answer with a candidate takes {needed} of its tokens; after the longest prompt it "
-                f"has positions for {most}; ask for fewer new tokens"
+                f"{self.source}: an answer with a candidate needs {needed} of its tokens, but after the longest prompt "
+                f"only {most} fit its context; ask for fewer new tokens"
             )
         return room
 
@@ -222,7 +222,9 @@ def shares_tokens(
         return vocab_size == lm_vocab_size
     shares = tokenizers[0].same_vocabulary(tokenizers[1])
     if shares and vocab_size < lm_vocab_size:
-        raise InputError(f"{source}: has {vocab_size} token embeddings, the language model proposes {lm_vocab_size}")
+        raise InputError(
+            f"{source}: has {vocab_size} token embeddings, must have {lm_vocab_size} as the language model"
+        )
     return shares
 
 

@@ -61,7 +61,9 @@ class Session:
         folder = resolve(lm)
         loaded = load_model(folder, "vocabulary", dtype=dtype)
         if loaded.model.lora is not None:
-            raise InputError(f"{lm}: takes a preference vector; it can be a reward model of the method parm")
+            raise InputError(
+                f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
+            )
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
@@ -120,7 +122,7 @@ class Session:
         rewards = [np.dot(answer.guide_rewards, weights) for batch in self.answer(first, own) for answer in batch]
         if not np.std(rewards) > 0:
             raise InputError(
-                "the language model's own answers all have one reward; give search.mean and search.deviation"
+                "the language model's own answers all have the same reward; give search.mean and search.deviation"
             )
         return float(np.mean(rewards)), float(np.std(rewards))
 

@@ -95,7 +95,7 @@ class AnswerTrace:
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
         if "".join(token.text for token in trace.tokens) != trace.response:
-            raise ValueError("the texts of its tokens are not its response")
+            raise ValueError("the texts of its tokens do not add up to its response")
         return trace
 
 
@@ -117,13 +117,15 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py writes them"
+                        f"{path}: line {number} is not a trace ({error}); the option trace of decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py writes them") from error
+        raise InputError(
+            f"{path}: is not a file of traces ({error.reason}); decode.py writes such files with the option trace"
+        ) from error
 
 
 class TracesFile:
@@ -150,7 +152,7 @@ class TracesFile:
         """
         self._path = path
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; traces are written to a file")
+            raise InputError(f"{path}: is a folder, must be a file")
         with write_failures_named(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
@@ -160,8 +162,8 @@ class TracesFile:
             for number, (prompt_id, sample) in enumerate(answered, start=1):
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
                     raise InputError(
-                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers that were "
-                        "made without traces cannot get one; use another file for both"
+                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers made "
+                        "without traces cannot get them later; use new files for both"
                     )
             if len(lines) > len(answered) and not is_known:
                 raise InputError(f"{path}: already exists, and does not belong to {answers_path}; use another file")
@@ -181,7 +183,7 @@ class TracesFile:
     def write(self, traces: Sequence[AnswerTrace]) -> None:
         """Appends rows. Raises InputError if the disk does not take them all."""
         rows = "".join(json.dumps(trace.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for trace in traces)
-        with write_failures_named(self._path, "the traces before are kept; mend that, then run the same again"):
+        with write_failures_named(self._path, "earlier traces are safe; fix that, then run the same command again"):
             append_all(self._file, rows)
 
 

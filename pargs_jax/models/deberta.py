@@ -189,7 +189,7 @@ def _check_sizes(hf: Any) -> None:
             raise InputError(f"{name} is {getattr(hf, name)!r}, must be {size} as hidden_size is {hf.hidden_size}")
     if hf.type_vocab_size == 1:
         raise InputError(
-            "type_vocab_size is 1, which has no row for the second text of a pair; must be 0, or 2 or more"
+            "type_vocab_size is 1, which leaves no row for the second text of a pair; must be 0, or 2 or more"
         )
     buckets, farthest = whole_number(hf, "position_buckets", -1), hf.max_relative_positions
     farthest = farthest if farthest > 0 else hf.max_position_embeddings

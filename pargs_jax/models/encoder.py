@@ -113,7 +113,7 @@ class EncoderModel(Model):
         """Reads the prefixes of answers when they are asked for, `chunk` at once, each closed by `closing_id`. A key
         turns dropout on. Raises ValueError without a `closing_id`."""
         if closing_id is None:
-            raise ValueError("an encoder reads prefixes as finished texts: it needs a closing_id")
+            raise ValueError("an encoder reads every prefix as a finished text, so it needs a closing_id")
         return ApartOutputs(self, params, batch, key, closing_id, chunk)
 
 

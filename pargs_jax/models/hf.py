@@ -55,14 +55,14 @@ def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED
         exported = folder / EXPORTED
         return exported if exported.is_dir() and not (folder / "config.json").exists() else folder
     if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1 or folder.exists():
-        raise InputError(f"{source}: no such folder; a model is a Hugging Face folder or a hub id")
+        raise InputError(f"{source}: no such folder; must be a Hugging Face folder or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:
         raise InputError(
-            f"{source}: neither a local folder nor a model that the hub gives ({first_line(error)})"
+            f"{source}: not a local folder, and the hub has no such model ({first_line(error)})"
         ) from error
 
 
@@ -101,7 +101,7 @@ def load_model(
         model = settle_tied_head(model, family, tensors, folder)
     has_head = all(row.tensor in tensors for row in kind.rows)
     if has_head and kind.labels(model.config) not in (None, hf.num_labels):
-        raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
+        raise InputError(f"{folder}: this classifier has {hf.num_labels} labels, a reward model must have 1")
     new_head = kind.may_be_new and not has_head
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
@@ -124,17 +124,19 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
-            raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
+            raise InputError(
+                f"{folder}: {hf.model_type} is causal, so the option attention does not apply; leave it out"
+            )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
-        raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model")
+        raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
     marked = getattr(hf, "pargs_head", None)
     if marked not in (None, head):
         raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")
     if model.head_kind.is_marked and marked is None:
-        warn(f"{folder}: its logits are taken for rewards of next tokens; pargs_head in its config.json would say so")
+        warn(f"{folder}: config.json has no pargs_head, so the logits are taken as rewards of the next tokens")
     return model
 
 
@@ -231,7 +233,7 @@ def _read_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json; a model is a Hugging Face folder")
+        raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     fields = read_json(path)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -239,11 +241,11 @@ def _read_config(folder: Path) -> Any:
     with _errors_name(path):
         unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
     if unknown:
-        warn(f"{path}: not known for {kind} and not used: {', '.join(unknown)}")
+        warn(f"{path}: ignoring fields that are unknown for {kind}: {', '.join(unknown)}")
     if fields.get("auto_map"):
-        warn(f"{path}: names code of its own (auto_map), which is not run; the model is read as an ordinary {kind}")
+        warn(f"{path}: has custom code (auto_map), which is not run; the model is read as an ordinary {kind}")
     if (folder / "adapter_config.json").is_file():
-        warn(f"{folder}: the adapter of adapter_config.json is not applied; merge it into the weights if it should be")
+        warn(f"{folder}: the adapter in adapter_config.json is not applied; to use it, merge it into the weights first")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:

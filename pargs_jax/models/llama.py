@@ -87,7 +87,7 @@ class LlamaConfig:
         check_divides(hf, "num_key_value_heads", "num_attention_heads")
         rotary = Rotary.from_hf(_rope_parameters(hf))
         if hf.head_dim % 2 or (hf.head_dim == 2 and rotary.kind == "dynamic"):
-            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot turn")
+            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot rotate")
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.max_position_embeddings,

@@ -140,5 +140,5 @@ def read_additions(folder: Path, model: Any, dtype: np.dtype) -> Any:
     shapes: dict[str, tuple[int, ...]] = {}
     map_paths(lambda name, x: shapes.setdefault(name, x.shape), expected)
     if {name: x.shape for name, x in tensors.items()} != shapes:
-        raise InputError(f"{path}: its arrays are not those of pargs_preference_lora in config.json")
+        raise InputError(f"{path}: its arrays do not match pargs_preference_lora in config.json")
     return map_paths(lambda name, x: place_param(name, x.shape, dtype, lambda index: tensors[name][index]), expected)

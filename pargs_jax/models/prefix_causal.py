@@ -33,7 +33,7 @@ class PrefixCausalModel(OnePass, Model):
 
     def __post_init__(self) -> None:
         if self.config.convolution_width:
-            raise InputError("prefix_causal attention: not for a model with a convolution, which looks ahead; use full")
+            raise InputError("prefix_causal attention: does not work with a convolution, which looks ahead; use full")
 
     def encode(
         self,

@@ -63,7 +63,7 @@ class Rotary:
         if missing := [key for key in needs if key not in given]:
             raise InputError(f"RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
         if nested := [key for key, value in rest.items() if isinstance(value, Mapping)]:
-            raise InputError(f"rope_parameters has {', '.join(nested)}: scalings of single layers are not known here")
+            raise InputError(f"rope_parameters has {', '.join(nested)}: scaling of single layers is not supported")
         if unused := [key for key, value in rest.items() if key not in (*needs, *may_have) and value is not None]:
             warn(f"config.json: rope_parameters has {', '.join(unused)}, which RoPE scaling {kind!r} does not use")
         numbers = {key: rest[key] for key in (*needs, *may_have) if key in rest}

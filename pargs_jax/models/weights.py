@@ -105,7 +105,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     index = folder / INDEX
     if not index.is_file():
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only")
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; weights are read from safetensors only")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: has no weight_map, which says where each tensor is")
@@ -136,7 +136,7 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
     tensors.setdefault(embed, tensors[head])
     if tensors.are_equal(head, embed):
         return model
-    warn(f"{folder}: config.json ties {head} to {embed}, but another one is stored and used")
+    warn(f"{folder}: config.json ties {head} to {embed}, but the checkpoint stores a different one, which is used")
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
 
 

@@ -48,7 +48,7 @@ class PromptForm:
         check_turns(turns)
         if not self.answer_marker and len(turns) > 1:
             raise InputError(
-                f"prompt form {self.name!r} cannot hold a conversation of {len(turns)} turns: use hh or chat"
+                f"prompt format {self.name!r} cannot hold a conversation of {len(turns)} turns: use hh or chat"
             )
         text = self.start
         for turn in turns:
@@ -98,7 +98,7 @@ class ChatForm(PromptForm):
         """As `PromptForm.render`; also raises `InputError` if no tokenizer is given or it has no template."""
         check_turns(turns)
         if tokenizer is None:
-            raise InputError(f"prompt form {self.name!r} needs a tokenizer with a chat template: none was given")
+            raise InputError(f"prompt format {self.name!r} needs a tokenizer with a chat template: none was given")
         return tokenizer.render_chat(turns)
 
     def render_text(self, text: str, tokenizer: TextTokenizer | None = None) -> str:
@@ -147,10 +147,10 @@ def form_of_dialogue(text: str) -> PromptForm | None:
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raises `InputError` unless these are turns of a conversation that ends with the user's."""
     if not turns:
-        raise InputError("the conversation is empty: it needs a turn of the user")
+        raise InputError("the conversation is empty: it needs a user turn")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise InputError(f"turn {number} of the conversation is not an object with the texts role and content")
+            raise InputError(f"turn {number} of the conversation must be an object with the texts role and content")
         if turn.get("role") not in ("system", "user", "assistant"):
             raise InputError(f"turn {number} has role {turn.get('role')!r}: it must be system, user or assistant")
     if turns[-1]["role"] != "user":
@@ -208,7 +208,7 @@ def get_form(name: str) -> PromptForm:
     if name not in PROMPT_FORMS:
         nearest = difflib.get_close_matches(name, PROMPT_FORMS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise InputError(f"unknown prompt form {name!r}: {hint}the forms are {', '.join(PROMPT_FORMS)}")
+        raise InputError(f"unknown prompt format {name!r}: {hint}the formats are {', '.join(PROMPT_FORMS)}")
     return PROMPT_FORMS[name]
 
 
@@ -232,14 +232,14 @@ def choose_form(given: str | None, remembered: Sequence[Sequence[tuple[str | Pat
         deciding = next(filter(None, told), [])
         if any(name != deciding[0][1] for _, name in deciding):
             each = ", ".join(f"{source} {name!r}" for source, name in deciding)
-            raise InputError(f"the models were trained with different prompt forms: {each}; say which with {option}")
+            raise InputError(f"the models were trained with different prompt formats: {each}; choose one with {option}")
         source, form = deciding[0] if deciding else ("", "plain")
         if form not in [*PROMPT_FORMS]:
             raise InputError(
-                f"{source}: was trained with the prompt form {form!r}, which is not known; known are "
-                f"{', '.join(PROMPT_FORMS)}; say which with {option}"
+                f"{source}: was trained with the unknown prompt format {form!r}; choose one of "
+                f"{', '.join(PROMPT_FORMS)} with {option}"
             )
     others = [f"{source} was trained with {name!r}" for group in told for source, name in group if name != form]
     if others:
-        warn(f"prompts are written in the form {form!r}, but {' and '.join(others)}")
+        warn(f"prompts are written in the format {form!r}, but {' and '.join(others)}")
     return form

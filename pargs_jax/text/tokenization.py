@@ -72,8 +72,8 @@ class TextTokenizer:
         if self.bos_id is None and with_specials[:1] != tokenizer.encode("a", add_special_tokens=False)[:1]:
             first = tokenizer.convert_ids_to_tokens(with_specials[0])
             warn(
-                f"tokenizer {tokenizer.name_or_path!r} begins texts with {first} but names no bos_token: prompts go "
-                "without; set bos_token in tokenizer_config.json"
+                f"tokenizer {tokenizer.name_or_path!r} begins texts with {first} but names no bos_token, so prompts "
+                "have none; set bos_token in tokenizer_config.json"
             )
         # SentencePiece tokenizers put a space before a text that has none, which is wrong in mid-text.
         # The second text of a pair is a text of its own, so that there the space is right.
@@ -112,13 +112,13 @@ class TextTokenizer:
         """
         if self._needed_embeddings > count:
             raise InputError(
-                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, the model has {count}"
+                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, but the model has {count}"
             )
-        found = f"{source}: its tokenizer has {self.vocab_size} tokens, the model {count} embeddings"
+        found = f"{source}: its tokenizer has {self.vocab_size} tokens, but the model has {count} embeddings"
         if 2 * self.vocab_size < count:
-            raise InputError(f"{found}; it is cut off, or another model's")
+            raise InputError(f"{found}; the tokenizer is incomplete or belongs to another model")
         if count - self.vocab_size > max(count // 10, _USUAL_PADDING):
-            warn(f"{found}; see that it is the model's own, and whole")
+            warn(f"{found}; check that the tokenizer is complete and belongs to this model")
 
     @property
     def eos_id(self) -> int:
@@ -171,7 +171,7 @@ class TextTokenizer:
             ids = self._encode_raw(sentinel + text)
             if ids[: len(sentinel_ids)] == sentinel_ids:
                 return ids[len(sentinel_ids) :]
-        raise InputError(f"answer {text[:40]!r} cannot be tokenised apart from its prompt by this tokenizer")
+        raise InputError(f"this tokenizer cannot tokenise the answer {text[:40]!r} separately from its prompt")
 
     def encode_parts(self, parts: Sequence[tuple[str, Place]]) -> list[list[int]]:
         """Ids of many short texts, each with its place, by the fastest way there is; may be called from any thread.
@@ -227,7 +227,7 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise InputError(
-                f"tokenizer {self._tokenizer.name_or_path!r} has no chat template: use another prompt form, such as hh"
+                f"tokenizer {self._tokenizer.name_or_path!r} has no chat template: use another format, such as hh"
             )
         try:
             return self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)

@@ -44,7 +44,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and plain Exception here
         if folder is None:
-            reason = f"no such folder, and the hub gave none: {first_line(error)}"
+            reason = f"no such folder, and the hub has no such tokenizer: {first_line(error)}"
         else:
             reason = _broken_json(folder) or _without_vocabulary(
                 folder, _VOCABULARIES, f"cannot be read; it may be damaged or cut off ({first_line(error)})"
@@ -52,14 +52,14 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         raise InputError(f"tokenizer {str(source)!r}: {reason}") from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}:
         own = tuple(name for name in tokenizer.vocab_files_names.values() if name not in _WHOLE)
-        reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "holds no tokens")
+        reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "has no tokens")
         raise InputError(f"tokenizer {str(source)!r}: {reason}")
     if folder is not None:
         _check_merges(folder, tokenizer)
         if type(tokenizer) is PreTrainedTokenizerFast and not (folder / _WHOLE[0]).exists():
             warn(
-                f"{folder}: no tokenizer_config.json names the tokenizer's class, so that texts may be split otherwise "
-                "than the model learned them, without a beginning-of-sequence token or a space in front"
+                f"{folder}: has no tokenizer_config.json with the tokenizer's class; texts may be split differently "
+                "than in training, without a beginning-of-sequence token or a leading space"
             )
     return tokenizer
 
@@ -102,5 +102,5 @@ def _check_merges(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     if len(unmade) > _LARGEST_UNMADE_SHARE * len(merged):
         raise InputError(
             f"tokenizer {str(folder)!r}: merges.txt does not make {len(unmade)} of the {len(merged)} tokens in "
-            "vocab.json; it is cut off, or another tokenizer's"
+            "vocab.json; it is incomplete or belongs to another tokenizer"
         )

@@ -28,7 +28,7 @@ from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
 CHECKSUMS = "checksums.json"
-MEND_AND_RESUME = "the checkpoints are kept; fix that, then resume the run"
+MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
 class Checkpoints:
@@ -101,8 +101,8 @@ class Checkpoints:
         """What there is to go on with, for an error message; waits for the save in progress."""
         self.wait()
         if self.latest_step is None:
-            return "no checkpoint was written yet"
-        return f"the checkpoint of step {self.latest_step} is kept"
+            return "no checkpoint has been written yet"
+        return f"the checkpoint of step {self.latest_step} is safe"
 
     def is_best(self, held_out: dict[str, float]) -> bool:
         """Whether a checkpoint with these held-out metrics would be among those kept as the best."""
@@ -171,10 +171,12 @@ class Checkpoints:
                 for damaged in steps[:place]:
                     on_first(partial(self._put_aside, damaged))
                     self._writer.reload()
-                    warn(f"{self.folder}/{damaged}: is damaged; going on with the checkpoint before, of step {step}")
+                    warn(
+                        f"{self.folder}/{damaged}: is damaged; continuing from the previous checkpoint, of step {step}"
+                    )
                 return TrainState(**restored)
         raise InputError(
-            f"{self.folder}: all {len(steps)} checkpoints are damaged; bring one back, or use another output folder"
+            f"{self.folder}: all {len(steps)} checkpoints are damaged; restore one, or use another output folder"
         )
 
     def _check_shapes(self, step: int, target: dict[str, Any]) -> None:

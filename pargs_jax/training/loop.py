@@ -137,10 +137,9 @@ class Trainer:
         """Raises InputError if a step's metrics show that the run has diverged."""
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._diverged(number, f"the loss is {loss:g} and the gradient norm {norm:g}")
+            raise self._diverged(number, f"the loss is {loss:g} and the gradient norm is {norm:g}")
         if loss > self._largest_loss:
-            limit = f"no step's may be over {self._largest_loss:g} (loss_limit)"
-            raise self._diverged(number, f"the loss is {loss:g}, and {limit}")
+            raise self._diverged(number, f"the loss is {loss:g}, over the limit of {self._largest_loss:g} (loss_limit)")
 
     def _evaluate(self, number: int) -> dict[str, float]:
         with self._meter.paused():
@@ -154,7 +153,7 @@ class Trainer:
     def _save(self, number: int, evaluation: dict[str, float] | None) -> None:
         """Saves what is good to go on from: an update may overflow after a loss and a gradient that did not."""
         if not _is_finite((self._state.params, self._state.opt_state)):
-            raise self._diverged(number, "its update made weights or optimizer state that are not finite")
+            raise self._diverged(number, "its update made weights or optimizer state infinite or NaN")
         self.checkpoints.save(self._state, evaluation)
 
     def _stop(self) -> None:
@@ -168,14 +167,14 @@ class Trainer:
 
     def _say_stopped(self, number: int) -> None:
         self.console.print(
-            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to go on",
+            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to continue",
             highlight=False,
         )
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
             f"step {step}: {what}; {self.checkpoints.kept}; "
-            "a lower optim.lr or optim.clip, or a longer optim.warmup may help"
+            "try a lower optim.lr, a lower optim.clip or a longer optim.warmup"
         )
 
 

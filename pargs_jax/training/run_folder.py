@@ -69,7 +69,7 @@ def _locked_folder(config: TrainConfig) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("ab")
     with lock:
-        hold(lock, f"{folder}: another run is writing there; wait for it to end, or {USE_ANOTHER}")
+        hold(lock, f"{folder}: another run is writing to it; wait for it to end, or {USE_ANOTHER}")
         _check_folder(config, folder)  # again: a run may have come and gone before the lock was ours
         yield
 
@@ -94,6 +94,6 @@ def _check_same(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
             continue  # left open: the run goes on with its own
         if was != becomes and not option.may_change:
             raise InputError(
-                f"{folder}: the run there has {option.flag} {shown(was)}, this one {shown(becomes)}; "
+                f"{folder}: its run has {option.flag} {shown(was)}, but this one has {shown(becomes)}; "
                 f"resume with the same options, or {USE_ANOTHER}"
             )

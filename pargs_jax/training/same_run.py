@@ -29,15 +29,17 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
             before = json.loads(path.read_bytes())
             rows, digest = before["rows"], before["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read; bring it back, or remove it to go on unchecked") from error
+            raise InputError(
+                f"{path}: cannot be read; restore it, or remove it to continue without the check"
+            ) from error
         if digest != now["digest"]:
             raise InputError(
-                f"{source}: its rows, as tokens, are not those that the run in {folder} began with ({rows} then, "
-                f"{now['rows']} now); resume with the data and the tokenizer of then, or use another output folder"
+                f"{source}: its tokenised rows differ from those that the run in {folder} began with ({rows} then, "
+                f"{now['rows']} now); resume with the original data and tokenizer, or use another output folder"
             )
         return
     if resumes:
-        warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
+        warn(f"{folder}: has no {DATA_FILE}, so it is not checked that {source} is the data that the run began with")
     with write_failures_named(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
@@ -65,7 +67,7 @@ def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: in
     rest = np.linspace(step, now - 1, 1000).astype(int)
     if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
         warn(
-            f"steps, epochs: the run was to have {before} steps and now has {now}, which changes its "
-            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(becomes(step)):.3g}, and was "
-            f"to be {float(was(step)):.3g}"
+            f"steps, epochs: the run was planned with {before} steps and now has {now}, which changes its "
+            f"{optim.schedule} schedule: the learning rate of step {step + 1} is now {float(becomes(step)):.3g} "
+            f"instead of {float(was(step)):.3g}"
         )

@@ -72,7 +72,7 @@ def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
     assert str(report) == (
         "2 rows: 1 prompts and 2 answers cut, 7 tokens lost, 1 rows left out because their answers became the same"
     )
-    with pytest.raises(InputError, match="no row is left at max_length 8"):
+    with pytest.raises(InputError, match="no rows are left after cutting to max_length 8"):
         tokenise(rows[:1], LetterTokenizer(), max_length=8)
     assert len(tokenise(rows, LetterTokenizer(), max_length=8, answers=1)[0]) == 2
 
@@ -223,14 +223,14 @@ def test_evaluation_sees_every_row_once_and_fills_up_with_weight_0():
     ("options", "reason"),
     [
         ({"examples": []}, "no examples"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"seed": -1}, "seed: got -1"),
     ],
 )
 def test_impossible_options_are_errors(options, reason):
     with pytest.raises(InputError, match=reason):
         Batches(**{"examples": examples_of(2), "batch_size": 2, "max_length": 100, "seed": 0, **options})
-    with pytest.raises(InputError, match="max_length is 1"):
+    with pytest.raises(InputError, match="max_length: got 1"):
         tokenise([], LetterTokenizer(), 1)
 
 

@@ -345,5 +345,5 @@ def test_chunks_equal_one_call_and_steps_after_the_last_row_finished_are_skipped
 
 @pytest.mark.parametrize("k", [0, VOCABULARY + 1])
 def test_k_outside_the_vocabulary_is_refused(k):
-    with pytest.raises(InputError, match=f"k is {k}; it must be from 1 to the vocabulary's {VOCABULARY} tokens"):
+    with pytest.raises(InputError, match=f"k: got {k}, must be from 1 to {VOCABULARY}, the size of the vocabulary"):
         dataclasses.replace(MAIN.decoder, proposer=TopK(k))

@@ -364,7 +364,7 @@ def test_the_nucleus_is_the_fewest_tokens_and_mass_one_is_all():
         return np.flatnonzero(TopP(mass)(logits, logits, counts)[1][0]).tolist()
 
     assert [nucleus(mass) for mass in (0.1, 0.39, 0.41, 0.75, 1.0)] == [[1], [1], [1, 2, 3], [1, 2, 3], [0, 1, 2, 3, 4]]
-    with pytest.raises(InputError, match="top p is 0; it must be above 0 and at most 1"):
+    with pytest.raises(InputError, match="top_p: got 0, must be above 0 and at most 1"):
         TopP(0)
 
 

@@ -95,16 +95,20 @@ def test_an_answer_is_not_taken_for_that_of_another_prompt(decode, lm, rm, tmp_p
     made = [json.loads(line) for line in before.splitlines()]
     out.write_text("".join(json.dumps(row | {"options": "0123456789abcdef"}) + "\n" for row in made))
     code, _, err = decode(*common(lm, rm, tmp_path / "a.jsonl", out))
-    assert code == 2 and "line 1 was made with other options" in err.splitlines()[-1]
+    assert code == 2 and "line 1 was not made with the options in" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("method", "words", "reason"),
     [
-        ("greedy", ("--k", 5), "k: means nothing to greedy decoding, which takes the likeliest token"),
-        ("greedy", ("--temperature", 0.5), "temperature: means nothing to greedy decoding, which does not sample"),
-        ("top_k", ("--weight", 2), "weight: means nothing to top-k sampling (Fan et al., 2018), which is not guided"),
-        ("pargs_greedy", ("--temperature", 2), "temperature: means nothing to PARGS-G"),
+        ("greedy", ("--k", 5), "k: is not an option of greedy decoding, which takes the most likely token"),
+        ("greedy", ("--temperature", 0.5), "temperature: is not an option of greedy decoding, which does not sample"),
+        (
+            "top_k",
+            ("--weight", 2),
+            "weight: is not an option of top-k sampling (Fan et al., 2018), which is not guided",
+        ),
+        ("pargs_greedy", ("--temperature", 2), "temperature: is not an option of PARGS-G"),
     ],
 )
 def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method, words, reason):
@@ -141,7 +145,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
     code, out, _ = decode(*options, "--n", 3)
     assert code == 0 and out == "".join(f"{answers[key]}\n" for key in sorted(answers))
     code, _, err = decode("--lm", lm, "--method", "greedy", "--prompt", "Hi", "--n", 2)
-    assert code == 2 and "n: 2 answers of greedy decoding, which does not sample, would be the same" in err
+    assert code == 2 and "n: got 2, but greedy decoding does not sample, so all answers would be the same" in err
 
 
 def test_without_arguments_methods_are_compared_on_the_demo(decode, rm, tmp_path):
@@ -187,8 +191,8 @@ def test_a_real_model_tells_its_story(decode):
         (["--prompts", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--prompts", "{tmp}/malformed.jsonl"], "malformed.jsonl"),
         (["--prompts", "{tmp}/empty.jsonl"], "empty.jsonl"),
-        (["--max-new-tokens", "60"], "more than the language model's context of 64 tokens"),
-        (["--k", "9999"], "k is 9999"),
+        (["--max-new-tokens", "60"], "it exceeds the language model's context of 64 tokens"),
+        (["--k", "9999"], "k: got 9999"),
         (["--rm", "{lm}"], "no reward head"),
         (["--rm", "{tmp}"], "no config.json"),
         (["--lm", "{tmp}/strange"], "architecture 'rwkv' is not known"),
@@ -233,6 +237,6 @@ def test_a_page_explains_the_answers_beside_those_without_guidance(decode, lm, r
 
     page.unlink()
     code, _, err = decode(*words, "--method", "pargs", "--explain", page, "--out", tmp_path / "out.jsonl")
-    assert code == 2 and "--explain: is for answers that are printed" in err and not page.exists()
+    assert code == 2 and "--explain: cannot be used with --out" in err and not page.exists()
     code, _, err = decode("--explain", page)
     assert code == 2 and "--explain: needs --method NAME" in err

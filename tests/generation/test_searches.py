@@ -97,11 +97,11 @@ def test_what_means_nothing_to_a_search_is_refused():
         with pytest.raises(InputError, match=words):
             Settings(METHODS[name], **changes)
 
-    refused("best_of_n", "search.beams: means nothing to best-of-n .*; leave it out", search=(("beams", 2),))
-    refused("pargs", "search.samples: means nothing to PARGS", search=(("samples", 2),))
-    refused("smc", "trace and explain: are not for twisted SMC", trace="tokens")
-    refused("cards", "search.mean and search.deviation: got one", search=(("mean", 1.0),))
+    refused("best_of_n", "search.beams: is not an option of best-of-n .*; leave it out", search=(("beams", 2),))
+    refused("pargs", "search.samples: is not an option of PARGS", search=(("samples", 2),))
+    refused("smc", "trace and explain: are not supported by twisted SMC", trace="tokens")
+    refused("cards", "search.mean and search.deviation: got only one", search=(("mean", 1.0),))
     refused("cards", "1 <= shortest <= longest", search=(("shortest", 9), ("longest", 3)))
     with pytest.raises(InputError, match="weight: got 3 weights for 2 reward models"):
         Settings(METHODS["cards"], weights=(1.0, 2.0, 3.0)).guide_weights(2)
-    refused("best_of_n", "gate-entropy: means nothing to .*, which is not guided at each token", gate_entropy=1.0)
+    refused("best_of_n", "gate-entropy: is not an option of .*, which is not guided at each token", gate_entropy=1.0)

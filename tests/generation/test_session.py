@@ -128,7 +128,7 @@ def test_samples_of_a_prompt_are_answers_of_their_own(session, guided):
         row: by_row[row] for row in (("0", 1), ("2", 0))
     }
     with pytest.raises(
-        InputError, match=r"\An: 2 answers of greedy decoding, which does not sample, would be the same"
+        InputError, match=r"\An: got 2, but greedy decoding does not sample, so all answers would be the same"
     ):
         Settings(METHODS["greedy"], n=2)
 
@@ -238,7 +238,9 @@ def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_pa
     monkeypatch.setattr(reward_models, "first_room", lambda _: 2)
     assert [a.response for a in answers(session).values()] == [a.response for a in expected.values()]
     monkeypatch.setattr(reward_models, "table_of_positions", lambda _: longest + 4)
-    with pytest.raises(InputError, match=r"takes \d+ of its tokens; after the longest prompt it has positions for 4;"):
+    with pytest.raises(
+        InputError, match=r"needs \d+ of its tokens, but after the longest prompt only 4 fit its context;"
+    ):
         answers(session)
 
 

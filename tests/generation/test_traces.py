@@ -192,7 +192,7 @@ def test_options_that_do_not_go_together(config, changes, message):
     [
         (lambda row: row.pop("kl"), "'kl' is missing"),
         (lambda row: row["tokens"][1].pop("log_q"), "'log_q' is missing"),
-        (lambda row: row["tokens"][0].update(text="!?"), "the texts of its tokens are not its response"),
+        (lambda row: row["tokens"][0].update(text="!?"), "the texts of its tokens do not add up to its response"),
         (lambda row: row["tokens"][0].update(rewards=1), r"[^\n]*iterable[^\n]*"),
         (lambda row: row.update(tokens=3), r"[^\n]*iterable[^\n]*"),
     ],
@@ -203,7 +203,10 @@ def test_a_line_that_is_not_a_trace_is_one_line_of_error(answers, tmp_path, spoi
     row = json.loads(good)
     spoil(row)
     path.write_text(f"{good}\n{json.dumps(row)}\n")
-    with pytest.raises(InputError, match=rf"t.jsonl: line 2 is not a trace \({reason}\); decode.py writes them\Z"):
+    with pytest.raises(
+        InputError,
+        match=rf"t.jsonl: line 2 is not a trace \({reason}\); the option trace of decode.py writes them\Z",
+    ):
         list(read_traces(path))
 
 

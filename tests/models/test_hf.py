@@ -413,7 +413,7 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(InputError) as error:
         load_model("someone/no-model", "vocabulary")
-    assert str(error.value).startswith("someone/no-model: neither a local folder") and "\n" not in str(error.value)
+    assert str(error.value).startswith("someone/no-model: not a local folder") and "\n" not in str(error.value)
 
 
 def without(name):
@@ -472,7 +472,7 @@ DAMAGE = {
         lambda folder: edit_tensors(folder, lambda tensors: {**tensors, "model.extra": np.ones(1, np.float32)}),
         "extra is not part of this architecture",
     ),
-    "two labels": (two_labels, "a reward model has one label; this classifier has 2"),
+    "two labels": (two_labels, "this classifier has 2 labels, a reward model must have 1"),
 }
 
 

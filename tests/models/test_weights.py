@@ -73,7 +73,10 @@ def test_another_head_than_the_embeddings_counts_whatever_the_config_says(family
     write(tmp_path, family, change=lambda tensors: tensors.update({"lm_head.weight": head}), tie_word_embeddings=True)
     if files == "shards":
         shard(tmp_path)
-    with pytest.warns(InputWarning, match=r"config.json ties lm_head.weight to .*, but another one is stored and used"):
+    with pytest.warns(
+        InputWarning,
+        match=r"config.json ties lm_head.weight to .*, but the checkpoint stores a different one, which is used",
+    ):
         model, params, *_ = load_model(tmp_path, "vocabulary")
     assert not model.config.tied_embeddings
     assert_torch_agrees(tmp_path, model, params)

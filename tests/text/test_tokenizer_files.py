@@ -94,12 +94,12 @@ def test_a_tokenizer_json_without_tokens_is_refused(changed, folders):
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
     definition["model"] |= {"vocab": {}, "merges": []}
     assert refusal(changed("llama3", **{"tokenizer.json": json.dumps(definition).encode()})) == (
-        "tokenizer.json holds no tokens"
+        "tokenizer.json has no tokens"
     )
 
 
 def test_settings_without_which_a_text_is_split_otherwise_are_missed(changed, folders):
-    with pytest.warns(InputWarning, match=r"no tokenizer_config.json names the tokenizer's class"):
+    with pytest.warns(InputWarning, match=r"no tokenizer_config.json with the tokenizer's class"):
         TextTokenizer.load(changed("llama", ["tokenizer_config.json"]), [2])
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
     single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -137,11 +137,13 @@ def test_padded_vocabularies_are_usual(tokens, embeddings):
 
 def test_a_tokenizer_must_have_about_as_many_tokens_as_the_model_embeddings():
     tokenizer = tokenizer_of(1000)
-    with pytest.raises(InputError, match=r"\Asomewhere: its tokenizer needs 1000 embeddings, the model has 999\Z"):
+    with pytest.raises(InputError, match=r"\Asomewhere: its tokenizer needs 1000 embeddings, but the model has 999\Z"):
         tokenizer.check_embeddings(999, "somewhere")
-    with pytest.raises(InputError, match="has 1000 tokens, the model 2001 embeddings; it is cut off, or another"):
+    with pytest.raises(
+        InputError, match="has 1000 tokens, but the model has 2001 embeddings; the tokenizer is incomplete"
+    ):
         tokenizer.check_embeddings(2001, "somewhere")
-    with pytest.warns(InputWarning, match="has 1000 tokens, the model 2000 embeddings; see that it is the model's own"):
+    with pytest.warns(InputWarning, match="has 1000 tokens, but the model has 2000 embeddings; check that"):
         tokenizer.check_embeddings(2000, "somewhere")
 
 
@@ -150,7 +152,7 @@ def test_a_gap_in_the_ids_counts():
     from transformers import PreTrainedTokenizerFast
 
     model = Tokenizer(models.WordLevel({"a": 0, "b": 70}, unk_token="a"))
-    with pytest.raises(InputError, match="needs 71 embeddings, the model has 64"):
+    with pytest.raises(InputError, match="needs 71 embeddings, but the model has 64"):
         TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=model, eos_token="b")).check_embeddings(64, "it")
 
 

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(saved, how, capfd):
         assert int(state.step) == checkpoints.latest_step == 2
         np.testing.assert_array_equal(state.params["w"], state_of(2).params["w"])
         checkpoints.save(state_of(3))
-    assert warnings == [f"{saved}/3: is damaged; going on with the checkpoint before, of step 2"]
+    assert warnings == [f"{saved}/3: is damaged; continuing from the previous checkpoint, of step 2"]
     assert (saved / "damaged-3").is_dir()
     with Checkpoints(saved, keep=3) as checkpoints:
         assert int(checkpoints.restore(state_of(0), warnings.append).step) == 3
@@ -169,7 +169,7 @@ def test_a_save_that_the_disk_does_not_take_leaves_the_one_before(saved):
             checkpoints.wait()
 
     message = refused(save)
-    assert message.startswith(f"{saved}/4: cannot be written (File too large); the checkpoint of step 3 is kept;")
+    assert message.startswith(f"{saved}/4: cannot be written (File too large); the checkpoint of step 3 is safe;")
     with Checkpoints(saved, keep=3) as checkpoints:
         assert int(checkpoints.restore(state_of(0), print).step) == 3
     assert steps_in(saved) == [1, 2, 3]
@@ -219,7 +219,7 @@ def test_a_loss_that_explodes_ends_the_run_which_may_go_on_without_the_limit(con
     with monkeypatch.context() as patch:
         change_step(patch, 4, lambda state, metrics: (state, metrics | {"loss": 100 * metrics["loss"]}))
         message = refused(lambda: train(config))
-        assert re.match(r"step 4: the loss is \d.*, and no step's may be over \d.* \(loss_limit\); the ", message)
+        assert re.match(r"step 4: the loss is \d.*, over the limit of \d.* \(loss_limit\); the ", message)
         assert steps_in(Path(config.out) / "checkpoints") == [2]
         resumed(dataclasses.replace(config, loss_limit=0.0))
     assert steps_in(Path(config.out) / "checkpoints")[-1] == 6
@@ -231,8 +231,8 @@ def test_an_update_that_overflows_is_not_saved(config, monkeypatch):
 
     change_step(monkeypatch, 4, overflow)
     message = refused(lambda: train(config))
-    assert message.startswith("step 4: its update made weights or optimizer state that are not finite; the checkpoint")
-    assert "of step 2 is kept" in message
+    assert message.startswith("step 4: its update made weights or optimizer state infinite or NaN; the checkpoint")
+    assert "of step 2 is safe" in message
     assert steps_in(Path(config.out) / "checkpoints") == [2]
 
 

@@ -366,7 +366,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(s
     )
     message = refused(config)
     steps = saved_steps(config.out)
-    assert f"the checkpoint of step {steps[-1]} is kept" in message
+    assert f"the checkpoint of step {steps[-1]} is safe" in message
     assert message.startswith(f"step {steps[-1] + 1}: the loss is")
     assert len(metrics_of(config.out)) == steps[-1]
     assert not (Path(config.out) / "model").exists()

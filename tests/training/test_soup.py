@@ -75,5 +75,5 @@ def test_what_cannot_be_averaged_is_refused(models, tmp_path, names, weights, me
 
 
 def test_nothing_is_written_over(models, tmp_path):
-    with pytest.raises(InputError, match="--out: .*a already holds something; give another folder"):
+    with pytest.raises(InputError, match=r"--out: .*a already holds something; give another folder"):
         soup([models["a"], models["b"]], [0.5, 0.5], tmp_path / "a")

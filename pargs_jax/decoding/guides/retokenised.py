@@ -298,7 +298,7 @@ class EncoderGuide:
 
 def _require(own_prompts: Prompts | None) -> Prompts:
     if own_prompts is None:
-        raise InputError("a guide with a tokenizer of its own needs its prompts in its own tokens: give guide_prompts")
+        raise InputError("a guide with its own tokenizer needs the prompts in its own tokens: give guide_prompts")
     return own_prompts
 
 

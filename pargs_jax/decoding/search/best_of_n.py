@@ -46,7 +46,7 @@ class BestOfN:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.smoothing < 0:
             raise InputError(
-                f"best-of-n: got n {self.samples} and smoothing {self.smoothing}; at least 1 and 0 are right"
+                f"best-of-n: got {self.samples} samples and smoothing {self.smoothing}, must be at least 1 and 0"
             )
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:

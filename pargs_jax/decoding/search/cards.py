@@ -64,9 +64,9 @@ class Cards:
 
     def __post_init__(self) -> None:
         if not (1 <= self.shortest <= self.longest and self.most_rejections >= 1):
-            raise InputError(f"{self}: segments must have 1 <= shortest <= longest tokens, and 1 rejection at least")
+            raise InputError(f"{self}: must have 1 <= shortest <= longest, and most_rejections of at least 1")
         if not (self.deviation > 0 and self.acceptance_temperature > 0):
-            raise InputError(f"{self}: the deviation and the temperature must be above 0")
+            raise InputError(f"{self}: deviation and acceptance_temperature must be above 0")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)

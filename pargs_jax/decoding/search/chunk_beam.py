@@ -47,7 +47,7 @@ class ChunkBeam:
 
     def __post_init__(self) -> None:
         if min(self.beams, self.successors, self.chunk) < 1:
-            raise InputError(f"{self}: beams, successors and the chunk must be at least 1")
+            raise InputError(f"{self}: beams, successors and chunk must be at least 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)

@@ -126,7 +126,7 @@ class Searcher:
             if rewards and not guide.adds_up:
                 if not hasattr(guide, "read_prompts"):
                     raise InputError(
-                        f"{type(guide).__name__}: has no reward of a prompt alone, which this method needs"
+                        f"{type(guide).__name__}: cannot score a prompt without an answer, but this method needs it to"
                     )
                 reward, judge = guide.read_prompts(params, prompts, capacity, own)
             else:
@@ -223,7 +223,7 @@ class Searcher:
 def require_judge(method: Any, searcher: Searcher) -> None:
     """Raises InputError where nothing judges."""
     if not searcher.judges:
-        raise InputError(f"{type(method).__name__}: needs a reward model that judges what was drawn")
+        raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
 
 
 def of_prompts(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:

@@ -48,7 +48,7 @@ class TwistedSmc:
 
     def __post_init__(self) -> None:
         if self.particles < 1 or not 0 <= self.threshold <= 1:
-            raise InputError(f"{self}: particles must be at least 1, the threshold from 0 to 1")
+            raise InputError(f"{self}: particles must be at least 1, threshold from 0 to 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         if searcher.judges:

@@ -45,7 +45,7 @@ class SpeculativeRejection:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
-            raise InputError(f"{self}: n and the chunk must be at least 1, alpha at least 0 and below 1")
+            raise InputError(f"{self}: samples and chunk must be at least 1, alpha at least 0 and below 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)

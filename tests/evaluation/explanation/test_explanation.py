@@ -89,7 +89,7 @@ def test_what_does_not_belong_together_is_refused(make_trace):
     guided = make_trace([" a"])
     with pytest.raises(InputError, match="at least one answer"):
         explanation_page([])
-    with pytest.raises(InputError, match="'a' comes twice in the trace"):
+    with pytest.raises(InputError, match="'a' appears twice in the trace"):
         explanation_page([guided, guided])
     with pytest.raises(InputError, match=r"has another prompt \('Else'\)"):
         explanation_page([guided], [make_trace([" a"], prompt="Else")])
