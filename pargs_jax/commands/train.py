@@ -109,8 +109,8 @@ def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> T
     loss = config.objective.loss
     if loss.frozen and loss.head == "table" and stored_head(model_source(config.model.init)) == "table":
         raise InputError(
-            f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from the "
-            "language model, whose probabilities it needs"
+            f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "
+            "the language model, whose probabilities it needs"
         )
     return TrainingProgram.assemble(config, model, closing_id=closing_id)
 
