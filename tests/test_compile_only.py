@@ -41,7 +41,7 @@ def test_the_documented_table_is_still_true_of_its_smallest_case():
 
 
 @needs_libtpu
-def test_what_does_not_fit_says_so_and_what_would_help():
+def test_a_program_that_does_not_fit_says_so_and_what_would_help():
     shape = str(REPOSITORY / "configs" / "shapes" / "llama-2-7b")
     options = ("--mesh", "tpu-v5e-1", "--compile-only", "--prompt-length", "8", "--max-new-tokens", "4")
     done = run("decode.py", "--lm", shape, "--method", "greedy", *options)

@@ -24,7 +24,7 @@ def test_a_mesh_has_the_shape_that_was_asked_for(text, task, shape):
     assert mesh.devices.shape == shape
 
 
-def test_a_slice_is_named_after_what_it_is_sold_by():
+def test_slices_are_named_after_cores_or_chips_as_they_are_sold():
     assert {name: parse_mesh(name).devices for name in ("tpu-v4-8", "tpu-v5e-8", "tpu-v5p-8", "tpu-v4-512")} == {
         "tpu-v4-8": 4, "tpu-v5e-8": 8, "tpu-v5p-8": 4, "tpu-v4-512": 256,
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_slice_is_named_after_what_it_is_sold_by():
         ("cpu-64", "this machine has 4 x cpu; use mesh auto for the devices of this machine"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(text, message):
+def test_impossible_meshes_are_one_line(text, message):
     with pytest.raises(InputError) as caught:
         make_mesh(text, "train")
     assert str(caught.value) == f"mesh {text}: {message}"

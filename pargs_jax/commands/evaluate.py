@@ -17,7 +17,7 @@ from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.evaluation.answers import System, check_prompts, load_systems, name_and_file
 from pargs_jax.evaluation.config import REFERENCE_NAMES, EvaluateConfig
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
         check_matplotlib()
     given = [name_and_file(word) for word in config.answers]
     folder = Path(config.out)
-    with write_failures_named(folder, "give another --out"):
+    with write_errors_named_after(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     swept = _swept(config)
     functions = {name: FunctionJudge(name) for name in config.function}
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
 def write_report(report: Report, folder: Path, *, figures: bool = True, examples: int = 10) -> None:
     """Writes `report.json`, `report.html`, `values.jsonl` and, with `figures`, a folder of these. Raises InputError if
     they cannot be written."""
-    with write_failures_named(folder, "give another --out"):
+    with write_errors_named_after(folder, "give another --out"):
         write_whole(folder / "report.json", report.to_json())
         write_whole(folder / "values.jsonl", "".join(json.dumps(row) + "\n" for row in _values(report)))
         drawn: list[Drawn] = draw(report, folder / "figures") if figures else []

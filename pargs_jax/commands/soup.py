@@ -10,7 +10,7 @@ import jax
 
 from pargs_jax.commands.command_line import Parser
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.durable_files import write_failures_named
+from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import Pretrained, load_model, resolve, save_model, stored_head
 from pargs_jax.text.tokenization import TextTokenizer
@@ -34,9 +34,9 @@ def soup(sources: Sequence[str], weights: Sequence[float], out: Path) -> None:
         other, other_tokenizer = _load(source)
         _check_alike(sources[0], first, source, other)
         if not tokenizer.same_vocabulary(other_tokenizer) or first.eos_ids != other.eos_ids:
-            raise InputError(f"{source}: its tokenizer is not that of {sources[0]}; only models of one can be averaged")
+            raise InputError(f"{source}: its tokenizer differs from {sources[0]}'s; averaged models must share one")
         total = jax.tree.map(lambda x, y, weight=weight: x + weight * y, total, other.params)
-    with write_failures_named(out, "give another --out"):
+    with write_errors_named_after(out, "give another --out"):
         save_model(out, first.model, total, special_tokens=first.special_tokens, prompt_form=first.prompt_form)
         tokenizer.save(out)
 
@@ -48,7 +48,7 @@ def _check_weights(sources: Sequence[str], weights: Sequence[float]) -> None:
     if len(weights) != len(sources):
         raise InputError(f"--weights: got {given} for {len(sources)} models; give one for each")
     if not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise InputError(f"--weights: got {given}; they must be at least 0 and add up to 1")
+        raise InputError(f"--weights: got {given}, must be at least 0 and add up to 1")
 
 
 def _load(source: str) -> tuple[Pretrained, TextTokenizer]:
@@ -57,9 +57,9 @@ def _load(source: str) -> tuple[Pretrained, TextTokenizer]:
         raise InputError(f"{source}: its config.json does not say which head it has (architectures)")
     found = load_model(source, head)
     if found.new_head:
-        raise InputError(f"{source}: has no weights of its {head} head, which cannot be averaged then")
+        raise InputError(f"{source}: has no weights for its {head} head, so it cannot be averaged")
     if found.model.lora is not None:
-        raise InputError(f"{source}: takes a preference vector, and its factors cannot be averaged")
+        raise InputError(f"{source}: takes a preference vector, so it cannot be averaged")
     return found, TextTokenizer.load(resolve(source), found.eos_ids)
 
 
@@ -81,16 +81,16 @@ def _check_alike(name: str, first: Pretrained, other_name: str, other: Pretraine
 def main() -> None:
     parser = Parser(
         prog="python -m pargs_jax.commands.soup",
-        description="Average the weights of models that were trained from one model, each for its own reward.",
+        description="Average the weights of models trained from the same model, each for a different reward.",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="runs of train.py, Hugging Face folders or hub ids")
     parser.add_argument(
-        "--weights", metavar="X", type=float, nargs="+", required=True, help="of each; they add up to 1"
+        "--weights", metavar="X", type=float, nargs="+", required=True, help="weight of each model; they add up to 1"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the averaged model")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the averaged model")
     given = parser.parse_args()
     soup(given.models, given.weights, given.out)
-    print(f"the model is in {given.out}")
+    print(f"saved the model to {given.out}")
 
 
 if __name__ == "__main__":

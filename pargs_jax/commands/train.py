@@ -15,7 +15,7 @@ from pargs_jax.config import DEMO, TrainConfig, column_names
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.batches import Batch, Example, tokenise
 from pargs_jax.data.preferences import load_preferences, write_bad_rows
-from pargs_jax.durable_files import write_failures_named
+from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
 from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model, stored_head
@@ -150,7 +150,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     if program.model.lora is not None:
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
-    with write_failures_named(exported, MEND_AND_RESUME):
+    with write_errors_named_after(exported, MEND_AND_RESUME):
         save_model(
             exported,
             pretrained.model,
@@ -213,7 +213,7 @@ def _load_examples(
             console.print(f"{source} ({split}): skipped {loaded.other_splits} rows of other splits", highlight=False)
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
-            with write_failures_named(path, "give another --out"):
+            with write_errors_named_after(path, "give another --out"):
                 on_first(partial(write_bad_rows, path, loaded.bad_rows))
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
     examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer)

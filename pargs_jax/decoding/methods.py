@@ -1,7 +1,7 @@
-"""The named methods: each is a combination of parts and their usual numbers, not a code path of its own.
+"""The named methods. Each is a combination of parts with default numbers, not a separate code path.
 
-The table imports no JAX, so that a help text shows it at once; a method's parts are imported when they are asked for.
-docs/methods.md says of each what it needs, what it costs, and what to watch.
+The table imports no JAX, so that help texts appear at once; a method's parts are imported when they are needed.
+docs/methods.md says what each method needs, what it costs, and what to watch.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.search import SearchMethod
 
 RewardModelKind = Literal["full", "partial", "autoregressive", "preference", "ratio", "look_ahead"]
-"""What guides a method: reward models trained on full answers, or on their prefixes; language models whose
-log-probabilities are rewards; one of these that takes a preference vector; pairs of language models, tuned and
-reference, whose log-ratio is the reward; or an aligned language model, and a reward model of full answers, which scores
-what it writes."""
+"""The models that guide a method: reward models trained on full answers, or on their prefixes; language models whose
+log-probabilities are rewards; one such model that takes a preference vector; pairs of language models, tuned and
+reference, whose log-ratio is the reward; or an aligned language model with a reward model of full answers that scores
+its continuations."""
 
 CandidateKind = Literal["top_k", "top_k_of_sum", "top_p", "all"]
 SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection", "smc"]
@@ -25,22 +25,23 @@ SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to decode: which tokens are candidates, how one is drawn, and the usual numbers.
+    """A way to decode: how candidates are chosen, how one of them is drawn, and the default numbers.
 
     Attributes:
         source: its name and paper.
-        score: its equation, in the terms of docs/methods.md. What is sampled has q = softmax(score / temperature).
-        reward_model: what guides it; None for a method without a reward model.
+        score: its equation, in the terms of docs/methods.md. Sampling draws from q = softmax(score / temperature).
+        reward_model: the kind of model that guides it; None for a method without a reward model.
         draws: how a token is drawn.
-        k, weight, temperature, top_p, look_ahead: the numbers that the paper or its code uses. The last is how many
-            tokens an aligned model writes after each candidate.
+        k, weight, temperature, top_p, look_ahead: the numbers that the paper or its code uses. `look_ahead` is the
+            number of tokens that an aligned model writes after each candidate.
         candidates: the language model's k likeliest tokens; the k highest scores; the nucleus; or the whole vocabulary.
-            A reward model that scores one text at a time cannot score them all: the k likeliest are scored.
+            Reward models that score one text at a time cannot score a vocabulary; with them, the k likeliest tokens are
+            used.
         reward_form: how rewards enter the scores (see `RewardForm`).
         keeps_rest: whether tokens that are not scored keep their probability.
-        search: how several rows of a prompt are searched (docs/search.md). The reward models then judge what the
-            language model draws, but for the particles of `smc`, which they guide.
-        search_options: the options of that search with their usual values.
+        search: how several rows of a prompt are searched (docs/search.md). The reward models then judge the language
+            model's samples, except in `smc`, where they guide the particles.
+        search_options: the options of that search with their default values.
     """
 
     source: str
@@ -64,11 +65,11 @@ class Method:
 
     @property
     def judged(self) -> bool:
-        """Whether reward models judge what was drawn, and do not guide it."""
+        """Whether reward models judge finished samples instead of guiding them."""
         return self.search not in (None, "smc")
 
     def make_search(self, given: Mapping[str, float | str | bool]) -> "SearchMethod":
-        """The search of a method that has one, with these options instead of its own."""
+        """The method's search, with its options replaced by the given ones."""
         from pargs_jax.decoding.search import SEARCHES
 
         options = {**dict(self.search_options), **given}
@@ -76,7 +77,7 @@ class Method:
 
     @property
     def rule(self) -> "Rule":
-        """How a token is drawn from the candidates."""
+        """The rule that draws a token from the candidates."""
         from pargs_jax.decoding.rules import RULES
 
         return RULES[self.draws]
@@ -84,11 +85,12 @@ class Method:
     def proposer(
         self, k: int | None = None, *, top_p: float | None = None, scores_vocabulary: bool = True
     ) -> "Proposer":
-        """What proposes candidates.
+        """The proposer that chooses the candidates.
 
         Args:
-            k, top_p: instead of the method's own. With k, a method whose candidates are all tokens has only so many.
-            scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens stand for all.
+            k, top_p: replace the method's own. With k, a method whose candidates are all tokens has only k.
+            scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens replace all
+                tokens.
         """
         from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 
@@ -102,7 +104,7 @@ class Method:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Which of the options below this method does not have, and why."""
+        """The options below that do not apply to this method, each with the reason."""
         is_contrastive = self.draws == "contrastive"
         reasons = {
             "weight": "" if self.guided or is_contrastive else "is not guided",
@@ -143,7 +145,8 @@ METHODS: dict[str, Method] = {
         "contrastive search (Su et al., 2022)", "(1 - w) p(v) - w max_j cos(h_v, h_j)", None, "contrastive", k=8,
         weight=0.6,
     ),
-    # ARGS adds rewards to raw logits, which differ from log-probabilities by a constant in each step: it chooses alike.
+    # ARGS adds rewards to raw logits. They differ from log-probabilities by a constant in each step, so choices are
+    # equal.
     "args": Method("ARGS-greedy (Khanov et al., 2024)", "log p(v) + w r(y, v)", "full", "greedy", weight=1.5),
     "args_stochastic": Method(
         "ARGS-stochastic (Khanov et al., 2024)", "log p(v) + w r(y, v)", "full", "sample", weight=1.5, temperature=0.7

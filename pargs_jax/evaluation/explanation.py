@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
 
@@ -66,7 +66,7 @@ def write_page(path: Path, traces: Sequence[AnswerTrace], unguided: Sequence[Ans
     page = explanation_page(traces, unguided)
     if path.is_dir():
         raise InputError(f"{path}: is a folder, must be a file")
-    with write_failures_named(path, "give another file for the page"):
+    with write_errors_named_after(path, "give another file for the page"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
 

@@ -1,4 +1,4 @@
-"""What training can minimise: one file an objective, with its loss and its options (see `contract`)."""
+"""The objectives of training: one file per objective, with its loss and its options (see `contract`)."""
 
 from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bt import BradleyTerry
@@ -25,4 +25,4 @@ OBJECTIVES: dict[str, type[Loss]] = {
         ControlledDecoding,
     )
 }
-"""Every objective by its name. A new one is a line here."""
+"""Every objective by its name. Add a new one here."""

@@ -27,11 +27,11 @@ class AutoregressiveReward(Loss):
     name = "arm"
     meaning = "an autoregressive reward model (GenARM): Bradley-Terry on log-probabilities of answers"
     head = "vocabulary"
-    usual_beta: ClassVar[float] = 0.05
-    """The paper's for its reward model of HH."""
+    usual_beta: ClassVar[float] = 0.5
+    """The paper's for helpfulness in SafeRLHF; for HH it has 0.05. A smaller one takes `pi` further from its start."""
 
     beta: float | None = option(
-        None, "factor of log-probabilities in the reward", unset="0.05 in arm and 0.1 in dpo, as in the papers", above=0
+        None, "factor of log-probabilities in the reward", unset="0.5 in arm and 0.1 in dpo", above=0
     )
 
     def chance(self, vocab_size: int) -> float:

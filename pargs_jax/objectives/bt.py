@@ -1,4 +1,4 @@
-"""Bradley-Terry on full answers: the usual loss of reward models, and what PARGS compares with."""
+"""Bradley-Terry on full answers: the usual loss of reward models, and the baseline of PARGS."""
 
 from __future__ import annotations
 

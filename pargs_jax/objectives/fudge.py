@@ -26,7 +26,7 @@ class PrefixRegression(Loss):
     answers = 1
 
     target: Literal["reward", "label"] = option(
-        "reward", "what a prefix's value should be: its answer's reward (squared error), or the log-odds of a label"
+        "reward", "target of a prefix's value: its answer's reward (squared error), or the log-odds of a label"
     )
 
     @property

@@ -11,15 +11,15 @@ def answer_likelihood(
     lengths: Int[Array, "B"],
     weights: Float[Array, "B"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The mean of `-log p(y_i | x, y_<i)` over the answers' tokens, in nats a token; prompts are not learned.
+    """The mean of `-log p(y_i | x, y_<i)` over the answers' tokens, in nats per token; prompt tokens do not count.
 
     Args:
-        logits: row i predicts `answers[:, i]`, fp32.
+        logits: entry i predicts `answers[:, i]`, fp32.
         answers, lengths: right-padded token ids (end-of-sequence included), and how many are real.
-        weights: how much each row's tokens count. Default: all 1.
+        weights: the weight of each row's tokens. Default: all 1.
 
     Returns:
-        The loss, and `accuracy`: the share of tokens that are the likeliest.
+        The loss, and `accuracy`: the share of tokens that are the model's likeliest.
     """
     weights = jnp.ones(answers.shape[0]) if weights is None else weights
     counted = weights[:, None] * (jnp.arange(answers.shape[1]) < lengths[:, None])

@@ -29,7 +29,9 @@ class TemporalDifference(Loss):
     has_accuracy = False
 
     td_lambda: float = option(
-        0.95, "1: every prefix is to have its answer's reward; 0: the value of the prefix one token longer", at_least=0
+        0.95,
+        "target of a prefix's value. 1: the answer's reward; 0: the value of the prefix one token longer",
+        at_least=0,
     )
 
     def validate(self, max_length: int) -> None:

@@ -22,12 +22,12 @@ class Objective:
     Attributes:
         model: the model that is trained; a reward model of any kind, or a language model.
         loss: the objective, with its options.
-        dtype: what matrix products compute in.
-        closing_id: the token that closes a text, which encoders need to read a prefix as a finished text.
-        chunk: prefixes that models which read each of them apart read together.
-        frozen: the other models that the loss reads (`Loss.frozen`), by name. The parameters of each are in those that
-            the objective is called with, below its name. One whose parameters are not there is the trained model
-            without its low-rank additions.
+        dtype: the dtype of matrix products.
+        closing_id: the token that closes a text; encoders need it to read a prefix as a finished text.
+        chunk: the number of prefixes that encoders read together.
+        frozen: the other models that the loss reads (`Loss.frozen`), by name. Their parameters are passed together with
+            the trained ones, under these names. A model without parameters there is the trained model without its
+            low-rank additions.
     """
 
     model: Any
@@ -53,11 +53,11 @@ class Objective:
 
     @property
     def loss_of_chance(self) -> float:
-        """The loss of a model that tells nothing apart."""
+        """The loss of a model that cannot tell anything apart."""
         return self.loss.chance(self.model.config.vocab_size)
 
     def cast(self, params: Params) -> Params:
-        """The parameters as matrix products use them; heads that are fp32, as those of rewards, stay as they are."""
+        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, are not cast."""
         others = {name: self._cast(model, params[name]) for name, model in self.frozen if name in params}
         own = {name: part for name, part in params.items() if name not in others}
         return self._cast(self.model, own) | others

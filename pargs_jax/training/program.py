@@ -1,5 +1,5 @@
-"""What a training run computes, assembled from options and a model. It is the same whether the model's parameters are
-loaded or only described."""
+"""The computation of a training run, assembled from options and a model. It is the same whether the model's parameters
+are loaded or only described."""
 
 import dataclasses
 from typing import Any
@@ -27,21 +27,21 @@ def head_to_train(config: TrainConfig) -> HeadName:
 
 
 def lora_of(config: LoraConfig) -> Lora | None:
-    """The low-rank additions that the options ask for, if any."""
+    """The low-rank additions that the options ask for, or None."""
     return Lora(config.rank, config.alpha, config.layers) if config.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingProgram:
-    """The objective, with its model as training runs it, and what makes steps of it."""
+    """An objective with the model as training runs it, and the functions that make its steps."""
 
     config: TrainConfig
     objective: Objective
 
     @classmethod
     def assemble(cls, config: TrainConfig, model: Model, *, closing_id: int) -> "TrainingProgram":
-        """The program of a model that was loaded or described: it gets the config's dropout, rematerialisation and
-        low-rank additions. `closing_id` is the token that closes a text."""
+        """The program for a loaded or described model, which gets the config's dropout, rematerialisation and low-rank
+        additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
         trained = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
         chosen = config.objective
@@ -59,7 +59,8 @@ class TrainingProgram:
 
     @property
     def trained_names(self) -> tuple[str, ...] | None:
-        """What is trained beside a frozen model: the additions, and a head that may be new; None if all is."""
+        """The trained parts of an otherwise frozen model: the additions, and a new head if any; None if all is
+        trained."""
         if self.model.lora is None:
             return None
         return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES
@@ -71,8 +72,8 @@ class TrainingProgram:
         return bool(self.objective.frozen) and not is_whole
 
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
-        """Of a model's parameters, those that are trained, with the additions drawn, and those that are frozen. The
-        reference is a copy where it needs one: what is trained is donated to the step."""
+        """Splits a model's parameters into trained ones, including newly drawn additions, and frozen ones. A reference
+        gets a copy of them if it needs one, because trained parameters are donated to the step."""
         reference = {}
         if self.copies_reference:
             reference = {REFERENCE: jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)}
@@ -88,7 +89,8 @@ class TrainingProgram:
         return join_params(trained, {name: part for name, part in frozen.items() if name != REFERENCE})
 
     def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
-        """What `begin_params` and `begin` would make, as `jax.ShapeDtypeStruct`s on a mesh that may not be here."""
+        """Describes the results of `begin_params` and `begin` as `jax.ShapeDtypeStruct`s on a mesh that may not be
+        here."""
         params, frozen = abstract_params(mesh, self.model.abstract_params(), "float32"), {}
         reference = split_params(params, LORA_NAMES)[1]
         if self.trained_names is not None:
@@ -104,10 +106,10 @@ class TrainingProgram:
         return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)), frozen
 
     def make_optimizer(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer of a run of so many steps, and its learning rates."""
+        """The optimizer of a run of `steps` steps, and its learning rates."""
         return make_optimizer(self.config.optim, steps)
 
     def make_step(self, optimizer: optax.GradientTransformation, state: TrainState) -> StepFunction:
-        """The jitted step on states like this one (`make_train_step`)."""
+        """The jitted step for states like this one (`make_train_step`)."""
         accumulation = self.config.optim.accumulation
         return make_train_step(self.objective, optimizer, accumulation=accumulation, places=shardings_of(state))

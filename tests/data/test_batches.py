@@ -56,7 +56,7 @@ def test_truncation(prompt, chosen, rejected, max_length, expected):
     assert report.answers_cut == sum(not text.endswith(">") for text in texts[1:])
 
 
-def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
+def test_rows_that_truncation_makes_equal_are_left_out_and_counted():
     rows = [
         Preference(
             "1",
@@ -78,7 +78,7 @@ def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
 
 
 def examples_of(count, answers=2, seed=0):
-    """Examples that begin with their own number, so that a row is known again in a batch."""
+    """Examples that begin with their own number, so that a row can be recognised in a batch."""
     random = np.random.default_rng(seed)
 
     def ids(number, limit):
@@ -133,8 +133,8 @@ def test_a_row_comes_once_an_epoch_and_not_twice_in_a_batch(count, batch_size):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (3, 7), (65, 64), (1000, 64)])
-def test_a_batch_is_the_same_however_one_got_there(count, batch_size):
-    """And far steps are reached at once."""
+def test_a_batch_does_not_depend_on_the_batches_read_before(count, batch_size):
+    """Distant steps are available without computing the earlier ones."""
     steps = [0, 1, 63, 64, 1000, 1001, 10**9, 10**9 + 1]
     expected = [rows_in(Batches(examples_of(count), batch_size, 100, seed=3).batch(step)) for step in steps]
     for order in (range(len(steps)), reversed(range(len(steps)))):

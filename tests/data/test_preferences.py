@@ -287,7 +287,7 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path):
         },
     ],
 )
-def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
+def test_published_rows_are_not_refused(tmp_path, row):
     preference = load_one(tmp_path, row, PLAIN)
     assert preference.prompt.endswith(("Why?", "Assistant:", "It sat.", "ASSISTANT:"))
     assert preference.chosen.strip() in ("Because.", "TL;DR: A cat.")
@@ -362,7 +362,7 @@ def test_evaluation_takes_the_splits_that_the_hub_has_for_it(monkeypatch):
 
 
 class Template:
-    """A tokenizer that has nothing but a chat template."""
+    """A tokenizer with only a chat template."""
 
     def render_chat(self, turns):
         return "".join(f"<{turn['role'][0]}>{turn['content']}" for turn in turns) + "<a>"
@@ -409,25 +409,29 @@ def test_scored_answers_are_rows_with_a_reward(tmp_path):
 
 def test_answers_without_a_usable_reward_are_bad_rows(tmp_path):
     bad = [
-        ({**SCORED, "reward": float("nan")}, "reward is nan: it must be a finite number"),
-        ({**SCORED, "reward": float("inf")}, "reward is inf: it must be a finite number"),
-        ({**SCORED, "reward": "good"}, "reward is 'good': it must be a finite number"),
-        ({**SCORED, "reward": True}, "reward is True: it must be"),
+        ({**SCORED, "reward": float("nan")}, "reward is nan, must be a finite number"),
+        ({**SCORED, "reward": float("inf")}, "reward is inf, must be a finite number"),
+        ({**SCORED, "reward": "good"}, "reward is 'good', must be a finite number"),
+        ({**SCORED, "reward": True}, "reward is True, must be a finite number"),
         ({**SCORED, "reward": None}, "reward is missing"),
         ({**SCORED, "reward": [1, 2]}, "reward is 2 numbers; a scored answer has one"),
         ({**SCORED, "response": " "}, "the answer is empty"),
-        (ROW | {"reward": 1}, "the row is a pair; scored answers are needed"),
+        (ROW | {"reward": 1}, "the row is a pair, must be a scored answer"),
     ]
     loaded = load_scored(tmp_path, [SCORED, *(row for row, _ in bad)])
     assert len(loaded.rows) == 1
     for row, (_, reason) in zip(loaded.bad_rows, bad, strict=True):
         assert reason in row.reason
-    with pytest.raises(InputError, match=r"line 1: reward is -0.5: this objective needs rewards from 0 to 1"):
+    with pytest.raises(InputError, match=r"line 1: reward is -0.5, must be from 0 to 1"):
         load_scored(tmp_path, [SCORED], (0.0, 1.0))
 
 
 def test_the_wrong_kind_of_rows_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="line 1: the row is a pair; scored answers are needed, rows of prompt, resp"):
+    with pytest.raises(
+        InputError, match="line 1: the row is a pair, must be a scored answer: prompt, response, reward"
+    ):
         load_scored(tmp_path, [ROW])
-    with pytest.raises(InputError, match="line 1: the row is a scored answer; pairs are needed, rows of prompt, chos"):
+    with pytest.raises(
+        InputError, match="line 1: the row is a scored answer, must be a pair: prompt, chosen, rejected"
+    ):
         load_preferences(write_jsonl(tmp_path / "rows.jsonl", [SCORED]), HH)

@@ -56,7 +56,7 @@ class OffsetGuide:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A rule that reports its calls, so that a step that was not computed shows."""
+    """A rule that reports its calls, so that skipped steps can be counted."""
 
     rule: Sample
     called: Callable[[Any], None]
@@ -94,7 +94,7 @@ def make_prompts(lengths=LENGTHS, seed=0):
 
 
 def padded(prompts, width=None):
-    """Left-padded with a real token's id: no mask may come from an id."""
+    """Left-padded with a real token's id, because masks must not depend on ids."""
     width = width or max(map(len, prompts))
     ids = np.full((len(prompts), width), 7, np.int32)
     for row, prompt in enumerate(prompts):
@@ -195,7 +195,7 @@ MAIN = Pair()
 
 @pytest.fixture(scope="module")
 def main():
-    """The decode that the identities compare with."""
+    """The decode that the identities are compared with."""
     return run(MAIN, make_prompts())
 
 

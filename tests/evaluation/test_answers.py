@@ -57,7 +57,7 @@ def test_names_methods_and_options(tmp_path):
         ([], "no answers in it"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_file_line_and_field(tmp_path, rows, message):
+def test_unusable_rows_are_refused_with_file_line_and_field(tmp_path, rows, message):
     path = write(tmp_path / "answers.jsonl", rows)
     with pytest.raises(InputError) as refused:
         load([path])

@@ -134,7 +134,7 @@ def test_references_perplexity_pairs_and_figures_in_one_report(evaluate, answers
         (["--answers", "x.jsonl", "--function", "f"], "must be module:function"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line_before_any_work(evaluate, tmp_path, monkeypatch, words, message):
+def test_unusable_input_is_refused_in_one_line_before_any_work(evaluate, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, err, report = evaluate(*words)
     assert code == 2 and report is None

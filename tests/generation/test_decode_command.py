@@ -111,7 +111,7 @@ def test_an_answer_is_not_taken_for_that_of_another_prompt(decode, lm, rm, tmp_p
         ("pargs_greedy", ("--temperature", 2), "temperature: is not an option of PARGS-G"),
     ],
 )
-def test_a_number_that_means_nothing_to_the_method_is_refused(decode, rm, method, words, reason):
+def test_a_number_that_does_not_apply_to_the_method_is_refused(decode, rm, method, words, reason):
     code, _, err = decode("--lm", "nowhere", "--rm", rm, "--method", method, "--prompt", "Hi", *words)
     assert code == 2 and err.splitlines()[-1].startswith(f"error: {reason}")
 
@@ -149,7 +149,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
 
 
 def test_without_arguments_methods_are_compared_on_the_demo(decode, rm, tmp_path):
-    """But for a reward model, and fewer prompts. The table shows the answers that were written."""
+    """With a given reward model and fewer prompts, the table shows the answers that were written."""
     out = tmp_path / "answers.jsonl"
     code, shown, _ = decode("--rm", rm, "--limit", 4, "--max-new-tokens", 12, "--out", out)
     assert code == 0
@@ -176,7 +176,7 @@ def test_without_arguments_methods_are_compared_on_the_demo(decode, rm, tmp_path
     assert sum(" ".join(row["prompt"].split()) in in_words for row in written[:4]) == 2  # examples
 
 
-def test_a_real_model_tells_its_story(decode):
+def test_a_real_model_continues_a_story(decode):
     lm = SHARED / "models" / "stories260k"
     if not lm.is_dir():
         pytest.skip("needs ../shared/models/stories260k")
@@ -202,7 +202,7 @@ def test_a_real_model_tells_its_story(decode):
         (["--mesh", "gpu-77"], "gpu-77"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(decode, lm, rm, prompts, tmp_path, changes, message):
+def test_unusable_input_is_refused_in_one_line(decode, lm, rm, prompts, tmp_path, changes, message):
     (tmp_path / "malformed.jsonl").write_text('{"prompt": \n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "strange").mkdir()

@@ -23,7 +23,7 @@ PROMPTS = [Prompt("a", "Hi"), Prompt("b", "My lamp broke.")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, rm, save_tiny):
-    """Folders by what is in them."""
+    """Model folders, by their content."""
 
     def save(name, model, params):
         path = tmp_path_factory.mktemp(name)
@@ -150,7 +150,7 @@ def test_a_saved_model_says_what_its_head_is(folder):
         ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead it exceeds that model's context"),
     ],
 )
-def test_what_does_not_go_together_is_refused_in_one_line(folder, method, names, changes, message):
+def test_combinations_that_do_not_work_are_refused_in_one_line(folder, method, names, changes, message):
     with pytest.raises(InputError, match=message) as raised:
         answer(folder, method, names, **changes)
     assert "\n" not in str(raised.value)
@@ -173,7 +173,7 @@ def test_kinds_of_reward_models_are_refused_before_any_model_is_loaded(folder):
         ("contrastive", {"weights": (1.5,)}, "weight: got 1.5, must be from 0 to 1"),
     ],
 )
-def test_numbers_that_mean_nothing_to_a_method_are_refused(method, changes, message):
+def test_numbers_that_do_not_apply_to_a_method_are_refused(method, changes, message):
     with pytest.raises(InputError, match=message):
         Settings(METHODS[method], **changes)
 

@@ -79,7 +79,7 @@ def test_every_number_is_that_of_the_models(session, answers, reference):
         assert answer.trace.guide_rewards == answer.guide_rewards == pytest.approx(token.rewards, abs=1e-6)
 
 
-def test_the_whole_is_the_sum_of_its_tokens(session, answers):
+def test_an_answers_totals_are_the_sums_over_its_tokens(session, answers):
     for answer in answers:
         trace = answer.trace
         assert len(trace.tokens) == answer.tokens and "".join(token.text for token in trace.tokens) == answer.response
@@ -92,7 +92,7 @@ def test_the_whole_is_the_sum_of_its_tokens(session, answers):
         assert (trace.lm, *trace.reward_models) == (session.lm, session.reward_models[0].source)
 
 
-def test_what_cannot_be_drawn_and_what_is_not_there(session):
+def test_impossible_candidates_and_missing_rewards_in_traces(session):
     """Greedy decoding gives one candidate all the probability; without guidance there are no rewards of tokens."""
     for answer in traced(session, "pargs_greedy", k=3):
         assert answer.trace.temperature is None
@@ -210,7 +210,7 @@ def test_a_line_that_is_not_a_trace_is_one_line_of_error(answers, tmp_path, spoi
         list(read_traces(path))
 
 
-def test_what_is_not_a_file_of_traces_is_one_line_of_error(tmp_path):
+def test_a_file_that_does_not_hold_traces_is_one_line_of_error(tmp_path):
     for name, content in {"text": b"Hi\n", "list": b"[]\n", "bytes": b"\xff\n"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"\A{tmp_path / name}: [^\n]+\Z"):

@@ -71,7 +71,7 @@ def test_every_field_that_transformers_knows_is_known_here(family):
 
 
 @pytest.mark.parametrize("folder", [*sorted(SHAPES.iterdir()), Path(DEMO_LM)], ids=lambda path: path.name)
-def test_what_comes_with_the_package_is_read_without_a_warning(folder):
+def test_configs_in_the_package_are_read_without_a_warning(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", InputWarning)
         describe_model(folder, "reward")
@@ -171,7 +171,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("family", "fields", "told"), IMPOSSIBLE)
-def test_sizes_and_names_that_cannot_be_are_one_line(family, fields, told, tmp_path):
+def test_impossible_sizes_and_names_are_one_line(family, fields, told, tmp_path):
     assert told in refusal(tmp_path, family, **fields)
 
 
@@ -181,7 +181,7 @@ def test_an_architecture_that_is_not_a_name_is_one_line(tmp_path):
         describe_model(tmp_path, "reward")
 
 
-def test_what_no_convolution_needs_may_be_anything(tmp_path):
+def test_convolution_fields_may_have_any_value_without_a_convolution(tmp_path):
     assert describe(tmp_path, "deberta-v2", conv_act="mish", conv_kernel_size=-1) == describe(tmp_path, "deberta-v2")
 
 

@@ -486,6 +486,6 @@ def test_unusable_checkpoints_are_one_clear_line(damage, checkpoint):
     assert "\n" not in str(error.value)
 
 
-def test_a_reward_model_that_is_not_tied_is_no_language_model(originals):
+def test_an_untied_reward_model_is_not_a_language_model(originals):
     with pytest.raises(InputError, match=r"lm_head.weight is missing"):
         load_model(originals["llama", "reward"][0], "vocabulary")

@@ -16,7 +16,7 @@ from pargs_jax.training.objective import Objective
 PROMPT_LENGTHS = np.array([2, 3, 1], np.int32)
 LENGTHS = np.array([[3, 1], [2, 4], [4, 4]], np.int32)
 WEIGHTS = np.array([1, 0.5, 0], np.float32)
-LOSSES = (AutoregressiveReward(), AutoregressiveReward(beta=0.5), DirectPreference())
+LOSSES = (AutoregressiveReward(), AutoregressiveReward(beta=0.05), DirectPreference())
 
 
 def batch():

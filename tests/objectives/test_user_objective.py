@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_the_formula(trained):
 def test_only_the_model_is_trained(trained, dtype):
     objective, params, reference = trained
     objective = Objective(objective.model, objective.loss, dtype, frozen=objective.frozen)
-    optimizer, _ = make_optimizer(OptimConfig(lr=1e-2, warmup=0.0), 10)
+    optimizer, _ = make_optimizer(OptimConfig(lr=1e-3, warmup=0.0), 10)
     step = make_train_step(objective, optimizer)
     state = begin(optimizer, jax.tree.map(jnp.copy, params))
     losses = []

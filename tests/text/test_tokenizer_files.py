@@ -65,7 +65,7 @@ def test_whole_tokenizers_load_from_either_layout(folders, name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_files_that_are_missing_are_named(changed, name):
-    """Whichever they are, and whatever else is missing."""
+    """Whichever files are missing."""
     wanted = VOCABULARIES[name]
     for count in range(1, len(wanted) + 1):
         for gone in itertools.combinations(wanted, count):
@@ -98,7 +98,7 @@ def test_a_tokenizer_json_without_tokens_is_refused(changed, folders):
     )
 
 
-def test_settings_without_which_a_text_is_split_otherwise_are_missed(changed, folders):
+def test_missing_tokenizer_settings_give_a_warning(changed, folders):
     with pytest.warns(InputWarning, match=r"no tokenizer_config.json with the tokenizer's class"):
         TextTokenizer.load(changed("llama", ["tokenizer_config.json"]), [2])
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
@@ -113,7 +113,7 @@ def test_settings_without_which_a_text_is_split_otherwise_are_missed(changed, fo
 
 
 def tokenizer_of(tokens):
-    """So many tokens."""
+    """A tokenizer with this many tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -160,7 +160,7 @@ def test_a_gap_in_the_ids_counts():
 @pytest.mark.parametrize(
     ("folder", "embeddings"), [("deberta_v3", 128100), ("gpt2", 50257), ("gpt2", 50304), ("mistral_v1", 32064)]
 )
-def test_real_ones_are_not_refused(folder, embeddings):
+def test_real_tokenizers_are_not_refused(folder, embeddings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", InputWarning)
         TextTokenizer.load(SHARED / "tokenizers" / folder).check_embeddings(embeddings, folder)

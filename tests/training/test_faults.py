@@ -144,7 +144,7 @@ def test_only_damaged_checkpoints_and_one_of_another_model_are_refused(saved):
     assert steps_in(saved) == [1, 2, 3]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(saved):
+def test_the_remains_of_a_killed_save_are_not_a_checkpoint_and_are_removed(saved):
     (saved / "3").rename(saved / "3.orbax-checkpoint-tmp")
     with Checkpoints(saved, keep=3) as checkpoints:
         assert checkpoints.latest_step == 2
@@ -162,7 +162,7 @@ def files_cannot_grow_beyond(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_save_that_the_disk_does_not_take_leaves_the_one_before(saved):
+def test_a_save_that_fails_on_a_full_disk_leaves_the_previous_one(saved):
     def save():
         with files_cannot_grow_beyond(10_000), Checkpoints(saved, keep=3) as checkpoints:
             checkpoints.save(state_of(4))
@@ -188,7 +188,9 @@ def full(*_, **__):
     ],
     ids=["metrics", "export", "config"],
 )
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, monkeypatch, module, name, place, left):
+def test_a_full_disk_is_one_line_and_the_run_resumes_once_there_is_space(
+    config, monkeypatch, module, name, place, left
+):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, full)
         message = refused(lambda: train(config))
@@ -200,7 +202,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, 
 
 
 def change_step(monkeypatch, number, change):
-    """Has `change(state, metrics)` make something else of what step `number` returned."""
+    """Replaces the result of step `number` with `change(state, metrics)`."""
     make = program.make_train_step
 
     def make_changed(*args, **options):
@@ -309,7 +311,7 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert "another run is writing there" in refused(lambda: resumed(config))
+        assert "another run is writing to it" in refused(lambda: resumed(config))
         process.terminate()
         printed, errors = process.communicate(timeout=60)
     acknowledged = "stopping after this step; send SIGTERM again to stop at once\n"

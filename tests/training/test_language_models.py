@@ -86,7 +86,8 @@ def test_dpo_moves_away_from_the_model_that_it_starts_from(settings, lm, tmp_pat
     tuned, before = load_model(f"{config.out}/model", "vocabulary"), load_model(lm, "vocabulary")
     assert tuned.params.keys() == before.params.keys()
     tokenizer = tiny_tokenizer()
-    rows = [Preference(**row) for row in map(json.loads, Path(config.data.train).read_text().splitlines())]
+    lines = Path(config.data.train).read_text().splitlines()
+    rows = [Preference(id=str(i), **json.loads(line)) for i, line in enumerate(lines)]
     examples, _ = tokenise(rows, tokenizer, config.max_length, 2)
     objective = Objective(tuned.model, DirectPreference(), frozen=(("reference", before.model),))
     exported = evaluate(objective, {**tuned.params, "reference": before.params}, Batches(examples, 4, 48, 0))

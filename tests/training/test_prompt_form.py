@@ -57,7 +57,7 @@ def saved_form(config):
 
 
 def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
-    """To the run that starts from it; a resumed run keeps its own."""
+    """A run that starts from it uses its form; a resumed run keeps its own."""
     assert load_model(lm, "reward").prompt_form is None
     first = settings("first", format="hh")
     assert not train(first)[1]
@@ -79,7 +79,7 @@ def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
         resumed = settings("third", init=first.out, format=form, steps=2, resume=True)
         assert "format: plain" in train(resumed)[0]
         assert saved_form(resumed) == "plain"
-    with pytest.raises(InputError, match=r'has --data.format "plain", this one "hh"'):
+    with pytest.raises(InputError, match=r'has --data.format "plain", but this one has "hh"'):
         command.train(settings("third", init=first.out, format="hh", resume=True))
 
 

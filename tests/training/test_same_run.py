@@ -1,4 +1,4 @@
-"""A resumed run reads the rows that it began with, and says so where its schedule becomes another."""
+"""A resumed run reads the rows that it began with, and warns if its schedule changes."""
 
 import dataclasses
 import io
@@ -107,7 +107,7 @@ def example(prompt, *answers, prefixes=None):
     return Example(ids(prompt), tuple(map(ids, answers)), of_answers)
 
 
-def test_all_that_training_reads_counts():
+def test_the_digest_covers_everything_that_training_reads():
     rows = [
         [],
         [example([1, 2], [3], [4, 5])],

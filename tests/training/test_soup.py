@@ -57,14 +57,14 @@ def test_weights_are_averaged(models, tmp_path):
     [
         (["a"], [1.0], "got 1 model; an average needs at least 2"),
         (["a", "b"], [1.0], "--weights: got 1 for 2 models; give one for each"),
-        (["a", "b"], [0.7, 0.7], "--weights: got 0.7 0.7; they must be at least 0 and add up to 1"),
+        (["a", "b"], [0.7, 0.7], "--weights: got 0.7 0.7, must be at least 0 and add up to 1"),
         (["a", "b"], [1.5, -0.5], "add up to 1"),
         (["a", "b"], [float("nan"), 1.0], "add up to 1"),
         (["a", "reward"], [0.5, 0.5], "its head is reward, not vocabulary"),
         (["a", "gpt2"], [0.5, 0.5], "its kind is GPT2, not Llama"),
         (["a", "shorter"], [0.5, 0.5], "its context_length is 32, not 64"),
         (["a", "hh"], [0.5, 0.5], "its prompt form is hh, not None"),
-        (["a", "other"], [0.5, 0.5], "its tokenizer is not that of"),
+        (["a", "other"], [0.5, 0.5], "its tokenizer differs from"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(models, tmp_path, names, weights, message):
