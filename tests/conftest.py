@@ -1,5 +1,6 @@
 """Four virtual devices for every test; what sets no mesh runs on the first of them. Small tokenizers of each kind."""
 
+import gc
 import io
 import json
 import os
@@ -16,6 +17,16 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 prepare_virtual_devices(4)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_forgotten():
+    """After each file: every program maps memory, and Linux lets a process have only so many maps (65,530). XLA ends
+    with a segmentation fault beyond them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 TEXTS = [f"good answer {i} and bad reply {i * i}, said the {word}\n" for i in range(200) for word in ("cat", "old man")]
 PIECES = 320

@@ -101,6 +101,6 @@ def test_a_dimension_that_does_not_divide_is_one_line():
     with jax.set_mesh(make_mesh("cpu-4,tensor=4", "train")), pytest.raises(InputError) as caught:
         place_params(random_params(CausalModel(config, "reward")))
     assert str(caught.value) == (
-        "--mesh: tensor=4 does not divide the 50 of backbone.layers.down.kernel (feedforward); "
+        "mesh: tensor=4 does not divide the 50 of backbone.layers.down.kernel (feedforward); "
         "give another size of the axis tensor"
     )

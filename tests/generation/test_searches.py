@@ -46,14 +46,10 @@ def session(lm, rm):
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "weak_to_strong"])
-<<<<<<< HEAD
-def test_every_search_answers_and_counts_tokens(name, session):
-=======
-def test_every_search_answers_and_says_what_it_took(name, session, monkeypatch):
+def test_every_search_answers_and_counts_tokens(name, session, monkeypatch):
     outcomes = []
     read = session._reader.read
     monkeypatch.setattr(session._reader, "read", lambda *given: outcomes.append(given[:2]) or read(*given))
->>>>>>> search
     found = answer(session, name)
     for prompt in PROMPTS:
         row, ids = found[prompt.id], session.tokenizer.encode_prompt(prompt.text)

@@ -44,7 +44,7 @@ def test_a_run_learns_sets_bad_rows_aside_and_resumes_with_its_own_rewards_alone
     folder = train(config, Console(file=printed, width=10_000))
     assert "1 rows cannot be used; see" in printed.getvalue()
     (bad,) = map(json.loads, (folder / "bad_rows.train.jsonl").read_text().splitlines())
-    assert (bad["line"], bad["reason"]) == (3, "reward is nan: it must be a finite number")
+    assert (bad["line"], bad["reason"]) == (3, "reward is nan, must be a finite number")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in logged if "squared_error" in row]
     assert losses and np.isfinite(losses).all()
