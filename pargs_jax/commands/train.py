@@ -18,7 +18,7 @@ from pargs_jax.data.preferences import load_preferences, write_bad_rows
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
-from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model
+from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model, stored_head
 from pargs_jax.models.lora import merge_lora
 from pargs_jax.models.model import AnyRewardModel, Model
 from pargs_jax.processes import on_first
@@ -100,11 +100,17 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
 
 def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> TrainingProgram:
     """The program that a config asks for, with a model that was loaded or only described. Raises InputError if the
-    model cannot read texts as long as the config allows."""
+    model cannot read texts as long as the config allows, or cannot be the start of the objective."""
     positions = model.config.max_positions
     if config.max_length > positions:
         raise InputError(
             f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
+        )
+    loss = config.objective.loss
+    if loss.frozen and loss.head == "table" and stored_head(model_source(config.model.init)) == "table":
+        raise InputError(
+            f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "
+            "the language model, whose probabilities it needs"
         )
     return TrainingProgram.assemble(config, model, closing_id=closing_id)
 

@@ -2,6 +2,7 @@
 
 from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bt import BradleyTerry
+from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.objectives.dpo import DirectPreference
 from pargs_jax.objectives.fudge import PrefixRegression
@@ -21,6 +22,7 @@ OBJECTIVES: dict[str, type[Loss]] = {
         RewardAugmented,
         PrefixRegression,
         TemporalDifference,
+        ControlledDecoding,
     )
 }
 """Every objective by its name. Add a new one here."""

@@ -1,0 +1,102 @@
+"""CD-Q: loss and gradient equal a loop in torch for every backup; micro-batches make the step of the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from pargs_jax.commands.train import training_program
+from pargs_jax.config import ModelConfig, ObjectiveConfig, TrainConfig
+from pargs_jax.data.batches import Batch
+from pargs_jax.errors import InputError
+from pargs_jax.models.hf import save_model
+from pargs_jax.objectives.cd_q import ControlledDecoding
+from pargs_jax.testing import tiny_model
+from pargs_jax.training.objective import Objective
+from pargs_jax.training.step import TrainState, make_train_step
+
+LENGTHS = np.array([3, 1, 5, 2], np.int32)
+REWARDS = np.array([0.7, -1.5, 2.0, 50.0], np.float32)
+
+
+def batch(vocabulary):
+    rng = np.random.default_rng(0)
+    return Batch(
+        rng.integers(0, vocabulary, (4, 3), np.int32),
+        np.array([2, 3, 1, 1], np.int32),
+        rng.integers(0, vocabulary, (4, 1, 6), np.int32),
+        LENGTHS[:, None],
+        np.array([1, 1, 1, 0], np.float32),
+        rewards=REWARDS[:, None],
+    )
+
+
+class Given:
+    def __init__(self, logits):
+        self._logits = logits
+
+    def logits(self):
+        return self._logits
+
+
+BACKUPS = {
+    "expectation": lambda p, values: (p * values).sum(),
+    "soft": lambda p, values: (p * values.exp()).sum().log(),
+    "max": lambda p, values: values.max(),
+}
+
+
+@pytest.mark.parametrize("backup", BACKUPS)
+def test_loss_and_gradient_are_those_of_a_loop_in_torch(backup):
+    rng = np.random.default_rng(1)
+    table, logits = rng.normal(size=(2, 4, 1, 6, 7)).astype(np.float32)
+    rows = batch(vocabulary=7)
+
+    def loss(x):
+        return ControlledDecoding(backup)(Given(x), rows, reference=Given(logits)).loss
+
+    ours, gradient = jax.value_and_grad(loss)(jnp.asarray(table))
+    theirs = torch.tensor(table[:, 0], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor(logits[:, 0], dtype=torch.float64).softmax(-1)
+    losses = []
+    for row in range(3):
+        for t in range(LENGTHS[row]):
+            target = REWARDS[row]
+            if t < LENGTHS[row] - 1:
+                target = BACKUPS[backup](p[row, t + 1], theirs[row, t + 1].detach())
+            losses.append((theirs[row, t, rows.answers[row, 0, t]] - target) ** 2 / 2)
+    expected = sum(losses) / len(losses)
+    expected.backward()
+    assert float(ours) == pytest.approx(expected.item(), abs=1e-5)
+    np.testing.assert_allclose(gradient[:, 0], theirs.grad, atol=1e-5)
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch():
+    model, params = tiny_model("gpt2", "table")
+    reference = {"reference": tiny_model("gpt2", "table", seed=1)[1]}
+    objective = Objective(model, ControlledDecoding(), frozen=(("reference", model),))
+    optimizer = optax.sgd(0.1)
+    rows = jax.tree.map(lambda x: x[[0, 1, 2, 0]], batch(vocabulary=61))
+
+    def step(accumulation):
+        state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32))
+        return make_train_step(objective, optimizer, accumulation=accumulation)(
+            state, rows, jax.random.key(0), reference
+        )
+
+    (whole, metrics), (parts, part_metrics) = step(1), step(2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, parts.params)
+    for name, value in metrics.items():
+        assert float(part_metrics[name]) == pytest.approx(float(value), rel=1e-3), name
+
+
+def test_a_table_is_not_the_language_model_to_start_from(tmp_path):
+    model, params = tiny_model("gpt2", "table")
+    save_model(tmp_path / "table", model, params)
+    config = TrainConfig(
+        objective=ObjectiveConfig(name="cd_q"), model=ModelConfig(init=str(tmp_path / "table")), max_length=16
+    )
+    with pytest.raises(InputError, match=r"--model.init: .*table has a table of rewards already; cd_q starts from"):
+        training_program(config, model, closing_id=0)
