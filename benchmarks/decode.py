@@ -159,9 +159,9 @@ def parse_arguments() -> argparse.Namespace:
     numbers = [*args.batch, args.tokens, args.pargs_tokens, args.k, args.repeats]
     if min(numbers) < 1 or args.prompt < 2:
         parser.error("batch sizes, token counts, k and repeats must be at least 1, and the prompt at least 2 tokens")
-    room = min(SHAPES[args.lm].max_positions, SHAPES[args.rm].max_positions)
-    if args.prompt + max(args.tokens, args.pargs_tokens) > room:
-        parser.error(f"prompt and new tokens must fit the models' {room} positions")
+    positions = min(SHAPES[args.lm].max_positions, SHAPES[args.rm].max_positions)
+    if args.prompt + max(args.tokens, args.pargs_tokens) > positions:
+        parser.error(f"prompt and new tokens must fit the models' {positions} positions")
     if SHAPES[args.lm].vocab_size != SHAPES[args.rm].vocab_size:
         parser.error(f"--lm {args.lm} and --rm {args.rm} must have one vocabulary")
     return args

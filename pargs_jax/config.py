@@ -31,7 +31,7 @@ MethodName = Literal[
 ]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "split")
+COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "reward", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
 GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
 """Those whose reward models guide together, several for one weight."""
@@ -66,26 +66,28 @@ class ModelConfig:
     from_scratch: bool = option(False, "start from random weights, in the shape of --model.init's configuration")
     attention: Literal["full", "prefix_causal"] | None = option(
         None,
-        "DeBERTa only: full, where every prefix is read apart, or prefix_causal, where answer tokens see only what is "
-        "before them and one pass reads all prefixes",
+        "DeBERTa only. full: every prefix is read separately; prefix_causal: an answer token sees only the tokens "
+        "before it, and one pass reads all prefixes",
         unset="as the checkpoint says",
     )
     dropout: float = option(0.0, "share of activations that training drops", at_least=0, below=1)
     remat: Literal["none", "products", "layers"] = option(
         "none",
-        "what layers keep for the backward pass, which computes the rest again: all (none), products with weights, or "
-        "their inputs alone (layers: a third more work, least memory)",
+        "what the backward pass computes again to save memory. none: nothing; products: all but the products with "
+        "weights; layers: whole layers (least memory, a third more work)",
         may_change=True,
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The preference pairs."""
+    """The preference pairs, or scored answers."""
 
     train: str = option(
         DEMO,
-        "pairs to train on: 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet file, or a hub id",
+        "pairs to train on, or what the objective reads (scored answers are rows of prompt, response, reward, or a "
+        "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
+        "file, or a hub id",
         metavar="FILE_OR_HUB_ID",
     )
     eval: str | None = option(
@@ -96,18 +98,18 @@ class DataConfig:
         may_change=True,
     )
     columns: tuple[str, ...] = option(
-        (), "names that the files give their columns, such as prompt=question chosen=best", metavar="NAME=COLUMN"
+        (), "the files' names for columns, where they differ: prompt=question chosen=best", metavar="NAME=COLUMN"
     )
     format: PromptFormName | None = option(
         None,
-        "the form that prompts are written in; it is kept with the model, and used again in decoding",
+        "prompt format; it is saved with the model and used again in decoding",
         unset="the one that --model.init was trained with, else plain",
     )
     prefix_tokenizer: str | None = option(
         None,
-        "language model whose tokens the prefixes of answers end at, as they will in decoding; for models with full "
-        "attention",
-        unset="they end at the reward model's own tokens",
+        "language model whose tokenizer decides where the prefixes of answers end, as in decoding; for models with "
+        "full attention",
+        unset="the reward model's own tokenizer",
         metavar="PATH_OR_HUB_ID",
     )
     demo_pairs: int = option(3200, "pairs that the demo task generates for training", at_least=1)
@@ -115,10 +117,10 @@ class DataConfig:
     def validate(self) -> None:
         """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
         if column_names(self.columns, "--data.columns") and self.train == DEMO and self.eval in (None, DEMO):
-            raise InputError("--data.columns: is for files of one's own; the demo has none")
+            raise InputError("--data.columns: has no effect on the demo; leave it out, or give a file as --data.train")
         if self.train != DEMO and self.demo_pairs != DataConfig.demo_pairs:
             raise InputError(
-                f"--data.demo-pairs: got {self.demo_pairs}, but the pairs are those of --data.train {self.train}; "
+                f"--data.demo-pairs: got {self.demo_pairs}, but the pairs come from --data.train {self.train}; "
                 "leave it out, or train on the demo"
             )
 
@@ -132,7 +134,7 @@ class _ObjectiveChoice:
     )
     chunk: int = option(
         8,
-        "models with full attention: prefixes of a pair that are read at once; fewer take less memory",
+        "models with full attention: how many prefixes of a pair are read at once; fewer need less memory",
         at_least=1,
         may_change=True,
     )
@@ -144,14 +146,14 @@ class _ObjectiveChoice:
         return kind(**{declared.name: getattr(self, declared.name) for declared in fields(kind)})
 
     def validate(self, max_length: int) -> None:
-        """Raises InputError for an option that means nothing with this loss, or does not suit it."""
+        """Raises InputError for an option that this loss does not have, or that does not suit it."""
         for known in options(type(self)):
             owners = [name for name, loss in OBJECTIVES.items() if known.key in {own.name for own in fields(loss)}]
             value = value_of(self, known)
             if owners and self.name not in owners and value != known.default:
                 raise InputError(
-                    f"--objective.{known.flag.removeprefix('--')}: got {shown(value)}, but means nothing with "
-                    f"--objective.name {self.name}; it is for {' and '.join(owners)}"
+                    f"--objective.{known.flag.removeprefix('--')}: got {shown(value)}, but this is not an option of "
+                    f"--objective.name {self.name}; it belongs to {' and '.join(owners)}"
                 )
         self.loss.validate(max_length)
 
@@ -172,12 +174,12 @@ class OptimConfig:
 
     lr: float = option(2e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
-    b1: float = option(0.9, "decay of the mean of gradients", at_least=0, below=1)
-    b2: float = option(0.999, "decay of the mean of squared gradients", at_least=0, below=1)
+    b1: float = option(0.9, "decay rate of the mean gradient", at_least=0, below=1)
+    b2: float = option(0.999, "decay rate of the mean squared gradient", at_least=0, below=1)
     eps: float = option(1e-8, "added to the denominator of the update", above=0)
-    warmup: float = option(0.05, "share of the steps over which the learning rate rises from 0", at_least=0, below=1)
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises from 0", at_least=0, below=1)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "the learning rate after the warm-up")
-    moment_dtype: DtypeName = option("float32", "number format in which the mean of gradients is kept")
+    moment_dtype: DtypeName = option("float32", "number format of the mean gradient")
     clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
     accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1, may_change=True)
 
@@ -188,7 +190,7 @@ class LoraConfig:
 
     rank: int = option(
         0,
-        "rank of the additions, which are trained with the reward head, usually 16; 0: the whole model is trained",
+        "rank of the additions, such as 16; only they and the reward head are trained; 0: train the whole model",
         at_least=0,
     )
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
@@ -199,7 +201,7 @@ class LoraConfig:
     )
 
     def validate(self) -> None:
-        """Raises InputError for a pattern that is not a regular expression, and for what means nothing at rank 0."""
+        """Raises InputError for a pattern that is not a regular expression, and for options without use at rank 0."""
         if not self.rank:
             for flag, value, default in (
                 ("--lora.alpha", self.alpha, LoraConfig.alpha),
@@ -207,8 +209,8 @@ class LoraConfig:
             ):
                 if value != default:
                     raise InputError(
-                        f"{flag}: got {shown(value)}, but --lora.rank is 0, so that the whole model is trained; "
-                        "give a rank, such as 16, or leave it out"
+                        f"{flag}: got {shown(value)}, but --lora.rank is 0, so the whole model is trained; "
+                        "give a rank, such as 16, or leave this out"
                     )
         try:
             re.compile(self.layers)
@@ -218,7 +220,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """Where the processes of --distributed are."""
+    """The processes of a --distributed run."""
 
     coordinator: str | None = option(
         None,
@@ -229,7 +231,7 @@ class ProcessesConfig:
     )
     count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1, may_change=True)
     index: int | None = option(
-        None, "which of them this one is, from 0", unset="found by JAX", at_least=0, may_change=True
+        None, "number of this process, from 0", unset="found by JAX", at_least=0, may_change=True
     )
 
     def validate(self, distributed: bool) -> None:
@@ -237,22 +239,22 @@ class ProcessesConfig:
         given = (self.coordinator is not None, self.count is not None, self.index is not None)
         if any(given) and not (all(given) and distributed):
             raise InputError(
-                "--processes: needs --distributed, and all three of .coordinator, .count and .index, or none"
+                "--processes: give .coordinator, .count and .index together, with --distributed, or none of them"
             )
         if self.count is not None and self.index is not None and self.index >= self.count:
             raise InputError(f"--processes.index: got {self.index}, must be below --processes.count ({self.count})")
 
 
 MESH = (
-    "which devices to use, and how they are arranged: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
+    "which devices to use and how to arrange them: auto, cpu, cpu-N (virtual devices), gpu-N, a TPU slice such as "
     "tpu-v4-8, axes such as data=2,fsdp=2,tensor=2, or a name and axes"
 )
 COMPILE_ONLY = (
-    "compile for the TPU slice or the H100 (gpu-1) that --mesh names, which need not be here, report what the program "
-    "takes, and stop; reads no weights and no data"
+    "compile for the TPU slice or the H100 (gpu-1) named by --mesh, report the memory and work that the program needs, "
+    "and stop; works without the device, and reads no weights or data"
 )
 COMPILE_CACHE = "folder that keeps compiled programs for the next start, except those that call the host"
-DISTRIBUTED = "this process is one of several that run together, each started with this flag"
+DISTRIBUTED = "this process is one of several in the same run, each started with this flag"
 
 
 @dataclass(frozen=True)
@@ -260,11 +262,11 @@ class LogConfig:
     """Where metrics go besides metrics.jsonl in --out."""
 
     tensorboard: bool = option(
-        False, "write them for TensorBoard too, into --out/tensorboard; needs that extra", may_change=True
+        False, "also write TensorBoard logs to --out/tensorboard; needs the extra tensorboard", may_change=True
     )
     wandb: str | None = option(
         None,
-        "send them to this project of Weights & Biases too; needs the extra wandb",
+        "also send metrics to this Weights & Biases project; needs the extra wandb",
         metavar="PROJECT",
         may_change=True,
     )
@@ -272,7 +274,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `train.py` does, of which the defaults train a partial reward model on the demo task."""
+    """The options of `train.py`. The defaults train a partial reward model on the demo task."""
 
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
@@ -280,36 +282,36 @@ class TrainConfig:
     distributed: bool = option(False, DISTRIBUTED, may_change=True)
     out: str | None = option(
         None,
-        "folder of checkpoints, metrics and the exported model",
+        "folder for checkpoints, metrics and the exported model",
         unset="runs/<objective.name>",
         metavar="DIR",
         may_change=True,
     )
-    resume: bool = option(False, "go on from the newest checkpoint in --out", may_change=True)
+    resume: bool = option(False, "continue from the newest checkpoint in --out", may_change=True)
     seed: int = option(0, "seed of the weights, the data order and dropout", at_least=0, at_most=LARGEST_SEED)
-    steps: int | None = option(None, "optimizer steps", unset="as many as --epochs takes", at_least=1, may_change=True)
-    epochs: float = option(1.0, "passes over the training pairs, where --steps is not given", above=0, may_change=True)
+    steps: int | None = option(None, "optimizer steps", unset="computed from --epochs", at_least=1, may_change=True)
+    epochs: float = option(1.0, "passes over the training pairs, if --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(8, "pairs in each optimizer step", at_least=1)
-    max_length: int = option(128, "tokens of prompt and answer together; longer ones are cut", at_least=2)
+    batch_size: int = option(8, "pairs per optimizer step", at_least=1)
+    max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
-    keep: int = option(2, "newest checkpoints kept", at_least=1, may_change=True)
+    keep: int = option(2, "how many of the newest checkpoints to keep", at_least=1, may_change=True)
     keep_best: int = option(
         1,
-        "checkpoints of the best evaluations kept too; a step whose evaluation is among them is saved; 0: none",
+        "how many checkpoints with the best evaluations to keep as well; each is saved at its evaluation; 0: none",
         at_least=0,
         may_change=True,
     )
     best_metric: Literal["loss", "accuracy"] = option(
         "loss",
-        "held-out metric that says which evaluations are best: the smallest loss or the highest accuracy",
+        "held-out metric that ranks evaluations: the smallest loss or the highest accuracy is best",
         may_change=True,
     )
     log_every: int = option(10, "steps between lines of metrics", at_least=1, may_change=True)
     loss_limit: float = option(
         10.0,
-        "end the run when a loss is over so many times the first step's, or that of chance if it is larger; 0: never",
+        "stop when the loss is more than this many times the first loss, or chance level if higher; 0: never",
         at_least=0,
         may_change=True,
     )
@@ -327,16 +329,18 @@ class TrainConfig:
         return Path(self.out) if self.out is not None else Path("runs", self.objective.name)
 
     def validate(self) -> None:
-        """Raises InputError, in the command line's words, for the first option that cannot be used."""
+        """Raises InputError, which names the command-line flag, for the first option that cannot be used."""
         check_each(self)
         self.data.validate()
         self.objective.validate(self.max_length)
+        if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
+            raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:
             raise InputError(
-                f"--steps and --epochs: got both ({self.steps} and {self.epochs:g}), must be one of them "
-                "(--steps null takes back a file's)"
+                f"--steps and --epochs: got both ({self.steps} and {self.epochs:g}), give only one "
+                "(--steps null unsets the one in a config file)"
             )
         if self.batch_size % self.optim.accumulation:
             raise InputError(
@@ -347,7 +351,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Everything that `decode.py` does, of which the defaults compare all methods on the demo task's unseen prompts."""
+    """The options of `decode.py`. The defaults compare all methods on the demo task's unseen prompts."""
 
     lm: str = option(
         DEMO,
@@ -358,36 +362,36 @@ class DecodeConfig:
         (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
     )
     method: MethodName | None = option(
-        None, "how the next token is chosen: see the list below", unset="all are compared, on the demo only"
+        None, "how to choose the next token: see the list below", unset="compare all, on the demo only"
     )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(
         None,
         "file of prompts to answer",
-        unset="on the demo, its unseen prompts",
+        unset="the demo's unseen prompts, with the demo",
         metavar="FILE",
         may_change=True,
     )
     columns: tuple[str, ...] = option(
         (),
-        "names that --prompts gives its columns, such as prompt=question",
+        "the file's names for columns of --prompts, where they differ: prompt=question",
         metavar="NAME=COLUMN",
         may_change=True,
     )
     format: PromptFormName | None = option(
         None,
-        "the form that prompts are written in",
+        "prompt format",
         unset="the one that the reward models were trained with, else the language model's, else plain",
     )
     out: str | None = option(
         None,
-        "JSONL file for the answers; a second run goes on after the rows there",
+        "JSONL file for the answers; a second run continues after the rows in it",
         metavar="F.jsonl",
         may_change=True,
     )
     trace: str | None = option(
         None,
-        "JSONL file for how each answer in --out came about: every token with its probability before and after "
+        "JSONL file for a trace of each answer in --out: every token with its probability before and after "
         "guidance, its rewards and the KL; see docs/traces.md",
         metavar="F.jsonl",
         may_change=True,
@@ -395,50 +399,50 @@ class DecodeConfig:
     trace_candidates: bool = option(
         False, "with --trace: also the candidates of every token, with their numbers", may_change=True
     )
-    n: int = option(
-        1, "answers to each prompt; more than one only from a method that samples", at_least=1, may_change=True
-    )
+    n: int = option(1, "answers per prompt; more than one only with a method that samples", at_least=1, may_change=True)
     explain: str | None = option(
         None,
-        "HTML page that explains the answers token by token, beside the unguided ones of the same seed; see "
+        "HTML page that explains the answers token by token, next to the unguided answers of the same seed; see "
         "docs/explain.md",
         metavar="F.html",
         may_change=True,
     )
-    k: int | None = option(None, "candidates a step, the language model's likeliest", unset="the method's", at_least=1)
+    k: int | None = option(
+        None, "candidates per step: the language model's k most likely tokens", unset="the method's", at_least=1
+    )
     weight: tuple[float, ...] = option(
         (), "reward weight: one for all reward models, or one for each (or each pair)", unset="the method's"
     )
     top_p: float | None = option(
-        None, "top_p: the probability of its candidates together", unset="the method's", above=0, at_most=1
+        None, "top_p: total probability of the candidates", unset="the method's", above=0, at_most=1
     )
     gate_entropy: float | None = option(
         None,
-        "guide only the steps where the language model's entropy is at least so many nats",
-        unset="all are guided",
+        "guide only the steps where the language model's entropy is at least this many nats",
+        unset="guide all",
         at_least=0,
     )
     look_ahead: int | None = option(
         None, "transfer_q: tokens that the aligned model writes after each candidate", unset="the method's", at_least=1
     )
     preference: tuple[float, ...] = option(
-        (), "parm: weights of the objectives, which sum to 1; a column of that name gives each prompt its own"
+        (), "parm: weights of the objectives, which sum to 1; a column 'preference' sets them for each prompt"
     )
-    temperature: float | None = option(None, "temperature of the methods that sample", unset="the method's", above=0)
+    temperature: float | None = option(None, "temperature of methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(
-        16, "prompts decoded together; a search has several rows of each", at_least=1, may_change=True
+        16, "prompts decoded together; a search has several rows for each", at_least=1, may_change=True
     )
-    seed: int = option(0, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
+    seed: int = option(0, "seed for sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
     compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR", may_change=True)
-    prompt_length: int = option(512, "with --compile-only: tokens of the prompts", at_least=2)
+    prompt_length: int = option(512, "with --compile-only: tokens in a prompt", at_least=2)
     distributed: bool = option(False, DISTRIBUTED, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
     unroll: Literal["auto", "yes", "no"] = option(
         "auto",
-        "run layers one by one, not as a scan: faster steps, longer compilation; auto: yes, but not on TPU",
+        "run layers one by one instead of as a scan: faster steps, longer compilation; auto: yes except on TPU",
         may_change=True,
     )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
@@ -446,27 +450,27 @@ class DecodeConfig:
     processes: ProcessesConfig = ProcessesConfig()
 
     def validate(self) -> None:
-        """Raises InputError, in the command line's words, for the first option that cannot be used."""
+        """Raises InputError, which names the command-line flag, for the first option that cannot be used."""
         check_each(self)
         self.processes.validate(self.distributed)
         if column_names(self.columns, "--columns", PROMPT_COLUMNS) and self.prompts is None:
-            raise InputError("--columns: needs --prompts, the file that has them")
+            raise InputError("--columns: needs --prompts, the file that has the columns")
         if self.prompt is not None and self.prompts is not None:
-            raise InputError("--prompt and --prompts: got both, must be one of them")
+            raise InputError("--prompt and --prompts: got both, give only one")
         if self.prompt is not None and self.limit is not None:
-            raise InputError("--limit: means nothing beside --prompt, which is one prompt; leave it out")
+            raise InputError("--limit: has no effect with --prompt, which is one prompt; leave it out")
         if self.prompt_length != DecodeConfig.prompt_length and not self.compile_only:
-            raise InputError("--prompt-length: is for --compile-only; elsewhere prompts have their own lengths")
+            raise InputError("--prompt-length: needs --compile-only; otherwise prompts have their own lengths")
         if self.trace is not None and self.out is None:
-            raise InputError("--trace: needs --out, the file of the answers that are traced")
+            raise InputError("--trace: needs --out, the file of the answers to trace")
         if self.trace is not None and Path(self.trace) == Path(self.out):
             raise InputError(f"--trace and --out: got {self.trace} for both, must be two files")
         if self.trace_candidates and self.trace is None:
-            raise InputError("--trace-candidates: needs --trace, the file that they go into")
+            raise InputError("--trace-candidates: needs --trace, the file for the candidates")
         if self.explain is not None and self.out is not None:
             raise InputError(
-                "--explain: is for answers that are printed; for those of --out, write traces (--trace F.jsonl "
-                "--trace-candidates) and make the page of them (python -m pargs_jax.commands.explain)"
+                "--explain: cannot be used with --out; write traces instead (--trace F.jsonl --trace-candidates) "
+                "and make the page from them (python -m pargs_jax.commands.explain)"
             )
         named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
         if self.method is None and not self.compile_only and any(named.values()):
@@ -478,7 +482,7 @@ class DecodeConfig:
         if self.method not in GROUPED_METHODS and len(self.weight) not in (0, 1, len(self.rm)):
             raise InputError(
                 f"--weight: got {len(self.weight)} weights for {len(self.rm)} reward models (--rm), "
-                "must be one for all or one for each"
+                "give one for all or one for each"
             )
         if self.lm != DEMO:
             self._validate_without_demo()

@@ -1,4 +1,4 @@
-"""Files that a kill, a full disk or a second process cannot spoil."""
+"""Writes files so that a kill, a full disk or a second process cannot damage them."""
 
 import errno
 import fcntl
@@ -11,12 +11,12 @@ from typing import IO
 
 from pargs_jax.errors import InputError
 
-# How safetensors and tensorstore, which raise no OSError, spell the number of one.
+# How safetensors and tensorstore, which do not raise OSError, spell its error number.
 _FOREIGN_OS_ERROR = re.compile(r"os[_ ]error\D*(\d+)")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step: whoever reads it, also after a kill, finds the old text or the new one."""
+    """Replaces a text file in one step: readers find the old text or the new one, even after a kill."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -26,31 +26,31 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def append_all(file: IO[bytes], text: str) -> None:
-    """Appends to a file opened without a buffer. Raises OSError where a disk takes only a part of it; nothing is left
-    in a buffer that would be written later."""
+    """Appends to a file opened without a buffer, so that nothing is written later. Raises OSError if the disk takes
+    only a part of the text."""
     left = memoryview(text.encode())
     while left:
         left = left[file.write(left) :]
 
 
 def hold(file: IO[bytes], busy: str) -> None:
-    """Locks an open file for as long as it stays open; the kernel unlocks it when the process ends, however it ends.
+    """Locks an open file until it is closed; the kernel unlocks it when the process ends for any reason.
 
-    Raises InputError, with the message `busy`, if another process holds it.
+    Raises InputError, with the message `busy`, if another process has the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(busy) from None
     except OSError as error:
-        # Some network file systems have no locks: better an unguarded run than none.
+        # Some network file systems have no locks; running without one is better than not running.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
 
 
-def write_failure(error: BaseException) -> str | None:
-    """The operating system's reason for a write that failed, such as `No space left on device`; None where the error
-    is of another kind."""
+def write_error_reason(error: BaseException) -> str | None:
+    """The operating system's reason for a failed write, such as `No space left on device`; None for errors of another
+    kind."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _FOREIGN_OS_ERROR.search(str(error))):
         number = int(found[1])
@@ -58,12 +58,12 @@ def write_failure(error: BaseException) -> str | None:
 
 
 @contextmanager
-def write_failures_named(place: Path, advice: str) -> Iterator[None]:
-    """Turns a failed write inside into one InputError that says where, why, and `advice`."""
+def write_errors_named_after(place: Path, advice: str) -> Iterator[None]:
+    """Turns a failed write inside into an InputError that names the place, the reason, and `advice`."""
     try:
         yield
     except Exception as error:
-        reason = write_failure(error)
+        reason = write_error_reason(error)
         if reason is None:
             raise
         raise InputError(f"{place}: cannot be written ({reason}); {advice}") from error

@@ -1,4 +1,4 @@
-"""The exception that a user's mistake raises, the warning of what may be one, and the end of a run on request."""
+"""The exception for a user's mistake, the warning of a possible one, and the exception that ends a run on request."""
 
 import warnings
 
@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Input that is used, but may not be what was meant. The message is one line, and the commands print it."""
+    """Input that is used but may be a mistake. The message is one line, and the commands print it."""
 
 
 def warn(message: str) -> None:
@@ -21,9 +21,9 @@ def warn(message: str) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM told the run to end, and what it had is saved. Like Ctrl-C, it is no error to recover from."""
+    """Raised after SIGTERM, once the run's state is saved. Like Ctrl-C, it is not an error to recover from."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
+    """The message of another library's error, on one line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,8 +1,8 @@
-"""Which devices a run uses, and how they are arranged.
+"""The devices that a run uses, and their arrangement.
 
-A mesh has three axes. `data` holds copies of the model, each with rows of its own; `fsdp` splits rows and weights, and
-gathers the weights layer by layer; `tensor` splits the matrices of every layer. What is split how is said in
-`pargs_jax.sharding`.
+A mesh has three axes. `data` holds copies of the model, each with its own rows. `fsdp` splits rows and weights, and
+gathers the weights layer by layer. `tensor` splits the matrices of every layer. `pargs_jax.sharding` says how each
+array is split.
 """
 
 import contextlib
@@ -27,18 +27,17 @@ AXES = ("data", "fsdp", "tensor")
 Task = Literal["train", "decode"]
 
 WIDEST_TENSOR = 8
-"""By default decoding splits matrices no further than this: beyond it, a step waits for messages."""
+"""By default decoding splits matrices over at most this many devices; with more, steps mostly wait for messages."""
 
 
 class TpuGeneration(NamedTuple):
     """How slices of one kind of TPU are named and built.
 
     Attributes:
-        kind: what JAX calls such a device.
-        cores_per_chip: slices of v4 and v5p are named after their cores, the others after their chips; a device is a
-            chip.
-        dimensions: of the chips' grid.
-        sizes: chips of the slices there are.
+        kind: JAX's name for such a device.
+        cores_per_chip: slices of v4 and v5p are named after their cores, others after their chips. A device is a chip.
+        dimensions: the number of dimensions of the chips' grid.
+        sizes: the sizes of the slices that exist, in chips.
     """
 
     kind: str
@@ -57,12 +56,13 @@ TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshRequest:
-    """What the option `mesh` asks for.
+    """The parsed option `mesh`.
 
     Attributes:
-        text: as it was given.
-        platform: `cpu`, `gpu`, `tpu`, or None for what JAX prefers here.
-        devices: how many; None for all (`gpu`: at most that many are taken, the others are slices of that size).
+        text: the option's text.
+        platform: `cpu`, `gpu`, `tpu`, or None for JAX's default.
+        devices: the number of devices; None for all. (`gpu`: at most that many; for the others, a slice of exactly that
+            size.)
         tpu: the generation of a TPU slice.
         axes: the sizes of the axes that were given.
     """
@@ -74,17 +74,17 @@ class MeshRequest:
     axes: tuple[tuple[str, int], ...] = ()
 
     def shape(self, devices: int, task: Task) -> tuple[int, int, int]:
-        """The sizes of `AXES` for so many devices.
+        """The sizes of `AXES` for this many devices.
 
-        By default training gives all to `fsdp`, and decoding as many as a power of two up to `WIDEST_TENSOR` to
-        `tensor` and the rest to `data`. Raises InputError if given axes do not multiply to the number of devices.
+        By default, training puts all devices on `fsdp`. Decoding puts a power of two, up to `WIDEST_TENSOR`, on
+        `tensor` and the rest on `data`. Raises InputError if the given axes do not multiply to the number of devices.
         """
         if self.axes:
             sizes = dict(self.axes)
             asked = math.prod(sizes.values())
             if asked != devices:
                 product = " x ".join(f"{name}={size}" for name, size in self.axes)
-                raise InputError(f"mesh {self.text}: {product} is {asked} devices, and there are {devices}")
+                raise InputError(f"mesh {self.text}: {product} needs {asked} devices, but there are {devices}")
             return tuple(sizes.get(axis, 1) for axis in AXES)
         if task == "train":
             return 1, devices, 1
@@ -93,7 +93,7 @@ class MeshRequest:
 
 
 def presets() -> list[str]:
-    """The names of all presets but those of GPUs and virtual devices in other numbers."""
+    """The names of all presets, except GPUs and virtual devices in other numbers."""
     slices = [f"tpu-{name}-{chips * tpu.cores_per_chip}" for name, tpu in TPUS.items() for chips in tpu.sizes]
     return ["auto", "cpu", "cpu-4", "gpu-1", "gpu-8", *slices]
 
@@ -101,7 +101,7 @@ def presets() -> list[str]:
 def parse_mesh(text: str) -> MeshRequest:
     """Reads the option `mesh`: a preset, axes (`data=2,fsdp=2`), or a preset and axes (`tpu-v4-8,fsdp=2,tensor=2`).
 
-    Raises InputError, with the nearest preset, for what is neither.
+    Raises InputError, with the nearest preset, for anything else.
     """
     words = [word.strip() for word in text.split(",")]
     name = "auto" if "=" in words[0] else words.pop(0)
@@ -135,8 +135,8 @@ class MachineConfig(Protocol):
 
 
 def start(config: TrainConfig | DecodeConfig | MachineConfig) -> Mesh:
-    """The mesh that a command's config asks for, connected with the other processes if there are any. The cache of
-    compiled programs is opened as well."""
+    """The mesh that a command's config asks for. Connects with the other processes, if there are any, and opens the
+    cache of compiled programs."""
     open_compile_cache(config.compile_cache)
     processes: int | None = 1
     if isinstance(config, TrainConfig | DecodeConfig) and config.distributed:
@@ -146,24 +146,24 @@ def start(config: TrainConfig | DecodeConfig | MachineConfig) -> Mesh:
 
 
 def open_compile_cache(folder: str | None) -> None:
-    """Has compiled programs kept in a folder, if one is given. Raises InputError if they cannot be."""
+    """Makes JAX keep compiled programs in a folder, if one is given. Raises InputError if it cannot be used."""
     if folder is not None:
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"compile_cache {folder}: cannot be made ({error.strerror})") from error
+            raise InputError(f"compile_cache {folder}: cannot be created ({error.strerror})") from error
         if not os.access(path, os.W_OK):
             raise InputError(f"compile_cache {folder}: cannot be written")
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
-    """The mesh that a text such as `tpu-v4-8` asks for, of devices that are here.
+    """The mesh for a text such as `tpu-v4-8`, of devices that are here.
 
-    `cpu-N` makes N virtual devices (of all processes together, whose number has to be known for that: None is not) if
-    JAX has not looked for devices yet. Raises InputError if the machine is another one, and where processes were left
-    without a device.
+    `cpu-N` makes N virtual devices if JAX has not looked for devices yet. They are divided among all processes, whose
+    number must then be known (not None). Raises InputError if the machine does not match, or if a process would have no
+    device.
     """
     request = parse_mesh(text)
     devices = _find_devices(request, processes)
@@ -171,16 +171,16 @@ def make_mesh(text: str, task: Task, *, processes: int | None = 1) -> Mesh:
 
 
 def make_topology_mesh(text: str, task: Task) -> Mesh:
-    """The mesh of a TPU slice, or of one H100 (`gpu-1`), that is not here, for compiling only. Needs libtpu, or
+    """The mesh of a TPU slice, or of one H100 (`gpu-1`), that is not here; for compiling only. Needs libtpu, or
     NVIDIA's compiler (`pargs_jax.aot.gpu`).
 
-    Raises InputError if the request is neither, or its compiler is missing or cannot describe it.
+    Raises InputError for other requests, and if the compiler is missing or cannot describe the devices.
     """
     request = parse_mesh(text)
     if (request.platform, request.devices) == ("gpu", 1):
         return _arranged(request.shape(1, task), describe_h100())
     if request.tpu is None or request.devices is None:
-        raise InputError(f"mesh {text}: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
+        raise InputError(f"mesh {text}: compile_only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1")
     from jax.experimental import topologies
 
     tpu = TPUS[request.tpu]
@@ -199,14 +199,14 @@ def make_topology_mesh(text: str, task: Task) -> Mesh:
     except Exception as error:
         raise InputError(
             f"mesh {text}: libtpu cannot describe it ({first_line(error)}); "
-            "it comes with the extra: pip install 'pargs-jax[tpu]'"
+            "install it with pip install 'pargs-jax[tpu]'"
         ) from error
     return _arranged(request.shape(len(topology.devices), task), topology.devices)
 
 
 @contextlib.contextmanager
 def ensured_mesh() -> Iterator[Mesh]:
-    """The mesh that is set (`jax.set_mesh`); where none is, one of a single device is set meanwhile."""
+    """The current mesh (`jax.set_mesh`). If there is none, a mesh of one device is set for the duration."""
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         yield mesh
@@ -220,7 +220,7 @@ def _arranged(shape: tuple[int, ...], devices: Any) -> Mesh:
 
 
 def _grid(chips: int, dimensions: int) -> tuple[int, ...]:
-    """The sides of a slice as they are sold: powers of two, as equal as can be."""
+    """The sides of a slice as they are sold: powers of two, as equal as possible."""
     sides = [1] * dimensions
     while math.prod(sides) < chips:
         sides[sides.index(min(sides))] *= 2
@@ -245,10 +245,10 @@ def _find_devices(request: MeshRequest, processes: int | None) -> list[jax.Devic
 
 
 def prepare_virtual_devices(count: int) -> None:
-    """Keeps virtual devices from waiting for each other in vain. To be called before JAX looks for devices.
+    """Keeps virtual devices from deadlocking. Call this before JAX looks for devices.
 
-    A device that waits for the others in a collective holds a thread, of which XLA makes as many as there are cores;
-    and it gives up after 40 seconds, which end healthy runs on a busy machine.
+    A device that waits for others in a collective blocks a thread, and XLA makes only as many threads as there are
+    cores. XLA also gives up after 40 seconds, which kills healthy runs on a busy machine.
     """
     os.environ.setdefault("NPROC", str(4 * count))
     flags = os.environ.get("XLA_FLAGS", "")
@@ -263,7 +263,7 @@ def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> Non
     if processes is None and wanted > 1:
         raise InputError(f"mesh {request.text}: virtual devices of several processes need the option processes.count")
     jax.config.update("jax_platforms", "cpu")
-    # Devices are there already, as many as there will be: _find_devices says whether these are enough.
+    # The devices exist already, and their number is fixed: _find_devices checks whether they suffice.
     with contextlib.suppress(RuntimeError):
         if wanted > 1:
             prepare_virtual_devices(wanted)
@@ -275,7 +275,7 @@ def _not_here(request: MeshRequest) -> InputError:
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:
-        way_out = "run on that slice, on every host of it (distributed), or only compile for it (compile_only)"
+        advice = "run on every host of that slice (distributed), or only compile for it (compile_only)"
     else:
-        way_out = "mesh auto takes what is here"
-    return InputError(f"mesh {request.text}: this machine has {here}; {way_out}")
+        advice = "use mesh auto for the devices of this machine"
+    return InputError(f"mesh {request.text}: this machine has {here}; {advice}")

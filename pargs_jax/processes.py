@@ -1,7 +1,6 @@
-"""The processes of one run, such as the hosts of a pod: how they start, and how they agree.
+"""The processes of one run, such as the hosts of a pod: how they start and agree.
 
-Where there is one process, nothing here does anything. All processes have to call each of these functions, in the same
-order.
+With one process, these functions do nothing special. All processes must call each of them, in the same order.
 """
 
 import sys
@@ -17,29 +16,31 @@ from pargs_jax.errors import InputError, first_line
 
 Result = TypeVar("Result")
 
-PATIENCE = 300
-"""Seconds that the processes of a run wait for each other at its beginning."""
-SILENCE = 10.0
-"""Seconds of that before one says what it waits for."""
+TIMEOUT = 300
+"""Seconds that the processes of a run wait for each other at the start."""
+SECONDS_BEFORE_NOTICE = 10.0
+"""Seconds before a waiting process says what it waits for."""
 
 
 def start_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, before JAX looks for devices.
 
     On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
-    if it is not known where they are. If they do not come, JAX ends the process after `PATIENCE`, with a stack.
+    if their addresses are not known. If they do not come, JAX ends the process after `TIMEOUT`, with a stack trace.
     """
     where = config.coordinator or "the address that JAX found"
-    said = f"waiting for the other processes at {where}, for at most {PATIENCE} seconds"
-    reminder = threading.Timer(SILENCE, print, args=(said,), kwargs={"file": sys.stderr, "flush": True})
+    message = f"waiting for the other processes at {where}, for at most {TIMEOUT} seconds"
+    reminder = threading.Timer(
+        SECONDS_BEFORE_NOTICE, print, args=(message,), kwargs={"file": sys.stderr, "flush": True}
+    )
     reminder.daemon = True
     reminder.start()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us, and tell nobody
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and not tell us
     try:
-        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=PATIENCE)
+        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"distributed: the other processes cannot be found ({first_line(error)}); "
+            f"distributed: cannot find the other processes ({first_line(error)}); "
             "give processes.coordinator (HOST:PORT), processes.count and processes.index"
         ) from error
     finally:
@@ -47,7 +48,7 @@ def start_processes(config: ProcessesConfig) -> None:
 
 
 def on_first(action: Callable[[], Result]) -> Result | None:
-    """What an action returns that only the first process carries out; None in the others, which wait for it.
+    """Runs an action in the first process and returns its result; the others wait and return None.
 
     Raises InputError in every process if the action does.
     """
@@ -60,12 +61,12 @@ def on_first(action: Callable[[], Result]) -> Result | None:
         except InputError as refusal:
             error = refusal
     if from_first(np.asarray(error is not None)):
-        raise error or InputError("the first process has stopped; its message says why")
+        raise error or InputError("the first process stopped; see its error message")
     return result
 
 
 def from_first(array: np.ndarray) -> np.ndarray:
-    """The first process's array; those of the others have its shape."""
+    """The first process's array, in all processes; theirs must have the same shape."""
     if jax.process_count() == 1:
         return array
     from jax.experimental import multihost_utils
@@ -74,7 +75,7 @@ def from_first(array: np.ndarray) -> np.ndarray:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """The largest number of all processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils

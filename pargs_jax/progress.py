@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, and lines in a log, such as that of a batch job."""
+"""Shows a command's progress: a bar on a terminal, and lines in a log, such as that of a batch job."""
 
 import time
 from datetime import timedelta
@@ -11,7 +11,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class ShownProgress:
-    """Progress through `total` steps or rows, shown while this is entered."""
+    """Progress through `total` steps or rows, shown inside a `with` block."""
 
     def __init__(self, console: Console, name: str, total: int, done: int = 0, *, transient: bool = False) -> None:
         """Starts at `done`. A `transient` bar is removed at the end."""
@@ -38,7 +38,7 @@ class ShownProgress:
         self._bar.stop()
 
     def update(self, done: int, note: str) -> None:
-        """Shows how many are done, and how it goes."""
+        """Shows how many are done, with a note beside it."""
         self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
         if self._has_bar or (now < self._next_line and done < self._total):
@@ -46,6 +46,6 @@ class ShownProgress:
         self._next_line = now + SECONDS_BETWEEN_LINES
         passed = now - self._began
         left = passed * (self._total - done) / max(done - self._first, 1)
-        passed_and_left = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
-        line = (f"{self._name} {done}/{self._total}", note, *passed_and_left)
+        elapsed_and_remaining = (str(timedelta(seconds=round(seconds))) for seconds in (passed, left))
+        line = (f"{self._name} {done}/{self._total}", note, *elapsed_and_remaining)
         self._console.print("{}  {}  {} left {}".format(*line), highlight=False, soft_wrap=True)

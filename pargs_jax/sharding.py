@@ -1,8 +1,8 @@
-"""What lies where on a mesh: rules for parameters, and constraints for what is computed from them.
+"""How arrays are placed on a mesh: rules for parameters, and constraints for arrays computed from them.
 
-The dimensions of an array have names, which its model family gives (`name_dimensions`), and each name is split over one
-axis of the mesh or none. One function gives the places of parameters for loading, initialising, restoring and compiling
-ahead of time (`param_sharding`).
+The dimensions of an array have names, which its model family gives (`name_dimensions`). Each name is split over one
+axis of the mesh, or not at all. `param_sharding` alone places parameters, for loading, initialising, restoring and
+compiling ahead of time.
 """
 
 import re
@@ -29,31 +29,31 @@ LOW_RANK: dict[str, tuple[str | None, ...]] = {
     "shared_in": _INTO_LOW_RANK, "shared_mix": (), "shared_out": _OUT_OF_LOW_RANK,
     "own_in": _INTO_LOW_RANK, "own_mix": (), "own_out": _OUT_OF_LOW_RANK, "preference": (),
 }  # fmt: skip
-"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), whatever the layer."""
+"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), the same for every layer."""
 
 _NAMES: dict[str, tuple[str | None, ...]] = {}
-"""For each array, by its dotted path without the numbers of layers, the names of its last dimensions. Dimensions before
-these (stacked layers), of size 1, or without a name are not split."""
+"""The names of each array's last dimensions, by its dotted path without layer numbers. Dimensions before these (stacked
+layers), of size 1, or without a name are not split."""
 
 VOCABULARY_MULTIPLE = 128
-"""On a mesh, a vocabulary is padded to a multiple of this, whatever the mesh, so that a checkpoint fits every one.
-Models cut logits to their vocabulary, and export cuts the rest: no padding is ever seen outside."""
+"""On any mesh, vocabularies are padded to a multiple of this, so that a checkpoint fits every mesh. Models cut logits
+to their vocabulary and export removes the rest, so padding is never visible outside."""
 
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
-"""Gives part of an array."""
+"""Returns part of an array."""
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh that is set (`jax.set_mesh`); None if none is."""
+    """The current mesh (`jax.set_mesh`), or None."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
 
 
 def name_dimensions(path: str, names: tuple[str | None, ...]) -> None:
-    """Says what the last dimensions of an array are called, which says how it is split.
+    """Names the last dimensions of an array, which determines how it is split.
 
-    Model families do so for their arrays. Raises ValueError for a name that is not known, and for an array that another
-    family has with other names: one path means one thing.
+    Model families call this for their arrays. Raises ValueError for an unknown name, and for an array that another
+    family names differently: a path means the same in all families.
     """
     if unknown := set(names) - {*AXIS_OF, None}:
         raise ValueError(f"{path}: dimensions are called {', '.join(AXIS_OF)}, not {', '.join(map(str, unknown))}")
@@ -62,7 +62,7 @@ def name_dimensions(path: str, names: tuple[str | None, ...]) -> None:
 
 
 def dimension_names(path: str, rank: int) -> tuple[str | None, ...]:
-    """What each dimension of the array at a dotted path is called."""
+    """The name of each dimension of the array at a dotted path."""
     plain = re.sub(r"\.\d+(?=\.)", "", path)
     names = LOW_RANK.get(plain.rpartition(".")[2], _NAMES.get(plain))
     if names is None:
@@ -71,7 +71,7 @@ def dimension_names(path: str, rank: int) -> tuple[str | None, ...]:
 
 
 def padded_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its vocabulary padded."""
+    """The shape with its vocabulary dimension padded."""
     names = dimension_names(path, len(shape))
     return tuple(
         -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE if name == "vocabulary" and size > 1 else size
@@ -80,7 +80,7 @@ def padded_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies. Raises InputError if a dimension does not divide by its axis."""
+    """The sharding of a parameter. Raises InputError if a dimension is not divisible by the size of its axis."""
     axes = []
     for size, name in zip(shape, dimension_names(path, len(shape)), strict=True):
         axis = AXIS_OF.get(name) if size > 1 else None
@@ -94,7 +94,7 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
 
 
 def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader) -> Array:
-    """A parameter on the mesh, every device's part read by itself; without a mesh, whole on the default device."""
+    """A parameter on the mesh; each device's part is read separately. Without a mesh, whole on the default device."""
     mesh = current_mesh()
     if mesh is None:
         return jnp.asarray(read(tuple(map(slice, shape))), dtype)
@@ -103,7 +103,7 @@ def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [axis.indices(size) for axis, size in zip(index, full, strict=True)]
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b, _), n in zip(bounds, shape, strict=True))
-        if any(axis.start == axis.stop for axis in inside):  # a device's part may be padding alone
+        if any(axis.start == axis.stop for axis in inside):  # a device's part may be all padding
             return np.zeros([b - a for a, b, _ in bounds], dtype)
         block = np.asarray(read(inside)).astype(dtype, copy=False)
         missing = [(0, b - a - size) for (a, b, _), size in zip(bounds, block.shape, strict=True)]
@@ -113,12 +113,12 @@ def place_param(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Reader
 
 
 def place_params(params: Any) -> Any:
-    """Parameters that are here already, each placed where its names say."""
+    """Places existing parameters on the mesh according to their names."""
     return map_paths(lambda path, x: place_param(path, x.shape, x.dtype, lambda index: np.asarray(x[index])), params)
 
 
 def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """What `place_params` would give, as `jax.ShapeDtypeStruct`s with shardings on a mesh that may not be here."""
+    """The result of `place_params` as `jax.ShapeDtypeStruct`s, with shardings on a mesh that may not be here."""
 
     def describe(path: str, x: Any) -> jax.ShapeDtypeStruct:
         shape = padded_shape(path, x.shape)
@@ -128,7 +128,7 @@ def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
 
 
 def place_computed(function: Callable[..., Any], seed: int) -> Any:
-    """Parameters that a function draws from a PRNG key, each device computing its own part; the values are the same on
+    """Parameters that a function draws from a PRNG key; each device computes its own part. The values are the same on
     every mesh."""
     mesh = current_mesh()
     if mesh is None:
@@ -146,7 +146,7 @@ def place_computed(function: Callable[..., Any], seed: int) -> Any:
 
 
 def map_paths(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """`jax.tree.map` of `function(path, leaf, ...)`, where a path is `backbone.embed.embedding`."""
+    """`jax.tree.map` of `function(path, leaf, ...)`; paths look like `backbone.embed.embedding`."""
 
     def with_path(path: Iterable[Any], *leaves: Any) -> Any:
         return function(".".join(str(key.key) for key in path), *leaves)
@@ -155,12 +155,12 @@ def map_paths(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def shardings_of(tree: Any) -> Any:
-    """Where every array of a tree lies."""
+    """The sharding of every array of a tree."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Places of an optimizer's state: what belongs to a parameter lies as that does, all else is on every device."""
+    """Shardings of an optimizer's state: arrays of a parameter follow the parameter; all else is on every device."""
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree_map_params(
         optimizer,
@@ -172,17 +172,17 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, me
 
 
 def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Into how many parts a batch's rows are split."""
+    """The number of parts that a batch's rows are split into."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def row_spec(mesh: Mesh | AbstractMesh, count: int) -> PartitionSpec:
-    """How so many rows are split: over `ROWS`, or not at all where that does not divide them."""
+    """How `count` rows are split: over `ROWS`, or not at all if `count` is not divisible."""
     return PartitionSpec() if count % row_shards(mesh) else PartitionSpec(ROWS)
 
 
 def place_rows(mesh: Mesh | None, batch: Any) -> Any:
-    """A batch on the mesh, each process sending its own devices their rows; without one, on the default device."""
+    """A batch on the mesh; each process sends rows to its own devices. Without a mesh, on the default device."""
     if mesh is None:
         return jax.device_put(batch)
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
@@ -190,25 +190,26 @@ def place_rows(mesh: Mesh | None, batch: Any) -> Any:
 
 
 def place_whole(mesh: Mesh | None, make: Callable[[], Any]) -> Any:
-    """Whatever a function of nothing computes, whole on every device of the mesh, if there is one."""
+    """The result of `make`, whole on every device of the mesh, if there is one."""
     if mesh is None:
         return make()
     return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
 def constrain(x: Float[Array, "..."], *axes: str | tuple[str, ...] | None) -> Array:
-    """Says how an array that is being computed is split, the last dimensions by these axes; nothing without a mesh.
+    """Says how an array that is being computed is split: the last dimensions over these axes. Does nothing without a
+    mesh.
 
-    Axes that do not divide their dimension are left out.
+    Axes whose size does not divide their dimension are left out.
     """
     spec = spec_of(x.shape, *axes)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def spec_of(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> PartitionSpec | None:
-    """How an array of this shape is split, the last dimensions by these axes; None without a mesh.
+    """How an array of this shape is split: the last dimensions over these axes; None without a mesh.
 
-    Axes that do not divide their dimension are left out.
+    Axes whose size does not divide their dimension are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -222,12 +223,12 @@ def spec_of(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> Part
 
 
 def on_every_device(tree: Any) -> Any:
-    """Says that arrays being computed are whole on every device, so that every process can read them."""
+    """Requires arrays that are being computed to be whole on every device, so that every process can read them."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def to_host(x: Array) -> np.ndarray:
-    """A whole array as numpy's, in every process; all must call."""
+    """A whole array as numpy's, in every process; all processes must call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM, answered at once by a thread of their own.
+"""Handles Ctrl-C and SIGTERM immediately, in a separate thread.
 
-Python raises KeyboardInterrupt in whatever Python code the main thread runs next. While XLA compiles that is no code at
-all; in a callback of XLA's the exception is lost, or crashes the process. So the commands raise nothing: Python's
-handler in C writes the signal's number to a pipe, whatever the main thread does, and a thread that reads the pipe ends
-the process. Where the result of a running step has to be saved first, it takes note instead, and the second signal ends
-the process.
+Python raises KeyboardInterrupt in whatever Python code the main thread runs next. While XLA compiles, no Python code
+runs; in an XLA callback the exception is lost, or crashes the process. So the commands raise nothing. Python's C
+handler writes the signal's number to a pipe, whatever the main thread does, and a thread that reads the pipe ends the
+process. If the result of a running step must be saved first, the thread only records the first signal; the second
+signal ends the process.
 """
 
 import atexit
@@ -21,20 +21,20 @@ from typing import Any
 from pargs_jax.errors import Terminated
 
 ERRORS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-"""The signals that ask a process to end, and what is raised for one once everything is saved."""
+"""The signals that ask a process to end, and the exception that each one raises once everything is saved."""
 
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _AGAIN = {signal.SIGINT: "press Ctrl-C again", signal.SIGTERM: "send SIGTERM again"}
 _SHOW_CURSOR = b"\x1b[?25h"
-_PATIENCE = 1.0  # seconds that a blocked output may hold up the end
+_OUTPUT_TIMEOUT = 1.0  # the most seconds that blocked output may delay the end
 
 
 class StopRequest:
     """Whether the process was asked to end.
 
     Attributes:
-        number: the signal that asked; None while none did.
-        at_once: whether KeyboardInterrupt was raised because a second signal came, and so in the middle of anything.
+        number: the signal that asked; None if none did.
+        at_once: whether a second signal raised KeyboardInterrupt, which may have interrupted anything.
     """
 
     def __init__(self) -> None:
@@ -43,22 +43,23 @@ class StopRequest:
 
 
 class _Watcher:
-    """Acts on the signals of a command: ends the process, or notes the first one in `request` where there is one."""
+    """Handles the signals of a command: ends the process or, if there is a `request`, records the first signal in
+    it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._request: StopRequest | None = None
 
-    def take_note(self, request: StopRequest | None) -> None:
-        """From here on the first signal is noted in the request; with None it ends the process.
+    def record_in(self, request: StopRequest | None) -> None:
+        """From now on, records the first signal in the request; with None, the first signal ends the process.
 
-        After this returns, nothing is noted in a request that was given before.
+        After this returns, nothing is recorded in an earlier request.
         """
         with self._lock:
             self._request = request
 
     def watch(self, pipe: int) -> None:
-        """Acts on each signal whose number comes out of the pipe, until a 0 comes."""
+        """Handles each signal whose number is read from the pipe, until a 0 is read."""
         while number := os.read(pipe, 1)[0]:
             if number not in ERRORS:
                 continue
@@ -68,22 +69,22 @@ class _Watcher:
                 if is_first:
                     request.number = number
             if is_first:
-                _try(lambda number=number: _say(f"stopping after this step; {_AGAIN[number]} to stop at once"))
+                _try(lambda number=number: _write_line(f"stopping after this step; {_AGAIN[number]} to stop at once"))
             else:
                 _end_process(number)
 
 
 _watcher: _Watcher | None = None
-"""That of the command that runs in this process, if one does."""
+"""The watcher of the command that runs in this process, if any."""
 
 
 @contextmanager
 def signals_end_process() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process while this is entered: one line on standard error, exit code 130 or 143.
+    """Inside this block, Ctrl-C and SIGTERM end the process: one line on standard error, exit code 130 or 143.
 
-    It ends at once, without Python's exit handlers. Inside `signals_wait` the first signal is noted only. A signal that
-    is ignored, as by `nohup`, stays ignored. Does nothing in another thread than the main one, which alone may set
-    handlers; afterwards the handlers are those from before.
+    The process ends at once, without Python's exit handlers. Inside `signals_wait` the first signal is only recorded. A
+    signal that is ignored, for example by `nohup`, stays ignored. Does nothing outside the main thread, because only
+    that thread may set handlers. Afterwards the previous handlers are restored.
     """
     global _watcher
     if not _is_main_thread():
@@ -95,7 +96,7 @@ def signals_end_process() -> Iterator[None]:
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     handlers = _handle(_do_nothing)
     thread = threading.Thread(target=_watcher.watch, args=(read,), name="signals", daemon=True)
-    thread.start()  # takes its time; what comes before waits in the pipe
+    thread.start()  # starting takes time; earlier signals wait in the pipe
     try:
         yield
     finally:
@@ -106,27 +107,27 @@ def signals_end_process() -> Iterator[None]:
         os.close(read)
         os.close(write)
         _watcher = outer
-        # While Python shuts down, an exception could only be printed: the system's own way to end is better then.
+        # While Python shuts down, an exception could only be printed, so the system's default way to end is better.
         atexit.unregister(_end_as_the_system_does)
         atexit.register(_end_as_the_system_does)
 
 
 @contextmanager
 def signals_wait() -> Iterator[StopRequest]:
-    """Notes the first Ctrl-C or SIGTERM in a request, so that whoever entered this can end when it is time to.
+    """Records the first Ctrl-C or SIGTERM in a request, so that the caller can stop at a good moment.
 
-    In a command the signal is acknowledged with a line, and a second one ends the process. Elsewhere a second one
-    raises KeyboardInterrupt; only the main thread gets signals there. The request may still be noted at the very end:
-    look at it once more afterwards.
+    In a command, a line acknowledges the signal, and a second signal ends the process. In a library call, a second
+    signal raises KeyboardInterrupt; there, only the main thread gets signals. A signal may still arrive at the very
+    end, so check the request once more after the block.
     """
     request = StopRequest()
     if _watcher is not None:
         watcher = _watcher
-        watcher.take_note(request)
+        watcher.record_in(request)
         try:
             yield request
         finally:
-            watcher.take_note(None)
+            watcher.record_in(None)
     elif _is_main_thread():
 
         def note(number: int, _: FrameType | None) -> None:
@@ -145,9 +146,9 @@ def signals_wait() -> Iterator[StopRequest]:
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Sets the handler of all signals that are not ignored, and returns those from before."""
+    """Sets the handler of all signals that are not ignored, and returns the previous handlers."""
     before = {number: signal.getsignal(number) for number in ERRORS}
-    # None is a handler that was not set by Python, and could not be set again.
+    # None means that the handler was not set by Python; it could not be restored.
     before = {number: known for number, known in before.items() if known not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, handler)
@@ -160,7 +161,7 @@ def _restore(handlers: dict[int, Any]) -> None:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """The handler in Python, without which there is none in C; the thread does what there is to do."""
+    """A Python handler; without one, Python installs none in C. The watcher thread does the work."""
 
 
 def _end_as_the_system_does() -> None:
@@ -173,18 +174,17 @@ def _is_main_thread() -> bool:
 
 
 def _end_process(number: int) -> None:
-    """Ends the process without another instruction of the main thread, which may hold any lock."""
+    """Ends the process without running the main thread again, because it may hold any lock."""
     try:
         _try(sys.stdout.flush)
         _try(_show_cursor)
-        _try(lambda: _say(_WORDS[signal.Signals(number)]))
+        _try(lambda: _write_line(_WORDS[signal.Signals(number)]))
     finally:
         os._exit(128 + number)
 
 
 def _try(action: Callable[[], None]) -> None:
-    """Tries to write something: nothing that goes wrong counts, and a reader that has stopped reading is not waited
-    for."""
+    """Tries to write something. Errors are ignored, and a reader that has stopped reading is not waited for."""
 
     def attempt() -> None:
         with contextlib.suppress(Exception):
@@ -192,18 +192,18 @@ def _try(action: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(_OUTPUT_TIMEOUT)
 
 
 def _show_cursor() -> None:
-    """Gives a terminal its cursor back, which a progress bar hides."""
+    """Shows the terminal's cursor again, which a progress bar hides."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None and stream.isatty():
             os.write(stream.fileno(), _SHOW_CURSOR)
 
 
-def _say(line: str) -> None:
-    """Writes a line to standard error, past Python's buffers; on a terminal, below the ^C and the progress bar."""
-    if sys.__stderr__ is not None:  # it is None where it was closed before Python started: 2 may be any file then
+def _write_line(line: str) -> None:
+    """Writes a line directly to standard error; on a terminal, below the ^C and the progress bar."""
+    if sys.__stderr__ is not None:  # None if it was closed before Python started; descriptor 2 may then be any file
         start = "\n" if sys.__stderr__.isatty() else ""
         os.write(sys.__stderr__.fileno(), f"{start}{line}\n".encode())

@@ -29,7 +29,7 @@ TINY_CONFIGS: dict[Family, Any] = {
         vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
         rotary=Rotary(theta=100.0),
     ),
-    # Like OPT-350m, the one with all that the others lack.
+    # Like OPT-350m, which has everything that the others lack.
     "opt": OPTConfig(
         vocab_size=61, context_length=64, width=32, embedding_width=24, layers=2, heads=4, feedforward=64,
         norm_first=False,
@@ -47,7 +47,7 @@ def tiny_model(
 ) -> tuple[CausalModel, Params]:
     """A random two-layer model with stacked layers and context 64.
 
-    `std` is that of every matrix: five times the usual, so that outputs differ clearly.
+    `std` is the standard deviation of every matrix: five times the usual, so that outputs differ clearly.
     """
     config = dataclasses.replace(TINY_CONFIGS[family], vocab_size=vocab_size)
     model = CausalModel(config, head)
@@ -55,7 +55,7 @@ def tiny_model(
 
 
 def random_params(model: Model, seed: int = 0, std: float = 0.1) -> Params:
-    """Random parameters of any model: matrices of that standard deviation, zero biases, norms that change nothing."""
+    """Random parameters of any model: matrices with this standard deviation, zero biases, and identity norms."""
     draws = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -41,7 +41,7 @@ def test_the_documented_table_is_still_true_of_its_smallest_case():
 
 
 @needs_libtpu
-def test_what_does_not_fit_says_so_and_what_would_help():
+def test_a_program_that_does_not_fit_says_so_and_what_would_help():
     shape = str(REPOSITORY / "configs" / "shapes" / "llama-2-7b")
     options = ("--mesh", "tpu-v5e-1", "--compile-only", "--prompt-length", "8", "--max-new-tokens", "4")
     done = run("decode.py", "--lm", shape, "--method", "greedy", *options)
@@ -78,6 +78,4 @@ def test_without_a_compiler_for_gpus_one_line_says_where_it_comes_from():
 def test_a_mesh_that_cannot_be_compiled_for_is_one_line(command):
     done = run(command, "--compile-only", "--mesh", "cpu-4")
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: mesh cpu-4: what is only compiled needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n"
-    )
+    assert done.stderr == ("error: mesh cpu-4: compile_only needs a TPU slice, such as tpu-v4-8, or one H100, gpu-1\n")

@@ -147,10 +147,10 @@ def test_a_mistake_on_the_command_line_is_one_line(argv, expected):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("--prompt a --prompts b", "--prompt and --prompts: got both, must be one of them"),
+        ("--prompt a --prompts b", "--prompt and --prompts: got both, give only one"),
         (
             "--rm a b --weight 1 2 3",
-            "--weight: got 3 weights for 2 reward models (--rm), must be one for all or one for each",
+            "--weight: got 3 weights for 2 reward models (--rm), give one for all or one for each",
         ),
         ("--search.chunk 3", "--search.chunk: needs --method NAME, one that searches"),
         ("--weight 1 x", '--weight: got [1.0, "x"], must be a finite number, one or several'),
@@ -176,25 +176,28 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
     [
         (
             "--objective.name bt --objective.stride 2",
-            "--objective.stride: got 2, but means nothing with --objective.name bt; it is for partial_bt",
+            "--objective.stride: got 2, but this is not an option of --objective.name bt; it belongs to partial_bt",
         ),
         (
             "--objective.name sft --objective.margin 0.5",
-            "--objective.margin: got 0.5, but means nothing with --objective.name sft; it is for bt and partial_bt",
+            "--objective.margin: got 0.5, but this is not an option of --objective.name sft; it belongs to bt and",
         ),
-        ("--objective.name bt --objective.sample 4", "--objective.sample: got 4, but means nothing"),
-        ("--objective.name bt --objective.minimum-length 2", "--objective.minimum-length: got 2, but means nothing"),
+        ("--objective.name bt --objective.sample 4", "--objective.sample: got 4, but this is not an option"),
+        (
+            "--objective.name bt --objective.minimum-length 2",
+            "--objective.minimum-length: got 2, but this is not an option",
+        ),
         ("--objective.name sft --objective.prefix-weights linear", '--objective.prefix-weights: got "linear", but'),
-        ("--objective.name sft --objective.centring 1", "--objective.centring: got 1.0, but means nothing"),
+        ("--objective.name sft --objective.centring 1", "--objective.centring: got 1.0, but this is not an option"),
         (
             "--steps 10 --epochs 2",
-            "--steps and --epochs: got both (10 and 2), must be one of them (--steps null takes back a file's)",
+            "--steps and --epochs: got both (10 and 2), give only one (--steps null unsets the one in a config file)",
         ),
         (
             "--data.train f.jsonl --data.demo-pairs 64",
-            "--data.demo-pairs: got 64, but the pairs are those of --data.train f.jsonl; leave it out, or train on",
+            "--data.demo-pairs: got 64, but the pairs come from --data.train f.jsonl; leave it out, or train on",
         ),
-        ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so that the whole model is trained; give a"),
+        ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so the whole model is trained; give a"),
         ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
         ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
     ],
@@ -279,7 +282,7 @@ def test_columns_need_a_file_that_has_them():
     given = train("--data.train", "f.jsonl", "--data.columns", *words).data.columns
     assert given == words and column_names(given, "") == {"prompt": "question", "chosen": "best answer"}
     assert train("--data.eval", "f.jsonl", "--data.columns", *words).data.columns == words
-    assert "the demo has none" in message(train, "--data.columns", *words)
+    assert "has no effect on the demo" in message(train, "--data.columns", *words)
     assert "needs --prompts" in message(decode, "--prompt", "Hi", "--columns", *words)
     assert "with a NAME of id, prompt, chosen, rejected" in message(
         decode, "--prompts", "f.jsonl", "--columns", "response=a"

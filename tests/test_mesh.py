@@ -24,7 +24,7 @@ def test_a_mesh_has_the_shape_that_was_asked_for(text, task, shape):
     assert mesh.devices.shape == shape
 
 
-def test_a_slice_is_named_after_what_it_is_sold_by():
+def test_slices_are_named_after_cores_or_chips_as_they_are_sold():
     assert {name: parse_mesh(name).devices for name in ("tpu-v4-8", "tpu-v5e-8", "tpu-v5p-8", "tpu-v4-512")} == {
         "tpu-v4-8": 4, "tpu-v5e-8": 8, "tpu-v5p-8": 4, "tpu-v4-512": 256,
     }  # fmt: skip
@@ -39,14 +39,14 @@ def test_a_slice_is_named_after_what_it_is_sold_by():
         ("gpu8", "'gpu8' is not known; did you mean gpu-8? (or auto, cpu-N, gpu-N, or axes)"),
         ("cpu-4,model=2", "'model=2' is not an axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
         ("data=2,data=2", "'data=2' is not an axis; axes are data, fsdp, tensor, each once, such as 'data=2,fsdp=4'"),
-        ("cpu-4,fsdp=3", "fsdp=3 is 3 devices, and there are 4"),
-        ("tpu-v4-8", "this machine has 4 x cpu; run on that slice, on every host of it (distributed), or only compile "
+        ("cpu-4,fsdp=3", "fsdp=3 needs 3 devices, but there are 4"),
+        ("tpu-v4-8", "this machine has 4 x cpu; run on every host of that slice (distributed), or only compile "
          "for it (compile_only)"),
-        ("gpu-8", "this machine has 4 x cpu; mesh auto takes what is here"),
-        ("cpu-64", "this machine has 4 x cpu; mesh auto takes what is here"),
+        ("gpu-8", "this machine has 4 x cpu; use mesh auto for the devices of this machine"),
+        ("cpu-64", "this machine has 4 x cpu; use mesh auto for the devices of this machine"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(text, message):
+def test_impossible_meshes_are_one_line(text, message):
     with pytest.raises(InputError) as caught:
         make_mesh(text, "train")
     assert str(caught.value) == f"mesh {text}: {message}"

@@ -1,4 +1,4 @@
-"""Where parameters lie: every array by a rule, every rule for some array."""
+"""How parameters are sharded: every array has a rule, and every rule is used."""
 
 import dataclasses
 

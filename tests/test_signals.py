@@ -33,7 +33,7 @@ def ready():
 
 @pytest.fixture(autouse=True)
 def children_get_signals():
-    """Also where these tests run in the background of a shell, which has Ctrl-C ignored by all that it starts."""
+    """Also if these tests run in the background of a shell, which makes its processes ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -95,7 +95,7 @@ def test_a_command_ends_at_once_whatever_it_is_doing(program, number):
         assert ended(process) == (CODES[number], "", WORDS[number])
 
 
-def test_what_was_printed_is_not_lost():
+def test_printed_output_is_not_lost():
     with running("print('the first answer'); sys.stderr.write('ready\\n'); time.sleep(30)") as process:
         assert process.stderr.readline() == "ready\n"
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What one chip can do, by its maker's public numbers: each TPU generation, and an H100 (SXM)."""
+"""Published performance numbers of single chips: each TPU generation, and an H100 (SXM)."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,14 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One chip: its peak rates, which no program reaches, and its memory."""
+    """One chip: its memory, and its peak rates, which no program reaches."""
 
     name: str
     operations_per_second: float
-    """Of bf16 matrix products, dense; a multiply-add is two."""
+    """Dense bf16 matrix products; a multiply-add is two operations."""
     memory_bytes: float
-    """What a program may use: on a TPU, what the compiler says when a program exceeds it; on a GPU, all there is."""
+    """Memory that a program may use. On a TPU, the limit that the compiler reports when exceeded; on a GPU, all
+    memory."""
     memory_bytes_per_second: float
     interconnect_bytes_per_second: float
     """All links of a chip together. A ring over one axis of a torus uses two of a v4's six."""

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program's devices send each other, read from its text (HLO after all of XLA's passes)."""
+"""Bytes that a compiled program's devices send to each other, read from its text (HLO after all of XLA's passes)."""
 
 import math
 import re
@@ -15,7 +15,7 @@ SENT_SHARE = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
-"""What one device of a ring of n sends, by kind, as a share of the bytes that it puts in:
+"""The bytes that one device of a ring of n sends, as a share of its input bytes, by kind:
 
 - all-gather: its own part to each of the others, `input (n-1)`, which is `output (n-1)/n`;
 - reduce-scatter: `input (n-1)/n`, all parts but the one it keeps;
@@ -32,9 +32,9 @@ class CollectiveTraffic(NamedTuple):
     """Bytes that one device sends in one run of a program."""
 
     sent: dict[str, float]
-    """By kind of collective, in bytes; kinds that do not occur are left out."""
+    """In bytes, by kind of collective; kinds that do not occur are left out."""
     loops_of_unknown_length: int
-    """Loops with collectives whose number of steps the text does not tell: `sent` counts one step of each."""
+    """Loops with collectives whose number of steps is not in the text: `sent` counts one step of each."""
 
     @property
     def total(self) -> float:
@@ -44,23 +44,23 @@ class CollectiveTraffic(NamedTuple):
 def collective_bytes(hlo_text: str, choice: Choice = max) -> CollectiveTraffic:
     """Bytes that one device sends in one run of a program, by kind of collective.
 
-    Loops count as often as they run. Formulas are those of
-    `SENT_SHARE`: what a device must send of its own, which other algorithms do not lessen; what it passes on for others
-    in an all-to-all or a permutation is not counted. Bytes are those of the data, without the padding of the layout.
+    Loops count as often as they run. The formulas are those of `SENT_SHARE`: the bytes of its own that a device must
+    send under any algorithm. Bytes that it passes on for others in an all-to-all or a permutation are not counted, and
+    neither is the padding of the layout.
 
     Args:
         hlo_text: `compiled.as_text()` of a program for CPUs, GPUs or TPUs.
-        choice: `max` or `min`: which branch counts of a conditional with three or more, by its bytes; of two, the more
-            expensive one does.
+        choice: `max` or `min`: which branch of a conditional with three or more branches counts, by its bytes. Of two
+            branches, the more expensive one counts.
 
     Raises:
-        ValueError: if the text is not that of a module, or a collective's groups are written in an unknown form.
+        ValueError: if the text is not a module, or a collective's groups are written in an unknown form.
     """
     return _Count(parse_module(hlo_text), choice).traffic()
 
 
 class _Count:
-    """One walk through the module, from its entry."""
+    """A walk through the module that starts at its entry."""
 
     def __init__(self, module: Module, choice: Choice) -> None:
         self.module = module
@@ -113,17 +113,17 @@ class _Count:
     def _is_scattered(self, reduction: Instruction, computation: Computation) -> bool:
         """Whether a fusion returns only this device's part of an all-reduce.
 
-        The TPU's compiler fuses the all-reduce with the slice that follows it, and then runs a reduce-scatter.
+        The TPU compiler fuses the all-reduce with the slice that follows it, and then runs a reduce-scatter.
         """
         result = root(computation)
         is_slice = result.opcode == "dynamic-slice" and result.operands[0] == reduction.name
         return is_slice and computation is not self.module.computations[self.module.entry]
 
     def _group_size(self, collective: Instruction) -> int:
-        """Devices that a collective connects; all, where it names no groups.
+        """The number of devices that a collective connects; all devices if it names no groups.
 
-        Groups are written in one of three forms: all their members; how many of which size, in the order of an iota;
-        or axes of a mesh, which is what the TPU's compiler writes.
+        Groups are written in one of three forms: the members of each; the number and size of groups in the order of an
+        iota; or axes of a mesh, which is the TPU compiler's form.
         """
         groups = collective.attributes.partition("replica_groups=")[2]
         if not groups or groups.startswith("{}"):
@@ -134,7 +134,7 @@ class _Count:
             return int(iota[1])
         if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", groups):
             sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1]))
-            # A part of an axis is written `axis:(what comes before it)its size`.
+            # A part of an axis is written `axis:(product of the sizes before it)its size`.
             axes = re.findall(r"'?([\w.]+)'?(?::\(\d+\)(\d+))?", mesh[2])
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         raise ValueError(f"groups of {collective.name}: unknown form: {groups[:60]}")
@@ -143,8 +143,8 @@ class _Count:
 def loop_steps(loop: Instruction, computation: Computation, module: Module) -> int | None:
     """How often a `while` runs its body; None if that is not known.
 
-    XLA notes it on some platforms. Where it does not (TPU), it follows from what `lax.scan` makes: a counter with a
-    constant start that is compared with a constant end. That the counter grows by 1 is taken for granted.
+    XLA records it on some platforms. On TPU it does not; there it follows from the form that `lax.scan` gives a loop: a
+    counter with a constant start is compared with a constant end. The counter is assumed to grow by 1.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted[1])
@@ -157,7 +157,7 @@ def loop_steps(loop: Instruction, computation: Computation, module: Module) -> i
 
 
 def _constant(value: Instruction, loop: Instruction, computation: Computation) -> int | None:
-    """A number in a loop's condition: written there, or what an element of the carry starts with."""
+    """A number in a loop's condition: a constant in it, or the initial value of an element of the carry."""
     carry = computation[loop.operands[0]]
     if value.opcode == "get-tuple-element" and carry.opcode == "tuple":
         value = computation[carry.operands[int(value.attribute("index"))]]
@@ -169,8 +169,8 @@ def _constant(value: Instruction, loop: Instruction, computation: Computation) -
 def _runs(instruction: Instruction) -> list[str]:
     """The computations that an instruction runs.
 
-    An all-gather that the TPU's compiler overlaps with computation is written several times: in a fusion that starts
-    it, in fusions that move it on, and in one that ends it. The start is the one to count. Likewise the rest of an
+    The TPU compiler writes an all-gather that overlaps with computation several times: in a fusion that starts it, in
+    fusions that advance it, and in one that ends it. Only the start is counted. Similarly, the later parts of an
     asynchronous call may name again what `async-start` has started.
     """
     if instruction.opcode in ("async-update", "async-done") or instruction.name.startswith("async-collective-done"):

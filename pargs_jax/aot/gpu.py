@@ -1,8 +1,8 @@
 """Compiling for an H100 on a machine without one.
 
-JAX can compile for a GPU that it only knows by a description, but some of its functions insist on a GPU. Those private
-functions are replaced while they would be called; a version of JAX that lacks them is refused in one line. XLA usually
-picks the kernel of a matrix product by timing several. It cannot do that here, so it takes its default.
+JAX can compile for a GPU that it knows only from a description, but some of its private functions insist on a real GPU.
+They are replaced during the call; versions of JAX without them are refused with a one-line error. Normally XLA times
+several kernels for each matrix product and picks one. It cannot do that here, so it takes its default.
 """
 
 import functools
@@ -18,9 +18,9 @@ from pargs_jax.errors import InputError, first_line
 if TYPE_CHECKING:
     import jax
 
-NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler, which comes with: pip install 'pargs-jax[compile-gpu]'"
+NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler; install it with pip install 'pargs-jax[compile-gpu]'"
 
-# What XLA has to know of the chip: its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
+# XLA's description of the chip, from its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
 H100_SXM = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -50,7 +50,7 @@ gpu_device_info {
 
 
 def prepare_compiler() -> None:
-    """Tells XLA where NVIDIA's compiler is. To be called before JAX is imported. Raises InputError if it is missing."""
+    """Tells XLA where NVIDIA's compiler is. Call this before JAX is imported. Raises InputError if it is missing."""
     folder = _toolkit()
     if folder is None:
         raise InputError(NEEDS_EXTRA)
@@ -60,13 +60,13 @@ def prepare_compiler() -> None:
 
 
 def is_installed() -> bool:
-    """Whether what compiling for a GPU needs is here."""
+    """Whether everything that compiling for a GPU needs is installed."""
     return _toolkit() is not None
 
 
 def describe_h100() -> list[Any]:
-    """One H100 as a device to compile for. Raises InputError if NVIDIA's compiler is missing, or JAX is not a version
-    that this works with."""
+    """One H100 as a device to compile for. Raises InputError if NVIDIA's compiler is missing, or if this version of JAX
+    is not supported."""
     from jax.experimental import topologies
 
     if not is_installed():
@@ -82,12 +82,12 @@ def describe_h100() -> list[Any]:
 
 
 def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowered":
-    """`program.lower(*arguments)` for arguments on `describe_h100()`, also where the program calls the host.
+    """`program.lower(*arguments)` for arguments on `describe_h100()`, also for programs that call the host.
 
-    For a call of the host, JAX asks for the GPU's client, which it then does not use, and hands the Python function to
-    the compiler, which only accepts one for a GPU that is here. Neither is needed to see the program.
+    For a host call, JAX asks for the GPU's client, which it then does not use, and passes the Python function to the
+    compiler, which needs a real GPU for it. Neither matters for inspecting the program.
 
-    Raises InputError if JAX is not a version that this works with.
+    Raises InputError if this version of JAX is not supported.
     """
     with _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client):
         lowered = program.lower(*arguments)
@@ -99,7 +99,7 @@ def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowe
 
 
 def _toolkit() -> Path | None:
-    """The folder of NVIDIA's compiler, if it and JAX's plugin for CUDA are installed."""
+    """The folder of NVIDIA's compiler, if it and JAX's CUDA plugin are installed."""
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia is None or importlib.util.find_spec("jax_cuda13_plugin") is None:
         return None
@@ -111,7 +111,7 @@ def _toolkit() -> Path | None:
 
 
 def _know_cuda(resolve: Callable[[str], str]) -> Callable[[str], str]:
-    """JAX refuses "cuda" as a platform's name where there is no GPU."""
+    """Accepts "cuda" as a platform name, which JAX refuses on a machine without a GPU."""
     return lambda platform: platform if platform == "cuda" else resolve(platform)
 
 
@@ -121,7 +121,7 @@ def _no_client(_: Any) -> Callable[..., None]:
 
 @contextmanager
 def _replaced(module: str, path: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Replaces a private function of JAX, `path` in `jax._src.<module>`, by what `change` makes of it."""
+    """Replaces a private function of JAX, `path` in `jax._src.<module>`, with the result of `change`."""
     *owners, name = path.split(".")
     try:
         owner = functools.reduce(getattr, owners, importlib.import_module(f"jax._src.{module}"))

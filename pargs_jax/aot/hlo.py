@@ -1,4 +1,4 @@
-"""The text of a compiled program (HLO) as instructions, as far as counting needs it."""
+"""Parses the text of a compiled program (HLO) into instructions, as far as counting needs it."""
 
 import re
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Instruction(NamedTuple):
         return NAME.findall(self.arguments)
 
     def attribute(self, key: str) -> str:
-        """The value of an attribute that is one word, without the `%` of a name; "" if there is none."""
+        """The value of a one-word attribute, without the `%` of a name; "" if there is none."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
@@ -48,7 +48,7 @@ class Module(NamedTuple):
 
 
 def parse_module(text: str) -> Module:
-    """Reads what `compiled.as_text()` returns. Raises ValueError if no entry is in it."""
+    """Parses the result of `compiled.as_text()`. Raises ValueError if it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry = ""
     instructions: Computation = {}
@@ -74,14 +74,14 @@ def root(computation: Computation) -> Instruction:
 
 
 def shape_bytes(shape: str) -> float:
-    """Bytes of an array's data, or of all arrays of a tuple. The layout's padding is not counted."""
+    """Bytes of an array's data, or of all arrays of a tuple, without the layout's padding."""
     return sum(_array_bytes(*array) for array in ARRAY.findall(shape))
 
 
 def _array_bytes(kind: str, bits: str, dimensions: str) -> float:
     if kind == "token":
         return 0.0
-    size = int(bits or 8) / 8  # only `pred` has no number: a byte
+    size = int(bits or 8) / 8  # only `pred` has no number; it takes one byte
     for dimension in filter(None, dimensions.split(",")):
         size *= int(dimension)
     return size
@@ -99,7 +99,7 @@ def _parse_instruction(line: str, start: re.Match[str]) -> Instruction:
 
 
 def _closing(line: str, position: int) -> int:
-    """Behind the parenthesis that closes the one at `position`."""
+    """The position after the parenthesis that closes the one at `position`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(line, position):
         depth += 1 if match[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""How many kernels a program for a GPU launches, and how many bytes they read and write, from its text."""
+"""Counts the kernels that a GPU program launches, and the bytes that they read and write, from its text."""
 
 import math
 from typing import NamedTuple
@@ -10,17 +10,17 @@ NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "
 VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert")
 READERS_OF_A_PART = ("dynamic-slice", "slice", "gather")
 WRITERS_OF_A_PART = {"dynamic-update-slice": 1, "scatter": 2}
-"""Opcodes that write into their first operand where it lies, and which operand they write."""
+"""Opcodes that write into their first operand in place, and the number of the operand that they write."""
 
 
 class Launches(NamedTuple):
-    """What a program, or one step of it, has a GPU do."""
+    """The work of a GPU for a program, or for one step of it."""
 
     kernels: float
-    """Kernels, copies and calls of libraries, one after another."""
+    """Kernels, copies and library calls, which run one after another."""
     bytes: float
-    """What they read and write: each kernel's inputs and outputs, as if nothing stayed in a cache of the chip. Of an
-    array that a kernel only reads or writes a part of, that part counts."""
+    """The bytes that they read and write: each kernel's inputs and outputs, as if the chip cached nothing. If a kernel
+    reads or writes only a part of an array, only that part counts."""
 
     def __add__(self, other: object) -> "Launches":
         return Launches(*(a + b for a, b in zip(self, other, strict=True)))
@@ -30,7 +30,7 @@ class Launches(NamedTuple):
 
 
 def count_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
-    """The launches of one run of a whole program. Loops count as often as they run, or once where that is not known.
+    """The launches of one run of a whole program. Loops count as often as they run, or once if that is not known.
 
     Args:
         hlo_text: `compiled.as_text()` of a program for a GPU.
@@ -41,21 +41,21 @@ def count_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
 
 
 def count_step_launches(hlo_text: str, *, choice: Choice = max) -> Launches:
-    """The same of one turn of the program's main loop: of the loops of its entry, the one that moves most bytes. Raises
+    """The launches in one iteration of the program's main loop: the loop of its entry that moves the most bytes. Raises
     ValueError if there is no loop."""
     module = parse_module(hlo_text)
     count = _Count(module, choice)
     entry = module.computations[module.entry]
     loops = [instruction for instruction in entry.values() if instruction.opcode == "while"]
     if not loops:
-        raise ValueError("the program has no loop, and so no step")
+        raise ValueError("the program has no loop, so it has no step")
     turns = {loop.name: count.turn(loop) for loop in loops}
     main = max(loops, key=lambda loop: turns[loop.name].bytes * (loop_steps(loop, entry, module) or 1))
     return turns[main.name]
 
 
 class _Count:
-    """A walk through the computations of a module, each counted once."""
+    """A walk through a module's computations; each is counted once."""
 
     def __init__(self, module: Module, choice: Choice) -> None:
         self.module = module
@@ -72,7 +72,7 @@ class _Count:
         return self.counted[name]
 
     def turn(self, loop: Instruction) -> Launches:
-        """One turn of a loop, its condition included."""
+        """One iteration of a loop, its condition included."""
         return self.of(loop.attribute("body")) + self.of(loop.attribute("condition"))
 
     def _instruction(self, instruction: Instruction, computation: Computation) -> Launches:
@@ -98,14 +98,14 @@ class _Count:
         return Launches(1, whole + shape_bytes(instruction.shape))
 
     def _read(self, fused: Computation, shapes: list[str]) -> float:
-        """Bytes that a fused computation reads of operands with these shapes."""
+        """Bytes that a fused computation reads from operands of these shapes."""
         parameters = {int(x.arguments): x for x in fused.values() if x.opcode == "parameter"}
         return math.fsum(
             self._read_of(fused, parameters[number].name, shape_bytes(shape)) for number, shape in enumerate(shapes)
         )
 
     def _read_of(self, fused: Computation, name: str, size: float) -> float:
-        """Bytes that are read of one value in a fused computation: all of it, unless each use reads a part."""
+        """Bytes read from one value in a fused computation: all of it, unless each use reads only a part."""
         parts = 0.0
         for user in fused.values():
             if name not in user.operands:

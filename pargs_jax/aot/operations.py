@@ -1,4 +1,4 @@
-"""Operations of a function, counted in its jaxpr, before any compiler has seen it."""
+"""Counts the operations of a function in its jaxpr, before compilation."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ Choice = Callable[[list[float]], float]
 def count_operations(function: Callable[..., Any], *args: Any, choice: Choice = max, **kwargs: Any) -> float:
     """Operations of the matrix products and convolutions of one call, on all devices together.
 
-    A multiply-add is two operations; elementwise work is not counted. What the backward pass computes again
-    (`jax.checkpoint`) is in the jaxpr, and so is counted. Of a `cond` the more expensive branch counts. The body of a
-    `while_loop` counts once, since how often it runs is not known here; a `scan` counts every step.
+    A multiply-add is two operations; elementwise work is not counted. Recomputation in the backward pass
+    (`jax.checkpoint`) is in the jaxpr, so it is counted. Of a `cond`, the more expensive branch counts. The body of a
+    `while_loop` counts once, because the number of iterations is not known here; a `scan` counts every step.
 
     Args:
         function: anything that `jax.make_jaxpr` traces.
         args, kwargs: its arguments: arrays or `jax.ShapeDtypeStruct`s.
-        choice: `max` or `min`: which branch of a `switch`, of three or more, counts. Ours are between widths.
+        choice: `max` or `min`: which branch of a `switch` with three or more counts. Ours choose between widths.
     """
     return _jaxpr_operations(jax.make_jaxpr(function)(*args, **kwargs).jaxpr, choice)
 
@@ -42,7 +42,7 @@ def _equation_operations(equation: JaxprEqn, choice: Choice) -> float:
         case "scan":
             repeats = params["length"]
         case "shard_map":
-            # Its body is what one device does; axes that an outer shard_map took are counted there.
+            # The body is the work of one device; the axes of an outer shard_map were counted there.
             axes = params["newly_manual_axes"]
             repeats = math.prod(params["mesh"].shape[axis] for axis in axes)
         case _:
@@ -51,7 +51,8 @@ def _equation_operations(equation: JaxprEqn, choice: Choice) -> float:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """What an equation runs. Rules of differentiation are callables until they are used, and so not among it."""
+    """The jaxprs that an equation runs. Differentiation rules are callables until they are used, so they are not among
+    them."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -68,8 +69,8 @@ def _product_operations(equation: JaxprEqn) -> float:
 
 
 def _convolution_operations(equation: JaxprEqn) -> float:
-    """Every element of the result is a sum over the kernel's window and input channels; padding counts as if it were
-    data. The kernel's channels are those of one feature group already."""
+    """Every element of the result is a sum over the kernel's window and input channels. Padding counts like data. The
+    kernel's channels are already those of one feature group."""
     kernel = equation.invars[1].aval.shape
     output_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / output_channels

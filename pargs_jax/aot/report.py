@@ -1,4 +1,4 @@
-"""Compiles a program for devices that need not be there, and says what it needs of them."""
+"""Compiles a program for devices that need not be there, and reports its needs."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from pargs_jax.aot.kernels import Launches, count_launches, count_step_launches
 
 SIZE_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"([\d.]+)([BKMGT]?)"
-# The TPU's compiler says it in one of two ways: before it lays out memory, and after.
+# The two messages of the TPU compiler when memory runs out: before it lays out memory, and after.
 BEFORE_LAYOUT = re.compile(rf"total memory required for HLO temporaries \({SIZE}\) exceeds available HBM \({SIZE}\)")
 AFTER_LAYOUT = re.compile(rf"Used {SIZE} of {SIZE} hbm")
 ALLOCATION = re.compile(rf"^\s*\d+\. Size: {SIZE}.*?^\s*Shape: ([^\s{{]+)", re.MULTILINE | re.DOTALL)
@@ -26,13 +26,13 @@ class Memory(NamedTuple):
     arguments: int
     outputs: int
     aliased: int
-    """Of outputs, what takes the place of donated arguments."""
+    """The part of the outputs that reuses the memory of donated arguments."""
     temporaries: int
     program: int
 
     @property
     def peak(self) -> int:
-        """What the run sets aside. Temporaries are one block, gaps between buffers included."""
+        """The memory that a run reserves. Temporaries are one block, including gaps between buffers."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
@@ -44,50 +44,50 @@ class Allocation(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step of a program is, to compare what it moves with what it has to move."""
+    """One step of a program, to compare the bytes that it moves with the least possible."""
 
     least_bytes: float
-    """What no program for the step could do without reading or writing, on all devices together."""
+    """The bytes that any program for the step must read or write, on all devices together."""
     is_turn_of_loop: bool = False
-    """Whether a step is one turn of the program's main loop; if not, it is the whole program."""
+    """Whether a step is one iteration of the program's main loop; if not, it is the whole program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one program needs.
+    """The needs of one program.
 
-    Where the compiler ran out of memory there is no program: `memory` and `traffic` are None, and `largest` holds the
+    If the compiler ran out of memory, there is no program: `memory` and `traffic` are None, and `largest` holds the
     allocations that it listed, if any.
     """
 
     chip: Chip
     devices: int
     operations: tuple[float, float]
-    """Of the whole program, all devices together; a multiply-add is two. The least and the most, by which branches of
-    a choice among several widths are taken."""
+    """Of the whole program, on all devices together; a multiply-add is two. The least and the most, depending on which
+    width is chosen where there are several."""
     peak_bytes: float
     limit_bytes: float
     compile_seconds: float
     memory: Memory | None = None
     traffic: tuple[CollectiveTraffic, CollectiveTraffic] | None = None
-    """What devices send each other, the least and the most likewise."""
+    """Bytes that devices send to each other; the least and the most, as for `operations`."""
     largest: tuple[Allocation, ...] = ()
     argument_reads: int = 1
-    """How often a run reads its arguments: a decode reads the weights for every token."""
+    """How often a run reads its arguments: decoding reads the weights for every token."""
     step: Step | None = None
     launches: tuple[Launches, Launches] | None = None
-    """What a step has a GPU do, the least and the most likewise; None for a TPU, which does not launch kernels."""
+    """A step's kernels and bytes on a GPU; the least and the most, as for `operations`. None for a TPU."""
 
     @property
     def fits(self) -> bool:
         return self.memory is not None and self.peak_bytes <= self.limit_bytes
 
     def seconds(self, most: bool = False) -> dict[str, float]:
-        """The time of one run by the resource that bounds it, if that were used at its peak rate: for the least that
-        a run may take, or the most.
+        """The time of one run for each resource, as if it were the only limit and ran at its peak rate. `most` says
+        whether to take the most that a run may need, or the least.
 
-        `memory` counts what certainly moves: arguments are read `argument_reads` times and outputs written once.
-        Temporaries, such as caches, are not in it.
+        `memory` counts only certain traffic: arguments are read `argument_reads` times and outputs are written once.
+        Temporaries, such as caches, are not included.
         """
         bounds = {"operations": self.operations[most] / self.devices / self.chip.operations_per_second}
         if self.memory is not None:
@@ -98,11 +98,11 @@ class Report:
         return bounds
 
     def run_seconds(self, most: bool = False) -> float:
-        """The time of one run by its tightest bound. Nothing reaches it."""
+        """A lower bound on the time of one run: that of its slowest resource."""
         return max(self.seconds(most).values())
 
     def as_row(self) -> dict[str, str]:
-        """The report as cells of a table, by column: memory is a device's, operations those of all devices."""
+        """The report as cells of a table, by column. Memory is per device; operations are those of all devices."""
         row = {
             "fits": "yes" if self.fits else "no",
             "peak GiB": _gib(self.peak_bytes),
@@ -115,7 +115,7 @@ class Report:
         is_floor = most.loops_of_unknown_length > 0
         kinds = (f"{kind} {_range(least.sent.get(kind, 0.0) / 1e9, most.sent[kind] / 1e9)}" for kind in most.sent)
         row["sent GB"] = "at least " * is_floor + ", ".join(kinds)
-        # Without a program only the operations are known, and they alone bound no run.
+        # Without a program only the operations are known, and they alone do not bound the time.
         times = _range(*(self.run_seconds(most) * 1e3 for most in (False, True)))
         row["ms at peak rates"] = "" if self.memory is None else times
         row |= self._step_cells()
@@ -123,7 +123,7 @@ class Report:
         return row
 
     def _step_cells(self) -> dict[str, str]:
-        """A step's kernels, and its bytes beside the least possible; none for a TPU."""
+        """A step's kernels, and its bytes compared with the least possible; empty for a TPU."""
         if self.launches is None or self.step is None:
             return {}
         least, most = self.launches
@@ -136,10 +136,10 @@ class Report:
         }
 
     def advice(self, options: Iterable[str]) -> list[str]:
-        """Lines that say by how much the program does not fit, what takes the room, and what to try; none if it fits.
+        """Lines that say by how much the program does not fit, what takes the memory, and what to try; none if it fits.
 
         Args:
-            options: what the caller can change, most helpful first, as whole phrases.
+            options: changes that the caller can make, the most helpful first, as whole phrases.
         """
         if self.fits:
             return []
@@ -165,18 +165,18 @@ def compile_report(
     argument_reads: int = 1,
     step: Step | None = None,
 ) -> Report:
-    """Compiles a program and reads what it needs.
+    """Compiles a program and measures its needs.
 
     Args:
-        lowered: of a jitted function, on abstract arrays that are sharded over the devices of a topology.
-        chip: what the devices are.
-        devices: how many there are.
-        operations: of the whole program, the least and the most (`count_operations` with `min` and `max`).
+        lowered: a lowered jitted function, on abstract arrays that are sharded over the devices of a topology.
+        chip: the type of the devices.
+        devices: the number of devices.
+        operations: those of the whole program, the least and the most (`count_operations` with `min` and `max`).
         argument_reads: how often a run reads its arguments.
-        step: what a step of the program is; on a GPU its kernels and bytes are counted.
+        step: describes a step of the program; on a GPU its kernels and bytes are counted.
 
     Raises:
-        jax.errors.JaxRuntimeError: whatever stops the compiler except a lack of device memory, which is reported.
+        jax.errors.JaxRuntimeError: for all compiler errors except a lack of device memory, which is reported.
     """
     start = time.perf_counter()
     try:
@@ -210,8 +210,8 @@ def compile_report(
 
 
 def read_shortage(message: str) -> tuple[float, float, tuple[Allocation, ...]] | None:
-    """Bytes needed, bytes there are, and the largest allocations, from the message of a TPU compiler that ran out of
-    memory; None if the message says something else. Sizes are rounded as they are printed."""
+    """Bytes needed, bytes available, and the largest allocations, from the message of a TPU compiler that ran out of
+    memory; None for other messages. Sizes are rounded as they are printed."""
     found = BEFORE_LAYOUT.search(message) or AFTER_LAYOUT.search(message)
     if found is None:
         return None

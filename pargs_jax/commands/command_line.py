@@ -76,8 +76,8 @@ def _parser(config_class: type, prog: str, description: str, epilog: str) -> Par
     general.add_argument(
         "--config",
         metavar="F.yaml",
-        help="read options from a YAML file: a key for each option, a mapping for each section, null for an option "
-        "that is left unset; flags override it",
+        help="read options from a YAML file: a key for each option, a mapping for each section, null to leave an "
+        "option unset; flags override it",
     )
     groups = {
         section: parser.add_argument_group(section, section_class.__doc__) if section else general

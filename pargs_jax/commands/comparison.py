@@ -55,7 +55,6 @@ class Row:
     weight: float | None
     true_reward: Estimate
     kl: Estimate
-    tokens: Estimate
     tokens_per_second: float
 
 
@@ -65,7 +64,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
 
     ARGS is guided by the reward model trained on full answers where there is one (`runs/bt`), as it was published, and
     by the partial one where not; the table says which. With `--rm`, all guided methods use those. With `--out`, every
-    answer of the table is written there with its method and true reward. Returns the table's rows.
+    answer of the table is written there with its method and true reward, and the figure lies beside it. Returns the
+    table's rows.
     """
     config.validate()
     console = console or Console(quiet=jax.process_index() > 0)
@@ -85,7 +85,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     curves = [comparison.curve(name, label) for name, label in CURVES.items()]
     curves.append(comparison.best_of_n_curve())
     points = {row.method: (row.kl.mean, row.true_reward) for row in rows}
-    on_first(lambda: console.print(draw_comparison(FIGURE, curves, points), highlight=False))
+    figure = FIGURE if config.out is None else Path(config.out).with_suffix(".png")
+    on_first(lambda: console.print(draw_comparison(figure, curves, points), highlight=False))
     console.print("next: python decode.py --method pargs --limit 1 --explain runs/demo.html", highlight=False)
     return rows
 
@@ -105,7 +106,7 @@ class _Comparison:
         return self._decode(name, settings, prompts)
 
     def row(self, name: str, answers: list[Answer]) -> Row:
-        tokens = [answer.tokens for answer in answers]
+        tokens = sum(answer.tokens for answer in answers)
         settings = self._settings(name, COMPARED[name])
         return Row(
             name,
@@ -113,8 +114,7 @@ class _Comparison:
             settings.weights[0] if settings.weights and not METHODS[name].judged else None,
             Estimate.of(list(map(_true_reward, answers))),
             Estimate.of([answer.kl for answer in answers]),
-            Estimate.of(tokens),
-            sum(tokens) / sum(answer.seconds for answer in answers),
+            tokens / sum(answer.seconds for answer in answers),
         )
 
     def curve(self, name: str, label: str) -> Curve:
@@ -174,9 +174,9 @@ def _true_reward(answer: Answer) -> float:
 
 def _table(rows: list[Row], prompts: int) -> Table:
     table = Table(title=f"{prompts} unseen prompts (mean ± standard error)", box=SIMPLE, padding=(0, 1))
-    for heading in ("method", "guided by"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("weight", "true reward", "KL", "tokens", "tokens/s"):
+    table.add_column("method", no_wrap=True)
+    table.add_column("guided by", overflow="fold")
+    for heading in ("weight", "true reward", "KL, nats", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -185,7 +185,6 @@ def _table(rows: list[Row], prompts: int) -> Table:
             "-" if row.weight is None else f"{row.weight:g}",
             str(row.true_reward),
             f"{row.kl.mean:.1f}",
-            f"{row.tokens.mean:.0f}",
             f"{row.tokens_per_second:,.0f}",
         )
     return table

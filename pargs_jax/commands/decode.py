@@ -81,14 +81,16 @@ def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram,
     lm, lm_params = described(describe_model(model_source(config.lm), "vocabulary"))
     if length + new > lm.config.max_positions:
         raise InputError(
-            f"--prompt-length: {length}, with --max-new-tokens {new}, is more than the language model's context of "
+            f"--prompt-length: {length} and --max-new-tokens {new} together exceed the language model's context of "
             f"{lm.config.max_positions} tokens"
         )
     method = METHODS[config.method or "pargs"]
     if method.reward_model not in (None, "full", "partial") or method.draws == "contrastive":
-        raise InputError(f"--method {config.method}: --compile-only knows methods with scalar reward models, or none")
+        raise InputError(
+            f"--method {config.method}: --compile-only supports only methods with scalar reward models or none"
+        )
     if method.search is not None:
-        raise InputError(f"--method {config.method}: --compile-only knows methods with one row a prompt, not searches")
+        raise InputError(f"--method {config.method}: --compile-only does not support searches")
     settings = settings_of(config, method)
     sources = config.rm if method.guided else ()
     reward_models = [described(describe_model(source, "reward")) for source in sources]
@@ -157,4 +159,4 @@ class _HostPart:
 def _ways_to_less_memory(config: DecodeConfig) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
-    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "more devices, or more of them on the axis tensor"]
+    return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "more devices, or a larger tensor axis"]

@@ -29,11 +29,11 @@ def decode_and_explain(config: DecodeConfig, console: Console | None = None) -> 
     if settings.method.guided:
         without = dataclasses.replace(settings, weights=(0.0,))
         bare = [dataclasses.replace(prompt, weights=None) for prompt in prompts]
-        unguided = decode_all(session, bare, without, "the same without guidance", console)
+        unguided = decode_all(session, bare, without, "without guidance", console)
     options = options_digest(config)
     on_first(lambda: write_page(Path(config.explain), _traces(answers, options), _traces(unguided, options)))
     print_responses(answers)
-    console.print(f"{len(answers)} answers explained in {config.explain}", highlight=False)
+    console.print(f"wrote the page that explains {len(answers)} answers to {config.explain}", highlight=False)
     return answers
 
 

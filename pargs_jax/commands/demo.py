@@ -1,5 +1,7 @@
 """What the word `demo` means in the options: the built-in task's language model, reward models, pairs and prompts."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 from pargs_jax.config import DEMO, DecodeConfig, TrainConfig
@@ -12,8 +14,9 @@ HELD_OUT_PAIRS = 256
 """Pairs of the evaluation split."""
 PROMPTS = 200
 """Prompts that are answered where `--limit` gives no number."""
-REWARD_MODELS = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt")}
-"""Where `train.py` leaves the demo's reward models, trained on all prefixes and on full answers."""
+REWARD_MODELS = {"partial": Path("runs/partial_bt"), "full": Path("runs/bt"), "autoregressive": Path("runs/arm")}
+"""Where `train.py` leaves the demo's reward models, by what methods need: trained on all prefixes, on full answers, and
+as language models whose log-probabilities are the rewards."""
 
 
 def model_source(source: str) -> str:
@@ -22,10 +25,16 @@ def model_source(source: str) -> str:
 
 
 def demo_pairs(config: TrainConfig, split: str) -> list[Preference]:
-    """The pairs of a split, "train" or "eval"; prompts with good answers, for objectives that read no others."""
+    """The pairs of a split, "train" or "eval"; prompts with single answers, for objectives that read no others, and
+    with the oracle's rewards for those that read rewards. Raises InputError for an objective that needs labels."""
     size = config.data.demo_pairs if split == "train" else HELD_OUT_PAIRS
     make = task.sft_rows if config.objective.loss.answers == 1 else task.preferences
-    return [Preference(**{"rejected": None, **row}) for row in make(size, seed=config.seed, split=split)]
+    rows = [Preference(**{"rejected": None, **row}) for row in make(size, seed=config.seed, split=split)]
+    if config.objective.loss.reward_range is None:
+        return rows
+    if math.isfinite(config.objective.loss.reward_range[1]):
+        raise InputError(f"{DEMO}: its rewards are not labels from 0 to 1; give a file with --data.train")
+    return [dataclasses.replace(row, reward=task.oracle(row.prompt, row.chosen)) for row in rows]
 
 
 def demo_reward_model(method: Method) -> Path:
@@ -34,8 +43,8 @@ def demo_reward_model(method: Method) -> Path:
         raise InputError(f"{method.source}: the demo has no reward model for it; give --rm")
     path = REWARD_MODELS[method.reward_model]
     if not path.exists():
-        objective = {"partial": "", "full": " --objective.name bt"}[method.reward_model]
-        raise InputError(f"{path}: the demo's reward model is not there; run 'python train.py{objective}' first")
+        objective = "" if method.reward_model == "partial" else f" --objective.name {path.name}"
+        raise InputError(f"{path}: the demo's reward model is missing; run 'python train.py{objective}' first")
     return path
 
 

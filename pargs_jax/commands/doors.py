@@ -65,19 +65,17 @@ def list_methods() -> str:
         f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
         for name, method in METHODS.items()
     )
-    return "\n\nmethods, their scores, and their numbers where no others are given (docs/methods.md):\n" + "".join(
-        parts
-    )
+    return "\n\nmethods, their scores and their default numbers (docs/methods.md):\n" + "".join(parts)
 
 
 train = Door(
     "train",
     "TrainConfig",
-    "Train a reward model that can score unfinished answers, on preference pairs. Without arguments it trains one on "
+    "Train a reward model that can score unfinished answers, from preference pairs. Without arguments, train one on "
     "the built-in demo task.",
     """\
   {prog}                                          the demo task, into runs/partial_bt
-  {prog} --objective.name bt                      the full-sequence reward model to compare with, into runs/bt
+  {prog} --objective.name bt                      a reward model of full answers to compare with, into runs/bt
   {prog} --config configs/hh.yaml --optim.lr 1e-5 --seed 1
   {prog} --config configs/hh.yaml --seed 1 --resume
   {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
@@ -87,8 +85,8 @@ train = Door(
 decode = Door(
     "decode",
     "DecodeConfig",
-    "Answer prompts with a frozen language model whose next token is guided by reward models. Without arguments it "
-    "answers the demo task's unseen prompts with every method and prints a table.",
+    "Answer prompts with a frozen language model, guided by reward models at every token. Without arguments, answer "
+    "the demo task's unseen prompts with every method and print a table.",
     """\
   {prog}                                         the demo task, all methods compared
   {prog} --method pargs --weight 2 --k 10        one method on it
@@ -101,8 +99,8 @@ decode = Door(
 evaluate = Door(
     "evaluate",
     "EvaluateConfig",
-    "Compare answers of decode.py: judges, metrics and statistics, as a table, a page and figures. Or test reward "
-    "models on preference pairs, prefix by prefix.",
+    "Compare answers of decode.py with judges, metrics and statistics; the report is a table, a page and figures. Or "
+    "test reward models on preference pairs, prefix by prefix.",
     """\
   {prog} --answers top_k.jsonl pargs.jsonl --rm runs/judge
   {prog} --answers top_k.jsonl pargs.jsonl --function pargs_jax.demo.task:oracle --guide runs/partial_bt

@@ -17,7 +17,7 @@ from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.evaluation.answers import System, check_prompts, load_systems, name_and_file
 from pargs_jax.evaluation.config import REFERENCE_NAMES, EvaluateConfig
@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
         check_matplotlib()
     given = [name_and_file(word) for word in config.answers]
     folder = Path(config.out)
-    with write_failures_named(folder, "give another --out"):
+    with write_errors_named_after(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
     swept = _swept(config)
     functions = {name: FunctionJudge(name) for name in config.function}
@@ -112,7 +112,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     for line in problems:
         warn(line)
     console.print(
-        f"the report is {folder / 'report.html'}; its numbers are in {folder / 'report.json'}", highlight=False
+        f"wrote the report to {folder / 'report.html'} and its numbers to {folder / 'report.json'}", highlight=False
     )
     return report
 
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
 def write_report(report: Report, folder: Path, *, figures: bool = True, examples: int = 10) -> None:
     """Writes `report.json`, `report.html`, `values.jsonl` and, with `figures`, a folder of these. Raises InputError if
     they cannot be written."""
-    with write_failures_named(folder, "give another --out"):
+    with write_errors_named_after(folder, "give another --out"):
         write_whole(folder / "report.json", report.to_json())
         write_whole(folder / "values.jsonl", "".join(json.dumps(row) + "\n" for row in _values(report)))
         drawn: list[Drawn] = draw(report, folder / "figures") if figures else []
@@ -191,7 +191,7 @@ def _baseline(config: EvaluateConfig, systems: Sequence[System]) -> System | Non
     found = [system for system in systems if system.name == config.baseline]
     if not found:
         names = ", ".join(system.name for system in systems) or "none"
-        raise InputError(f"--baseline {config.baseline}: no answers of that name; there are {names}")
+        raise InputError(f"--baseline {config.baseline}: no answers have that name, must be one of {names}")
     return found[0]
 
 
@@ -201,7 +201,7 @@ def _refuse_guides(config: EvaluateConfig, systems: Sequence[System]) -> None:
             if any(_same_model(source, guide) for guide in system.guides or ()):
                 raise InputError(
                     f"--rm {source}: guided the answers of {system.name!r}, so it cannot judge them; "
-                    "with --guide it scores them, and the report says that it guided them"
+                    "give it as --guide to score them anyway"
                 )
 
 
@@ -253,7 +253,7 @@ def _judged(
             problems.append(f"judge {name}: {error}")
             continue
         unknown = ", ".join(system.name for system in systems if system.guides is None) if name in config.rm else ""
-        meaning = judge.meaning + (f" (what guided {unknown} is not known)" if unknown else "")
+        meaning = judge.meaning + (f" (the guides of {unknown} are unknown)" if unknown else "")
         reasons = dict(judge.problems)
         metrics.append(
             metric_of_answers(judge.name, meaning, "judge", systems, scores, is_guide=judge.is_guide, problems=reasons)
@@ -282,8 +282,8 @@ def _perplexity(config: EvaluateConfig, systems: Sequence[System], problems: lis
         return []
     reasons = {"empty, or longer than the model's context": left_out} if left_out else {}
     meaning = (
-        f"nats a token of an answer under {config.perplexity}, its end not counted; perplexity is e to the power of "
-        "their mean over prompts"
+        f"nats per token of an answer under {config.perplexity}, without its end-of-sequence token; the exponential "
+        "of their mean over prompts is the perplexity"
     )
     return [metric_of_answers("nats_per_token", meaning, "likelihood", systems, scores, problems=reasons)]
 
@@ -310,8 +310,8 @@ def _compared(
     missing = sum(each.is_missing for system in found.values() for every in system.values() for each in every)
     if missing:
         problems.append(
-            f"judge {judge.name}: {missing} pairs have no verdict ({judge.failure}); the same command asks for these "
-            "alone"
+            f"judge {judge.name}: {missing} pairs have no verdict ({judge.failure}); run the same command again to "
+            "ask for only these"
         )
     return {judge.name: found}
 

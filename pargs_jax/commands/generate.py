@@ -73,13 +73,13 @@ def generate(
         answered = on_first(lambda: file.answered(prompts, config.n))
         answered = from_first(np.array(answered or np.zeros((len(prompts), config.n)), bool))
         if answered.any():
-            console.print(f"{config.out}: {answered.sum()} of {answered.size} answers are there already")
+            console.print(f"{config.out}: {answered.sum()} of {answered.size} answers are already there")
         answers = []
         for batch in _decode_batches(session, prompts, settings, config.method, console, answered):
             if file is not None:
                 file.write(batch)
             answers += batch
-    console.print(f"{len(answers)} answers written to {config.out}", highlight=False)
+    console.print(f"wrote {len(answers)} answers to {config.out}", highlight=False)
     return answers
 
 
@@ -97,7 +97,7 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
     Raises InputError for what cannot be used."""
     config.validate()
     if config.method is None:
-        raise InputError(f"--method: needs one of {', '.join(METHODS)}")
+        raise InputError(f"--method: is missing, must be one of {', '.join(METHODS)}")
     method = METHODS[config.method]
     settings = settings_of(config, method)
     is_demo = config.lm == DEMO and method.guided and not config.rm

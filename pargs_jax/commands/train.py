@@ -15,7 +15,7 @@ from pargs_jax.config import DEMO, TrainConfig, column_names
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.batches import Batch, Example, tokenise
 from pargs_jax.data.preferences import load_preferences, write_bad_rows
-from pargs_jax.durable_files import write_failures_named
+from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
 from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model
@@ -73,6 +73,8 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     half = config.max_length // 2
     rows = partial(abstract_rows, mesh, config.batch_size)
     batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
+    if config.objective.loss.reward_range is not None:
+        batch = batch._replace(rewards=rows(answers, dtype="float32"))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     what = (
@@ -113,7 +115,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
     if rows % shards:
         raise InputError(
             f"--batch-size: {config.batch_size} in {config.optim.accumulation} micro-batches (--optim.accumulation) is "
-            f"{rows} pairs at once, which the mesh's {shards} row shards (data x fsdp) cannot share; make it a multiple"
+            f"{rows} pairs at once, must be a multiple of the mesh's {shards} row shards (data x fsdp)"
         )
 
 
@@ -142,7 +144,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     if program.model.lora is not None:
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
-    with write_failures_named(exported, MEND_AND_RESUME):
+    with write_errors_named_after(exported, MEND_AND_RESUME):
         save_model(
             exported,
             pretrained.model,
@@ -152,7 +154,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         )
         if jax.process_index() == 0:
             tokenizer.save(exported)
-    console.print(f"the model is in {exported}", highlight=False)
+    console.print(f"saved the model to {exported}", highlight=False)
 
 
 def _with_prompt_form(config: TrainConfig, folder: Path, remembered: str | None) -> TrainConfig:
@@ -169,8 +171,8 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
         return None
     if model.one_pass or not config.objective.loss.scores_prefixes:
         raise InputError(
-            "--data.prefix-tokenizer: is for partial_bt and a model with full attention, which reads prefixes apart; "
-            "other models are scored at their own tokens"
+            "--data.prefix-tokenizer: needs partial_bt and a model with full attention; other models are scored at "
+            "their own tokens, so leave it out"
         )
     return TextTokenizer.load(resolve(model_source(source)))
 
@@ -192,16 +194,20 @@ def _load_examples(
     else:
         columns = column_names(config.data.columns, "--data.columns")
         loaded = load_preferences(
-            source, form, tokenizer=tokenizer, require_rejected=answers == 2, split=split, columns=columns
+            source,
+            form,
+            tokenizer=tokenizer,
+            require_rejected=answers == 2,
+            reward_range=config.objective.loss.reward_range,
+            split=split,
+            columns=columns,
         )
         rows = loaded.rows
         if loaded.other_splits:
-            console.print(
-                f"{source} ({split}): {loaded.other_splits} rows of other splits are left out", highlight=False
-            )
+            console.print(f"{source} ({split}): skipped {loaded.other_splits} rows of other splits", highlight=False)
         if loaded.bad_rows:
             path = config.output_folder / f"bad_rows.{split}.jsonl"
-            with write_failures_named(path, "give another --out"):
+            with write_errors_named_after(path, "give another --out"):
                 on_first(partial(write_bad_rows, path, loaded.bad_rows))
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
     examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer)
@@ -224,4 +230,4 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append("--optim.moment-dtype bfloat16")
     if not config.lora.rank:
         ways.append("--lora.rank 16")
-    return [*ways, "more devices, or more of them on the axis fsdp"]
+    return [*ways, "more devices, or a larger fsdp axis"]

@@ -1,4 +1,4 @@
-"""From preferences to batches of token ids: lengths, truncation, and an order that any step can be resumed from."""
+"""Turns preferences into batches of token ids: truncation, padding, and an order that can be resumed at any step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from pargs_jax.errors import InputError
 from pargs_jax.text.tokenization import TextTokenizer
 
 WINDOW = 16
-"""How many batches, at most, are filled together from rows sorted by size."""
+"""The most batches that are filled together from rows sorted by size."""
 
 
 class PrefixTexts(NamedTuple):
-    """The prefixes of answers where they end at another tokenizer's tokens: each is token ids of its own.
+    """The prefixes of answers that end at another tokenizer's tokens; each prefix has its own token ids.
 
     Attributes:
-        tokens: token ids, shortest prefix first and the whole answer last, padded on the right.
+        tokens: token ids of N prefixes, the shortest first and the whole answer last, padded on the right.
         lengths: tokens of each prefix; at least 0.
-        counts: how many of the N are the answer's; at least 1.
+        counts: how many of the N prefixes are real; at least 1.
     """
 
     tokens: Int[np.ndarray, "B A N R"]
@@ -35,12 +35,13 @@ class Batch(NamedTuple):
 
     Attributes:
         prompts: token ids, padded on the left.
-        prompt_lengths: how many of the P are the prompt's; at least 1.
+        prompt_lengths: tokens of each prompt; at least 1.
         answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected) or 1 (chosen).
-        answer_lengths: how many of the R are the answer's, in tokens; at least 1.
+        answer_lengths: tokens of each answer; at least 1.
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
-        prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where each of an answer's
-            tokens ends one.
+        prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where they end at the model's
+            own.
+        rewards: the rewards of scored answers; None if rows have none.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -49,45 +50,48 @@ class Batch(NamedTuple):
     answer_lengths: Int[np.ndarray, "B A"]
     weights: Float[np.ndarray, "B"]
     prefixes: PrefixTexts | None = None
+    rewards: Float[np.ndarray, "B A"] | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
-        """How many prefixes each answer has."""
+        """The number of prefixes of each answer."""
         return self.answer_lengths if self.prefixes is None else self.prefixes.counts
 
     @property
     def most_prefixes(self) -> int:
-        """For how many prefixes of an answer the batch has room."""
+        """N, the padded number of prefixes of each answer."""
         return (self.answers if self.prefixes is None else self.prefixes.lengths).shape[2]
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Token ids of one prompt and its answers, chosen first, that fit the maximum length together.
+    """Token ids of one prompt and its answers, chosen first; together they fit the maximum length.
 
-    `prefixes` are those of each answer, shortest first, where they end at another tokenizer's tokens.
+    `prefixes` holds the prefixes of each answer, shortest first, where they end at another tokenizer's tokens;
+    `rewards` holds those of scored answers.
     """
 
     prompt: Int[np.ndarray, "P"]
     answers: tuple[Int[np.ndarray, "R"], ...]
     prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def prefix_counts(self) -> list[int]:
-        """Prefixes of each answer: as many as it has tokens, unless they are given."""
+        """The number of prefixes of each answer: its number of tokens, unless `prefixes` is given."""
         return list(map(len, self.answers if self.prefixes is None else self.prefixes))
 
 
 @dataclass(frozen=True)
 class TruncationReport:
-    """What the maximum length cost.
+    """How much was lost to the maximum length.
 
     Attributes:
-        rows: how many rows there were.
+        rows: the number of rows before truncation.
         prompts_cut: prompts that lost tokens on the left.
-        answers_cut: answers that lost tokens on the right, and so their end-of-sequence token.
+        answers_cut: answers that lost tokens on the right, including their end-of-sequence token.
         tokens_lost: tokens cut from prompts and answers together.
-        rows_left_out: rows whose two answers were the same once cut, and so compare nothing.
+        rows_left_out: rows whose two answers were equal after truncation, so that they compare nothing.
     """
 
     rows: int
@@ -110,31 +114,33 @@ def tokenise(
     answers: int = 2,
     prefix_tokenizer: TextTokenizer | None = None,
 ) -> tuple[list[Example], TruncationReport]:
-    """Tokenises prompts and answers apart and cuts them to fit.
+    """Tokenises prompts and answers separately and cuts them to fit.
 
-    The end-of-sequence token is part of an answer. Where a prompt and its longest answer exceed `max_length` tokens,
-    the prompt first loses tokens on the left (never BOS, and never so many that less than half of `max_length` is left
-    of it), then answers lose tokens on the right.
+    The end-of-sequence token is part of a finished answer. If a prompt and its longest answer exceed `max_length`
+    tokens, the prompt first loses tokens on the left, but never BOS, and it keeps at least half of `max_length`. Then
+    answers lose tokens on the right.
 
     Args:
         preferences: the rows; with `answers=2` each needs a rejected answer.
         tokenizer: the model's tokenizer.
         max_length: the most tokens of prompt and answer together; at least 2.
         answers: 2 for chosen and rejected, 1 for chosen alone.
-        prefix_tokenizer: that of a language model at whose tokens prefixes are to end; by default they end at the
-            model's own.
+        prefix_tokenizer: the tokenizer of a language model; prefixes end at its tokens. By default they end at the
+            tokens of the model that is trained.
 
     Raises:
-        InputError: if `max_length` is below 2, or cutting left no row.
+        InputError: if `max_length` is below 2, or no row is left after truncation.
     """
     if max_length < 2:
-        raise InputError(f"max_length is {max_length}: it must be at least 2, a token each of prompt and answer")
+        raise InputError(
+            f"max_length: got {max_length}, must be at least 2: one token of the prompt and one of the answer"
+        )
     examples = []
     prompts_cut = answers_cut = tokens_lost = 0
     for preference in preferences:
         whole_prompt = tokenizer.encode_prompt(preference.prompt)
         whole_answers = [
-            [*tokenizer.encode_answer(text, starts_text=not preference.prompt), tokenizer.eos_id]
+            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * preference.finished
             for text in (preference.chosen, preference.rejected)[:answers]
         ]
         prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
@@ -148,22 +154,23 @@ def tokenise(
             prefixes = None
             if prefix_tokenizer is not None:
                 texts = (preference.chosen, preference.rejected)[:answers]
-                room = max_length - len(prompt)
+                capacity = max_length - len(prompt)
                 prefixes = tuple(
-                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, room), whole)
+                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, capacity), whole)
                     for text, whole in zip(texts, ids, strict=True)
                 )
-            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes))
+            rewards = None if preference.reward is None else (preference.reward,)
+            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards))
     report = TruncationReport(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
     if not examples:
-        raise InputError(f"no row is left at max_length {max_length}; {report}")
+        raise InputError(f"no rows are left after cutting to max_length {max_length}; {report}")
     return examples, report
 
 
 def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id: int | None) -> list[int]:
-    """The prompt less the tokens on its left that `tokenise` takes from it."""
+    """The prompt without the tokens on its left that `tokenise` removes."""
     excess = len(prompt) + longest_answer - max_length
     if excess <= 0:
         return prompt
@@ -173,9 +180,9 @@ def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id:
 
 
 def _prefixes_at(
-    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, room: int
+    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, capacity: int
 ) -> list[Int[np.ndarray, "R"]]:
-    """The model's ids of an answer's beginnings, one for each of the other tokenizer's tokens, while they fit."""
+    """The model's ids of an answer's prefixes, one for each token of `boundaries`, as long as they fit `capacity`."""
     starts_text = not prompt
     prompt_ids = boundaries.encode_prompt(prompt)
     answer_ids = boundaries.encode_answer(answer, starts_text=starts_text)
@@ -183,7 +190,7 @@ def _prefixes_at(
     for end in range(1, len(answer_ids) + 1):
         text = boundaries.decode_answer(prompt_ids, answer_ids[:end])
         ids = tokenizer.encode_answer(text, starts_text=starts_text)
-        if len(ids) > room:
+        if len(ids) > capacity:
             break
         prefixes.append(np.asarray(ids, np.int32))
     return prefixes
@@ -192,16 +199,16 @@ def _prefixes_at(
 class Batches:
     """An endless, shuffled stream of training batches, and the same rows in order for evaluation.
 
-    The stream is one epoch after another, each a permutation of the rows: every row comes exactly once in each. A batch
-    may lie across the end of an epoch. The next epoch then begins with rows that the batch does not have yet, so that
-    no row is in a batch twice. Where a batch has more places than there are rows, they share its places evenly.
+    The stream consists of epochs. Each epoch is a permutation of the rows, so every row occurs once per epoch. A batch
+    may extend across the end of an epoch. The next epoch then begins with rows that the batch does not contain yet, so
+    no row is in a batch twice. If a batch is larger than the data set, its places are divided evenly among the rows.
 
-    Within an epoch the stream is taken in windows of up to `WINDOW` batches. In a window, rows are sorted by size
-    before they are cut into batches, which then come in random order: batches hold rows of like size, and little
-    padding.
+    Each epoch is divided into windows of up to `WINDOW` batches. The rows of a window are sorted by size, cut into
+    batches, and the batches are shuffled, so that a batch has rows of similar size and little padding.
 
-    P and R each have two widths, so that a jitted step compiles for at most four shapes: the largest length and the one
-    that 70 % of the rows stay within, rounded up to a multiple of 8 but never above the maximum length.
+    P and R each have two widths, so a jitted step compiles for at most four shapes. The widths are the largest length
+    and the length that 70 % of the rows do not exceed, rounded up to a multiple of 8 but never above the maximum
+    length.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, max_length: int, seed: int) -> None:
@@ -210,18 +217,18 @@ class Batches:
         Args:
             examples: the rows, all with the same number of answers.
             batch_size: rows in each batch.
-            max_length: what the examples were cut to, in tokens.
-            seed: decides the order, with the step alone.
+            max_length: the length that the examples were cut to, in tokens.
+            seed: together with the step, decides the order.
 
         Raises:
             InputError: if there are no examples, or the batch size or the seed is out of range.
         """
         if not examples:
-            raise InputError("no examples to make batches of")
+            raise InputError("there are no examples to make batches of")
         if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}: it must be at least 1")
+            raise InputError(f"batch_size: got {batch_size}, must be at least 1")
         if seed < 0:
-            raise InputError(f"seed is {seed}: it must be 0 or more")
+            raise InputError(f"seed: got {seed}, must be at least 0")
         self._examples = examples
         self._batch_size = batch_size
         self._seed = seed
@@ -237,11 +244,11 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold every row once, rounded up."""
+        """The number of batches that hold every row once, rounded up."""
         return math.ceil(len(self._examples) / self._batch_size)
 
     def batch(self, step: int) -> Batch:
-        """The training batch of a step, a pure function of the seed and the step (from 0)."""
+        """The training batch of a step (from 0); it depends on the seed and the step only."""
         if step not in self._window[0]:
             window = self._window_of(step)
             self._window = (window, self._rows_of_window(window))
@@ -249,7 +256,7 @@ class Batches:
         return self._collate(batches[step - window.start], self._batch_size)
 
     def evaluation(self) -> Iterator[Batch]:
-        """Every row once, sorted by size; the last batch is filled up with copies of weight 0."""
+        """Yields every row once, sorted by size; the last batch is filled up with copies of weight 0."""
         order = self._by_size(np.arange(len(self._examples)))
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
@@ -257,10 +264,11 @@ class Batches:
             yield self._collate(filled, real_rows=len(rows))
 
     def _window_of(self, step: int) -> range:
-        """The steps whose batches are filled together with this one's: itself alone across the end of an epoch."""
+        """The steps whose batches are filled together with this one; only this step if its batch crosses an epoch's
+        end."""
         rows, size = len(self._examples), self._batch_size
         epoch = step * size // rows
-        first, end = -(-epoch * rows // size), (epoch + 1) * rows // size  # the batches that lie inside the epoch
+        first, end = -(-epoch * rows // size), (epoch + 1) * rows // size  # batches inside the epoch
         if not first <= step < end:
             return range(step, step + 1)
         start = step - (step - first) % WINDOW
@@ -276,10 +284,10 @@ class Batches:
         return [batches[i] for i in order]
 
     def _order(self, epoch: int) -> Int[np.ndarray, "N"]:
-        """The rows of an epoch as the stream has them, a pure function of the seed and the epoch.
+        """The rows of an epoch in the order of the stream; they depend on the seed and the epoch only.
 
-        It depends on an epoch before if a batch that begins there reaches into this one, and so on back to an epoch
-        that begins with a batch of its own: at most `batch_size` epochs, however far the stream has come.
+        The order depends on the epoch before if a batch crosses from that epoch into this one, and so on back to an
+        epoch that starts at the start of a batch. That is at most `batch_size` epochs, however long the stream.
         """
         chain = [epoch]
         while chain[-1] not in self._orders and (opened := self._opened_in(chain[-1])[0]) != chain[-1]:
@@ -288,15 +296,16 @@ class Batches:
             if link not in self._orders:
                 order, opened = self._make_order(link), self._opened_in(link)[0]
                 before = {opened: self._orders[opened]} if opened in self._orders else {}
-                self._orders = {**before, link: order}  # the others are not needed to go on
+                self._orders = {**before, link: order}  # later epochs do not need the others
         return self._orders[epoch]
 
     def _opened_in(self, epoch: int) -> tuple[int, int]:
-        """Where the batch that holds the epoch's first place begins: an epoch and a place in it."""
+        """Where the batch with the epoch's first row begins: an epoch and a position in it."""
         return divmod(epoch * len(self._examples) // self._batch_size * self._batch_size, len(self._examples))
 
     def _make_order(self, epoch: int) -> Int[np.ndarray, "N"]:
-        """The epoch's permutation, with rows in front that the batch it begins in does not have yet, to fill it up."""
+        """The epoch's permutation; the batch that crosses into it is filled up with rows that the batch does not hold
+        yet."""
         permutation = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._examples))
         opened, place = self._opened_in(epoch)
         if opened == epoch:
@@ -306,11 +315,12 @@ class Batches:
         return np.concatenate([permutation[goes_first], permutation[~goes_first]])
 
     def _by_size(self, rows: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
-        """The rows by answer width, then prompt length: by their sum, a batch would come out wide in both P and R."""
+        """The rows sorted by answer width, then prompt length. Sorted by the sum, batches would be wide in both P and
+        R."""
         return rows[np.lexsort((self._prompt_lengths[rows], self._answer_widths[rows]))]
 
     def _collate(self, rows: Int[np.ndarray, "B"], real_rows: int) -> Batch:
-        """The batch of these rows, of which the first `real_rows` have weight 1."""
+        """The batch of these rows; the first `real_rows` have weight 1."""
         examples = [self._examples[row] for row in rows]
         prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
         answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
@@ -322,6 +332,8 @@ class Batches:
                 answers[b, a, : len(ids)] = ids
         weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
         batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        if examples[0].rewards is not None:
+            batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
         return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
 
     def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:
@@ -339,7 +351,7 @@ class Batches:
 
 
 def _widths(lengths: Int[np.ndarray, "N"], max_length: int) -> Int[np.ndarray, "W"]:
-    """The widths that rows of these lengths are padded to, rising."""
+    """The widths that rows of these lengths are padded to, in increasing order."""
     needed = [np.quantile(lengths, 0.7, method="higher"), lengths.max()]
     return np.unique(np.minimum(np.ceil(np.array(needed) / 8).astype(int) * 8, max_length))
 

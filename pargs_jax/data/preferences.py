@@ -1,7 +1,7 @@
-"""Preference pairs, answers to imitate and prompts, from a local file or the hub.
+"""Preference pairs, answers to imitate, scored answers and prompts, from a local file or the hub.
 
-Every row is brought to one shape, `Preference`. A row that cannot be is set aside with its line and the reason; a
-source that gives nothing is an `InputError`.
+Every row is converted to a `Preference`. A row that cannot be converted is set aside with its line and the reason. A
+source without usable rows raises `InputError`.
 """
 
 import json
@@ -18,26 +18,34 @@ from pargs_jax.text.prompts import PromptForm, Turn, form_of_dialogue
 from pargs_jax.text.tokenization import TextTokenizer
 
 _ANSWER_FIELDS = ("chosen", "response", "completion")
-"""Where a row may hold the answer to imitate, first found first."""
+"""Columns that may hold the answer to imitate; the first one found is used."""
+_REWARD_FIELDS = ("reward", "guide_reward")
+"""Columns that may hold the reward of the answer; the first one found is used."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt with the preferred answer and, unless only answers to imitate were asked for, the other one."""
+    """One prompt with the preferred answer and the rejected one (None when only single answers were asked for).
+
+    A scored answer is in `chosen`, and `reward` is its reward. `finished` is false if the answer was cut off before its
+    end-of-sequence token.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str | None
+    reward: float | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt to answer, as the language model reads it.
 
-    Where each model writes the conversation in a template of its own, `turns` are what other models write theirs from;
-    None where all models read `text`, and empty where the turns are not known (see `PromptForm.turns_of`). `weights`
-    and `preference` are the prompt's own reward weights and preference vector, where it has them.
+    `turns` is the conversation that other models render in their own templates. It is None where all models read
+    `text`, and empty where the turns are not known (see `PromptForm.turns_of`). `weights` and `preference` are the
+    prompt's own reward weights and preference vector, if it has them.
     """
 
     id: str
@@ -49,7 +57,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: its line in a JSONL file, elsewhere its number, from 1, why, and what stands there."""
+    """A row that cannot be used: its line (in files other than JSONL, its number, from 1), the reason, and its
+    content."""
 
     line: int
     reason: str
@@ -58,9 +67,9 @@ class BadRow:
 
 @dataclass(frozen=True)
 class LoadedPreferences:
-    """The rows of a source: those that can be used, and those that cannot.
+    """The rows of a source: usable ones and bad ones.
 
-    `other_splits` counts those that were left out because their column `split` says that they are of another one.
+    `other_splits` counts the rows that were left out because their column `split` names another split.
     """
 
     rows: list[Preference]
@@ -69,7 +78,7 @@ class LoadedPreferences:
 
 
 class _MissingColumn(InputError):
-    """A row lacks a column that it needs, which may be there under another name."""
+    """A row lacks a required column, which may be there under another name."""
 
     def __init__(self, problem: str, fields: Mapping[str, Any]) -> None:
         super().__init__(f"{problem}; the row has {', '.join(map(str, fields)) or 'no fields'}")
@@ -81,38 +90,47 @@ def load_preferences(
     *,
     tokenizer: TextTokenizer | None = None,
     require_rejected: bool = True,
+    reward_range: tuple[float, float] | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
 ) -> LoadedPreferences:
-    """Reads preference pairs, or answers to imitate, and writes their prompts in `form`.
+    """Reads preference pairs, answers to imitate, or scored answers, and writes their prompts in `form`.
 
     Each row may be
     - explicit: `prompt`, `chosen`, `rejected`;
-    - implicit: `chosen` and `rejected` as whole dialogues in the form, or for `plain` in any form that has markers; the
+    - implicit: `chosen` and `rejected` are whole dialogues in `form` (with `plain`, in any form that has markers); the
       prompt is what they share up to the last answer marker;
-    - conversational: the prompt a list of `{"role", "content"}`, the answers likewise, the turns before them or not;
-    - where `require_rejected` is false also `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
-      which is an answer to the empty prompt.
+    - conversational: the prompt is a list of `{"role", "content"}`; so are the answers, with or without the turns
+      before them;
+    - if `require_rejected` is false, also: `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
+      which is an answer to the empty prompt;
+    - with a `reward_range`: an answer in one of these shapes with its `reward`, a finite number; or a row that
+      `decode.py` wrote with one reward model, where `guide_reward` is the reward. Such an answer is not changed, and
+      has no end-of-sequence token if its `finish_reason` is `length`.
 
     Args:
         source: a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a hub id.
         form: the prompt form.
-        tokenizer: needed by the form `chat` alone, for its template.
+        tokenizer: needed only by the form `chat`, for its template.
         require_rejected: whether rows need a rejected answer; if not, `rejected` is None in all of them.
-        split: `train` or `eval`, where a file's rows have a column `split`; which split to take of a data set from
+        reward_range: the lowest and the highest reward that a scored answer may have; None: rewards are not read.
+        split: `train` or `eval`. It selects rows of a file that has a column `split`, and the split of a data set on
             the hub (see `Rows`).
-        columns: by which name of its own the source calls a column, such as `{"prompt": "question"}`.
+        columns: the source's names for columns that it names differently, such as `{"prompt": "question"}`.
 
     Raises:
-        InputError: if the source is missing, unreadable or empty, if all its rows are bad, or for `split` or `columns`
-            that do not suit it.
+        InputError: if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
+            do not match the source.
     """
     preferences, bad_rows = [], []
     hint = ""
     rows = Rows(source, split, columns or {})
     for row in rows:
         try:
-            preferences.append(_preference(row, form, tokenizer, require_rejected))
+            if reward_range is None:
+                preferences.append(_preference(row, form, tokenizer, require_rejected))
+            else:
+                preferences.append(_scored_answer(row, form, tokenizer, reward_range))
         except InputError as error:
             bad_rows.append(BadRow(row.line, str(error), row.content))
             if isinstance(error, _MissingColumn):
@@ -134,7 +152,7 @@ def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
         InputError: if the file cannot be written.
     """
     try:
-        # A lone surrogate has no UTF-8; the backslash escape in its place is the JSON it came from.
+        # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             for bad_row in bad_rows:
                 file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
@@ -151,8 +169,8 @@ def load_prompts(
 ) -> list[Prompt]:
     """Reads prompts to answer from the sources that `load_preferences` reads, and writes them in `form`.
 
-    A row holds `prompt`, a text or a list of turns, or else `chosen` and `rejected` that share one, and may hold an
-    `id`; the line number is the id of one that does not. It may hold `weights` and `preference`, lists of numbers.
+    A row holds `prompt` (a text or a list of turns), or else `chosen` and `rejected` that share one. It may hold an
+    `id` (the default is its line number), and `weights` and `preference`, which are lists of numbers.
 
     Raises:
         InputError: if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
@@ -172,7 +190,7 @@ def load_prompts(
             raise InputError(f"{source}: line {row.line}: {error}{hint}") from error
         if prompt.id in prompts:
             raise InputError(
-                f"{source}: line {row.line}: a row before it has the id {prompt.id!r} too; ids must differ"
+                f"{source}: line {row.line}: an earlier row also has the id {prompt.id!r}; ids must differ"
             )
         prompts[prompt.id] = prompt
     if not prompts:
@@ -180,24 +198,24 @@ def load_prompts(
     return list(prompts.values())
 
 
-# From a row to a preference. These functions raise InputError with the reason alone; the callers above add the place.
+# From a row to a preference. These functions raise InputError with only the reason; their callers add the place.
 
 
 def _fields(row: SourceRow) -> dict[str, Any]:
     if row.problem:
         raise InputError(row.problem)
     if not isinstance(row.content, dict):
-        raise InputError(f"the row is of type {type(row.content).__name__}: it must be an object with named fields")
+        raise InputError(f"the row is of type {type(row.content).__name__}, must be an object with named fields")
     return row.content
 
 
 def _numbers(fields: dict[str, Any], name: str) -> tuple[float, ...] | None:
-    """A list of numbers that a row may have."""
+    """An optional column with a list of numbers."""
     found = fields.get(name)
     if found is None:
         return None
     if not isinstance(found, list) or not found or not all(_is_number(x) for x in found):
-        raise InputError(f"{name} must be a list of numbers, got {found!r}")
+        raise InputError(f"{name}: got {found!r}, must be a list of numbers")
     return tuple(map(float, found))
 
 
@@ -215,6 +233,8 @@ def _preference(
 ) -> Preference:
     fields = _fields(row)
     rejected = None
+    if require_rejected and "chosen" not in fields and fields.keys() & set(_REWARD_FIELDS):
+        raise InputError("the row is a scored answer, must be a pair: prompt, chosen, rejected")
     if not require_rejected:
         prompt, chosen = _prompt_and_answer(fields, form, tokenizer)
     elif fields.get("prompt") is None:
@@ -235,13 +255,50 @@ def _preference(
     return Preference(_row_id(row), prompt, chosen, rejected)
 
 
+def _scored_answer(
+    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, reward_range: tuple[float, float]
+) -> Preference:
+    fields = _fields(row)
+    if fields.get("rejected") is not None:
+        raise InputError("the row is a pair, must be a scored answer: prompt, response, reward")
+    reward = _reward(fields, *reward_range)
+    if "guide_reward" in fields:
+        prompt, answer = _prompt_text(fields, form, tokenizer), _text(fields, "response")
+    else:
+        prompt, answer = _prompt_and_answer(fields, form, tokenizer)
+    if not answer.strip():
+        raise InputError("the answer is empty")
+    for text in (prompt, answer):
+        _check_encodable(text)
+    return Preference(_row_id(row), prompt, answer, None, reward, fields.get("finish_reason") != "length")
+
+
+def _reward(fields: dict[str, Any], least: float, most: float) -> float:
+    """The reward of a scored answer."""
+    name = next((name for name in _REWARD_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        raise _MissingColumn("reward is missing", fields)
+    value = fields[name]
+    if isinstance(value, list):
+        raise InputError(f"{name} is {len(value)} numbers; a scored answer has one, so decode with one reward model")
+    try:
+        reward = math.nan if isinstance(value, bool) else float(value)  # CSV files hold texts
+    except (TypeError, ValueError, OverflowError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise InputError(f"{name} is {value!r}, must be a finite number")
+    if not least <= reward <= most:
+        raise InputError(f"{name} is {reward:g}, must be from {least:g} to {most:g} for this objective")
+    return reward
+
+
 def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> tuple[str, str]:
-    """The prompt and the answer to imitate. A rejected answer serves only to find an implicit prompt."""
+    """The prompt and the answer to imitate. A rejected answer is used only to find an implicit prompt."""
     if fields.get("prompt") is not None:
         name = next((name for name in _ANSWER_FIELDS if fields.get(name) is not None), None)
         if name is None:
             names = f"{', '.join(_ANSWER_FIELDS[:-1])} or {_ANSWER_FIELDS[-1]}"
-            raise _MissingColumn(f"no answer beside prompt: it must be called {names}", fields)
+            raise _MissingColumn(f"the row has a prompt but no answer, in a column {names}", fields)
         return _explicit_answer(fields, name, form, tokenizer)
     if fields.get("messages") is not None:
         turns, answer = _split_conversation(fields, "messages")
@@ -253,7 +310,7 @@ def _prompt_and_answer(fields: dict[str, Any], form: PromptForm, tokenizer: Text
 
 
 def _prompt_text(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> str:
-    """The row's prompt, whether it stands alone or only inside its answers."""
+    """The row's prompt: its own column, or the part that its answers share."""
     if fields.get("prompt") is None:
         _require_pair(fields)
         return _implicit_pair(fields, form, tokenizer)[0]
@@ -263,7 +320,7 @@ def _prompt_text(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokeni
 
 
 def _conversation(fields: dict[str, Any]) -> str | list[Turn] | None:
-    """What a row's prompt is written from, a question or turns; None where it is part of a whole text."""
+    """The question or turns that a row's prompt is rendered from; None where the prompt is part of a whole text."""
     if fields.get("prompt") is not None:
         return fields["prompt"]
     return _split_conversation(fields, "chosen")[0] if isinstance(fields.get("chosen"), list) else None
@@ -272,7 +329,7 @@ def _conversation(fields: dict[str, Any]) -> str | list[Turn] | None:
 def _explicit_answer(
     fields: dict[str, Any], name: str, form: PromptForm, tokenizer: TextTokenizer | None
 ) -> tuple[str, str]:
-    """The prompt and the answer called `name`. An answer that is a whole conversation brings its own prompt."""
+    """The prompt and the answer called `name`. If the answer is a whole conversation, it contains the prompt."""
     if not isinstance(fields.get(name), list):
         return _prompt_text(fields, form, tokenizer), form.begin_answer(_text(fields, name))
     turns, answer = _split_conversation(fields, name)
@@ -281,20 +338,20 @@ def _explicit_answer(
 
 
 def _require_pair(fields: dict[str, Any]) -> None:
-    """Where a prompt is looked for, a row without one needs two answers that share it."""
+    """Raises InputError for a row without a prompt, unless it has two answers that share one."""
     if fields.get("chosen") is None or fields.get("rejected") is None:
         raise _MissingColumn("prompt is missing", fields)
 
 
 def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextTokenizer | None) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected answer of a row that holds two whole texts, or two whole conversations."""
+    """Prompt, chosen and rejected answer of a row that holds two whole texts or two whole conversations."""
     if isinstance(fields.get("chosen"), list) and isinstance(fields.get("rejected"), list):
         turns, chosen = _split_conversation(fields, "chosen")
         other_turns, rejected = _split_conversation(fields, "rejected")
         if turns != other_turns:
             raise InputError("chosen and rejected do not answer the same prompt")
         if not turns:
-            raise _MissingColumn("no prompt beside chosen and rejected, which are answers alone", fields)
+            raise _MissingColumn("prompt is missing, and chosen and rejected do not contain one", fields)
         return form.render(turns, tokenizer), form.begin_answer(chosen), form.begin_answer(rejected)
     missing = [name for name in ("prompt", "chosen", "rejected") if fields.get(name) is None]
     if len(missing) > 1:
@@ -302,17 +359,17 @@ def _implicit_pair(fields: dict[str, Any], form: PromptForm, tokenizer: TextToke
     chosen, rejected = _text(fields, "chosen"), _text(fields, "rejected")
     start = _answer_start(chosen, rejected, form, tokenizer)
     if start is None:
-        raise _MissingColumn("no prompt beside chosen and rejected, which are not dialogues that share one", fields)
+        raise _MissingColumn("prompt is missing, and chosen and rejected are not dialogues that share one", fields)
     return chosen[:start], form.begin_answer(chosen[start:]), form.begin_answer(rejected[start:])
 
 
 def _answer_start(chosen: str, rejected: str, form: PromptForm, tokenizer: TextTokenizer | None) -> int | None:
-    """Where the answers begin in two whole dialogues that share a prompt; None if they are something else."""
+    """Where the answers begin in two whole dialogues that share a prompt; None if they are not such dialogues."""
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (texts, not paths)
     start = form.prompt_end(shared, tokenizer)
     other = form_of_dialogue(shared)
     if start is None and other is not None:
-        raise InputError(f"chosen and rejected are dialogues in the prompt form {other.name!r}, not {form.name!r}")
+        raise InputError(f"chosen and rejected are dialogues in the prompt format {other.name!r}, not {form.name!r}")
     return start
 
 
@@ -321,7 +378,7 @@ def _split_conversation(fields: dict[str, Any], name: str) -> tuple[list[Turn], 
     turns = fields[name]
     last = turns[-1] if isinstance(turns, list) and turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-        raise InputError(f"{name} must be a list of turns that ends with the assistant's")
+        raise InputError(f"{name} must be a list of turns that ends with an assistant turn")
     return turns[:-1], last["content"]
 
 
@@ -329,15 +386,15 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if fields.get(name) is None:
         raise _MissingColumn(f"{name} is missing", fields)
     if not isinstance(fields[name], str):
-        raise InputError(f"{name} is of type {type(fields[name]).__name__}: it must be a text or a list of turns")
+        raise InputError(f"{name} is of type {type(fields[name]).__name__}, must be a text or a list of turns")
     return fields[name]
 
 
 def _check_encodable(text: str) -> None:
-    """JSON can spell out what no tokenizer takes: half of a surrogate pair."""
+    """Raises InputError for half of a surrogate pair: JSON can spell it, but no tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"half a surrogate pair ({text[error.start]!r}) stands in the text: it is not Unicode"
+            f"the text contains half a surrogate pair ({text[error.start]!r}), so it is not valid Unicode"
         ) from error

@@ -1,4 +1,4 @@
-"""From a local file or the hub to rows of named columns, under the names that the package reads."""
+"""Reads a local file or a hub data set as rows of named columns, under the names that the package uses."""
 
 import csv
 import gzip
@@ -18,11 +18,11 @@ SPLITS = {
     "train": ("train", "training"),
     "eval": ("test", "validation", "valid", "val", "eval", "evaluation", "dev", "heldout", "held_out", "held-out"),
 }
-"""What a column `split` may say of the rows to train on, and of those to evaluate on."""
+"""Values of a column `split` for training rows and for evaluation rows."""
 
 
 class SourceRow(NamedTuple):
-    """What stands at one place of a source, and what is wrong with it already."""
+    """A row's position in its source, its content, and the problem that was found while reading it, if any."""
 
     line: int
     content: Any
@@ -31,15 +31,15 @@ class SourceRow(NamedTuple):
 
 @dataclass
 class Rows:
-    """The rows of a local file, or else of a hub data set (or a local folder laid out like one), to be read once.
+    """The rows of a local file or of a hub data set (or a local folder laid out like one), to be read once.
 
     Attributes:
         source: the file, folder or hub id.
-        split: `train` or `eval`: of a file whose rows have a column `split`, only those are given. On the hub, `eval`
-            is all of the data set's splits that `SPLITS` has for it, and any other is the split of that name. None
-            gives every row of a file.
-        columns: by which name of its own the source calls a column, for those that it calls otherwise.
-        other_splits: how many rows were left out so far because they are of another split.
+        split: `train` or `eval`. Of a file with a column `split`, only rows of this split are given; None gives every
+            row. On the hub, `eval` joins all splits of the data set that `SPLITS` lists for it; any other value is the
+            name of a split.
+        columns: the source's names for columns that it names differently.
+        other_splits: how many rows were left out so far because they belong to another split.
     """
 
     source: str | Path
@@ -48,11 +48,11 @@ class Rows:
     other_splits: int = 0
 
     def __iter__(self) -> Iterator[SourceRow]:
-        """The rows.
+        """Yields the rows.
 
         Raises:
-            InputError: if the source is missing, unreadable or empty, no row has a column that `columns` names, or its
-                splits are not known, or none of them is the one.
+            InputError: if the source is missing, unreadable or empty, if no row has a column that `columns` names, or
+                if the source's splits are unknown or do not include `split`.
         """
         names: set[str] = set()
         splits: Counter[Any] = Counter()
@@ -66,14 +66,16 @@ class Rows:
             yield row
         missing = [column for column in self.columns.values() if column not in names]
         if names and missing:
-            raise InputError(f"{self.source}: no row has a column {missing[0]!r}; there are {', '.join(sorted(names))}")
+            raise InputError(
+                f"{self.source}: no row has a column {missing[0]!r}; the columns are {', '.join(sorted(names))}"
+            )
         if None in splits and len(splits) > 1:
             raise InputError(
-                f"{self.source}: {splits[None]} rows have no split, and others have; fill or drop the column"
+                f"{self.source}: {splits[None]} rows have no split, but others do; fill or drop the column split"
             )
         if self.other_splits and self.other_splits == splits.total():
             raise InputError(
-                f"{self.source}: no row's split is {_listed(SPLITS[self.split])}; the column says "
+                f"{self.source}: no row's split is {_listed(SPLITS[self.split])}; the column split has "
                 f"{', '.join(map(repr, splits))}"
             )
 
@@ -83,7 +85,7 @@ class Rows:
         return {name: value for name, value in content.items() if name not in taken} | renamed
 
     def _belongs(self, row: SourceRow, splits: Counter[Any]) -> bool:
-        """Whether a row is of the split that is read; counts what its column `split` says."""
+        """Whether a row belongs to `split`; also counts the values of its column `split`."""
         if self.split not in SPLITS or not Path(self.source).is_file():
             return True
         value = row.content.get("split")
@@ -95,7 +97,7 @@ class Rows:
         if split is None:
             raise InputError(
                 f"{self.source}: line {row.line}: split is {said!r}, must be {_listed(SPLITS['train'])}, or for "
-                f"evaluation {_listed(SPLITS['eval'])}; give a column that says something else another name"
+                f"evaluation {_listed(SPLITS['eval'])}; if the column means something else, rename it"
             )
         return split == self.split
 
@@ -139,20 +141,20 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}: not JSON (one object a line is .jsonl): {error.msg} at line {error.lineno}"
+            f"{path}: not JSON (a file with one object per line must end in .jsonl): {error.msg} at line {error.lineno}"
         ) from error
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
-        raise InputError(f"{path}: must hold a list of rows, or an object with such a list called data")
+        raise InputError(f"{path}: must hold a list of rows, or an object with the list under 'data'")
     yield from map(SourceRow, itertools.count(1), content)
 
 
 def _csv_rows(path: Path) -> Iterator[SourceRow]:
-    csv.field_size_limit(2**31 - 1)  # Python's limit of 128 KiB a field is less than a long dialogue
+    csv.field_size_limit(2**31 - 1)  # Python's default, 128 KiB a field, is too small for long dialogues
     with open(path, newline="", encoding="utf-8-sig") as file:
         for number, fields in enumerate(csv.DictReader(file), start=1):
-            problem = "the row has more values than there are columns" if None in fields else ""
+            problem = "the row has more values than the header has columns" if None in fields else ""
             yield SourceRow(number, fields, problem)
 
 

@@ -1,7 +1,7 @@
 """The decode loop: reward-guided generation for a batch of rows in one `lax.scan`.
 
-A step lets the proposer choose candidates, adds the guides' weighted rewards to their log-probabilities, and draws one
-by the rule: `score(v) = log p(v | x, y) + sum_j w_j r_j(x, y, v)` (PARGS, Algorithm 1; ARGS, Eq. 1).
+In each step the proposer chooses candidates, the guides' weighted rewards are added to their log-probabilities, and the
+rule draws one: `score(v) = log p(v | x, y) + sum_j w_j r_j(x, y, v)` (PARGS, Algorithm 1; ARGS, Eq. 1).
 """
 
 import dataclasses
@@ -26,23 +26,23 @@ AllParams = tuple[Params, tuple[Any, ...]]
 """The arrays of the language model, and of each guide."""
 
 
-MOST_TRACED = 100
-"""Candidates of a step in a trace: a whole vocabulary at every token would take gigabytes."""
+MAX_TRACED = 100
+"""The most candidates per step in a trace; whole vocabularies at every token would take gigabytes."""
 
 
 class Decoded(NamedTuple):
-    """The answers of a batch; `tokens[b, :lengths[b]]` is row b's, with its end-of-sequence token if it `finished`."""
+    """The answers of a batch; row b is `tokens[b, :lengths[b]]`, with its end-of-sequence token if it `finished`."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     finished: Bool[Array, "B"]
     rewards: Float[Array, "B J"]
-    """Each guide's reward of the answer: the last token's, or the sum over its tokens for guides that add up."""
+    """Each guide's reward of the answer: the last token's, or the sum over all tokens for guides that add up."""
     trace: Trace
 
 
 class _Fused(NamedTuple):
-    """What a step computes before a token is drawn."""
+    """The results of a step before a token is drawn."""
 
     proposal: Proposal
     rest: Rest | None
@@ -53,20 +53,20 @@ class _Fused(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The static parts of a decode.
+    """The static parts of a decoder.
 
     Attributes:
         lm: the language model.
-        guides: what scores tokens.
-        proposer: which tokens are candidates.
-        rule: how one is drawn.
+        guides: the guides that score tokens.
+        proposer: chooses the candidates.
+        rule: draws one of them.
         eos_ids: tokens that end an answer.
-        pad_id: what stands behind an answer's end.
-        keeps_candidates: whether the trace holds the candidates with their numbers: all, or the chosen one and those
-            with the highest probability, `MOST_TRACED` together.
+        pad_id: the token after an answer's end.
+        keeps_candidates: whether the trace holds the candidates with their numbers: all of them, or else `MAX_TRACED`,
+            which are the chosen one and the most probable others.
         reward_form: how rewards enter the scores.
-        keeps_rest: whether the tokens that are not proposed can be drawn too, at the score that they have without
-            rewards (VAS). They are one more candidate (see `Rest`).
+        keeps_rest: whether tokens that are not proposed can be drawn too, with their scores without rewards (VAS).
+            Together they form one more candidate (see `Rest`).
     """
 
     lm: CausalModel
@@ -83,7 +83,7 @@ class Decoder:
         vocab_size = self.lm.config.vocab_size
         proposed = self.proposer.size(vocab_size)
         if not 1 <= proposed <= vocab_size:
-            raise InputError(f"k is {proposed}; it must be from 1 to the vocabulary's {vocab_size} tokens")
+            raise InputError(f"k: got {proposed}, must be from 1 to {vocab_size}, the size of the vocabulary")
 
     @property
     def candidates(self) -> int:
@@ -100,8 +100,8 @@ class Decoder:
         max_new_tokens: int,
         guide_prompts: tuple[Prompts | None, ...] | None = None,
     ) -> DecodeState:
-        """Reads the prompts, each guide its own (see `decode`); the state has room for answers of `max_new_tokens`. A
-        row of length 0 is filler: it is finished from the start."""
+        """Reads the prompts; each guide reads its own (see `decode`). The state holds answers of up to `max_new_tokens`
+        tokens. A row of length 0 is filler: it is finished from the start."""
         lm_params, guide_params = params
         prompts = constrain(prompts, ROWS, None)
         guide_prompts = jax.tree.map(
@@ -120,18 +120,18 @@ class Decoder:
             lengths == 0,
             keys,
             settings,
-            # The last token of a prompt is left to the first step, which reads the newest token like every other.
+            # The prompt's last token is left for the first step, which reads the newest token like every other step.
             cache._replace(lengths=jnp.maximum(lengths - 1, 0)),
             guides,
             self._blank_trace(batch, max_new_tokens),
         )
 
     def advance(self, params: AllParams, state: DecodeState, steps: int) -> DecodeState:
-        """`steps` more tokens for every row that is not done, as one scan; steps after the last row is done are
+        """Draws `steps` more tokens for every unfinished row, in one scan. After the last row has finished, steps are
         skipped."""
 
         def body(state: DecodeState, _: None) -> tuple[DecodeState, None]:
-            # A loop that runs once or not at all: unlike a `cond`, it updates caches in place.
+            # A loop that runs at most once. Unlike a `cond`, it updates caches in place.
             _, state = jax.lax.while_loop(
                 lambda carry: carry[0] & ~carry[1].done.all(),
                 lambda carry: (jnp.zeros((), bool), self._step(params, carry[1])),
@@ -144,8 +144,8 @@ class Decoder:
     def rewind(
         self, state: DecodeState, answer_lengths: Int[Array, "B"], keys: PRNGKeyArray | None = None
     ) -> DecodeState:
-        """Takes back the tokens of each answer beyond `answer_lengths[b]`; nothing is copied. A row goes on from there,
-        also one that was done, and draws the same tokens again unless it gets another key."""
+        """Removes the tokens of each answer beyond `answer_lengths[b]`; nothing is copied. The row can then go on, even
+        if it was finished. It draws the same tokens again unless it gets another key."""
         dropped = jnp.maximum(state.text.answer_lengths - answer_lengths, 0)
         text = state.text._replace(lengths=state.text.lengths - dropped)
         return state._replace(
@@ -160,7 +160,7 @@ class Decoder:
         )
 
     def read(self, state: DecodeState) -> Decoded:
-        """The answers so far."""
+        """Returns the answers so far."""
         lengths = state.text.answer_lengths
         width = state.trace.log_probs.shape[1]
         written = jnp.arange(width) < lengths[:, None]
@@ -191,7 +191,7 @@ class Decoder:
         chosen = Chosen(token, index, live)
 
         rows = jnp.arange(len(live))
-        # A row that is done writes nowhere.
+        # A finished row writes nowhere.
         at = jnp.where(live, text.lengths, text.tokens.shape[1])
         step = jnp.where(live, text.answer_lengths, state.trace.log_probs.shape[1])
         new = self._note(fused, log_q, index)
@@ -254,7 +254,7 @@ class Decoder:
         return _Fused(proposal, rest, entropies, lm_pending, tuple(pending))
 
     def _note(self, fused: _Fused, log_q: Float[Array, "B K"], index: Int[Array, "B"]) -> Trace:
-        """What is noted of one step, `[B ...]`."""
+        """The trace of one step, `[B ...]`."""
         proposal = fused.proposal
 
         def of_chosen(x: Array) -> Array:
@@ -271,16 +271,16 @@ class Decoder:
         if self.keeps_candidates:
             tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
             candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
-            if self.candidates > MOST_TRACED:
+            if self.candidates > MAX_TRACED:
                 is_chosen = jnp.arange(self.candidates) == index[:, None]
-                _, kept = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MOST_TRACED)
+                _, traced = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MAX_TRACED)
                 rows = jnp.arange(len(index))[:, None]
-                candidates = jax.tree.map(lambda x: x[rows, kept], candidates)
+                candidates = jax.tree.map(lambda x: x[rows, traced], candidates)
         of_token = map(of_chosen, (proposal.log_probs, log_q))
         return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
 
     def _blank_trace(self, batch: int, steps: int) -> Trace:
-        count, guides = min(self.candidates, MOST_TRACED), len(self.guides)
+        count, guides = min(self.candidates, MAX_TRACED), len(self.guides)
         candidates = None
         if self.keeps_candidates:
             numbers = jnp.zeros((batch, steps, count))
@@ -294,7 +294,7 @@ class Decoder:
 
 
 def row_keys(seed: int, prompt_ids: Int[Array, "B"]) -> PRNGKeyArray:
-    """One key a row, from the seed and the prompt's id alone, so that an answer does not depend on its batch."""
+    """One key per row, from the seed and the prompt's id only, so that an answer does not depend on its batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_ids)
 
 
@@ -321,11 +321,11 @@ def decode(
         lm_params, guide_params: the arrays of the language model, and of each guide.
         prompts, lengths: left-padded token ids, and the number of real ones in each row. The longest prompt and
             `max_new_tokens` together must fit the `max_positions` of every model's config.
-        keys: one PRNG key a row (`row_keys`).
-        settings: what each row asks for: reward weights, temperature, number of candidates, longest answer.
+        keys: one PRNG key per row (`row_keys`).
+        settings: each row's reward weights, temperature, number of candidates, and longest answer.
         max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
-        guide_prompts: for each guide the same prompts as its own model reads them, or None where it reads what the
-            language model reads. Guides with a tokenizer of their own need them.
+        guide_prompts: for each guide the same prompts in its model's tokens and template, or None where it reads the
+            language model's prompts. Guides with their own tokenizer need them.
     """
     params = (lm_params, guide_params)
     state = decoder.start(params, prompts, lengths, keys, settings, max_new_tokens, guide_prompts)

@@ -1,7 +1,7 @@
-"""The named methods: each is a combination of parts and their usual numbers, not a code path of its own.
+"""The named methods. Each is a combination of parts with default numbers, not a separate code path.
 
-The table imports no JAX, so that a help text shows it at once; a method's parts are imported when they are asked for.
-docs/methods.md says of each what it needs, what it costs, and what to watch.
+The table imports no JAX, so that help texts appear at once; a method's parts are imported when they are needed.
+docs/methods.md says what each method needs, what it costs, and what to watch.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from pargs_jax.decoding.search import SearchMethod
 
 RewardModelKind = Literal["full", "partial", "autoregressive", "preference", "ratio", "look_ahead"]
-"""What guides a method: reward models trained on full answers, or on their prefixes; language models whose
-log-probabilities are rewards; one of these that takes a preference vector; pairs of language models, tuned and
-reference, whose log-ratio is the reward; or an aligned language model, and a reward model of full answers, which scores
-what it writes."""
+"""The models that guide a method: reward models trained on full answers, or on their prefixes; language models whose
+log-probabilities are rewards; one such model that takes a preference vector; pairs of language models, tuned and
+reference, whose log-ratio is the reward; or an aligned language model with a reward model of full answers that scores
+its continuations."""
 
 CandidateKind = Literal["top_k", "top_k_of_sum", "top_p", "all"]
 SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection", "smc"]
@@ -25,22 +25,23 @@ SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to decode: which tokens are candidates, how one is drawn, and the usual numbers.
+    """A way to decode: how candidates are chosen, how one of them is drawn, and the default numbers.
 
     Attributes:
         source: its name and paper.
-        score: its equation, in the terms of docs/methods.md. What is sampled has q = softmax(score / temperature).
-        reward_model: what guides it; None for a method without a reward model.
+        score: its equation, in the terms of docs/methods.md. Sampling draws from q = softmax(score / temperature).
+        reward_model: the kind of model that guides it; None for a method without a reward model.
         draws: how a token is drawn.
-        k, weight, temperature, top_p, look_ahead: the numbers that the paper or its code uses. The last is how many
-            tokens an aligned model writes after each candidate.
+        k, weight, temperature, top_p, look_ahead: the numbers that the paper or its code uses. `look_ahead` is the
+            number of tokens that an aligned model writes after each candidate.
         candidates: the language model's k likeliest tokens; the k highest scores; the nucleus; or the whole vocabulary.
-            A reward model that scores one text at a time cannot score them all: the k likeliest are scored.
+            Reward models that score one text at a time cannot score a vocabulary; with them, the k likeliest tokens are
+            used.
         reward_form: how rewards enter the scores (see `RewardForm`).
         keeps_rest: whether tokens that are not scored keep their probability.
-        search: how several rows of a prompt are searched (docs/search.md). The reward models then judge what the
-            language model draws, but for the particles of `smc`, which they guide.
-        search_options: the options of that search with their usual values.
+        search: how several rows of a prompt are searched (docs/search.md). The reward models then judge the language
+            model's samples, except in `smc`, where they guide the particles.
+        search_options: the options of that search with their default values.
     """
 
     source: str
@@ -64,11 +65,11 @@ class Method:
 
     @property
     def judged(self) -> bool:
-        """Whether reward models judge what was drawn, and do not guide it."""
+        """Whether reward models judge finished samples instead of guiding them."""
         return self.search not in (None, "smc")
 
     def make_search(self, given: Mapping[str, float | str | bool]) -> "SearchMethod":
-        """The search of a method that has one, with these options instead of its own."""
+        """The method's search, with its options replaced by the given ones."""
         from pargs_jax.decoding.search import SEARCHES
 
         options = {**dict(self.search_options), **given}
@@ -76,7 +77,7 @@ class Method:
 
     @property
     def rule(self) -> "Rule":
-        """How a token is drawn from the candidates."""
+        """The rule that draws a token from the candidates."""
         from pargs_jax.decoding.rules import RULES
 
         return RULES[self.draws]
@@ -84,11 +85,12 @@ class Method:
     def proposer(
         self, k: int | None = None, *, top_p: float | None = None, scores_vocabulary: bool = True
     ) -> "Proposer":
-        """What proposes candidates.
+        """The proposer that chooses the candidates.
 
         Args:
-            k, top_p: instead of the method's own. With k, a method whose candidates are all tokens has only so many.
-            scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens stand for all.
+            k, top_p: replace the method's own. With k, a method whose candidates are all tokens has only k.
+            scores_vocabulary: whether all guides are vocabulary guides. If not, the k likeliest tokens replace all
+                tokens.
         """
         from pargs_jax.decoding.proposals import AllTokens, TopK, TopKOfSum, TopP
 
@@ -102,27 +104,27 @@ class Method:
 
     @property
     def unused(self) -> dict[str, str]:
-        """Which of the options below mean nothing to this method, and why."""
+        """The options below that do not apply to this method, each with the reason."""
         is_contrastive = self.draws == "contrastive"
         reasons = {
             "weight": "" if self.guided or is_contrastive else "is not guided",
             "gate_entropy": "" if self.guided and not self.judged else "is not guided at each token",
             "temperature": "" if self.draws == "sample" else "does not sample",
-            "top_p": "" if self.candidates == "top_p" else "has other candidates",
+            "top_p": "" if self.candidates == "top_p" else "does not choose candidates by their total probability",
             "look_ahead": "" if self.look_ahead else "does not look ahead",
             "preference": "" if self.reward_model == "preference" else "takes no preference vector",
         }
         if self.draws == "greedy" and not self.guided:
-            reasons["k"] = "takes the likeliest token"
+            reasons["k"] = "takes the most likely token"
         elif self.candidates == "top_p" or (
             self.reward_model in ("autoregressive", "preference", "ratio") and not self.judged
         ):
-            reasons["k"] = "does not take the k likeliest tokens"
+            reasons["k"] = "does not take the k most likely tokens"
         return {name: reason for name, reason in reasons.items() if reason}
 
     @property
     def defaults(self) -> str:
-        """The numbers that it has unless others are given, for those that mean something to it."""
+        """The default numbers of the options that it has."""
         numbers = [
             f"{name} {getattr(self, name.replace(' ', '_')):g}"
             for name in ("k", "weight", "temperature", "top_p", "look_ahead")
@@ -133,17 +135,18 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "greedy": Method("greedy decoding", "the likeliest token", None, "greedy", k=1),
-    "top_k": Method("top-k sampling (Fan et al., 2018)", "log p(v) for the k likeliest tokens", None, "sample"),
+    "greedy": Method("greedy decoding", "the most likely token", None, "greedy", k=1),
+    "top_k": Method("top-k sampling (Fan et al., 2018)", "log p(v) for the k most likely tokens", None, "sample"),
     "top_p": Method(
-        "nucleus sampling (Holtzman et al., 2020)", "log p(v) for the fewest tokens with probability P together",
+        "nucleus sampling (Holtzman et al., 2020)", "log p(v) for the fewest tokens with total probability P",
         None, "sample", top_p=0.95, candidates="top_p",
     ),
     "contrastive": Method(
         "contrastive search (Su et al., 2022)", "(1 - w) p(v) - w max_j cos(h_v, h_j)", None, "contrastive", k=8,
         weight=0.6,
     ),
-    # ARGS adds rewards to raw logits, which differ from log-probabilities by a constant in each step: it chooses alike.
+    # ARGS adds rewards to raw logits. They differ from log-probabilities by a constant in each step, so choices are
+    # equal.
     "args": Method("ARGS-greedy (Khanov et al., 2024)", "log p(v) + w r(y, v)", "full", "greedy", weight=1.5),
     "args_stochastic": Method(
         "ARGS-stochastic (Khanov et al., 2024)", "log p(v) + w r(y, v)", "full", "sample", weight=1.5, temperature=0.7
@@ -157,7 +160,7 @@ METHODS: dict[str, Method] = {
         reward_form="clipped",
     ),
     "farma": Method(
-        "FaRMA (Rashid et al., 2025)", "log p(v) + w r(y, v), of which the k highest", "partial", "sample", weight=1.0,
+        "FaRMA (Rashid et al., 2025)", "log p(v) + w r(y, v), the k highest", "partial", "sample", weight=1.0,
         candidates="top_k_of_sum",
     ),
     "cd": Method(
@@ -165,7 +168,7 @@ METHODS: dict[str, Method] = {
         candidates="all",
     ),
     "vas": Method(
-        "VAS (Han et al., 2024)", "log p(v) + w (V(y, v) - mean V) for the k likeliest, log p(v) for the rest",
+        "VAS (Han et al., 2024)", "log p(v) + w (V(y, v) - mean V) for the k most likely, log p(v) for the rest",
         "partial", "sample", k=20, weight=3.0, reward_form="centred", keeps_rest=True,
     ),
     "genarm": Method(
@@ -173,7 +176,7 @@ METHODS: dict[str, Method] = {
         candidates="all",
     ),
     "parm": Method(
-        "PARM (Lin et al., 2025)", "log p(v) + w log pi(v | a), a the row's preference vector", "preference",
+        "PARM (Lin et al., 2025)", "log p(v) + w log pi(v | a), where a is the row's preference vector", "preference",
         "sample", weight=1.0, candidates="all",
     ),
     "expert_ratio": Method(

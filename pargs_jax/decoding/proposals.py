@@ -1,4 +1,4 @@
-"""Which tokens are candidates, and what a step knows of them. A proposer is a small static object."""
+"""Choosing candidates, and the data about them that a step passes on. A proposer is a small static object."""
 
 import dataclasses
 from typing import Literal, NamedTuple, Protocol
@@ -11,21 +11,21 @@ from pargs_jax.errors import InputError
 
 
 class Proposal(NamedTuple):
-    """The candidates of a step with all that a rule may look at; candidates come with the likeliest first."""
+    """The candidates of a step, the likeliest first, with all data that a rule may use."""
 
     tokens: Int[Array, "B K"]
     is_candidate: Bool[Array, "B K"]
-    """A row may have fewer than K."""
+    """Which of the K places hold a candidate; a row may have fewer than K."""
     log_probs: Float[Array, "B K"]
-    """Under the language model: over its whole vocabulary, at temperature 1, in nats."""
+    """Log-probabilities under the language model, over its whole vocabulary, at temperature 1, in nats."""
     rewards: Float[Array, "B K J"]
     scores: Float[Array, "B K"]
-    """`log p + sum_j w_j r_j`, the rewards in the form that the decoder gives them (`RewardForm`); minus infinity where
-    there is no candidate."""
+    """`log p + sum_j w_j r_j`, with rewards in the decoder's `RewardForm`; minus infinity in places without a
+    candidate."""
     hidden: Float[Array, "B D"]
-    """The language model's final hidden state, before the candidates."""
+    """The language model's final hidden state, before any candidate."""
     weights: Float[Array, "B J"]
-    """Each guide's weight in this step: 0 for all of them where the row is not guided."""
+    """Each guide's weight in this step; all 0 where the row is not guided."""
 
 
 class Proposer(Protocol):
@@ -42,8 +42,8 @@ class Proposer(Protocol):
 
         Args:
             logits: the language model's.
-            vocabulary_rewards: the weighted sum of the vocabulary guides' rewards, zero without any.
-            counts: how many candidates each row asks for, at most K.
+            vocabulary_rewards: the weighted sum of the vocabulary guides' rewards; zero without such guides.
+            counts: the number of candidates that each row asks for, at most K.
         """
         ...
 
@@ -65,8 +65,8 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class TopKOfSum:
-    """The k highest sums of log-probability and vocabulary rewards (FaRMA; Rashid et al., 2025). Candidate guides can
-    score only what is proposed already: with them alone, this is `TopK`."""
+    """The k highest sums of log-probability and vocabulary rewards (FaRMA; Rashid et al., 2025). Candidate guides score
+    only tokens that are already proposed, so with candidate guides alone this equals `TopK`."""
 
     k: int
 
@@ -81,17 +81,17 @@ class TopKOfSum:
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """The nucleus: the fewest tokens, likeliest first, whose probability under the language model at temperature 1 is
-    at least `mass` (Holtzman et al., 2020). Tokens as likely as its last one belong to it too.
+    """The nucleus: the fewest tokens, likeliest first, with a total probability of at least `mass` under the language
+    model at temperature 1 (Holtzman et al., 2020). Tokens as likely as the last of them are included too.
 
-    Candidates come in the order of their ids.
+    Candidates are in the order of their ids.
     """
 
     mass: float
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1:
-            raise InputError(f"top p is {self.mass}; it must be above 0 and at most 1")
+            raise InputError(f"top_p: got {self.mass}, must be above 0 and at most 1")
 
     def size(self, vocab_size: int) -> int:
         return vocab_size
@@ -100,9 +100,9 @@ class TopP:
         self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
     ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
         tokens, every = AllTokens()(logits, vocabulary_rewards, counts)
-        if self.mass == 1:  # sums of small numbers may reach 1 too early
+        if self.mass == 1:  # rounded sums may reach 1 too early
             return tokens, every
-        # The least probability in the nucleus, by bisection of its bits, whose order is that of positive floats: 30
+        # The least probability in the nucleus, by bisection over its bits, which order positive floats correctly. 30
         # passes over the vocabulary are much faster than a sort.
         probs = jax.nn.softmax(logits, axis=-1)
 
@@ -120,7 +120,7 @@ class TopP:
 
 @dataclasses.dataclass(frozen=True)
 class AllTokens:
-    """The whole vocabulary, in the order of its ids; for vocabulary guides, since a candidate guide would have to score
+    """The whole vocabulary, in the order of its ids. Meant for vocabulary guides: a candidate guide would have to score
     every token."""
 
     def size(self, vocab_size: int) -> int:
@@ -134,13 +134,13 @@ class AllTokens:
 
 
 RewardForm = Literal["plain", "clipped", "centred"]
-"""How rewards enter the scores: as they are; clipped to [0, 1] (RAD); or minus their mean over the candidates (VAS)."""
+"""How rewards enter the scores: unchanged; clipped to [0, 1] (RAD); or minus their mean over the candidates (VAS)."""
 
 
 def in_form(
     form: RewardForm, rewards: Float[Array, "B K J"], is_candidate: Bool[Array, "B K"]
 ) -> Float[Array, "B K J"]:
-    """The rewards of candidates, as the scores take them."""
+    """Converts candidates' rewards to this form."""
     if form == "clipped":
         return jnp.clip(rewards, 0.0, 1.0)
     if form == "centred":

@@ -1,8 +1,8 @@
-"""The tokens that are not candidates, as one more candidate, for methods that guide a few tokens and keep all.
+"""Treats all tokens that are not candidates as one more candidate, for methods that guide a few tokens and keep all.
 
-If a row draws any of those tokens, it draws the one with the highest sum of scaled log-probability and Gumbel noise.
-That one is known before the candidates' rewards are. So it stands for all of them: its score has their whole
-probability, and guides score it and keep it like any other candidate.
+If a row draws any of these tokens, it draws the one with the highest sum of scaled log-probability and Gumbel noise.
+That token is known before the candidates' rewards are, so it can represent all of them. Its score has their total
+probability, and guides score and commit it like any other candidate.
 """
 
 from typing import NamedTuple
@@ -13,23 +13,24 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
 class Rest(NamedTuple):
-    """The tokens that are not among the candidates, and the one that stands for them.
+    """The tokens that are not candidates, and the one that represents them.
 
-    `log_share` and `kl_log_prob` are the same for all that may be drawn: KL(q || p) is a sum over candidates of
-    q (log q - log p), in which the rest, with its own q, has `kl_log_prob` for log p.
+    All these tokens share `log_share` and `kl_log_prob`. KL(q || p) is a sum over candidates of q (log q - log p); the
+    term of the rest uses its q, and `kl_log_prob` as log p.
     """
 
     token: Int[Array, "B"]
-    """The one that stands for them."""
+    """The token that represents them."""
     exists: Bool[Array, "B"]
-    """Whether there is any."""
+    """Whether there are any such tokens."""
     score: Float[Array, "B"]
-    """temperature * log sum exp(log p / temperature), so that a softmax gives them the probability that they have."""
+    """temperature * log sum exp(log p / temperature), so that a softmax gives them their total probability."""
     log_share: Float[Array, "B"]
-    """Log-probability of the token among them, at the row's temperature."""
+    """Log-probability of `token` among these tokens, at the row's temperature."""
     kl_log_prob: Float[Array, "B"]
     noise: Float[Array, "B K+1"]
-    """What `log q + noise` is the largest of is drawn, by the same noise as `categorical` over the whole vocabulary."""
+    """The candidate with the largest `log q + noise` is drawn; same noise as `categorical` over the whole
+    vocabulary."""
 
 
 def draw_rest(
@@ -39,20 +40,20 @@ def draw_rest(
     temperature: Float[Array, "B"],
     keys: PRNGKeyArray,
 ) -> Rest:
-    """Draws the token that stands for the rest of the vocabulary.
+    """Draws the token that represents the rest of the vocabulary.
 
     Args:
         log_probs: of all tokens, in nats.
-        candidates, is_candidate: what is left out.
-        temperature: that of the sampling; 0 takes the likeliest.
-        keys: one a row, those that the row's next token is drawn with.
+        candidates, is_candidate: the tokens that do not belong to the rest.
+        temperature: the sampling temperature; 0 takes the likeliest.
+        keys: one per row; the same keys that the row's next token is drawn with.
     """
     rows = jnp.arange(len(log_probs))
     is_greedy = temperature[:, None] == 0
     scale = jnp.where(is_greedy, 1.0, temperature[:, None])
     scaled = log_probs / scale
     noise = jnp.where(is_greedy, 0.0, jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[1:]))(keys))
-    vocabulary = jnp.where(is_candidate, candidates, log_probs.shape[1])  # other places mark nothing
+    vocabulary = jnp.where(is_candidate, candidates, log_probs.shape[1])  # empty places exclude nothing
     outside = jnp.ones(log_probs.shape, bool).at[rows[:, None], vocabulary].set(False, mode="drop")
     noisy = jnp.where(outside, scaled + noise, -jnp.inf)
     token = noisy.argmax(axis=1)

@@ -1,5 +1,5 @@
-"""How a token is drawn from a proposal. A rule gives the distribution that it draws from, so that a step can report it
-exactly; one that always takes the best candidate gives it all the probability."""
+"""How a token is drawn from a proposal. A rule returns the distribution that it draws from, so that a step can report
+it exactly. A rule that always takes the best candidate gives that candidate all the probability."""
 
 import dataclasses
 from typing import Protocol
@@ -15,7 +15,7 @@ class Rule(Protocol):
     """A distribution over the candidates of each row. Static and hashable."""
 
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
-        """Log-probabilities in nats; minus infinity for what is never drawn."""
+        """Log-probabilities in nats; minus infinity for candidates that are never drawn."""
         ...
 
 
@@ -44,7 +44,7 @@ class Contrastive:
 
         (1 - alpha) p(v) - alpha max_j cos(h_v, h_j)
 
-    The rewards are those of one `SimilarityGuide`, minus the largest cosine, and alpha is its weight.
+    The rewards are those of one `SimilarityGuide` (minus the largest cosine), and alpha is its weight.
     """
 
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:

@@ -1,8 +1,7 @@
-"""The rows of a decode: what each of them has written, and what goes on from there.
+"""The rows of a decode: the text of each row, and everything that is needed to continue it.
 
-Rows know where they are. Each has its own text, key and settings, so that one compiled step serves rows of different
-requests, and what a row writes depends on nothing but itself. Rows can be copied (`take`), taken back (`rewind`) and
-replaced (`insert`).
+Each row has its own text, key and settings. So one compiled step serves rows of different requests, and a row's text
+does not depend on other rows. Rows can be copied (`take`), shortened (`rewind`) and replaced (`insert`).
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +14,15 @@ from pargs_jax.models.cache import Cache, put_rows, take_rows
 
 
 class RowSettings(NamedTuple):
-    """What a row asks for."""
+    """The settings of each row."""
 
     weights: Float[Array, "B J"]
-    """One reward weight a guide: `beta` in PARGS, Eq. 6."""
+    """One reward weight per guide: `beta` in PARGS, Eq. 6."""
     temperature: Float[Array, "B"]
     candidates: Int[Array, "B"]
-    """At most as many as the proposer has places for."""
+    """The number of candidates, at most K of the proposer."""
     max_new_tokens: Int[Array, "B"]
-    """The longest answer, its end-of-sequence token included; at most what the state has room for."""
+    """The longest answer, its end-of-sequence token included; at most the capacity of the state."""
     gate_entropy: Float[Array, "B"] | None = None
     """A step is guided only where the language model's entropy is at least this, in nats; None for all steps."""
 
@@ -50,26 +49,26 @@ class RowSettings(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What was noted of each token of the answers; 0 beyond an answer's end."""
+    """Numbers about each token of the answers; 0 beyond an answer's end."""
 
     log_probs: Float[Array, "B N"]
-    """Of the token under the language model (whole vocabulary, temperature 1), in nats."""
+    """The token's log-probability under the language model (whole vocabulary, temperature 1), in nats."""
     guided_log_probs: Float[Array, "B N"]
-    """Of the token under the distribution that it was drawn from."""
+    """The token's log-probability under the distribution that it was drawn from."""
     entropies: Float[Array, "B N"]
-    """Of the language model's distribution, in nats."""
+    """The entropy of the language model's distribution, in nats."""
     kls: Float[Array, "B N"]
-    """KL(q || p) of the distribution that the token was drawn from and the language model's, in nats; exact."""
+    """KL(q || p) in nats, exact: q is the distribution that the token was drawn from, p the language model's."""
     rewards: Float[Array, "B N J"]
     """Each guide's reward of the answer up to and including the token, or of the token for guides that add up."""
     candidates: "CandidateTrace | None" = None
 
 
 class CandidateTrace(NamedTuple):
-    """What was noted of each step's candidates, where that was asked for."""
+    """Numbers about each step's candidates, if they were asked for."""
 
     tokens: Int[Array, "B N K"]
-    """-1 where a row had fewer candidates than places."""
+    """Token ids; -1 where a row had fewer candidates than places."""
     log_probs: Float[Array, "B N K"]
     guided_log_probs: Float[Array, "B N K"]
     rewards: Float[Array, "B N K J"]
@@ -94,11 +93,11 @@ class DecodeState(NamedTuple):
 
 
 def take(state: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
-    """N rows, each a copy of row `rows[n]`: their texts, caches, and all that guides know of them."""
+    """N rows, each a copy of row `rows[n]`: its text, caches and guide states."""
     return take_rows(state, rows)
 
 
 def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
-    """Replaces rows by those of another state, begun by the same decoder with the same capacity; its row n goes to
-    `rows[n]`, and nowhere if there is no such row. Its prompts may be padded to less."""
+    """Replaces rows with those of another state, started by the same decoder with the same capacity. Row n of `new`
+    goes to `rows[n]`, or nowhere if there is no such row. Its prompts may be padded to a smaller width."""
     return put_rows(state, new, rows)

@@ -99,7 +99,7 @@ def load_systems(
     for system in systems:
         if names.count(system.name) > 1:
             raise InputError(
-                f"--answers: two systems are called {system.name!r}; name them apart, as in NAME={system.source}"
+                f"--answers: two systems are called {system.name!r}; give one another name, as in NAME={system.source}"
             )
     return systems
 
@@ -110,14 +110,14 @@ def check_prompts(systems: Sequence[System], baseline: System) -> None:
     for system in systems:
         shared = system.by_prompt.keys() & baseline.by_prompt.keys()
         if not shared:
-            raise InputError(f"{system.source}: none of its prompts is in {baseline.source}, which it is compared with")
+            raise InputError(f"{system.source}: shares no prompt with the baseline {baseline.source}")
         told = [[each.options.get(name) for name in ("lm", "format")] for each in (system, baseline)]
         if told[0] != told[1]:
             continue
         for prompt_id in shared:
             if system.by_prompt[prompt_id][0].prompt != baseline.by_prompt[prompt_id][0].prompt:
                 raise InputError(
-                    f"{system.source}: the prompt with the id {prompt_id!r} is another one in {baseline.source}; "
+                    f"{system.source}: the id {prompt_id!r} belongs to a different prompt in {baseline.source}; "
                     "decode both from the same prompts"
                 )
 

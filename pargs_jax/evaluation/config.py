@@ -13,27 +13,30 @@ REFERENCE_NAMES = ("id", "prompt", "reference")
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """A language model behind an OpenAI-compatible endpoint, which is asked which of two answers is better."""
+    """A language model behind an OpenAI-compatible endpoint, asked which of two answers is better."""
 
-    url: str | None = option(None, "its address, such as http://localhost:8000/v1", metavar="URL")
-    model: str | None = option(None, "the model's name there", metavar="NAME")
+    url: str | None = option(None, "address of the endpoint, such as http://localhost:8000/v1", metavar="URL")
+    model: str | None = option(None, "the model's name at the endpoint", metavar="NAME")
     key_variable: str = option("OPENAI_API_KEY", "environment variable that holds the API key", metavar="NAME")
     instruction: str | None = option(
         None, "text file that says what makes an answer better", unset="helpful, correct and harmless", metavar="FILE"
     )
     cache: str | None = option(
-        None, "file of the replies, which are never asked for twice", unset="replies.jsonl in --out", metavar="F.jsonl"
+        None,
+        "file that keeps replies, so that nothing is asked twice",
+        unset="replies.jsonl in --out",
+        metavar="F.jsonl",
     )
-    timeout: float = option(60.0, "seconds that a reply may take", above=0)
-    retries: int = option(4, "further tries after a failure, each after a longer wait", at_least=0)
-    parallel: int = option(8, "requests at the same time", at_least=1)
+    timeout: float = option(60.0, "seconds to wait for a reply", above=0)
+    retries: int = option(4, "retries after a failure, each after a longer wait", at_least=0)
+    parallel: int = option(8, "requests in flight at once", at_least=1)
     temperature: float | None = option(0.0, "temperature of the replies", unset="the endpoint's", at_least=0)
     max_tokens: int | None = option(None, "longest reply, in tokens", unset="the endpoint's", at_least=1)
 
     def validate(self) -> None:
         """Raises InputError if an address comes without a model, or options without an address."""
         if self.url is not None and self.model is None:
-            raise InputError("--endpoint.url: needs --endpoint.model NAME, the model's name there")
+            raise InputError("--endpoint.url: needs --endpoint.model NAME, the model's name at the endpoint")
         if self.url is None and self != EndpointConfig():
             raise InputError("--endpoint: needs --endpoint.url URL, such as http://localhost:8000/v1")
 
@@ -43,37 +46,39 @@ class ReferencesConfig:
     """Reference answers, for ROUGE."""
 
     file: str | None = option(
-        None, "rows of a reference and the id of its prompt; without ids the line is the id", metavar="FILE_OR_HUB_ID"
+        None,
+        "file with a reference and the id of its prompt in each row; without ids, the line number is the id",
+        metavar="FILE_OR_HUB_ID",
     )
     columns: tuple[str, ...] = option(
-        (), "columns that the file calls otherwise, such as reference=summary", metavar="NAME=COLUMN"
+        (), "the file's names for columns, where they differ: reference=summary", metavar="NAME=COLUMN"
     )
 
     def validate(self) -> None:
         """Raises InputError for columns without a file."""
         if column_names(self.columns, "--references.columns", REFERENCE_NAMES) and self.file is None:
-            raise InputError("--references.columns: needs --references.file, the file that has them")
+            raise InputError("--references.columns: needs --references.file, the file that has the columns")
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Preference pairs on which reward models (--rm, --guide, --function) are themselves tested, prefix by prefix."""
+    """Preference pairs to test the reward models themselves (--rm, --guide, --function), prefix by prefix."""
 
     file: str | None = option(
         None,
-        "'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet file, or a hub id; of a source with splits, the "
-        "held-out ones",
+        "'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet file, or a hub id; if it has splits, only the "
+        "held-out rows are used",
         metavar="FILE_OR_HUB_ID",
     )
     columns: tuple[str, ...] = option(
-        (), "columns that the file calls otherwise, such as chosen=best", metavar="NAME=COLUMN"
+        (), "the file's names for columns, where they differ: chosen=best", metavar="NAME=COLUMN"
     )
     format: PromptFormName | None = option(
         None,
-        "the form that prompts are written in",
+        "prompt format",
         unset="the one that each reward model was trained with, else plain",
     )
-    max_length: int = option(512, "tokens of prompt and answer together; longer ones are cut", at_least=2)
+    max_length: int = option(512, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
     limit: int | None = option(None, "take only the first N pairs", unset="all", at_least=1)
 
     def validate(self) -> None:
@@ -85,40 +90,42 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Everything that `evaluate.py` does."""
+    """The options of `evaluate.py`."""
 
-    answers: tuple[str, ...] = option((), "answers of decode.py --out, named in the report", metavar="[NAME=]F.jsonl")
-    baseline: str | None = option(
-        None, "name of the answers that the others are compared with", unset="the first", metavar="NAME"
+    answers: tuple[str, ...] = option(
+        (), "answers files of decode.py --out, each with its name in the report", metavar="[NAME=]F.jsonl"
     )
-    out: str = option("runs/evaluation", "folder of the report", metavar="DIR")
+    baseline: str | None = option(
+        None, "name of the answers to compare the others with", unset="the first", metavar="NAME"
+    )
+    out: str = option("runs/evaluation", "folder for the report", metavar="DIR")
     rm: tuple[str, ...] = option(
-        (), "reward models that judge, and did not guide any of the answers: folders or hub ids", metavar="PATH"
+        (), "reward models as judges, which guided none of the answers: folders or hub ids", metavar="PATH"
     )
     guide: tuple[str, ...] = option(
         (), "reward models that score all answers although they guided some of them; the report says so", metavar="PATH"
     )
     function: tuple[str, ...] = option(
         (),
-        "Python functions that judge: they take prompt and response and return a number; module:function or "
+        "Python functions as judges, which take prompt and response and return a number; module:function or "
         "file.py:function",
         metavar="NAME",
     )
     perplexity: str | None = option(
-        None, "a third language model, under which the answers' perplexity is measured", metavar="PATH_OR_HUB_ID"
+        None, "another language model, which measures the perplexity of the answers", metavar="PATH_OR_HUB_ID"
     )
     decode: str | None = option(
-        None, "options of decode.py, from which --sweep starts", unset="decode.py's defaults", metavar="F.yaml"
+        None, "options of decode.py that --sweep starts from", unset="decode.py's defaults", metavar="F.yaml"
     )
     sweep: tuple[str, ...] = option(
         (),
-        "options of decode.py with their values: every combination is decoded, unless it is there already, and "
-        "evaluated",
+        "options of decode.py with their values: every combination is decoded and evaluated; answers from an "
+        "earlier run are reused",
         metavar="NAME=VALUE,...",
     )
     seed: int = option(0, "seed of the bootstrap", at_least=0)
-    figures: bool = option(True, "draw figures, which needs the extra report")
-    examples: int = option(10, "prompts whose answers the page shows", at_least=0)
+    figures: bool = option(True, "draw figures; needs the extra report")
+    examples: int = option(10, "how many prompts the page shows with their answers", at_least=0)
     batch_size: int = option(16, "texts that a model reads together", at_least=1)
     dtype: Literal["float32", "bfloat16"] = option("float32", "number format of the models' computation")
     mesh: str = option("auto", MESH, metavar="NAME")
@@ -128,13 +135,13 @@ class EvaluateConfig:
     pairs: PairsConfig = PairsConfig()
 
     def validate(self) -> None:
-        """Raises InputError, in the command line's words, for the first option that cannot be used."""
+        """Raises InputError, which names the command-line flag, for the first option that cannot be used."""
         check_each(self)
         self.endpoint.validate()
         self.references.validate()
         self.pairs.validate()
         if self.decode is not None and not self.sweep:
-            raise InputError("--decode: needs --sweep NAME=VALUE,..., which says what to decode")
+            raise InputError("--decode: needs --sweep NAME=VALUE,..., the settings to decode with")
         if not self.answers and not self.sweep and self.pairs.file is None:
             raise InputError(
                 "nothing to evaluate: give --answers F.jsonl, or --sweep NAME=VALUE,... to decode them, or "

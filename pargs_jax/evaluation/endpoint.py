@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_failures_named
+from pargs_jax.durable_files import append_all, hold, write_errors_named_after
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.evaluation.answers import System
 from pargs_jax.evaluation.config import EndpointConfig
@@ -237,7 +237,7 @@ class Replies:
     def __init__(self, path: Path) -> None:
         """Opens or makes the file; a last line that was cut off is dropped. Raises InputError if it cannot be used."""
         advice = "give another --endpoint.cache"
-        with write_failures_named(path, advice):
+        with write_errors_named_after(path, advice):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         try:
@@ -261,7 +261,10 @@ class Replies:
     def add(self, key: str, reply: str) -> None:
         """Keeps a reply. Raises InputError if the disk does not take it."""
         line = json.dumps({"request": key, "reply": reply}) + "\n"
-        with self._lock, write_failures_named(self._path, "the replies before are kept; mend that, then run again"):
+        with (
+            self._lock,
+            write_errors_named_after(self._path, "earlier replies are safe; fix that, then run the same command again"),
+        ):
             append_all(self._file, line)
             self._replies[key] = reply
 

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
 
@@ -45,8 +45,8 @@ def explanation_page(traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTra
         for name in ("prompt", "lm") if other is not None else ():
             if getattr(other, name) != getattr(trace, name):
                 raise InputError(
-                    f"the unguided answer with the id {trace.id!r} has another {name} ({getattr(other, name)!r}) than "
-                    f"the guided one ({getattr(trace, name)!r}); decode both alike"
+                    f"the unguided answer with the id {trace.id!r} has the {name} {getattr(other, name)!r}, but "
+                    f"the guided one has {getattr(trace, name)!r}; decode both with the same"
                 )
         rows = {"guided": _row(trace), "unguided": None if other is None else _row(other)}
         answers.append(rows | {"adds_up": _adds_up(trace)})
@@ -65,8 +65,8 @@ def write_page(path: Path, traces: Sequence[AnswerTrace], unguided: Sequence[Ans
     """Writes `explanation_page` to a file. Raises InputError as that does, or if the file cannot be written."""
     page = explanation_page(traces, unguided)
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; the page is a file")
-    with write_failures_named(path, "give another file for the page"):
+        raise InputError(f"{path}: is a folder, must be a file")
+    with write_errors_named_after(path, "give another file for the page"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page)
 
@@ -75,7 +75,7 @@ def _by_identity(traces: Sequence[AnswerTrace], where: str) -> dict[tuple[str, i
     found: dict[tuple[str, int], AnswerTrace] = {}
     for trace in traces:
         if (trace.id, trace.sample) in found:
-            raise InputError(f"the answer with the id {trace.id!r} comes twice in {where}; give each one once")
+            raise InputError(f"the answer with the id {trace.id!r} appears twice in {where}; give each answer once")
         found[trace.id, trace.sample] = trace
     return found
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.report import Metric, Report
 from pargs_jax.evaluation.statistics import RESAMPLES
@@ -44,7 +44,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("figures need matplotlib: pip install 'pargs-jax[report]', or give --no-figures") from error
+        raise InputError(
+            "figures need matplotlib: run pip install 'pargs-jax[report]', or give --no-figures"
+        ) from error
 
 
 def draw(report: Report, folder: Path) -> list[Drawn]:
@@ -64,7 +66,7 @@ def draw(report: Report, folder: Path) -> list[Drawn]:
     }
     judges = [metric for metric in report.metrics if metric.kind == "judge"]
     found = []
-    with matplotlib.rc_context(style), write_failures_named(folder, "give another --out"):
+    with matplotlib.rc_context(style), write_errors_named_after(folder, "give another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         if judges and len(report.systems) > 1:
             caption = "Mean score by each judge, with 95 % intervals over prompts."

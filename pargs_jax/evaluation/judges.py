@@ -150,7 +150,9 @@ def check_prompt_form(model: ScoringModel, system: System) -> None:
                 "share; judge by a reward model with the same template"
             )
     if None not in (form, model.prompt_form) and form != model.prompt_form:
-        warn(f"{model.source}: was trained with the prompt form {model.prompt_form!r}, {system.name} has {form!r}")
+        warn(
+            f"{model.source}: was trained with the prompt format {model.prompt_form!r}, but {system.name} has {form!r}"
+        )
 
 
 class RougeJudge:
@@ -190,12 +192,12 @@ def load_references(source: str, columns: Mapping[str, str], systems: Sequence[S
     for row in Rows(source, columns=columns):
         where = f"{source}: line {row.line}"
         if row.problem or not isinstance(row.content, dict):
-            raise InputError(f"{where}: {row.problem or 'is not an object with named fields'}")
+            raise InputError(f"{where}: {row.problem or 'must be an object with named fields'}")
         name = next((name for name in REFERENCE_COLUMNS if row.content.get(name) is not None), None)
         if name is None:
             raise InputError(
-                f"{where}: no reference; its column is called {', '.join(REFERENCE_COLUMNS)}, or another is given as "
-                "in --references.columns reference=summary"
+                f"{where}: no reference; its column must be called {', '.join(REFERENCE_COLUMNS)}, or be named with "
+                "--references.columns, such as reference=summary"
             )
         value = row.content[name]
         texts = value if isinstance(value, list) else [value]
@@ -204,7 +206,7 @@ def load_references(source: str, columns: Mapping[str, str], systems: Sequence[S
         named, prompt = row.content.get("id"), row.content.get("prompt")
         prompt_id = str(row.line if named is None else named)
         if isinstance(prompt, str) and prompt_id in prompts and prompt.strip() not in prompts[prompt_id]:
-            raise InputError(f"{where}: its prompt is not that of the answers with the id {prompt_id!r}")
+            raise InputError(f"{where}: its prompt differs from the prompt of the answers with the id {prompt_id!r}")
         found.setdefault(prompt_id, []).extend(texts)
     if not found.keys() & prompts.keys():
         raise InputError(f"{source}: no row has the id of an answered prompt")

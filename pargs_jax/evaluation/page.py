@@ -96,15 +96,15 @@ def _definitions(report: Report) -> str:
             "± and intervals": "one standard error over prompts; 95 % intervals. Samples of one prompt count as one.",
             "difference": "the mean over prompts of the difference from the baseline",
             "p": "of the paired t-test, after Holm's correction over all tests of this report",
-            "wins": "share of prompts on which the judge prefers this system; ties count half; Wilson's interval",
+            "wins": "share of prompts on which the judge prefers this system; a tie counts half; Wilson's interval",
             "LC wins": "wins if answers were as long as the baseline's: AlpacaEval 2's logistic model without its "
             "term for an instruction's difficulty; bootstrap interval",
         }
     if report.reward_models:
         told |= {
-            "accuracy": "pairs whose chosen answer has the higher reward, both cut at the same length: so much of the "
-            "longer one",
-            "Spearman with final": "rank correlation of the reward of so much of an answer with that of all of it",
+            "accuracy": "pairs whose chosen answer has the higher reward, both cut at this share of the longer "
+            "one's length",
+            "Spearman with final": "rank correlation between rewards of this share of an answer and of all of it",
             "calibration error": "expected calibration error of the confidence sigmoid(|difference of rewards|)",
         }
     return f"<dl>{''.join(f'<dt>{_escaped(name)}</dt><dd>{_escaped(text)}</dd>' for name, text in told.items())}</dl>"

@@ -119,8 +119,8 @@ def model_prefix_rewards(model: ScoringModel, pairs: Sequence[Preference], max_l
     Pairs are cut to `max_length` tokens or what the model has room for (`pargs_jax.data.batches.tokenise`). Raises
     InputError if none is left.
     """
-    room = model.model.config.max_positions - (not model.model.one_pass)
-    examples, cut = tokenise(pairs, model.tokenizer, min(max_length, room))
+    positions = model.model.config.max_positions - (not model.model.one_pass)
+    examples, cut = tokenise(pairs, model.tokenizer, min(max_length, positions))
     texts = [
         TokenisedAnswer(example.prompt.tolist(), answer.tolist(), (*same, *own))
         for example in examples

@@ -29,13 +29,13 @@ Kind = Literal["judge", "guide", "likelihood", "text", "cost"]
 _GIVEN: dict[str, tuple[Kind, str]] = {
     "kl": (
         "likelihood",
-        "KL(q || p) of an answer from the language model, in nats: exact but for searches",
+        "KL(q || p) of an answer from the language model, in nats: exact except for searches",
     ),
     "log_probability": ("likelihood", "log-probability of an answer under the language model, in nats (decode.py)"),
-    "tokens": ("text", "tokens of an answer, its end included (decode.py)"),
+    "tokens": ("text", "tokens of an answer, with its end-of-sequence token (decode.py)"),
     "lm_tokens": ("cost", "tokens that the language model read and wrote for an answer (decode.py)"),
     "rm_tokens": ("cost", "tokens that the reward models read for an answer (decode.py)"),
-    "seconds": ("cost", "seconds an answer, its share of its batch's (decode.py)"),
+    "seconds": ("cost", "seconds per answer: the batch's time divided by its answers (decode.py)"),
 }
 
 
@@ -321,7 +321,7 @@ def text_metrics(systems: Sequence[System]) -> list[Metric]:
     """What the words of the answers tell."""
     of_answers: dict[str, tuple[str, Callable[[str], float | None]]] = {
         "words": ("words of an answer", lambda text: float(len(words(text)))),
-        "repetition": ("share of an answer's 4-grams that it had before", repetition),
+        "repetition": ("share of an answer's 4-grams that are repeats", repetition),
         "diversity": ("unique / all n-grams of an answer, multiplied for n = 2, 3, 4 (ARGS)", args_diversity),
     }
     metrics = [
@@ -343,7 +343,10 @@ def text_metrics(systems: Sequence[System]) -> list[Metric]:
         )
         for n in (1, 2, 3)
     }
-    of_prompts["rouge_between"] = ("mean ROUGE-L between the samples of a prompt; 1: all alike", rouge_between_samples)
+    of_prompts["rouge_between"] = (
+        "mean ROUGE-L between the samples of a prompt; 1: all the same",
+        rouge_between_samples,
+    )
     for name, (meaning, measure) in of_prompts.items():
         values = {
             system.name: {

@@ -49,7 +49,7 @@ class ScoringModel:
         folder = resolve(source)
         loaded: Pretrained = load_model(folder, head, dtype=dtype)
         if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
+            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
         return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)

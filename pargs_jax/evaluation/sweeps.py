@@ -42,7 +42,7 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
             raise InputError(f"--sweep: got {shown(word)}, must be NAME=VALUE,..., such as weight=0.5,1,2")
         if name not in known or name in NOT_SWEPT or "." in name:
             possible = ", ".join(key.replace("_", "-") for key in known if key not in NOT_SWEPT and "." not in key)
-            raise InputError(f"--sweep: {flag!r} cannot be swept; the options of decode.py that can are {possible}")
+            raise InputError(f"--sweep: {flag!r} cannot be swept; must be one of decode.py's options {possible}")
         if name in swept:
             raise InputError(f"--sweep: {flag} is given twice")
         swept[name] = values.split(",")
@@ -51,7 +51,9 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
         chosen = dict(zip(swept, values, strict=True))
         method = chosen.get("method", base.get("method"))
         if method is None:
-            raise InputError(f"--sweep: needs a method; give --sweep method=NAME,... of {', '.join(METHODS)}")
+            raise InputError(
+                f"--sweep: needs a method; give --sweep method=NAME,... with names from {', '.join(METHODS)}"
+            )
         unused = METHODS[method].unused if method in METHODS else {}
         chosen = {name: value for name, value in chosen.items() if name not in unused}
         changes = {
@@ -67,7 +69,7 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
     files = [setting.file for setting in found.values()]
     for setting in found.values():
         if files.count(setting.file) > 1:
-            raise InputError(f"--sweep: two settings would be written to {setting.file}; give values of other names")
+            raise InputError(f"--sweep: two settings would be written to {setting.file}; give values with other names")
     return list(found.values())
 
 

@@ -68,7 +68,11 @@ def _judge_table(report: Report, metric: Metric) -> Table:
         versus = report.versus.get(system.name, {}).get(metric.name)
         name = f"{system.name} (baseline)" if system.name == report.baseline else system.name
         rows.append([name, "-" if found is None else plus_minus(*found[0]), *_versus_cells(versus)])
-    notes = ["this judge guided some of the answers: not evidence, and not tested"] if metric.is_guide else []
+    notes = (
+        ["this judge guided some of the answers, so its scores are not evidence and are not tested"]
+        if metric.is_guide
+        else []
+    )
     notes += [f"{count} answers without a score: {reason}" for reason, count in metric.problems.items()]
     headings = ("judge: mean", "difference", "p", "wins %", "LC wins %")
     return Table(f"{metric.name}: {metric.meaning}", ("", *headings), rows, "; ".join(notes))
@@ -103,9 +107,7 @@ def _pairwise_table(judge: str, by_system: dict[str, Pairwise]) -> Table:
         for name, found in by_system.items()
     ]
     headings = ("wins %", "LC wins %", "p", "pairs", "flips %", "first %", "unparsable", "missing")
-    note = (
-        "wins need both orders; a flip, where the orders contradict each other, is a tie; first: how often the first "
-    )
+    note = "a win needs both orders; a flip (the two orders disagree) is a tie; first: how often the first "
     return Table(f"{judge}: asked which answer is better", ("", *headings), rows, note + "answer was preferred")
 
 

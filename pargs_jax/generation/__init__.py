@@ -1,1 +1,1 @@
-"""Prompts as text in, answers as text out: models, tokenizer and decode loop put together."""
+"""Text prompts in, text answers out: combines models, tokenizer and decode loop."""

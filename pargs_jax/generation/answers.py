@@ -1,4 +1,4 @@
-"""From what was decoded to answers: texts, rewards, and the trace of every token where it was asked for."""
+"""Turns decoded tokens into answers: texts, rewards and, on request, the trace of every token."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from pargs_jax.text.tokenization import TextTokenizer
 class Answer:
     """An answer to a prompt.
 
-    `finish_reason` is `stop` (an end-of-sequence token) or `length`; `log_probability` is that of all the answer's
-    tokens under the language model, in nats; `kl` is the sum over its tokens of KL(q || p), where q is the distribution
-    that a token was drawn from and p the language model's, and of a search what docs/search.md says; `guide_rewards`
-    are the reward models' rewards of the whole answer, one for each group that guides together; `tokens` counts the
-    end-of-sequence token too; `seconds` is the row's share of its batch's time, compiling left out. `sample` counts the
-    answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are the tokens that the language model, and all reward
-    models together, read for it (`TokensRead`). `kl_is` says whether `kl` is exact, an upper bound or an estimate.
-    `log_z` is there for particles, `trace` where it was asked for.
+    `finish_reason` is `stop` (an end-of-sequence token) or `length`. `log_probability` is that of all the answer's
+    tokens under the language model, in nats. `kl` is the sum over its tokens of KL(q || p), where q is the distribution
+    that a token was drawn from and p the language model's; for a search see docs/search.md. `kl_is` says whether `kl`
+    is exact, an upper bound or an estimate. `guide_rewards` are the reward models' rewards of the whole answer, one for
+    each group that guides together. `tokens` includes the end-of-sequence token. `seconds` is the row's share of its
+    batch's time, without compiling. `sample` numbers the answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are
+    the tokens that the language model, and all reward models together, read for it (`TokensRead`). `log_z` is given
+    only for particles, `trace` only on request.
     """
 
     id: str
@@ -59,8 +59,8 @@ class AnswerReader:
         self._reward_models = reward_models
 
     def read(self, batch: Batch, outcome: Decoded | Found, seconds: float, settings: Settings) -> list[Answer]:
-        """The answers of a decoded batch; `seconds` are those of each row. Raises InputError for a number that no
-        answer can have."""
+        """The answers of a decoded batch; `seconds` is the time per row. Raises InputError for a number that is not
+        valid in an answer, such as NaN."""
         found = outcome if isinstance(outcome, Found) else None
         decoded = outcome if found is None else found.answers
         kls = decoded.trace.kls.sum(axis=1) if found is None else found.kls
@@ -94,7 +94,7 @@ class AnswerReader:
     def _final_rewards(
         self, batch: Batch, decoded: Decoded, texts: Sequence[str], guided: bool
     ) -> Float[np.ndarray, "B J"]:
-        """Every reward model's reward of the whole answers."""
+        """Every reward model's reward of each whole answer."""
         if guided:
             return decoded.rewards
         finished = decoded.finished[: len(texts)]
@@ -121,7 +121,7 @@ class AnswerReader:
     def _check_finite(
         self, batch: Batch, decoded: Decoded, final_rewards: Float[np.ndarray, "B J"], settings: Settings
     ) -> None:
-        """Raises InputError for the first row with a number that no answer can have."""
+        """Raises InputError for the first row with a number that is not valid in an answer, such as NaN."""
         trace = decoded.trace
         for row, prompt in enumerate(batch.prompts):
             if not np.isfinite(trace.log_probs[row]).all():
@@ -132,10 +132,10 @@ class AnswerReader:
             for j, name in enumerate(guide_names(settings.method, self._reward_models)):
                 if not np.isfinite(rewards[:, j]).all():
                     raise InputError(f"prompt {prompt.id!r}: a reward of {name} is not finite; {advice}")
-            # One candidate's NaN makes the probabilities of all of them NaN, also where another was chosen.
+            # One candidate's NaN makes all probabilities NaN, even if another candidate was chosen.
             if not np.isfinite(trace.guided_log_probs[row]).all():
                 raise InputError(
-                    f"prompt {prompt.id!r}: a candidate's reward is not finite; a reward model's {advice[4:]}"
+                    f"prompt {prompt.id!r}: a candidate's reward is not finite; the reward model's {advice[4:]}"
                 )
 
     def _trace(
@@ -182,7 +182,7 @@ class AnswerReader:
 
 
 def _candidates(decoded: Decoded, row: int, step: int, before: AnswerText) -> tuple[TracedCandidate, ...]:
-    """The candidates of a step, those with the largest log-probability after guidance first."""
+    """The candidates of a step, in decreasing order of log-probability after guidance."""
     noted = decoded.trace.candidates
     ids, log_p, log_q, rewards = (x[row, step] for x in noted)
     order = np.lexsort((-log_p, -log_q))
@@ -193,5 +193,5 @@ def _candidates(decoded: Decoded, row: int, step: int, before: AnswerText) -> tu
 
 
 def _numbers(array: Float[np.ndarray, "..."]) -> list:
-    """Python's numbers with as few digits as say which float32 is meant."""
+    """Converts float32 numbers to Python's, with the fewest digits that identify them."""
     return np.asarray(array, np.float32).astype("U").astype(np.float64).tolist()

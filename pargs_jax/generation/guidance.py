@@ -1,4 +1,4 @@
-"""How the reward models of a session guide a method: what each has to be, and the guides that they make."""
+"""How the reward models of a session guide a method: which kind each one must be, and the guides they make."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,9 +26,9 @@ _HEADS = {"reward": "a scalar reward head", "table": "a table of rewards for its
 
 
 def count_guides(method: Method, reward_models: int) -> int:
-    """How many guides so many reward models make for a method; each has a weight.
+    """The number of guides that this many reward models make for a method; each guide has a weight.
 
-    Raises InputError if the method needs another number of reward models.
+    Raises InputError if the method needs a different number of reward models.
     """
     if method.draws == "contrastive":
         return 1
@@ -46,9 +46,9 @@ def count_guides(method: Method, reward_models: int) -> int:
 
 
 def roles_of(method: Method | None, sources: Sequence[str]) -> tuple[Role, ...]:
-    """What each of the reward models is to a method, by their configs alone; None for no method in particular.
+    """The role of each reward model in a method, from their configs alone. `method` is None if no method is given.
 
-    Raises InputError for a model that cannot guide the method, and for a wrong number of them.
+    Raises InputError for a model that cannot guide the method, and for a wrong number of models.
     """
     if method is None or not method.guided:
         return ("scalar",) * len(sources)
@@ -79,16 +79,16 @@ def check_roles(method: Method, reward_models: Sequence[RewardModel]) -> None:
     }[method.reward_model]
     for model in reward_models:
         if model.role not in allowed:
-            raise InputError(f"{model.source}: guides other methods than {method.source}")
+            raise InputError(f"{model.source}: was loaded for another kind of method, cannot guide {method.source}")
 
 
 class Guides(NamedTuple):
-    """The guides of a batch, and what each is given."""
+    """The guides of a batch, with their params and prompts."""
 
     guides: tuple[Guide, ...]
     params: tuple[Any, ...]
     prompts: tuple[Any, ...]
-    """Their own, as `decode` takes them."""
+    """The guides' own prompts, as `decode` takes them."""
 
 
 def make_guides(
@@ -98,7 +98,7 @@ def make_guides(
     own_prompts: Sequence[Prompts],
     lm_prompts: Prompts,
     max_new_tokens: int,
-    rooms: Sequence[int],
+    answer_widths: Sequence[int],
     look_ahead: int,
     preferences: Float[np.ndarray, "B M"] | None,
     eos_ids: tuple[int, ...],
@@ -108,11 +108,11 @@ def make_guides(
     Args:
         method: the method.
         lm: the language model and its parameters.
-        reward_models: those of the session.
+        reward_models: the session's reward models.
         own_prompts: the prompts in each reward model's tokens.
-        lm_prompts: the same in the language model's.
+        lm_prompts: the same prompts in the language model's tokens.
         max_new_tokens: the longest answer.
-        rooms: the room that each reward model's texts need, as far as is known.
+        answer_widths: the answer width that each reward model's texts need, as far as it is known.
         look_ahead: tokens that an aligned model writes after each candidate.
         preferences: a preference vector for each row, for the method that takes them.
         eos_ids: tokens that end an answer.
@@ -127,7 +127,10 @@ def make_guides(
     if method.reward_model == "look_ahead":
         aligned, *judges = (model.model for model in reward_models)
         return Guides((LookAheadGuide(aligned, tuple(judges), look_ahead, eos_ids),), (params,), (prompts,))
-    guides = tuple(model.guide(own, max_new_tokens, room) for (model, own), room in zip(parts, rooms, strict=True))
+    guides = tuple(
+        model.guide(own, max_new_tokens, answer_width)
+        for (model, own), answer_width in zip(parts, answer_widths, strict=True)
+    )
     if method.reward_model == "ratio":
         pairs = [slice(i, i + 2) for i in range(0, len(guides), 2)]
         return Guides(
@@ -141,7 +144,7 @@ def make_guides(
 
 
 def guide_names(method: Method, reward_models: Sequence[RewardModel]) -> tuple[str, ...]:
-    """What the rewards of an answer are of: one name for each number."""
+    """The names of an answer's rewards: one for each number."""
     sources = [model.source for model in reward_models]
     if method.reward_model == "ratio":
         return tuple(f"{tuned} - {ref}" for tuned, ref in zip(sources[::2], sources[1::2], strict=True))
@@ -151,11 +154,11 @@ def guide_names(method: Method, reward_models: Sequence[RewardModel]) -> tuple[s
 
 
 class TokensRead(NamedTuple):
-    """Tokens that were read for an answer, its prompt included, by the language model and by all reward models
-    together. A step that scores k candidates reads k, and the last token of an answer is read by nobody.
+    """Tokens read for an answer and its prompt: by the language model, and by all reward models together. A step that
+    scores k candidates reads k. Nobody reads the last token of an answer.
 
-    Tokens of answers are the language model's, also where a reward model splits the text into others. A reward model
-    that reads each text whole reads it anew for every candidate.
+    Answer tokens are counted in the language model's tokens, even where a reward model has its own tokenizer. A reward
+    model without a cache reads the whole text again for every candidate.
     """
 
     lm: int
@@ -171,13 +174,13 @@ def tokens_read(
     candidates: int,
     look_ahead: int,
 ) -> TokensRead:
-    """Counts what an answer took.
+    """Counts the tokens read for an answer.
 
     Args:
-        method, reward_models: what decoded it.
+        method, reward_models: those that decoded it.
         prompt, own_prompts: tokens of the prompt, in the language model's tokens and in each reward model's.
         answer: tokens of the answer.
-        candidates: of each step.
+        candidates: the number of candidates in each step.
         look_ahead: tokens that an aligned model writes after each candidate.
     """
     lm = prompt - 1 + answer
@@ -200,13 +203,13 @@ def _needed(method: Method) -> str:
         "autoregressive": "an autoregressive reward model, or several",
         "preference": "one reward model that takes a preference vector",
         "ratio": "pairs of language models: tuned, reference",
-        "look_ahead": "an aligned language model, then a reward model, and one more where the transfer is indirect",
+        "look_ahead": "an aligned language model, then a reward model, then a second one for indirect transfer",
     }[method.reward_model]
 
 
 def _scalar_or_table(method: Method, source: str) -> Role:
     head = stored_head(source)
-    # By their configs, the published reward models of FaRMA are ordinary language models.
+    # Judging by their configs, FaRMA's published reward models are ordinary language models.
     is_unmarked_table = head == "vocabulary" and method.candidates == "top_k_of_sum"
     return "table" if head == "table" or is_unmarked_table else "scalar"
 

@@ -1,4 +1,4 @@
-"""Answers as JSONL, and going on with a file that an earlier run left."""
+"""Writes answers as JSONL, and continues a file that an earlier run left."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.durable_files import append_all, hold, write_failures_named, write_whole
+from pargs_jax.durable_files import append_all, hold, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
@@ -23,32 +23,32 @@ def answer_row(answer: Answer) -> dict[str, Any]:
     row = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer) if field.name != "trace"}
     row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
     if row["log_z"] is None:
-        del row["log_z"]  # particles alone have it
+        del row["log_z"]  # only particles have it
     return row
 
 
 class AnswersFile:
-    """Appends answers to a JSONL file, each batch as soon as it is done; no other process may at the same time.
+    """Appends answers to a JSONL file, batch by batch. Only one process may do so at a time.
 
-    Beside `F.jsonl` lies `F.jsonl.config.yaml`: a second run goes on after the rows that are there if its options are
-    the same, and is refused if not. Every row has a digest of the options that it was made with, and its prompt: the
-    same id with another prompt is refused too. A last line that was cut off is dropped and answered again.
+    Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
+    with other options it is refused. Every row has a digest of its options, and its prompt: the same id with another
+    prompt is refused too. A truncated last line is dropped and answered again.
 
-    With the config's `trace`, the answers' traces go into that file (`TracesFile`).
+    With the config's `trace`, the answers' traces are written to that file (`TracesFile`).
     """
 
     def __init__(self, path: Path, config: DecodeConfig) -> None:
-        """Opens the file, or makes it.
+        """Opens the file, or creates it.
 
         Raises:
-            InputError: it cannot be written, belongs to something else, or another process is writing it.
+            InputError: if it cannot be written, belongs to something else, or another process is writing it.
         """
         self._path = path
         self._options = options_digest(config)
         self._settings = path.with_name(path.name + ".config.yaml")
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; answers are written to a file")
-        with write_failures_named(path, "use another file"):
+            raise InputError(f"{path}: is a folder, must be a file")
+        with write_errors_named_after(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         self._traces: TracesFile | None = None
@@ -57,7 +57,7 @@ class AnswersFile:
             before = self._earlier_config(config)
             self._done = self._read_done(config, before)
             self._traces = self._open_traces(config, before)
-            with write_failures_named(self._settings, "use another file"):
+            with write_errors_named_after(self._settings, "use another file"):
                 write_whole(self._settings, to_yaml(config))
         except InputError:
             self._close()
@@ -72,24 +72,26 @@ class AnswersFile:
         self._close()
 
     def answered(self, prompts: Sequence[Prompt], n: int = 1) -> list[list[bool]]:
-        """Which of the n samples of each prompt have a row. Raises InputError if a row of a prompt's id answers another
-        prompt."""
+        """Which of the n samples of each prompt have a row. Raises InputError if a row with a prompt's id answers
+        another prompt."""
         for prompt in prompts:
             for sample in range(n):
                 if self._done.get((prompt.id, sample), digest := _digest(prompt.text)) != digest:
                     raise InputError(
-                        f"{self._path}: the row with the id {prompt.id!r} answers another prompt (a prompt without an "
-                        "id has its line's number); use another file, or prompts with ids of their own"
+                        f"{self._path}: the row with the id {prompt.id!r} answers another prompt (without an id, a "
+                        "prompt's line number is its id); use another file, or give every prompt its own id"
                     )
         return [[(prompt.id, sample) in self._done for sample in range(n)] for prompt in prompts]
 
     def write(self, answers: Sequence[Answer]) -> None:
-        """Appends rows, those of the traces first. Raises InputError if the disk does not take them all."""
+        """Appends rows; the traces' rows first. Raises InputError if they cannot be written completely."""
         if self._traces is not None:
             self._traces.write([dataclasses.replace(answer.trace, options=self._options) for answer in answers])
         made = [answer_row(answer) | {"options": self._options} for answer in answers]
         rows = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in made)
-        with write_failures_named(self._path, "the answers before are kept; fix that, then run the same again"):
+        with write_errors_named_after(
+            self._path, "earlier answers are safe; fix that, then run the same command again"
+        ):
             append_all(self._file, rows)
 
     def _close(self) -> None:
@@ -98,7 +100,7 @@ class AnswersFile:
             self._traces.close()
 
     def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
-        """That of the run that made the file; None where there is nothing to go on with."""
+        """The config of the run that made the file; None if there is nothing to continue."""
         has_rows = self._path.stat().st_size > 0
         if not self._settings.exists():
             if has_rows:
@@ -110,14 +112,14 @@ class AnswersFile:
         return from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
 
     def _read_done(self, config: DecodeConfig, before: DecodeConfig | None) -> dict[tuple[str, int], bytes]:
-        """The digest of each answered prompt, by its id and the answer's sample."""
+        """The digest of each answered prompt, by the prompt's id and the answer's sample."""
         content = self._path.read_bytes()
         if not content:
             return {}
         if before is None or deciding_values(before) != deciding_values(config):
             raise InputError(
                 f"{self._path}: its rows were made with other options ({self._settings.name}); "
-                "run with those, or use another file"
+                "use the same options, or another file"
             )
         lines = content.split(b"\n")
         cut_off = lines.pop()
@@ -133,7 +135,7 @@ class AnswersFile:
                 ) from error
             if options not in (None, self._options):  # files of earlier versions have none
                 raise InputError(
-                    f"{self._path}: line {number} was made with other options than {self._settings.name} says; "
+                    f"{self._path}: line {number} was not made with the options in {self._settings.name}; "
                     "use another file"
                 )
             done[answered] = digest
@@ -148,7 +150,7 @@ class AnswersFile:
 
 
 def options_digest(config: DecodeConfig) -> str:
-    """A short digest of the options that decide what an answer is."""
+    """A short digest of the options that determine the answers."""
     return _digest(json.dumps(deciding_values(config), sort_keys=True)).hex()
 
 

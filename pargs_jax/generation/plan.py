@@ -1,4 +1,4 @@
-"""What decoding is asked for, and the batches that prompts are decoded in."""
+"""The settings of decoding, and the batches that prompts are decoded in."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from pargs_jax.text.tokenization import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to decode: a method, and what differs from its defaults.
+    """How to decode: a method, and the settings that differ from its defaults.
 
-    `n` is the number of answers to each prompt. `trace` says what is recorded of every token: its own numbers, or all
-    candidates with theirs. `top_p`, `look_ahead` and `gate_entropy` are explained in docs/methods.md. `preference` is
-    the vector of the method that takes one, for prompts that do not have their own. Raises InputError for a number that
-    means nothing to the method. `search` has the options of a search method that differ from its own.
+    `n` is the number of answers to each prompt. `trace` says what is recorded for every token: its own numbers, or also
+    all candidates with theirs. `top_p`, `look_ahead` and `gate_entropy` are explained in docs/methods.md. `preference`
+    is the vector for the method that takes one, for prompts without their own. `search` holds the options of a search
+    method that differ from its defaults. Raises InputError for a setting that does not apply to the method.
     """
 
     method: Method
@@ -49,7 +49,7 @@ class Settings:
         for name, reason in self.method.unused.items():
             if getattr(self, "weights" if name == "weight" else name) not in (None, ()):
                 flag = name.replace("_", "-")
-                raise InputError(f"{flag}: means nothing to {self.method.source}, which {reason}; leave it out")
+                raise InputError(f"{flag}: is not an option of {self.method.source}, which {reason}; leave it out")
         if self.method.draws == "contrastive" and self.weights and not 0 <= self.weights[0] <= 1:
             raise InputError(f"weight: got {self.weights[0]:g}, must be from 0 to 1 for {self.method.source}")
         if self.preference:
@@ -57,18 +57,18 @@ class Settings:
         for name, _ in self.search:
             if name not in dict(self.method.search_options):
                 flag = name.replace("_", "-")
-                raise InputError(f"search.{flag}: means nothing to {self.method.source}; leave it out")
+                raise InputError(f"search.{flag}: is not an option of {self.method.source}; leave it out")
         if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
-            raise InputError("search.mean and search.deviation: got one of them; give both, or neither")
+            raise InputError("search.mean and search.deviation: got only one, give both or neither")
         if self.method.search is not None:
             self.method.make_search(dict(self.search))
             if self.trace is not None:
                 raise InputError(
-                    f"trace and explain: are not for {self.method.source}, a search: it draws more than it answers"
+                    f"trace and explain: are not supported by {self.method.source}, a search; leave them out"
                 )
         if self.n > 1 and not self.samples:
             raise InputError(
-                f"n: {self.n} answers of {self.method.source}, which does not sample, would be the same; leave it out"
+                f"n: got {self.n}, but {self.method.source} does not sample, so all answers would be the same"
             )
 
     @property
@@ -78,21 +78,21 @@ class Settings:
 
     @property
     def kl_is(self) -> Literal["exact", "bound", "estimate"]:
-        """What an answer's `kl` is: the exact KL, or of a search a bound or an estimate (docs/search.md)."""
+        """Whether an answer's `kl` is exact or, for a search, a bound or an estimate (docs/search.md)."""
         return "exact" if self.method.search is None else self.method.make_search(dict(self.search)).kl
 
     @property
     def measures_rewards(self) -> bool:
-        """Whether the method needs to know what rewards the language model's own answers have, and was not told."""
+        """Whether the scale of rewards must be measured first: the method needs it, and it is not given."""
         return "deviation" in dict(self.method.search_options) and "deviation" not in dict(self.search)
 
     def with_reward_scale(self, mean: float, deviation: float) -> "Settings":
-        """These settings, told that."""
+        """These settings with that scale."""
         return dataclasses.replace(self, search=(*self.search, ("mean", mean), ("deviation", deviation)))
 
     @property
     def method_name(self) -> str:
-        """The method's name in `METHODS`; for one that is not there, its source."""
+        """The method's name in `METHODS`; for other methods, its source."""
         return next((name for name, method in METHODS.items() if method == self.method), self.method.source)
 
     @property
@@ -111,14 +111,14 @@ class Settings:
 
     @property
     def tokens_ahead(self) -> int:
-        """How many tokens an aligned model writes after each candidate; 0 for methods without one."""
+        """The number of tokens that an aligned model writes after each candidate; 0 for methods without one."""
         return self.method.look_ahead if self.look_ahead is None else self.look_ahead
 
     def guide_weights(self, reward_models: int, own: tuple[float, ...] | None = None) -> tuple[float, ...]:
-        """The weight of each guide that so many reward models make; none for a method without guides. `own` are those
-        of a prompt that has its own.
+        """The weight of each guide that this many reward models make; empty for a method without guides. `own` are the
+        prompt's own weights, if it has any.
 
-        Raises InputError if there are not as many weights as guides, or no reward models to guide it.
+        Raises InputError if the numbers of weights and guides differ, or if a guided method has no reward models.
         """
         guides = count_guides(self.method, reward_models)
         weights = own or self.weights or (self.method.weight,)
@@ -127,12 +127,12 @@ class Settings:
                 self.method.reward_model, "reward models"
             )
             raise InputError(
-                f"weight: got {len(weights)} weights for {guides} {what}, must be one for all or one for each"
+                f"weight: got {len(weights)} weights for {guides} {what}, give one for all or one for each"
             )
         return weights * guides if len(weights) == 1 else weights[:guides]
 
     def of_rows(self, prompts: Sequence[Prompt], rows: int, reward_models: int) -> RowSettings:
-        """The settings of rows, of which the first have these prompts. Raises InputError as `guide_weights` does."""
+        """The settings of `rows` rows; the first ones have these prompts. Raises InputError as `guide_weights` does."""
         settings = RowSettings.alike(
             rows,
             weights=self.guide_weights(reward_models),
@@ -149,16 +149,16 @@ class Settings:
         return settings._replace(weights=jnp.asarray(weights))
 
     def preferences_of(self, prompts: Sequence[Prompt], rows: int) -> Float[np.ndarray, "B M"] | None:
-        """The preference vector of each row, for a method that takes one. Raises InputError if a prompt has none, or
-        they differ in length."""
+        """The preference vector of each row, for a method that takes one. Raises InputError if a prompt has none, or if
+        their lengths differ."""
         if self.method.reward_model != "preference":
             return None
         found = [prompt.preference or self.preference for prompt in prompts]
         for prompt, vector in zip(prompts, found, strict=True):
             if not vector:
                 raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; give one, or a "
-                    "column of that name"
+                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; set the option "
+                    "preference, or add a column 'preference'"
                 )
             if len(vector) != len(found[0]):
                 raise InputError(f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(found[0])}")
@@ -166,13 +166,15 @@ class Settings:
 
 
 def check_preference(vector: Sequence[float], name: str) -> None:
-    """Raises InputError for numbers that are not shares of a whole."""
+    """Raises InputError unless the numbers are shares that sum to one."""
     if min(vector) < 0 or abs(sum(vector) - 1) > 1e-3:
-        raise InputError(f"{name}: got {', '.join(f'{x:g}' for x in vector)}, must be at least 0 and sum to 1")
+        raise InputError(
+            f"{name}: got {', '.join(f'{x:g}' for x in vector)}, must be numbers of at least 0 that sum to 1"
+        )
 
 
 class Batch(NamedTuple):
-    """Answers that are made together. Row b answers `prompts[b]` for the `samples[b]`-th time; rows beyond these fill
+    """Answers that are decoded together. Row b is sample `samples[b]` of the answers to `prompts[b]`; further rows fill
     up the mesh."""
 
     prompts: list[Prompt]
@@ -180,7 +182,7 @@ class Batch(NamedTuple):
     lm_ids: list[list[int]]
     lm_prompts: Prompts
     own_prompts: list[Prompts]
-    """The same in the tokens of each reward model."""
+    """The same prompts in the tokens of each reward model."""
 
 
 def plan_batches(
@@ -191,16 +193,16 @@ def plan_batches(
     settings: Settings,
     answered: Bool[np.ndarray, "P n"] | None = None,
 ) -> Iterator[Batch]:
-    """The prompts in batches, shortest first, so that few rows are padded to much more than their length.
+    """Groups prompts into batches, shortest first, so that few rows are padded far beyond their length.
 
     Args:
         lm, tokenizer: the language model and its tokenizer.
         reward_models: the reward models.
-        prompts, settings: what to answer, and how.
-        answered: which samples of each prompt there are already; these are left out.
+        prompts, settings: the prompts to answer, and how.
+        answered: the samples of each prompt that exist already; they are left out.
 
     Raises:
-        InputError: before the first batch, if a prompt does not fit a model together with its answer.
+        InputError: before the first batch, if a prompt with its answer does not fit a model.
     """
     encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
     own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]
@@ -237,11 +239,11 @@ def _check_lengths(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) + max_new_tokens > positions:
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens that is more "
-                f"than the language model's context of {positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds "
+                f"the language model's context of {positions} tokens"
             )
         if ids and max(ids) >= lm.config.vocab_size:
-            raise InputError(f"prompt {prompt.id!r} has tokens that the language model does not know")
+            raise InputError(f"prompt {prompt.id!r} has tokens outside the language model's vocabulary")
     for model, own in zip(reward_models, own_encoded, strict=True):
         for prompt, ids in zip(prompts, own, strict=True):
             model.check_prompt(prompt, ids, max_new_tokens, settings.tokens_ahead)

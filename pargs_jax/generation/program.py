@@ -1,5 +1,5 @@
-"""What decoding a batch computes, assembled from models and a method. It is the same whether the models' parameters are
-loaded or only described."""
+"""The computation that decodes a batch, assembled from models and a method. It is the same whether the models'
+parameters are loaded or only described."""
 
 import dataclasses
 from functools import partial
@@ -23,12 +23,12 @@ class DecodingProgram(NamedTuple):
     Attributes:
         decoder: language model, guides, proposer and rule.
         max_new_tokens: the longest answer.
-        by_text: which guides have a tokenizer of their own, and so an answer's room in its tokens.
+        retokenised: the indices of the guides with their own tokenizer, whose answer width can be too small.
     """
 
     decoder: Decoder
     max_new_tokens: int
-    by_text: tuple[int, ...]
+    retokenised: tuple[int, ...]
 
     @classmethod
     def assemble(
@@ -44,8 +44,8 @@ class DecodingProgram(NamedTuple):
         pad_id: int,
         keeps_candidates: bool = False,
     ) -> "DecodingProgram":
-        """The program of a method with these models; `k` candidates, or as many as the method usually has, and its
-        `top_p` likewise."""
+        """The program of a method with these models. `k` and `top_p` replace the method's defaults unless they are
+        None."""
         in_vocabulary = method.judged or all(guide.scores_vocabulary for guide in guides)
         decoder = Decoder(
             lm,
@@ -58,19 +58,19 @@ class DecodingProgram(NamedTuple):
             method.reward_form,
             method.keeps_rest,
         )
-        by_text = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
-        return cls(decoder, max_new_tokens, by_text)
+        retokenised = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
+        return cls(decoder, max_new_tokens, retokenised)
 
     def __call__(self, *arguments: Any) -> tuple[Decoded, tuple[Int[Array, ""], ...]]:
-        """Decodes a batch. The arguments are the parameters of the language model and of each guide, prompts, their
+        """Decodes a batch. The arguments are the parameters of the language model and of each guide, the prompts, their
         lengths, keys, `RowSettings`, and each guide's own prompts (see `decode`).
 
-        Returns the answers, and the room that the texts of each guide `by_text` needed.
+        Returns the answers, and the longest answer of each guide in `retokenised`, in that guide's tokens.
         """
         return _decode(self, *arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, ready to be compiled; without the program as an argument."""
+        """Lowers the program for arguments of these shapes, ready to be compiled."""
         return _decode.lower(self, *arguments)
 
 
@@ -79,30 +79,30 @@ class SearchProgram(NamedTuple):
 
     Attributes:
         search: the search method.
-        searcher: what draws tokens and what judges texts.
+        searcher: draws tokens and judges texts.
         max_new_tokens: the longest answer.
-        by_text: which of the guides or judges have a tokenizer of their own.
+        retokenised: the indices of the judges and guides with their own tokenizer.
     """
 
     search: SearchMethod
     searcher: Searcher
     max_new_tokens: int
-    by_text: tuple[int, ...]
+    retokenised: tuple[int, ...]
 
     @classmethod
     def assemble(cls, program: DecodingProgram, method: Method, search: SearchMethod) -> "SearchProgram":
-        """A search over what a program decodes. Its guides are judges where the method has them so."""
+        """A search that draws with a decoding program. Its guides become judges if the method says so."""
         decoder, judges = program.decoder, ()
         if method.judged:
             decoder, judges = dataclasses.replace(decoder, guides=()), decoder.guides
-        return cls(search, Searcher(decoder, judges), program.max_new_tokens, program.by_text)
+        return cls(search, Searcher(decoder, judges), program.max_new_tokens, program.retokenised)
 
     def __call__(self, *arguments: Any) -> tuple[Found, tuple[Int[Array, ""], ...]]:
-        """What the search finds, and the room that texts needed. The arguments are a `DecodingProgram`'s."""
+        """The search's result, and the longest answers as in `DecodingProgram`, whose arguments it takes."""
         return _search(self, *arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, ready to be compiled."""
+        """Lowers the program for arguments of these shapes, ready to be compiled."""
         return _search.lower(self, *arguments)
 
 
@@ -143,4 +143,4 @@ def _decode(
     decoder, steps = program.decoder, program.max_new_tokens
     state = decoder.start(params, prompts, lengths, keys, settings, steps, guide_prompts)
     state = decoder.advance(params, state, steps)
-    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in program.by_text)))
+    return on_every_device((decoder.read(state), tuple(state.guides[j].needed.max() for j in program.retokenised)))

@@ -1,4 +1,4 @@
-"""Reward models beside a language model: loaded, matched with its tokenizer, and made into guides."""
+"""Loads reward models, matches them with the language model's tokenizer, and turns them into guides."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
 Role = Literal["scalar", "table", "log_probs", "preference"]
-"""What a reward model's numbers are: the reward of a text; those of a text with each next token; the log-probabilities
-of next tokens; or these, for a preference vector."""
+"""The meaning of a reward model's outputs: the reward of a text; rewards of a text with each next token;
+log-probabilities of next tokens; or log-probabilities that depend on a preference vector."""
 
 _HEAD_OF: dict[Role, str] = {
     "scalar": "reward", "table": "table", "log_probs": "vocabulary", "preference": "vocabulary"
@@ -43,11 +43,11 @@ WIDTH_STEP = 64
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A reward model and how it reads what the language model writes: the same tokens, or, with a `retokeniser`, the
-    same text in tokens of its own.
+    """A reward model and how it reads the language model's texts: in the same tokens or, with a `retokeniser`, in its
+    own.
 
-    `has_own_template` says that its chat template is not the language model's. `prompt_form` is the one that it was
-    trained with, if it says so. `lm_vocab_size` is the number of tokens that the language model proposes.
+    `has_own_template` says that its chat template differs from the language model's. `prompt_form` is the form that it
+    was trained with, if it says so. `lm_vocab_size` is the number of tokens that the language model proposes.
     """
 
     source: str
@@ -71,23 +71,23 @@ class RewardModel:
         unroll: bool,
         role: Role = "scalar",
     ) -> "RewardModel":
-        """Loads from a folder or the hub. Raises InputError if it is not a reward model of that role, or does not suit
+        """Loads from a folder or the hub. Raises InputError if it is not a reward model of this role, or does not fit
         its tokenizer or the language model's."""
         folder = resolve(source)
         if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(folder)):
             raise InputError(
-                f"{source}: has another tokenizer than the language model; one that scores all next tokens at once "
+                f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
         loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
-                f"{source}: takes a preference vector; only the method parm gives one"
+                f"{source}: needs a preference vector, which only the method parm provides"
                 if loaded.model.lora
                 else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
             )
         if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train.py makes one")
+            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
         tokenizer.check_embeddings(model.config.vocab_size, source)
@@ -98,11 +98,11 @@ class RewardModel:
         return cls(source, model, params, tokenizer, retokeniser, has_own_template, form, role, lm_vocab_size)
 
     def encode_prompt(self, prompt: Prompt, lm_ids: list[int]) -> list[int]:
-        """A prompt in this model's tokens, written in its own chat template where the prompt has turns.
+        """A prompt in this model's tokens, rendered in its own chat template if the prompt has turns.
 
         Args:
             prompt: the prompt.
-            lm_ids: its ids for the language model, which this model reads too if it shares them and the template.
+            lm_ids: its ids for the language model; they are returned if this model has the same tokens and template.
 
         Raises:
             InputError: if the model needs a chat template that it does not have, or turns that are not known.
@@ -113,8 +113,8 @@ class RewardModel:
             return self.tokenizer.encode_prompt(prompt.text)
         if not prompt.turns:
             raise InputError(
-                f"prompt {prompt.id!r} is in the language model's chat template already, which {self.source} does not "
-                "share; give the question, or a list of turns, without a template"
+                f"prompt {prompt.id!r} is already written in the language model's chat template, but {self.source} has "
+                "another one; give the plain question or a list of turns"
             )
         try:
             return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
@@ -122,57 +122,60 @@ class RewardModel:
             raise InputError(f"prompt {prompt.id!r} for {self.source}: {error}") from error
 
     def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, look_ahead: int = 0) -> None:
-        """Raises InputError if a prompt, in this model's tokens, may not fit this model with its answer and what is
-        written after a candidate."""
+        """Raises InputError if a prompt, in this model's tokens, may not fit this model together with its answer and
+        the tokens that an aligned model writes after a candidate."""
         if len(ids) + max_new_tokens + look_ahead > self.model.config.max_positions:
             ahead = f" and {look_ahead} tokens of look-ahead" if look_ahead else ""
             raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens of {self.source}; with {max_new_tokens} new tokens{ahead} "
-                f"that is more than its context of {self.model.config.max_positions} tokens"
+                f"prompt {prompt.id!r} has {len(ids)} tokens for {self.source}; with {max_new_tokens} new tokens"
+                f"{ahead} it exceeds that model's context of {self.model.config.max_positions} tokens"
             )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:
-        """Prompts in this model's tokens as a batch, at the least of few widths that holds them."""
+        """Prompts in this model's tokens as a batch, at the smallest of a few widths that holds them."""
         longest = max(map(len, prompts))
         width = padded_width(longest)
         if self.retokeniser is not None:
-            # Padding is read again at every step, by an encoder for every candidate: worth a few more compilations.
+            # An encoder reads padding again at every step for every candidate, so a few more compilations are worth it.
             step = max(SMALLEST_WIDTH, width // 4) if self.model.one_pass else SMALLEST_WIDTH
             width = min(-(-longest // step) * step, self.model.config.max_positions)
         return left_pad(prompts, rows, width)
 
-    def guide(self, prompts: Prompts, max_new_tokens: int, room: int = 0) -> Guide:
-        """The guide for a batch of prompts in this model's tokens; with room for answers of at least so many tokens of
-        its own, as far as the model has positions for them."""
+    def guide(self, prompts: Prompts, max_new_tokens: int, min_answer_width: int = 0) -> Guide:
+        """The guide for a batch of prompts in this model's tokens. Its answers may have at least `min_answer_width`
+        of its own tokens, as far as the model has positions for them."""
         if self.role != "scalar":
             return _NEXT_TOKEN_GUIDES[self.role](self.model, self.lm_vocab_size)
         longest = int(prompts.lengths.max())
-        return make_guide(self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, room)
+        return make_guide(
+            self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, min_answer_width
+        )
 
     def guide_prompts(self, prompts: Prompts, lm_prompts: Prompts) -> Prompts | None:
-        """A batch of prompts in this model's tokens, as its guide takes them: None if they are the language model's."""
+        """A batch of prompts in this model's tokens, as its guide takes them; None if they equal the language
+        model's."""
         shares = self.retokeniser is None and np.array_equal(prompts.tokens, lm_prompts.tokens)
         return None if shares else prompts
 
     def tokens_read(self, prompt: int, answer: int, candidates: int) -> int:
-        """Tokens that it reads as a guide (see `TokensRead`)."""
+        """The number of tokens that it reads as a guide (see `TokensRead`)."""
         if self.role != "scalar":
             return prompt - 1 + answer
         if self.model.one_pass:
             return prompt + candidates * answer
         return candidates * (answer * prompt + answer * (answer + 1) // 2)
 
-    def larger_room(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
-        """Room for answers of which one needed so many of this model's tokens, and there were fewer. Raises InputError
-        if the model has no positions for them."""
-        room = padded_width(needed)
-        most = self.guide(prompts, max_new_tokens, room).answer_width
+    def larger_answer_width(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
+        """The answer width to use after an answer needed `needed` of this model's tokens and did not fit. Raises
+        InputError if the model has too few positions for it."""
+        width = padded_width(needed)
+        most = self.guide(prompts, max_new_tokens, width).answer_width
         if most < needed:
             raise InputError(
-                f"{self.source}: an answer with a candidate takes {needed} of its tokens; after the longest prompt it "
-                f"has positions for {most}; ask for fewer new tokens"
+                f"{self.source}: an answer with a candidate needs {needed} of its tokens, but after the longest prompt "
+                f"only {most} fit its context; ask for fewer new tokens"
             )
-        return room
+        return width
 
     def score(
         self,
@@ -188,7 +191,7 @@ class RewardModel:
             prompts: in this model's tokens.
             tokens, counts: the answers, `tokens[b, :counts[b]]`, in the language model's tokens.
             texts: their texts.
-            finished: which of them ended by themselves.
+            finished: whether each ended with an end-of-sequence token.
         """
         if self.retokeniser is None:
             return self._answer_rewards(prompts, tokens, counts)
@@ -210,10 +213,10 @@ class RewardModel:
 def shares_tokens(
     source: str, model: AnyRewardModel, lm_vocab_size: int, tokenizers: tuple[TextTokenizer, TextTokenizer] | None
 ) -> bool:
-    """Whether a reward model reads the language model's tokens as they are: it is causal, and both vocabularies are the
-    same. Without tokenizers (models that are only described) vocabularies of one size are taken to be the same.
+    """Whether a reward model can read the language model's tokens directly: it is causal, and the vocabularies are
+    equal. Without tokenizers (models that are only described), vocabularies of equal size count as equal.
 
-    Raises InputError if the vocabularies are the same and the reward model lacks embeddings for some of it.
+    Raises InputError if the vocabularies are equal but the reward model lacks embeddings for some tokens.
     """
     if not model.reads_candidates:
         return False
@@ -222,7 +225,9 @@ def shares_tokens(
         return vocab_size == lm_vocab_size
     shares = tokenizers[0].same_vocabulary(tokenizers[1])
     if shares and vocab_size < lm_vocab_size:
-        raise InputError(f"{source}: has {vocab_size} token embeddings, the language model proposes {lm_vocab_size}")
+        raise InputError(
+            f"{source}: has {vocab_size} token embeddings, must have {lm_vocab_size} as the language model"
+        )
     return shares
 
 
@@ -232,13 +237,13 @@ def make_guide(
     longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
-    room: int = 0,
+    min_answer_width: int = 0,
 ) -> Guide:
-    """The guide of a reward model: of one with a tokenizer of its own if there is a retokeniser, in whose tokens the
-    prompt and the room are counted then."""
+    """The guide of a reward model. With a `retokeniser`, the model has its own tokenizer, and `longest_prompt` and
+    `min_answer_width` count its tokens."""
     if retokeniser is None:
         return CausalGuide(model)
-    answer_width = max(first_room(max_new_tokens), room)
+    answer_width = max(first_answer_width(max_new_tokens), min_answer_width)
     if (positions := table_of_positions(model)) is not None:
         closing = int(not model.one_pass)
         answer_width = min(answer_width, positions - longest_prompt - closing)
@@ -247,15 +252,15 @@ def make_guide(
     return EncoderGuide(model, retokeniser, answer_width, closing_id)
 
 
-def first_room(max_new_tokens: int) -> int:
-    """Room for answers in the tokens of a reward model: usually they are fewer than twice as many as the language
-    model's. Where they are not, see `RewardModel.with_more_room`."""
+def first_answer_width(max_new_tokens: int) -> int:
+    """The first answer width to try, in the reward model's tokens: usually they are fewer than twice the language
+    model's. If that is too few, see `RewardModel.larger_answer_width`."""
     return 2 * max_new_tokens + SMALLEST_WIDTH
 
 
 def table_of_positions(model: AnyRewardModel) -> int | None:
-    """How many positions a model has a table of; None if they are rotary or relative, which have no end, only a range
-    that they were trained on."""
+    """The size of a model's table of positions; None if positions are rotary or relative, which have no limit except
+    the range that they were trained on."""
     return model.config.max_positions if "positions" in model.abstract_params()["backbone"] else None
 
 
@@ -278,8 +283,8 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts
 def padded_width(length: int) -> int:
     """The width that texts are padded to: 16, 32, 64, or the next multiple of 64.
 
-    Every width is a program to compile, of which a context of C tokens has at most 2 + C / 64; texts beyond 64 tokens
-    are read with less than 64 of padding.
+    Every width is compiled separately; a context of C tokens has at most 2 + C / 64 of them. Texts longer than 64
+    tokens get less than 64 tokens of padding.
     """
     if length > WIDTH_STEP:
         return -(-int(length) // WIDTH_STEP) * WIDTH_STEP

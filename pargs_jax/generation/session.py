@@ -29,11 +29,11 @@ from pargs_jax.sharding import on_every_device
 from pargs_jax.text.tokenization import TextTokenizer
 
 SCALE_ANSWERS = 64
-"""Answers on which the scale of rewards is measured."""
+"""The number of answers from which the scale of rewards is measured."""
 
 
 class Session:
-    """Loaded models. `answer` may be called many times; each shape compiles once."""
+    """Loaded models. `answer` may be called many times; each shape is compiled once."""
 
     def __init__(
         self,
@@ -44,14 +44,15 @@ class Session:
         dtype: str = "float32",
         unroll: bool | None = None,
     ) -> None:
-        """Loads everything, and checks that the models go together.
+        """Loads everything, and checks that the models fit together.
 
         Args:
-            lm, reward_models: Hugging Face folders, hub ids, or folders of runs.
-            method: what the reward models are to guide, which says what kind of model each is; without it, they are
-                models with a scalar head.
-            dtype: of the parameters and of the computation; softmax and rewards stay float32.
-            unroll: run layers one by one and not as a scan; by default everywhere but on TPU (see `CausalModel`).
+            lm, reward_models: Hugging Face folders, hub ids, or folders of training runs.
+            method: the method that the reward models will guide, which determines the kind of each model. Without it,
+                they are models with a scalar head.
+            dtype: the dtype of parameters and computation; softmax and rewards stay float32.
+            unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
+                `CausalModel`).
 
         Raises:
             InputError: if a model cannot be used.
@@ -61,7 +62,9 @@ class Session:
         folder = resolve(lm)
         loaded = load_model(folder, "vocabulary", dtype=dtype)
         if loaded.model.lora is not None:
-            raise InputError(f"{lm}: takes a preference vector; it can be a reward model of the method parm")
+            raise InputError(
+                f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
+            )
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
@@ -83,27 +86,27 @@ class Session:
     def answer(
         self, prompts: Sequence[Prompt], settings: Settings, answered: Bool[np.ndarray, "P n"] | None = None
     ) -> Iterator[list[Answer]]:
-        """Answers prompts, shortest first; yields the answers of each batch as it is done.
+        """Answers prompts, shortest first; yields each batch's answers when it is done.
 
-        Guided methods use all of the session's reward models; with others, the reward models score the finished
+        Guided methods use all of the session's reward models. With other methods, the reward models score the finished
         answers. Samples that are `answered` are left out.
 
         Raises:
-            InputError: before any decoding, if a prompt does not fit or the settings do not suit the models; and after
-                the batch in which a log-probability or a reward is not finite.
+            InputError: before any decoding, if a prompt does not fit or the settings do not match the models; and after
+                a batch in which a log-probability or a reward is not finite.
         """
         check_roles(settings.method, self.reward_models)
         if settings.measures_rewards:
             settings = settings.with_reward_scale(*self._reward_scale(prompts, settings))
-        rooms = [0] * len(self.reward_models)
+        answer_widths = [0] * len(self.reward_models)
         batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
         for batch in batches:
-            decoded, seconds = self._decode(batch, settings, rooms)
+            decoded, seconds = self._decode(batch, settings, answer_widths)
             yield self._reader.read(batch, decoded, seconds / len(batch.prompts), settings)
 
     def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
-        """Mean and standard deviation of the weighted rewards of answers that the language model draws by itself to the
-        first prompts: one to each, or several to few."""
+        """Mean and standard deviation of the weighted rewards of unguided answers to the first prompts: one answer per
+        prompt, or several if there are few prompts."""
         first = prompts[:SCALE_ANSWERS]
         if not first:
             return 0.0, 1.0
@@ -120,13 +123,13 @@ class Session:
         rewards = [np.dot(answer.guide_rewards, weights) for batch in self.answer(first, own) for answer in batch]
         if not np.std(rewards) > 0:
             raise InputError(
-                "the language model's own answers all have one reward; give search.mean and search.deviation"
+                "the language model's own answers all have the same reward; give search.mean and search.deviation"
             )
         return float(np.mean(rewards)), float(np.std(rewards))
 
-    def _decode(self, batch: Batch, settings: Settings, rooms: list[int]) -> tuple[Decoded | Found, float]:
-        """Decodes a batch; also the seconds that it took. `rooms` are those that the guides' texts needed so far, and
-        grow where a text needs more."""
+    def _decode(self, batch: Batch, settings: Settings, answer_widths: list[int]) -> tuple[Decoded | Found, float]:
+        """Decodes a batch; also returns the seconds that it took. `answer_widths` are the widths that the guides' texts
+        have needed so far; they grow where a text needs more."""
         rows = len(batch.lm_prompts.lengths)
         numbers, samples = np.zeros((2, rows), np.uint32)
         numbers[: len(batch.prompts)] = [prompt_number(prompt.id) for prompt in batch.prompts]
@@ -149,7 +152,7 @@ class Session:
                 batch.own_prompts,
                 batch.lm_prompts,
                 settings.max_new_tokens,
-                rooms,
+                answer_widths,
                 settings.tokens_ahead,
                 preferences,
                 self.tokenizer.eos_ids,
@@ -174,14 +177,14 @@ class Session:
             with input_errors_of_callbacks():
                 decoded, needed = jax.block_until_ready(run(*arguments))
             seconds = time.perf_counter() - began
-            # A text may take more of a reward model's tokens than was thought: then the batch is done again.
-            is_void = False
-            for j, most in zip(program.by_text, map(int, needed), strict=True):
+            # A text may need more of a reward model's tokens than expected. Then the batch is decoded again.
+            is_invalid = False
+            for j, most in zip(program.retokenised, map(int, needed), strict=True):
                 model, own = self.reward_models[j], batch.own_prompts[j]
                 if most > guides[j].answer_width:
-                    rooms[j] = model.larger_room(most, own, settings.max_new_tokens)
-                    is_void = True
-            if not is_void:
+                    answer_widths[j] = model.larger_answer_width(most, own, settings.max_new_tokens)
+                    is_invalid = True
+            if not is_invalid:
                 return jax.device_get(decoded), seconds
 
     def _compile(
@@ -196,7 +199,7 @@ class Session:
 
 @contextmanager
 def input_errors_of_callbacks() -> Iterator[None]:
-    """Raises the InputError of a host callback as itself: XLA knows it as text only."""
+    """Raises the InputError of a host callback as itself, because XLA only passes on its text."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -215,5 +218,5 @@ def _row_keys(seed: int, numbers: Int[Array, "B"], samples: Int[Array, "B"]) -> 
 
 
 def prompt_number(prompt_id: str) -> int:
-    """A 32-bit number of a prompt's id, for its row's randomness: the same in every batch, file and process."""
+    """A 32-bit hash of a prompt's id, for its row's randomness: the same in every batch, file and process."""
     return zlib.crc32(prompt_id.encode())

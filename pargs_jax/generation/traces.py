@@ -1,6 +1,6 @@
-"""The record of how an answer came about, token by token, and the file of such records.
+"""The record of how an answer was decoded, token by token, and the file of such records.
 
-Evaluation, the page that explains an answer and whoever calls a `Session` see the same record (docs/traces.md).
+Evaluation, the page that explains an answer, and callers of a `Session` use the same record (docs/traces.md).
 """
 
 import dataclasses
@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_failures_named
+from pargs_jax.durable_files import append_all, hold, write_errors_named_after
 from pargs_jax.errors import InputError
 
 
 class TracedCandidate(NamedTuple):
-    """A token that could have been chosen: `log_p` under the language model, and `log_q` under the distribution that
-    the token was drawn from, both in nats. `log_q` is minus infinity for what could not be drawn."""
+    """A token that could have been chosen. `log_p` is its log-probability under the language model, and `log_q` under
+    the distribution that the token was drawn from; both in nats. `log_q` is minus infinity for tokens that could not be
+    drawn."""
 
     id: int
     text: str
@@ -28,9 +29,9 @@ class TracedCandidate(NamedTuple):
 class TracedToken(NamedTuple):
     """A token of an answer.
 
-    `text` is its share of the response (`shares_of`). `log_p` is its log-probability under the language model p, and
+    `text` is its part of the response (`shares_of`). `log_p` is its log-probability under the language model p, and
     `log_q` under the distribution q that it was drawn from; `entropy` is that of p, and `kl` is KL(q || p); all in
-    nats. `rewards` are the guides'. `candidates`, where they were asked for, come with the largest `log_q` first.
+    nats. `rewards` are the guides'. `candidates`, present on request, are in decreasing order of `log_q`.
     """
 
     id: int
@@ -47,10 +48,10 @@ class TracedToken(NamedTuple):
 class AnswerTrace:
     """An answer with all its tokens, and how it was decoded.
 
-    What an `Answer` says means the same here. `weights`, `k` and `temperature` are the numbers in use: no weights
+    Fields that an `Answer` has mean the same here. `weights`, `k` and `temperature` are the numbers in use: no weights
     without guidance, no k for a method that does not count its candidates, and no temperature for one that does not
-    sample. `options` is the digest of the options of the command, which the answers file has too; None from Python.
-    `eos_ids` are the tokens that end an answer.
+    sample. `options` is the digest of the command's options, which the answers file has too; None for a `Session` in
+    Python. `eos_ids` are the tokens that end an answer.
     """
 
     id: str
@@ -73,8 +74,7 @@ class AnswerTrace:
     options: str | None = None
 
     def as_row(self) -> dict[str, Any]:
-        """The row of a trace file: numbers that are minus infinity are null, and candidates that were not asked for
-        are left out."""
+        """The row of a trace file: minus infinity becomes null, and candidates that were not recorded are left out."""
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
         row["tokens"] = [_token_row(token) for token in row.pop("tokens")]
@@ -82,7 +82,7 @@ class AnswerTrace:
 
     @classmethod
     def from_row(cls, row: Any) -> "AnswerTrace":
-        """The trace in a row. Raises ValueError, with the reason, if there is none."""
+        """The trace in a row. Raises ValueError, with the reason, if it is not a trace."""
         try:
             rewards = row["guide_reward"]
             rewards = [] if rewards is None else rewards if isinstance(rewards, list) else [rewards]
@@ -95,20 +95,20 @@ class AnswerTrace:
         except (TypeError, AttributeError) as error:
             raise ValueError(str(error)) from error
         if "".join(token.text for token in trace.tokens) != trace.response:
-            raise ValueError("the texts of its tokens are not its response")
+            raise ValueError("the texts of its tokens do not add up to its response")
         return trace
 
 
 def one_or_all(rewards: Sequence[float]) -> float | list[float] | None:
-    """The `guide_reward` of a row: a number for one reward model, a list for several, null without any."""
+    """The `guide_reward` of a row: a number for one reward model, a list for several, null for none."""
     return None if not rewards else rewards[0] if len(rewards) == 1 else list(rewards)
 
 
 def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
-    """The traces in a file that `decode.py` wrote, one by one.
+    """Yields the traces in a file that `decode.py` wrote.
 
     Raises:
-        InputError: the file cannot be read, or a line of it is not a trace.
+        InputError: if the file cannot be read, or one of its lines is not a trace.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -117,41 +117,44 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                     trace = AnswerTrace.from_row(json.loads(line))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}: line {number} is not a trace ({error}); decode.py writes them"
+                        f"{path}: line {number} is not a trace ({error}); the option trace of decode.py writes them"
                     ) from error
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a file of traces ({error.reason}); decode.py writes them") from error
+        raise InputError(
+            f"{path}: is not a file of traces ({error.reason}); the option trace of decode.py writes them"
+        ) from error
 
 
 class TracesFile:
-    """Appends traces to a JSONL file, whose line n is the trace of line n of a file of answers.
+    """Appends traces to a JSONL file; line n is the trace of line n of the answers file.
 
-    Traces are written before their answers. So a run that was killed may leave traces without an answer behind the
-    others: these are dropped, and come again with their answers.
+    Traces are written before their answers. A killed run may therefore leave traces without answers at the end of the
+    file; they are dropped, and written again with their answers.
     """
 
     def __init__(
         self, path: Path, answers_path: Path, answered: Sequence[tuple[str, int]], options: str, *, is_known: bool
     ) -> None:
-        """Opens the file, or makes it.
+        """Opens the file, or creates it.
 
         Args:
-            path: the file.
-            answers_path: the file of the answers, for messages.
-            answered: the id and sample of each of its rows.
+            path: the trace file.
+            answers_path: the answers file, for messages.
+            answered: the id and sample of each row of the answers file.
             options: the digest of the options that they were made with.
-            is_known: an earlier run wrote traces of these answers here.
+            is_known: whether an earlier run wrote traces of these answers here.
 
         Raises:
-            InputError: it cannot be written, another process is writing it, or its lines are not the answers' traces.
+            InputError: if it cannot be written, another process is writing it, or its lines are not the answers'
+                traces.
         """
         self._path = path
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; traces are written to a file")
-        with write_failures_named(path, "use another file"):
+            raise InputError(f"{path}: is a folder, must be a file")
+        with write_errors_named_after(path, "use another file"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         try:
@@ -160,8 +163,8 @@ class TracesFile:
             for number, (prompt_id, sample) in enumerate(answered, start=1):
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
                     raise InputError(
-                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers that were "
-                        "made without traces cannot get one; use another file for both"
+                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers made "
+                        "without traces cannot get them later; use new files for both"
                     )
             if len(lines) > len(answered) and not is_known:
                 raise InputError(f"{path}: already exists, and does not belong to {answers_path}; use another file")
@@ -175,18 +178,18 @@ class TracesFile:
             raise
 
     def close(self) -> None:
-        """Closes the file, which ends its lock."""
+        """Closes the file, which releases its lock."""
         self._file.close()
 
     def write(self, traces: Sequence[AnswerTrace]) -> None:
-        """Appends rows. Raises InputError if the disk does not take them all."""
+        """Appends rows. Raises InputError if they cannot be written completely."""
         rows = "".join(json.dumps(trace.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for trace in traces)
-        with write_failures_named(self._path, "the traces before are kept; mend that, then run the same again"):
+        with write_errors_named_after(self._path, "earlier traces are safe; fix that, then run the same command again"):
             append_all(self._file, rows)
 
 
 def _identity(line: bytes) -> tuple[str, int, str] | None:
-    """Which answer a line traces, and the digest of its options; None if it is not a whole trace."""
+    """The answer that a line traces, and the digest of its options; None if the line is not a complete trace."""
     try:
         row = json.loads(line)
         return row["id"], row["sample"], row["options"]

@@ -1,4 +1,4 @@
-"""The cache of texts that grow: keys and values of B rows, each with a length of its own."""
+"""The key-value cache of a growing batch of texts: B rows, each with its own length."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,17 @@ from jaxtyping import Array, Bool, Int
 from pargs_jax.sharding import ROWS, constrain, row_shards, spec_of
 
 SLOT_MULTIPLE = 64
-"""Caches have a multiple of so many slots: odd lengths keep GPUs and TPUs from their fast products."""
+"""Cache sizes are multiples of this many slots; GPUs and TPUs multiply odd sizes slowly."""
 
-MOST_SLICES = 256
-"""Rows of a cache of stacked layers that are written one by one; more of them would take too long to compile."""
+MAX_SLICES = 256
+"""The most rows of a stacked cache that are written one by one; more would take too long to compile."""
 
 
 class Cache(NamedTuple):
     """Keys and values of B rows: slot s of a row holds its token at position s, and slots `s < lengths[b]` are real.
 
-    `kv` is `KeyValues[L B H S D]` for stacked layers, a tuple of L `KeyValues[B H S D]` for unrolled ones. `tables` are
-    what a model computed once from its weights, in the same form (see `PrefixCausalModel`).
+    `kv` is `KeyValues[L B H S D]` for stacked layers, or a tuple of L `KeyValues[B H S D]` for unrolled ones. `tables`
+    holds what a model computed once from its weights, in the same form (see `PrefixCausalModel`).
     """
 
     kv: Any
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Room for tokens."""
+        """S, the number of slots of each row."""
         return jax.tree.leaves(self.kv)[0].shape[-2]
 
     @property
@@ -40,20 +40,21 @@ class Cache(NamedTuple):
     def append(self, pending: Any, counts: Int[Array, "B"]) -> "Cache":
         """Appends the first `counts[b]` of each row's T pending tokens, `[... B H T D]`.
 
-        Needs room for all T after a row's end: what is written past the count is overwritten by what comes next.
+        Each row needs T free slots. Slots written past the count are overwritten by the next tokens.
         """
         kv = jax.tree.map(lambda stored, new: write_rows(stored, new, self.lengths), self.kv, pending)
         return self._replace(kv=kv, lengths=self.lengths + counts)
 
     def append_one(self, pending: Any, counts: Int[Array, "B"], index: Int[Array, "B"] | None) -> "Cache":
-        """Appends one of each row's T pending tokens, `index[b]`, where `counts[b]` is 1 and not 0."""
+        """Appends one of each row's T pending tokens, number `index[b]`, where `counts[b]` is 1; nothing where it is
+        0."""
         if index is not None:
             pending = jax.tree.map(lambda new: _pick(new, index), pending)
         return self.append(pending, counts)
 
     def keep_one(self, counts: Int[Array, "B"], index: Int[Array, "B"] | None) -> "Cache":
-        """Keeps one of the tokens that lie behind each row's end, `index[b]`, where `counts[b]` is 1 and not 0: it
-        moves to the end, and the others are overwritten by what comes next."""
+        """Keeps one of the tokens written behind each row's end, number `index[b]`, where `counts[b]` is 1. It moves to
+        the end; the others are overwritten by the next tokens. Where `counts[b]` is 0, nothing is kept."""
         kv = self.kv
         if index is not None:
             moved = jax.tree.map(lambda stored: _pick(stored, self.lengths + index), kv)
@@ -61,12 +62,12 @@ class Cache(NamedTuple):
         return self._replace(kv=kv, lengths=self.lengths + counts)
 
     def forget(self, counts: Int[Array, "B"]) -> "Cache":
-        """Takes back the last `counts[b]` tokens of each row; nothing is copied."""
+        """Removes the last `counts[b]` tokens of each row; nothing is copied."""
         return self._replace(lengths=self.lengths - counts)
 
 
 def with_slots(new: Any, slots: int) -> Any:
-    """Keys and values of prompts, `[... B H P D]`, padded to at least so many slots."""
+    """Pads the keys and values of prompts, `[... B H P D]`, to at least this many slots."""
     slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
     def pad(x: Array) -> Array:
@@ -77,13 +78,13 @@ def with_slots(new: Any, slots: int) -> Any:
 
 
 def write_rows(stored: Array, new: Array, places: Int[Array, "B"]) -> Array:
-    """Writes `[... B H T D]` into `[... B H S D]`, each row from its own slot on."""
+    """Writes `[... B H T D]` into `[... B H S D]`; row b is written from slot `places[b]` on."""
     new = new.astype(stored.dtype)
-    if stored.ndim == 4 or len(places) > MOST_SLICES:
+    if stored.ndim == 4 or len(places) > MAX_SLICES:
         write = jax.vmap(lambda row, tokens, place: jax.lax.dynamic_update_slice(row, tokens, (0, place, 0)))
         return (jax.vmap(write, (0, 0, None)) if stored.ndim == 5 else write)(stored, new, places)
-    # Stacked layers, a slice for each row: for one scatter of all rows, TPUs would lay the cache out so that every
-    # layer's attention has to copy its part.
+    # Stacked layers: one slice update per row. With a single scatter for all rows, TPUs choose a layout of the cache in
+    # which every layer's attention has to copy its part.
 
     def write_all(stored: Array, new: Array, places: Array) -> Array:
         for row in range(len(places)):
@@ -103,20 +104,21 @@ def _pick(stored: Array, slots: Int[Array, "B"]) -> Array:
 
 
 def take_rows(tree: Any, rows: Int[Array, "N"]) -> Any:
-    """Rows of all arrays of a tree, whose first dimension they are; in caches of stacked layers the second."""
+    """Takes rows of all arrays of a tree. Rows are the first dimension; in caches of stacked layers, the second."""
     return _map_rows(lambda x, axis: jnp.take(x, rows, axis=axis), tree)
 
 
 def repeat_rows(tree: Any, count: int) -> Any:
-    """Every row `count` times, its copies side by side."""
+    """Repeats every row `count` times; the copies are adjacent."""
     return _map_rows(lambda x, axis: jnp.repeat(x, count, axis=axis), tree)
 
 
 def copy_rows(tree: Any, sources: Int[Array, "B n"]) -> Any:
-    """Overwrites rows by copies of others, in place; the rows are B groups of n. Place i of group b gets a copy of the
-    group's row `sources[b, i]`. A row that others are copied from has to stay: `sources[b, sources[b, i]]` is itself.
+    """Overwrites rows with copies of other rows, in place. The rows form B groups of n; place i of group b gets a copy
+    of the group's row `sources[b, i]`. A row that is copied must itself stay: `sources[b, sources[b, i]] == sources[b,
+    i]`.
 
-    Only rows that change are written, as many at a time as there are groups.
+    Only rows that change are written: one per group at a time.
     """
     count = sources.shape[1]
     is_copy = sources != jnp.arange(count)
@@ -125,25 +127,25 @@ def copy_rows(tree: Any, sources: Int[Array, "B n"]) -> Any:
     def copy_one(step: Int[Array, ""], tree: Any) -> Any:
         place = places[:, step]
         source = jnp.take_along_axis(sources, place[:, None], axis=1)[:, 0]
-        place = jnp.where(step < is_copy.sum(axis=1), place, source)  # onto itself where no more are to be copied
+        place = jnp.where(step < is_copy.sum(axis=1), place, source)  # nothing left to copy: onto itself
         return _map_rows(lambda x, axis: _copy_row(x, axis, source, place), tree)
 
     return jax.lax.fori_loop(0, is_copy.sum(axis=1).max(), copy_one, tree)
 
 
 def _copy_row(x: Array, axis: int, source: Int[Array, "B"], place: Int[Array, "B"]) -> Array:
-    """In each of B groups of rows, which are the dimension `axis`, row `source[b]` overwrites row `place[b]`."""
+    """In each of B groups of rows (dimension `axis`), row `source[b]` overwrites row `place[b]`."""
     groups, count = len(source), x.shape[axis] // len(source)
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else row_shards(mesh)
-    if axis == 0 or groups % shards or groups > MOST_SLICES:
+    if axis == 0 or groups % shards or groups > MAX_SLICES:
         apart = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
         write = jax.vmap(lambda rows, source, place: rows.at[place].set(rows[source]))
         for _ in range(axis):
             write = jax.vmap(write, (0, None, None))
         return write(apart, source, place).reshape(x.shape)
 
-    # Stacked layers, a slice for each group, as in `write_rows`.
+    # Stacked layers: one slice update per group, as in `write_rows`.
     def write_all(x: Array, source: Array, place: Array) -> Array:
         for group in range(len(source)):
             row = jax.lax.dynamic_slice_in_dim(x, group * count + source[group], 1, axis)
@@ -158,8 +160,8 @@ def _copy_row(x: Array, axis: int, source: Int[Array, "B"], place: Int[Array, "B
 
 
 def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:
-    """Replaces rows of all arrays of a tree by those of another, whose row n goes to `rows[n]`; nowhere if there is no
-    such row. The new arrays may be narrower: what they lack is zero."""
+    """Replaces rows of all arrays of a tree: row n of `new` goes to `rows[n]`, or nowhere if there is no such row. The
+    new arrays may be narrower; the missing columns become zero."""
 
     def put(x: Array, y: Array, axis: int) -> Array:
         lacks = [(0, 0 if d == axis else x.shape[d] - y.shape[d]) for d in range(x.ndim)]
@@ -170,7 +172,8 @@ def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:
 
 
 def _map_rows(function: Any, tree: Any, *others: Any) -> Any:
-    """Maps over arrays and the dimension of each that counts rows. What a cache's model computed has no rows."""
+    """Maps a function over all arrays that have rows, with the dimension that counts them. A cache's `tables` have
+    none."""
 
     def is_cache(x: Any) -> bool:
         return isinstance(x, Cache)

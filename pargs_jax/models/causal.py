@@ -1,8 +1,8 @@
-"""The one interface of the causal families.
+"""The interface that all causal families share.
 
-Beside full passes (`encode`) a `CausalModel` has the moves of decoding: `prefill` reads prompts into a cache,
-`siblings` looks at alternative next tokens, each of which sees the cached text and itself, and `keep` appends one of
-them. Where what follows is more than one token, `extend` reads it and `Cache.append` keeps what stays.
+Besides full passes (`encode`), a `CausalModel` has the operations of decoding: `prefill` reads prompts into a cache,
+`siblings` reads alternative next tokens, each of which sees the cached text and itself, and `keep` appends one of them.
+For continuations longer than one token, `extend` reads them and `Cache.append` keeps the chosen part.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import CAUSAL_HEADS
-from pargs_jax.models.layers import Beside, Within
+from pargs_jax.models.layers import BesideCache, InCache
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.one_pass import OnePass
 
@@ -34,13 +34,13 @@ class CausalModel(OnePass, Model):
         *,
         prompt_width: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of whole texts. `start` is the number of left-padding tokens of each row (default 0);
-        right padding needs no mask, since nothing real comes after it. A key turns dropout on. Where the prompt ends,
-        `prompt_width`, makes no difference here; it does to a `PrefixCausalModel`."""
+        """Final hidden states of whole texts. `start` is the number of left-padding tokens of each row (default 0).
+        Right padding needs no mask, because no real token follows it. A key turns dropout on. `prompt_width` makes no
+        difference here; it matters to a `PrefixCausalModel`."""
         return self._encode(params, tokens, start, key)[0]
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Next-token logits (fp32) of a model with a vocabulary head; with a table, rewards of all next tokens."""
+        """Next-token logits (fp32) of a model with a vocabulary head; with a table head, rewards of all next tokens."""
         network = self.network(params)
         return network.head(hidden, network.backbone.embed)[..., : self.config.vocab_size]
 
@@ -51,26 +51,26 @@ class CausalModel(OnePass, Model):
     def prefill(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
-        state too."""
+        """Reads left-padded prompts into a cache of `slots` slots a row. Also returns each prompt's last hidden
+        state."""
         hidden, cache = self.prefill_states(params, prompts, lengths, slots)
         return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0], cache
 
     def prefill_states(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B P D"], Cache]:
-        """`prefill` with the final hidden states of all tokens, at the slots where the cache has them."""
+        """`prefill` that returns the final hidden states of all prompt tokens, in the order of their cache slots."""
         hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
         return hidden, Cache(with_slots(new, slots), lengths)
 
     def siblings(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
-        """Hidden states of K alternative next tokens, each of which sees the cached text and itself, and what `keep`
-        needs of them. The text is held and read once for all K.
+        """Hidden states of K alternative next tokens, each of which sees the cached text and itself, and the data that
+        `keep` needs. The cached text is stored and read once for all K.
 
-        Unrolled layers write the candidates behind each row's end, for which the cache needs K slots of room, and
-        attend once. Stacked layers hold them apart, since a scan that returned its cache would copy it.
+        Unrolled layers write the candidates behind each row's end and attend once; the cache needs K free slots for
+        this. Stacked layers store them separately, because a scan that returned its cache would copy it.
         """
         count = candidates.shape[1]
         if not self.unrolled:
@@ -79,10 +79,11 @@ class CausalModel(OnePass, Model):
         own_slots = cache.lengths[:, None] + jnp.arange(count)
         mask = cache.valid[:, None] | (slots == own_slots[..., None])
         positions = jnp.broadcast_to(cache.lengths[:, None], candidates.shape)
-        return self.network(params).backbone(candidates, positions, Within(cache.lengths, mask), cache.kv)
+        return self.network(params).backbone(candidates, positions, InCache(cache.lengths, mask), cache.kv)
 
     def keep(self, cache: Cache, pending: Any, live: Bool[Array, "B"], index: Int[Array, "B"] | None = None) -> Cache:
-        """The cache with one of the siblings appended to every live row, `index[b]`; None if there was but one."""
+        """The cache with sibling `index[b]` appended to every live row. `index` is None if there was only one
+        sibling."""
         counts = live.astype(jnp.int32)
         if self.unrolled:
             return cache._replace(kv=pending).keep_one(counts, index)
@@ -91,8 +92,8 @@ class CausalModel(OnePass, Model):
     def append(
         self, params: Params, cache: Cache, tokens: Int[Array, "B T"], counts: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them.
-        Needs room for all T."""
+        """Hidden states of T tokens that follow each row's text, and the cache with the first `counts[b]` of them. Each
+        row needs T free slots."""
         offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if not self.unrolled:
             causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
@@ -100,7 +101,7 @@ class CausalModel(OnePass, Model):
             return hidden, cache.append(new, counts)
         positions = cache.lengths[:, None] + offsets
         mask = jnp.arange(cache.slots) <= positions[..., None]
-        hidden, kv = self.network(params).backbone(tokens, positions, Within(cache.lengths, mask), cache.kv)
+        hidden, kv = self.network(params).backbone(tokens, positions, InCache(cache.lengths, mask), cache.kv)
         return hidden, cache._replace(kv=kv, lengths=cache.lengths + counts)
 
     def extend(
@@ -111,10 +112,10 @@ class CausalModel(OnePass, Model):
         offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states of T new tokens that stand `offsets` tokens after the cached text, which all of them see;
-        `mask[..., t, s]` says whether token t sees token s. Also their keys and values, for `Cache.append`."""
+        """Hidden states of T new tokens, and their keys and values for `Cache.append`. Each token stands `offsets[b,
+        t]` positions after the cached text and sees all of it; `mask[..., t, s]` says whether token t sees token s."""
         positions = cache.lengths[:, None] + offsets
-        return self.network(params).backbone(tokens, positions, Beside(cache.valid, mask), cache.kv)
+        return self.network(params).backbone(tokens, positions, BesideCache(cache.valid, mask), cache.kv)
 
     def _encode(
         self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
@@ -129,6 +130,6 @@ class CausalModel(OnePass, Model):
 
 
 def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
-    """Left-padded prompts with their padding on the right."""
+    """Moves the padding of left-padded prompts to the right."""
     width = prompts.shape[1]
     return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)

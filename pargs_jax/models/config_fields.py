@@ -1,5 +1,5 @@
-"""What config.json may say: which fields are read, which make no difference to what a model computes, and which would
-but have to keep one value here. A family says this beside its config (`HF_FIELDS`); what all share is below."""
+"""The fields of config.json: which ones are read, which ones do not affect a model's output, and which ones must have a
+certain value here. Each family lists its own beside its config (`HF_FIELDS`); the fields that all share are below."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,31 +9,33 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.layers import ACTIVATIONS
 
 
-class Must(NamedTuple):
-    """What the value of a field has to be: in words, and as a test of it."""
+class Requirement(NamedTuple):
+    """The condition that a field's value must meet: in words, and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
-NOT_SET = Must("left out or null", lambda value: value is None)
-EMPTY = Must("left out or empty", lambda value: not value)
-FALSE = Must("false", lambda value: not value)
+NOT_SET = Requirement("left out or null", lambda value: value is None)
+EMPTY = Requirement("left out or empty", lambda value: not value)
+FALSE = Requirement("false", lambda value: not value)
 
-# Code that all causal families of transformers share reads these.
-CAUSAL: dict[str, Must] = {
-    "is_causal": Must("true", bool),
+# The code that all causal families of transformers share reads these.
+CAUSAL: dict[str, Requirement] = {
+    "is_causal": Requirement("true", bool),
     "sliding_window": NOT_SET,
     "attention_chunk_size": NOT_SET,
-    "layer_types": Must(
+    "layer_types": Requirement(
         "left out, null or 'full_attention' for every layer",
         lambda value: value is None or value == ["full_attention"] * len(value),
     ),
     "kv_sharing_modes": NOT_SET,
 }
 
-_EVERYWHERE: dict[str, Must] = {
-    "quantization_config": Must("left out, since quantised checkpoints cannot be read", lambda value: value is None),
+_EVERYWHERE: dict[str, Requirement] = {
+    "quantization_config": Requirement(
+        "left out, since quantised checkpoints cannot be read", lambda value: value is None
+    ),
     "per_layer_config": EMPTY,
     "pruned_heads": EMPTY,
     "is_encoder_decoder": FALSE,
@@ -44,20 +46,20 @@ _EVERYWHERE: dict[str, Must] = {
 _READ = ("model_type", "num_labels", "id2label", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map")
 
 _HARMLESS = (
-    # What a file is and where it came from.
+    # Where a file came from.
     "transformers_version", "architectures", "name_or_path", "_name_or_path", "_commit_hash", "dtype", "torch_dtype",
     "use_bfloat16", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "label2id", "_num_labels",
     "problem_type",
     # Other special tokens.
     "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
-    # How transformers computes, and what it returns.
+    # How transformers computes and what it returns.
     "output_hidden_states", "output_attentions", "return_dict", "use_return_dict", "use_cache", "torchscript",
     "chunk_size_feed_forward", "tie_last_hidden_states", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation_internal", "gradient_checkpointing",
-    # Fields of encoder-decoders, which older versions wrote for every model.
+    # Encoder-decoder fields, which older versions wrote for every model.
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
-    # Generation, which has its own file and, here, its own options.
+    # Generation: it has a file of its own and, here, options of its own.
     "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "temperature", "top_k",
     "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "suppress_tokens",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "begin_suppress_tokens",
@@ -70,24 +72,25 @@ _HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFields:
-    """The fields of one family's config.json, beside those that all families share.
+    """The fields of one family's config.json, besides those that all families share.
 
     Attributes:
-        sizes: read, and a whole number of at least 1 where given.
-        read: the others that are read.
-        harmless: those of training, and others that change nothing.
-        must: those that change what is computed, with the values that are followed here.
+        sizes: fields that are read and must be whole numbers of at least 1 where present.
+        read: the other fields that are read.
+        harmless: fields that do not affect the output, such as those for training.
+        must: fields that affect the output, with the values that are supported.
     """
 
     sizes: tuple[str, ...]
     read: tuple[str, ...]
     harmless: tuple[str, ...] = ()
-    must: Mapping[str, Must] = dataclasses.field(default_factory=dict)
+    must: Mapping[str, Requirement] = dataclasses.field(default_factory=dict)
 
     def check(self, fields: Mapping[str, Any]) -> list[str]:
-        """The names in a config.json that nobody knows; ours, which begin with `pargs_`, are known.
+        """Checks the fields of a config.json and returns the names of unknown ones. Names that begin with `pargs_` are
+        ours.
 
-        Raises InputError for a size that is none, or a field that would change the computation.
+        Raises InputError for an invalid size, or for a field whose value is not supported.
         """
         for name in self.sizes:
             value = fields.get(name)
@@ -106,7 +109,7 @@ def is_whole(value: Any) -> bool:
 
 
 def whole_number(hf: Any, name: str, default: int) -> int:
-    """A field that transformers itself does not check. Raises InputError if it is not a whole number."""
+    """Reads a field that transformers does not check. Raises InputError if it is not a whole number."""
     value = getattr(hf, name, default)
     if not is_whole(value):
         raise InputError(f"{name} is {value!r}, must be a whole number")
@@ -114,7 +117,7 @@ def whole_number(hf: Any, name: str, default: int) -> int:
 
 
 def activation(hf: Any, name: str, default: str = "") -> str:
-    """A field that names an activation. Raises InputError for one that is not known."""
+    """Reads a field that names an activation. Raises InputError for an unknown one."""
     value = getattr(hf, name, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise InputError(f"{name} {value!r} is not known; known are {', '.join(ACTIVATIONS)}")

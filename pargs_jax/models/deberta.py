@@ -42,9 +42,8 @@ from pargs_jax.models.tables import Row, layer_norm, linear
 class DebertaConfig:
     """The shape of a DeBERTa v2 or v3 model; the defaults are those of v3-base.
 
-    `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training:
-    see `run_layers`. `attention` is not part of the
-    published architecture: see `PrefixCausalModel`.
+    `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training (see
+    `run_layers`). `attention` is not part of the published architecture (see `PrefixCausalModel`).
     """
 
     vocab_size: int = 128100
@@ -100,12 +99,12 @@ class DebertaConfig:
 
     @property
     def span(self) -> int:
-        """Distances, or buckets of them, to either side; the table of positions has twice as many rows."""
+        """The number of distances, or buckets of distances, on each side; the position table has twice as many rows."""
         return self.position_buckets if self.position_buckets > 0 else self.max_relative_positions
 
     @classmethod
     def from_hf(cls, hf: Any) -> "DebertaConfig":
-        """Reads a `transformers.DebertaV2Config`. Raises InputError for what it cannot be."""
+        """Reads a `transformers.DebertaV2Config`. Raises InputError for one that is invalid or not supported."""
         _check_sizes(hf)
         types = hf.pos_att_type or ()
         farthest = hf.max_relative_positions
@@ -181,7 +180,7 @@ class DebertaConfig:
 
 
 def _check_sizes(hf: Any) -> None:
-    """Raises InputError for sizes that do not go together."""
+    """Raises InputError for sizes that do not fit together."""
     check_divides(hf, "num_attention_heads", "hidden_size")
     sizes = {"attention_head_size": hf.hidden_size // hf.num_attention_heads, "pooler_hidden_size": hf.hidden_size}
     for name, size in sizes.items():
@@ -189,7 +188,7 @@ def _check_sizes(hf: Any) -> None:
             raise InputError(f"{name} is {getattr(hf, name)!r}, must be {size} as hidden_size is {hf.hidden_size}")
     if hf.type_vocab_size == 1:
         raise InputError(
-            "type_vocab_size is 1, which has no row for the second text of a pair; must be 0, or 2 or more"
+            "type_vocab_size is 1, which leaves no row for the second text of a pair; must be 0, or 2 or more"
         )
     buckets, farthest = whole_number(hf, "position_buckets", -1), hf.max_relative_positions
     farthest = farthest if farthest > 0 else hf.max_position_embeddings
@@ -208,10 +207,10 @@ def _check_sizes(hf: Any) -> None:
 
 
 def position_rows(config: DebertaConfig, distances: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
-    """The row of the positions' table for each distance (query's slot less key's).
+    """The row of the position table for each distance (the query's slot minus the key's slot).
 
-    Distances below half the number of buckets have rows of their own; farther ones share rows, in steps that grow with
-    the logarithm of the distance. The rounding is that of float32, as checkpoints were trained with.
+    Distances below half the number of buckets have their own rows. Larger ones share rows, in steps that grow with the
+    logarithm of the distance. Rounding is done in float32, as when the checkpoints were trained.
     """
     if config.relative_attention and config.position_buckets > 0:
         middle = config.position_buckets // 2
@@ -247,7 +246,7 @@ class Block(nnx.Module):
         self.norm2 = norm()
 
     def positions(self, embedded: Float[Array, "N D"] | None) -> PositionTable:
-        """Projects embedded relative positions as this layer's attention needs them."""
+        """Projects embedded relative positions into the form that this layer's attention needs."""
         if embedded is None:
             return PositionTable(None, None)
         config = self.config
@@ -268,7 +267,8 @@ class Block(nnx.Module):
     def finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B H T D"], key: PRNGKeyArray | None
     ) -> Float[Array, "B T D"]:
-        """What follows attention: output projection and feed-forward, each with its residual and norm."""
+        """The rest of the block after attention: output projection and feed-forward, each with its residual and
+        norm."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         rate = self.config.dropout
         mixed = mixed.transpose(0, 2, 1, 3).reshape(x.shape)
@@ -283,7 +283,7 @@ class Block(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """Mixes neighbours' embeddings into the first layer's output (v2-xlarge and larger)."""
+    """Mixes neighbouring embeddings into the first layer's output (v2-xlarge and larger)."""
 
     def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -342,10 +342,10 @@ class Deberta(nnx.Module):
         keep: bool = False,
         only: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states of whole texts, and with `keep` each layer's `CachedLayer`.
+        """Final hidden states of whole texts and, with `keep`, each layer's `CachedLayer`.
 
-        `mask[b, t, s]` says whether token t sees token s; distances are those of slots. With `only`, T is 1: the state
-        at that slot of each row. Unrolled layers then leave out what the last one would compute for the others.
+        `mask[b, t, s]` says whether token t sees token s; distances are between slots. With `only`, T is 1: the result
+        is the state at slot `only[b]` of each row, and unrolled layers skip the last layer's work for the other slots.
         """
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         embedded = self._embed(tokens, positions, segments)
@@ -353,8 +353,8 @@ class Deberta(nnx.Module):
         length = tokens.shape[1]
         rows = position_rows(self.config, np.arange(1 - length, length))
         relative = self._relative()
-        # The table has a row for each distance: few in short texts, where they are best picked before they are
-        # projected.
+        # The table has one row per distance. Short texts need few of them, so it is cheaper to pick rows before
+        # projecting.
         if relative is not None and not keep and len(rows) < relative.shape[0]:
             relative, rows = relative[rows], np.arange(len(rows))
 
@@ -396,8 +396,8 @@ class Deberta(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states of new tokens that see a cache and, by `mask`, each other; and their keys and values.
 
-        `cache` holds `CachedLayer`s in the form of `run_layers`; its slots `s < end[b]` are real. A new token
-        stands `offsets[b, t]`, less than T, slots after the end.
+        `cache` holds `CachedLayer`s in the form that `run_layers` takes; its slots `s < end[b]` are real. New token t
+        stands `offsets[b, t]` slots after the end; offsets are less than T.
         """
         count = tokens.shape[1]
         slots = jnp.arange(jax.tree.leaves(cache)[0].shape[-2])

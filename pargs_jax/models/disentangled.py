@@ -1,8 +1,9 @@
-"""Scores of disentangled attention (He et al., 2021): contents with contents, contents with relative positions.
+"""Attention scores of disentangled attention (He et al., 2021): content with content, and content with relative
+positions.
 
-Positions are rows of a small table. What meets which row is a matter of distance alone, so that scores are products
-with a run of rows, shifted into place. Only among a few new tokens (`pick_scores`) are elements gathered one by one,
-which accelerators are slow at.
+Positions are rows of a small table. Which row applies depends only on the distance, so scores are products with a
+contiguous run of rows, shifted into place. Gathering single elements is slow on accelerators; only `pick_scores` does
+it, for a few new tokens.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,15 @@ from jaxtyping import Array, Float, Int
 from pargs_jax.models.layers import KeyValues
 
 MINIMUM = float(jnp.finfo(jnp.float32).min)
-"""The score of what is not to be seen; finite, so that a row which sees nothing is not NaN."""
+"""The score of invisible slots; finite, so that a row that sees nothing does not become NaN."""
 
 BLOCK = 64
-"""Slots of a cache whose keys meet one run of positions together; caches of a multiple of this many are cut so."""
+"""Cache slots whose keys are multiplied with one run of positions; caches of a multiple of this size are split so."""
 
 
 class PositionTable(NamedTuple):
-    """One layer's projections of relative positions: what queries meet, and what keys meet; None where not used."""
+    """One layer's projected relative positions, used by queries (`keys`) and by keys (`queries`); None where not
+    used."""
 
     keys: Float[Array, "H N D"] | None
     queries: Float[Array, "H N D"] | None
@@ -32,7 +34,7 @@ class PositionTable(NamedTuple):
 
 
 class CachedLayer(NamedTuple):
-    """What one layer keeps of texts already read."""
+    """One layer's cached values for the texts already read."""
 
     kv: KeyValues
     table: PositionTable
@@ -41,14 +43,14 @@ class CachedLayer(NamedTuple):
 def position_scores_by_distance(
     queries: Float[Array, "B H T D"], keys: Float[Array, "B H T D"], table: PositionTable
 ) -> Float[Array, "B H T T"] | float:
-    """Scores of contents with positions in a whole text; `table` has a row for each distance 1 - T .. T - 1."""
+    """Scores of content with positions in a whole text; `table` has a row for each distance 1 - T .. T - 1."""
     scores: Any = 0.0
     if table.keys is not None:
-        met = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
-        scores = scores + _skew(met)
+        products = jnp.einsum("bhqd,hnd->bhqn", queries, table.keys[:, ::-1], preferred_element_type=jnp.float32)
+        scores = scores + _skew(products)
     if table.queries is not None:
-        met = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + _skew(met).swapaxes(-1, -2)
+        products = jnp.einsum("bhkd,hnd->bhkn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + _skew(products).swapaxes(-1, -2)
     return scores
 
 
@@ -60,10 +62,10 @@ def cached_scores(
     rows: Callable[[Int[Array, "*B"]], Int[Array, "*B"]],
     table: PositionTable,
 ) -> Float[Array, "B H T S"]:
-    """All scores of new tokens with a cache's slots, from which they are `end + offsets - s` away.
+    """All scores of new tokens with a cache's slots. Token t is `end + offsets[t] - s` positions away from slot s.
 
-    A block of slots meets the rows of the distances that there are between it and any of T offsets: few, where all
-    distances are many. `rows` gives the row of the table for each distance.
+    Only a few distances occur between one block of slots and the new tokens, so each block is multiplied with those
+    rows alone. `rows` maps distances to rows of the table.
     """
     scores = jnp.einsum("bhtd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
     batch, heads, count, slots = scores.shape
@@ -71,13 +73,13 @@ def cached_scores(
     last = jnp.arange(block - 1, slots, block)
     band = rows(end[:, None, None] - last[:, None] + jnp.arange(block + count - 1))
     if table.keys is not None:
-        met = jnp.einsum("bhtd,hbnwd->bhtnw", queries, table.keys[:, band], preferred_element_type=jnp.float32)
-        met = _shift_left(met, offsets[:, None, :, None, None], count - 1)
-        scores = scores + met[..., :block][..., ::-1].reshape(scores.shape)
+        products = jnp.einsum("bhtd,hbnwd->bhtnw", queries, table.keys[:, band], preferred_element_type=jnp.float32)
+        products = _shift_left(products, offsets[:, None, :, None, None], count - 1)
+        scores = scores + products[..., :block][..., ::-1].reshape(scores.shape)
     if table.queries is not None:
         blocks = keys.reshape(batch, heads, -1, block, keys.shape[-1])
-        met = jnp.einsum("bhncd,hbnwd->bhncw", blocks, table.queries[:, band], preferred_element_type=jnp.float32)
-        by_offset = _skew(met).reshape(batch, heads, slots, count).swapaxes(-1, -2)
+        products = jnp.einsum("bhncd,hbnwd->bhncw", blocks, table.queries[:, band], preferred_element_type=jnp.float32)
+        by_offset = _skew(products).reshape(batch, heads, slots, count).swapaxes(-1, -2)
         scores = scores + jnp.take_along_axis(by_offset, offsets[:, None, :, None], axis=2)
     return scores
 
@@ -88,7 +90,7 @@ def pick_scores(
     rows: Int[Array, "B T S"],
     table: PositionTable,
 ) -> Float[Array, "B H T S"]:
-    """All scores of queries with keys at any distances: `rows` of the table. For few of either."""
+    """All scores of queries with keys, for few of either; `rows[b, t, s]` is the row of the table for each pair."""
     scores = jnp.einsum("bhtd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
     if queries.shape[2] == 1:
         if table.keys is not None:
@@ -99,11 +101,11 @@ def pick_scores(
             scores = scores + (keys[:, :, None] * picked).sum(axis=-1, dtype=jnp.float32)
         return scores
     if table.keys is not None:
-        met = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows[:, None], axis=-1)
+        products = jnp.einsum("bhtd,hnd->bhtn", queries, table.keys, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(products, rows[:, None], axis=-1)
     if table.queries is not None:
-        met = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
-        scores = scores + jnp.take_along_axis(met, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
+        products = jnp.einsum("bhsd,hnd->bhsn", keys, table.queries, preferred_element_type=jnp.float32)
+        scores = scores + jnp.take_along_axis(products, rows.swapaxes(1, 2)[:, None], axis=-1).swapaxes(-1, -2)
     return scores
 
 
@@ -116,7 +118,7 @@ def _skew(x: Float[Array, "*B T N"]) -> Float[Array, "*B T S"]:
 
 
 def _shift_left(x: Float[Array, "*B N"], by: Int[Array, "*B 1"], most: int) -> Float[Array, "*B N"]:
-    """Moves each row's entries `by` places to the left, at most so many; in as many passes as that has bits."""
+    """Moves each row's entries `by` places to the left, at most `most`, in one pass per bit of `most`."""
     for bit in range(most.bit_length()):
         moved = jnp.pad(x[..., 1 << bit :], [(0, 0)] * (x.ndim - 1) + [(0, 1 << bit)])
         x = jnp.where(by >> bit & 1, moved, x)

@@ -1,4 +1,4 @@
-"""An encoder as a reward model: it reads whole texts, and every prefix is a text of its own."""
+"""An encoder as a reward model: it reads whole texts, so every prefix is a separate text."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ from pargs_jax.models.heads import ENCODER_HEADS
 from pargs_jax.models.model import HeadName, Model, Params, PromptsWithAnswers
 
 LENGTH_GROUPS = 4
-"""Widths that prefixes of decreasing length are padded to; each is a program of its own to compile."""
+"""The number of widths to which prefixes of decreasing length are padded; each is compiled separately."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,9 @@ class EncoderModel(Model):
         *,
         prompt_width: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of texts that are the slots `start[b] <= s < end[b]`; what stands elsewhere is not seen.
+        """Final hidden states of texts. Text b is in the slots `start[b] <= s < end[b]`; other slots are masked.
 
-        Slots from `prompt_width` on are the second segment, for models that tell segments apart. A key turns dropout
-        on.
+        Slots from `prompt_width` on are the second segment, for models with segment embeddings. A key turns dropout on.
         """
         return self._run(params, tokens, start, end, key, prompt_width, None)
 
@@ -67,7 +66,7 @@ class EncoderModel(Model):
         *,
         prompt_width: int | None = None,
     ) -> Float[Array, "B"]:
-        """Rewards (fp32) of those texts, read at their first token, `[CLS]`."""
+        """Rewards (fp32) of the same texts, read at their first token, `[CLS]`."""
         first = self._run(params, tokens, start, end, key, prompt_width, start)
         return self.network(params).head(first[:, 0])
 
@@ -81,15 +80,16 @@ class EncoderModel(Model):
         closing_id: int | Int[Array, ""],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B"]:
-        """Rewards of answers to left-padded prompts, each read as a finished text: `[CLS] prompt [SEP] answer [SEP]`.
+        """Rewards (fp32) of answers to left-padded prompts, each read as a finished text: `[CLS] prompt [SEP] answer
+        [SEP]`.
 
-        An answer is closed by `closing_id` unless its last token is that already; an empty one too, so that it is
-        `[CLS] prompt [SEP] [SEP]`, the template of a pair. (transformers takes an empty string for no second text.)
+        `closing_id` is appended to an answer unless it already ends with it. An empty answer gives `[CLS] prompt [SEP]
+        [SEP]`, the template of a pair. (transformers treats an empty second text as missing.)
 
         Args:
-            params: the model's.
-            prompts, prompt_lengths: ids that end in the closing token, and how many are real.
-            answers, lengths: ids, and how many of them count; what stands behind them is not seen.
+            params: the model's parameters.
+            prompts, prompt_lengths: ids that end in the closing token, and how many of them are real.
+            answers, lengths: ids, and how many of them count; later ones are masked.
             closing_id: the token that closes a text.
             key: turns dropout on.
         """
@@ -109,17 +109,17 @@ class EncoderModel(Model):
         *,
         closing_id: int | None = None,
         chunk: int = 1,
-    ) -> "ApartOutputs":
-        """Reads the prefixes of answers when they are asked for, `chunk` at once, each closed by `closing_id`. A key
-        turns dropout on. Raises ValueError without a `closing_id`."""
+    ) -> "SeparateOutputs":
+        """Prepares to read prefixes of answers, `chunk` at once, each closed by `closing_id`. They are read only when
+        `rewards_at` asks for them. A key turns dropout on. Raises ValueError without a `closing_id`."""
         if closing_id is None:
-            raise ValueError("an encoder reads prefixes as finished texts: it needs a closing_id")
-        return ApartOutputs(self, params, batch, key, closing_id, chunk)
+            raise ValueError("an encoder reads every prefix as a finished text, so it needs a closing_id")
+        return SeparateOutputs(self, params, batch, key, closing_id, chunk)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ApartOutputs:
-    """What an encoder says of a batch of prompts with answers: rewards alone, of those prefixes that are asked for."""
+class SeparateOutputs:
+    """An encoder's outputs for a batch of prompts with answers: only rewards, and only of the prefixes asked for."""
 
     model: EncoderModel
     params: Params
@@ -130,12 +130,12 @@ class ApartOutputs:
     one_pass: ClassVar[bool] = False
 
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
-        """Rewards of prefixes of these lengths, at least 1, each read as a finished text (`answer_rewards`); an answer
-        that is shorter stays at its last.
+        """Rewards of prefixes of these lengths (at least 1), each read as a finished text (`answer_rewards`). Where an
+        answer is shorter than the length, the reward of the whole answer is repeated.
 
-        Prefixes are mapped by `vmap`, `chunk` of them at a time (A B chunk texts), and nothing but rewards is kept for
-        the backward pass, which reads each chunk again: memory is that of one chunk. With `descending` each row's
-        prefixes grow shorter, no two alike: later ones are then read at smaller widths.
+        `lax.map` reads `chunk` prefixes at a time (A B chunk texts). Only rewards are kept for the backward pass, which
+        reads each chunk again, so memory is that of one chunk. `descending` promises that each row's lengths strictly
+        decrease; later prefixes are then read at smaller widths.
         """
         batch = self.batch
         count, (_, answers, width) = lengths.shape[1], batch.answers.shape
@@ -143,19 +143,20 @@ class ApartOutputs:
         descending = descending and batch.prefixes is None
 
         def group_rewards(first: int, last: int) -> Float[Array, "N B A"]:
-            room = width - first if descending else width
+            answer_width = width - first if descending else width
 
             @jax.checkpoint
             def one(prefix_and_key: tuple[Int[Array, "B"], PRNGKeyArray | None]) -> Float[Array, "B A"]:
                 prefix, key = prefix_and_key
-                texts = _answers_up_to(batch, prefix, room)
+                texts = _answers_up_to(batch, prefix, answer_width)
                 rewards = self.model.answer_rewards(self.params, prompts, prompt_lengths, *texts, self.closing_id, key)
                 return rewards.reshape(-1, answers)
 
             keys = None if self.key is None else jax.random.split(jax.random.fold_in(self.key, first), last - first)
             return jax.lax.map(one, (lengths[:, first:last].T, keys), batch_size=min(self.chunk, last - first))
 
-        # A group of a single chunk would not be mapped over, and then live beside the others.
+        # A group with a single chunk would not be mapped; its memory would then be held together with the other
+        # groups'.
         groups = max(1, min(LENGTH_GROUPS, count // (2 * self.chunk))) if descending else 1
         per_group = -(-count // groups)
         rewards = [group_rewards(first, min(first + per_group, count)) for first in range(0, count, per_group)]
@@ -163,13 +164,13 @@ class ApartOutputs:
 
 
 def _answers_up_to(
-    batch: PromptsWithAnswers, prefix: Int[Array, "B"], room: int
+    batch: PromptsWithAnswers, prefix: Int[Array, "B"], answer_width: int
 ) -> tuple[Int[Array, "BA R"], Int[Array, "BA"]]:
-    """All answers' tokens up to a prefix, and how many these are; what stands behind them is to be masked."""
+    """The tokens of all answers up to a prefix, and how many they are; the caller masks the rest."""
     rows, answers, _ = batch.answers.shape
     cut = jnp.minimum(jnp.repeat(prefix, answers), batch.prefix_counts.reshape(-1))
     if batch.prefixes is None:
-        return batch.answers[..., :room].reshape(rows * answers, room), cut
+        return batch.answers[..., :answer_width].reshape(rows * answers, answer_width), cut
     tokens, lengths = (x.reshape(rows * answers, *x.shape[2:]) for x in batch.prefixes[:2])
     at = cut[:, None] - 1
     tokens = jnp.take_along_axis(tokens, at[..., None], axis=1)[:, 0]

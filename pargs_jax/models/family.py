@@ -1,4 +1,4 @@
-"""What the checkpoints of one architecture look like, and the kind of model that they make."""
+"""What describes an architecture: the form of its checkpoints, and the kind of model that they make."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,11 +15,12 @@ class Family:
     Attributes:
         model: `model(config, head)` makes the model.
         config: the class of its configs.
-        backbone_prefix: what the names of the backbone's tensors begin with.
+        backbone_prefix: the prefix of its backbone's tensor names.
         rows: the backbone's tensors and arrays. Rows for tensors that only some variants have do no harm.
-        class_prefix: what the names of its classes in transformers begin with: `Llama` of `LlamaForCausalLM`.
-        class_names: those of them that are called otherwise, by head.
-        ignored: matches the names (without prefix) of tensors that checkpoints may have and nothing needs.
+        class_prefix: the prefix of its class names in transformers: `Llama` in `LlamaForCausalLM`.
+        class_names: class names that do not follow the pattern, by head.
+        ignored: a regular expression for names (without prefix) of tensors that checkpoints may contain but nobody
+            needs.
     """
 
     model: Callable[[Any, HeadName], Model]
@@ -34,12 +35,12 @@ class Family:
         name_dimensions_of(self.rows, "backbone")
 
     def class_name(self, model: Model) -> str:
-        """The class of transformers that loads a model."""
+        """The name of the transformers class that loads a model."""
         return self.class_names.get(model.head, self.class_prefix + model.head_kind.class_suffix)
 
     def without_prefix(self, tensor: str) -> str:
-        """A stored tensor's name as the rows have it. Checkpoints of a bare backbone lack the prefix or its beginning:
-        `model.decoder.` may be `decoder.` there."""
+        """A stored tensor's name as the rows spell it. Checkpoints of a bare backbone lack the prefix, or its first
+        part: `model.decoder.` may be `decoder.` there."""
         prefix = self.backbone_prefix
         while prefix and not tensor.startswith(prefix):
             prefix = prefix.partition(".")[2]

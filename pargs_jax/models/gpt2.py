@@ -85,7 +85,7 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "GPT2Config":
-        """Reads a `transformers.GPT2Config`. Raises InputError for what it cannot be."""
+        """Reads a `transformers.GPT2Config`. Raises InputError for one that is invalid or not supported."""
         check_divides(hf, "n_head", "n_embd")
         return cls(
             vocab_size=hf.vocab_size,
@@ -177,7 +177,7 @@ class GPT2(nnx.Module):
         cache: Any = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
+        """Final hidden states, and what each layer returns (see `attend`; `run_layers` says in which form)."""
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens) + self.positions(positions), self.config.dropout, embed_key)
 

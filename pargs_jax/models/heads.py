@@ -1,7 +1,7 @@
-"""What is read off a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of the
-rewards of all next tokens.
+"""The heads that read a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of
+the rewards of all next tokens.
 
-`CAUSAL_HEADS` and `ENCODER_HEADS` are the heads that models can have, by name. A new one is an entry there.
+`CAUSAL_HEADS` and `ENCODER_HEADS` list the heads that models can have, by name. A new head is a new entry there.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ CLASSIFIER = "ForSequenceClassification"
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One kind of head: its parameters, how they begin, and how checkpoints store it.
+    """One kind of head: its parameters, their first values, and how checkpoints store it.
 
     Attributes:
-        make: `make(config, std, rngs)` gives its module, of which the parameters lie below `head` in a model's.
-        outputs: how many numbers it reads off a hidden state, given the model's config.
+        make: `make(config, std, rngs)` makes its module. Its parameters lie below `head` in a model's parameters.
+        outputs: how many numbers it computes per hidden state, given the model's config.
         rows: its tensors in checkpoints (which have no prefix), and the array below `head` that each becomes.
-        class_suffix: what the name of the class in transformers ends with whose checkpoints have it.
-        may_be_new: whether a checkpoint may lack it. It then begins at random, and is trained whole beside low-rank
-            additions to the backbone.
+        class_suffix: the ending of the transformers class name of checkpoints that have it.
+        may_be_new: whether a checkpoint may lack it. It then starts at random and is trained in full, even where the
+            backbone only gets low-rank additions.
         may_be_tied: whether it is the token embeddings where the model's config says so.
-        is_marked: whether `pargs_head` in config.json says which head it is, since the tensors do not.
-        is_fp32: whether its parameters stay fp32 where the backbone computes in another format.
-        std: the standard deviation of its matrices at the beginning, given the model's config; biases begin at 0.
+        is_marked: whether `pargs_head` in config.json names it, because the tensors do not tell. is_fp32: whether its
+            parameters stay fp32 where the backbone computes in another format.
+        std: the standard deviation of its initial matrices, given the model's config; biases start at 0.
     """
 
     make: Callable[[Any, float, nnx.Rngs], nnx.Module]
@@ -49,7 +49,7 @@ class Head:
         name_dimensions_of(self.rows, "head")
 
     def labels(self, config: Any) -> int | None:
-        """The `num_labels` of a config.json; None where the class in transformers has no labels."""
+        """`num_labels` in config.json; None where the transformers class has no labels."""
         return self.outputs(config) if self.class_suffix == CLASSIFIER else None
 
 
@@ -66,7 +66,7 @@ class VocabularyHead(nnx.Module):
 
 
 class RewardHead(nnx.Module):
-    """One linear layer without bias, computed in fp32: the reward of the text up to and including each position."""
+    """One linear layer without bias, in fp32. Entry t is the reward of the text up to and including token t."""
 
     def __init__(self, width: int, std: float, *, rngs: nnx.Rngs) -> None:
         self.linear = Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
@@ -76,7 +76,8 @@ class RewardHead(nnx.Module):
 
 
 class PooledRewardHead(nnx.Module):
-    """DeBERTa's pooler and classifier: a dense layer with its activation, then one number, computed in fp32."""
+    """DeBERTa's pooler and classifier: a dense layer with its activation, then a linear layer to one number, in
+    fp32."""
 
     def __init__(self, width: int, activation: str, std: float, *, rngs: nnx.Rngs) -> None:
         normal = nnx.initializers.normal(std)
@@ -90,8 +91,8 @@ class PooledRewardHead(nnx.Module):
 
 
 def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-    """A linear layer in fp32: accelerators multiply fp32 in less by default, and rewards are compared by small
-    differences."""
+    """A linear layer at full fp32 precision. Accelerators multiply fp32 at a lower precision by default, and rewards
+    are compared by small differences."""
     out = jnp.matmul(x.astype(jnp.float32), linear.kernel[...].astype(jnp.float32), precision="highest")
     return out if linear.bias is None else out + linear.bias[...].astype(jnp.float32)
 
@@ -108,7 +109,7 @@ _VOCABULARY = Head(
 
 CAUSAL_HEADS: dict[str, Head] = {
     "vocabulary": _VOCABULARY,
-    # The same parameters, of which the numbers are rewards of the text with each next token (FaRMA, CD-Q).
+    # The same parameters; the outputs are rewards of the text with each next token appended (FaRMA, CD-Q).
     "table": dataclasses.replace(_VOCABULARY, is_marked=True),
     "reward": Head(
         lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),

@@ -30,13 +30,13 @@ from pargs_jax.sharding import place_computed
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 EXPORTED = "model"
-"""Where a training run's folder has its result."""
+"""The subfolder of a training run that holds its exported model."""
 
 
 class Pretrained(NamedTuple):
-    """A model read from a folder. `new_head` says that its head is random: the checkpoint has none of the kind.
+    """A model read from a folder. `new_head` says that the checkpoint has no such head, so the model's head is random.
 
-    `prompt_form` is the one that it was trained with, if it says so.
+    `prompt_form` is the prompt form that the model was trained with, if the checkpoint says so.
     """
 
     model: Model
@@ -48,21 +48,21 @@ class Pretrained(NamedTuple):
 
 
 def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
-    """The folder of a local path, of a training run (its exported model), or of a hub id (downloaded: safetensors,
-    configs and tokenizer files only)."""
+    """The folder to load from: a local folder, a training run's exported model, or a hub id (which is downloaded:
+    safetensors, configs and tokenizer files only)."""
     folder = Path(source)
     if folder.is_dir():
         exported = folder / EXPORTED
         return exported if exported.is_dir() and not (folder / "config.json").exists() else folder
     if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1 or folder.exists():
-        raise InputError(f"{source}: no such folder; a model is a Hugging Face folder or a hub id")
+        raise InputError(f"{source}: no such folder; must be a Hugging Face folder or a hub id")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:
         raise InputError(
-            f"{source}: neither a local folder nor a model that the hub gives ({first_line(error)})"
+            f"{source}: not a local folder, and the hub has no such model ({first_line(error)})"
         ) from error
 
 
@@ -77,14 +77,13 @@ def load_model(
 ) -> Pretrained:
     """Loads a checkpoint of a known family as a language model or a reward model, layers stacked.
 
-    `attention` chooses that of a DeBERTa, where it is not to be as the checkpoint says. A head that the checkpoint
-    lacks is drawn at random from `seed` (`new_head`); so is everything with `from_scratch`, which reads the config
-    alone. A language model with a head of its own has one, even where its config ties it to the embeddings.
+    `attention` overrides the attention of a DeBERTa checkpoint. A head that the checkpoint lacks is drawn at random
+    from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
+    language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
-    Warns of fields of the config that nobody knows. Raises InputError for an unknown architecture, a field of the
-    config that would change the computation in a way that is not followed here, a head or an attention that the
-    model does not have, a checkpoint that does not match its config, weights that are not of floating point or not
-    finite, and a classifier with more than one label.
+    Warns of unknown fields in the config. Raises InputError for an unknown architecture, an unsupported value in the
+    config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
+    that are not floating-point or not finite, and a classifier with more than one label.
     """
     folder = resolve(source)
     hf = _read_config(folder)
@@ -101,7 +100,7 @@ def load_model(
         model = settle_tied_head(model, family, tensors, folder)
     has_head = all(row.tensor in tensors for row in kind.rows)
     if has_head and kind.labels(model.config) not in (None, hf.num_labels):
-        raise InputError(f"{folder}: a reward model has one label; this classifier has {hf.num_labels}")
+        raise InputError(f"{folder}: this classifier has {hf.num_labels} labels, a reward model must have 1")
     new_head = kind.may_be_new and not has_head
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
@@ -113,34 +112,36 @@ def load_model(
 def describe_model(
     source: str | os.PathLike[str], head: HeadName, *, attention: Literal["full", "prefix_causal"] | None = None
 ) -> Model:
-    """What `load_model` would load, from `config.json` alone: no weights are read or downloaded."""
+    """The model that `load_model` would load, from `config.json` alone: no weights are read or downloaded."""
     folder = resolve(source, patterns=("config.json",))
     return _describe(folder, _read_config(folder), head, attention)
 
 
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
-    with _errors_name(folder / "config.json"):
+    with _errors_named_after(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
-            raise InputError(f"{folder}: attention cannot be chosen for {hf.model_type}, which is causal")
+            raise InputError(
+                f"{folder}: {hf.model_type} is causal, so the option attention does not apply; leave it out"
+            )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
-        raise InputError(f"{folder}: {hf.model_type} {reason}; it can be a reward model")
+        raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
     marked = getattr(hf, "pargs_head", None)
     if marked not in (None, head):
         raise InputError(f"{folder}: its head is a {marked} (pargs_head in config.json), not a {head} head")
     if model.head_kind.is_marked and marked is None:
-        warn(f"{folder}: its logits are taken for rewards of next tokens; pargs_head in its config.json would say so")
+        warn(f"{folder}: config.json has no pargs_head, so the logits are taken as rewards of the next tokens")
     return model
 
 
 def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
-    """Which head a checkpoint has, by config.json alone: `pargs_head`, or what the name of its class says; None if that
-    says nothing."""
+    """The head of a checkpoint according to config.json: `pargs_head`, or else the name of its class. None if neither
+    tells."""
     folder = resolve(source, patterns=("config.json",))
     hf = _read_config(folder)
     if (marked := getattr(hf, "pargs_head", None)) is not None:
@@ -162,10 +163,10 @@ def save_model(
 ) -> None:
     """Writes a Hugging Face folder (config.json and safetensors, sharded with an index where large).
 
-    The files are complete before they take their names. A reward model becomes `...ForSequenceClassification` with one
+    Files get their names only when they are complete. A reward model becomes `...ForSequenceClassification` with one
     label. transformers reads a causal one at the last token that is not padding: give it a `pad_token_id` that is not
-    the end-of-sequence token, or score one text at a time. It knows no prefix-causal attention: a DeBERTa trained so
-    loads there, but attends fully.
+    the end-of-sequence token, or score one text at a time. transformers does not know prefix-causal attention: a
+    DeBERTa trained with it loads there, but with full attention.
     """
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -182,7 +183,7 @@ def save_model(
     name = fields.pop("model_type")
     family = FAMILIES[name]
     exported = export_tensors(model, family, params)
-    if jax.process_index() > 0:  # all processes have to gather what is spread over them; the first one keeps it
+    if jax.process_index() > 0:  # every process takes part in gathering sharded arrays; only the first writes them
         collections.deque(exported, maxlen=0)
         return
     tensors = dict(exported)
@@ -191,7 +192,7 @@ def save_model(
         extra["num_labels"] = labels
     if model.head_kind.is_marked:
         extra["pargs_head"] = model.head
-    if prompt_form is not None:  # that it was trained with; transformers keeps fields that it does not know
+    if prompt_form is not None:  # transformers keeps fields that it does not know
         extra["pargs_prompt_form"] = prompt_form
     hf = transformers.AutoConfig.for_model(name, **fields, **extra, **(special_tokens or {}))
     hf.architectures = [family.class_name(model)]
@@ -220,7 +221,7 @@ def save_model(
     for name in sorted(written):
         os.replace(partial / name, target / name)
     for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
-        # An index before what it names.
+        # The index is removed before the files that it names.
         if old.name not in written:
             old.unlink()
     partial.rmdir()
@@ -231,29 +232,29 @@ def _read_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no config.json; a model is a Hugging Face folder")
+        raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model folder")
     fields = read_json(path)
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    with _errors_name(path):
+    with _errors_named_after(path):
         unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
     if unknown:
-        warn(f"{path}: not known for {kind} and not used: {', '.join(unknown)}")
+        warn(f"{path}: ignoring fields that are unknown for {kind}: {', '.join(unknown)}")
     if fields.get("auto_map"):
-        warn(f"{path}: names code of its own (auto_map), which is not run; the model is read as an ordinary {kind}")
+        warn(f"{path}: has custom code (auto_map), which is not run; the model is read as an ordinary {kind}")
     if (folder / "adapter_config.json").is_file():
-        warn(f"{folder}: the adapter of adapter_config.json is not applied; merge it into the weights if it should be")
+        warn(f"{folder}: the adapter in adapter_config.json is not applied; to use it, merge it into the weights first")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())  # of which the first line may say the least
+        reason = " ".join(str(error).split())  # the first line alone often says little
         raise InputError(f"{path}: transformers cannot read it ({reason})") from error
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Says in an InputError which file it is about."""
+def _errors_named_after(path: Path) -> Iterator[None]:
+    """Prefixes an InputError with the file that it is about."""
     try:
         yield
     except InputError as error:
@@ -261,7 +262,7 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids of config.json and generation_config.json (Llama 3 has several)."""
+    """The end-of-sequence ids of config.json and generation_config.json (Llama 3 has several)."""
     found = [eos]
     generation = folder / "generation_config.json"
     if generation.is_file():

@@ -1,4 +1,4 @@
-"""The few primitives that the model families share: attention with a cache, layer stacks, dropout, activations."""
+"""Primitives that the model families share: attention with a cache, layer stacks, dropout, activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,41 +33,42 @@ class KeyValues(NamedTuple):
 
 
 class CachedPrefix(NamedTuple):
-    """What new tokens attend to beside themselves: one layer's cache, and which of its slots are real."""
+    """What new tokens attend to besides themselves: one layer's cache, and which of its slots are real."""
 
     kv: KeyValues
     valid: Bool[Array, "B S"]
 
 
-class Beside(NamedTuple):
-    """How new tokens see a cache: they attend to its real slots and, by `mask`, to each other. Their keys and values
-    stay apart from it."""
+class BesideCache(NamedTuple):
+    """New tokens attend to the real slots of the cache and, by `mask`, to each other. Their keys and values stay
+    outside the cache."""
 
     valid: Bool[Array, "B S"]
     mask: Bool[Array, "*B T T"]
 
 
-class Within(NamedTuple):
-    """How new tokens see a cache: they are written into it first, each row's from its slot `places[b]` on, and attend
-    to its slots by `mask`. One product for all keys, and none of them is copied."""
+class InCache(NamedTuple):
+    """New tokens are first written into the cache, row b from slot `places[b]` on, and attend to its slots by `mask`.
+    This takes one product for all keys, and copies none of them."""
 
     places: Int[Array, "B"]
     mask: Bool[Array, "B T S"]
 
 
-Sight = Bool[Array, "*B T T"] | Beside | Within
-"""What new tokens see: without a cache only each other, by a mask whose entry (t, s) says whether token t sees s."""
+Sight = Bool[Array, "*B T T"] | BesideCache | InCache
+"""How new tokens see the cache; without a cache, a mask whose entry (t, s) says whether new token t sees new token
+s."""
 
 
 def attend(
     queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
-    """Attention of new tokens as `sight` says. Also what the layer keeps: the new keys and values, or the cache with
-    them in it."""
-    if isinstance(sight, Within):
+    """Attention of new tokens as `sight` says. Also returns the new keys and values (`BesideCache`, or no cache), or
+    the cache with them written into it (`InCache`)."""
+    if isinstance(sight, InCache):
         kv = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
         return attention(queries, kv, sight.mask, None, scale), kv
-    if isinstance(sight, Beside):
+    if isinstance(sight, BesideCache):
         return attention(queries, new, sight.mask, CachedPrefix(cached, sight.valid), scale), new
     return attention(queries, new, sight, None, scale), new
 
@@ -81,8 +82,8 @@ def attention(
 ) -> Float[Array, "B T HqD"]:
     """Attention of T new tokens over a cached prefix (if any) and over themselves, softmax in fp32.
 
-    `mask[..., t, s]` says whether new token t sees new token s. The prefix is read where it lies: scores over prefix
-    and new tokens are joined, keys and values never are. Grouped queries (Hq a multiple of H) share heads.
+    `mask[..., t, s]` says whether new token t sees new token s. Only the scores of prefix and new tokens are joined;
+    keys and values are never copied. With grouped queries (Hq a multiple of H), queries share heads.
     """
     batch, query_heads, length, head_dim = queries.shape
     heads = new.keys.shape[1]
@@ -90,7 +91,7 @@ def attention(
     grouped = queries.reshape(batch, heads, group * length, head_dim)
 
     def scores(keys: Array, visible: Array) -> Array:
-        """[B H group T S], with the invisible at fp32's minimum (finite: a row that sees nothing must not be NaN)."""
+        """[B H group T S]. Invisible entries are fp32's minimum: finite, so that a row that sees nothing is not NaN."""
         raw = jnp.einsum("bhqd,bhsd->bhqs", grouped, keys, preferred_element_type=jnp.float32) * scale
         raw = raw.reshape(batch, heads, group, length, keys.shape[2])
         return jnp.where(visible, raw, jnp.finfo(jnp.float32).min)
@@ -112,7 +113,7 @@ def attention(
 
 
 class Linear(nnx.Module):
-    """A linear layer. `pargs_jax.models.lora` and `preference_lora` give it low-rank additions to its matrix."""
+    """A linear layer. `pargs_jax.models.lora` and `preference_lora` add low-rank terms to its matrix."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, in whatever dtype its parameters have (`nnx.Embed` keeps the one it was made with)."""
+    """A table of vectors that returns its parameters' dtype (`nnx.Embed` keeps the dtype it was made with)."""
 
     def __init__(self, count: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (count, width)))
@@ -158,14 +159,14 @@ def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Inverted dropout; no key or a zero rate means none."""
+    """Inverted dropout; without a key, or at rate zero, x unchanged."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
-# A block applied to one layer's inputs: (block, x, layer index, that layer's cache, dropout key) -> x, what to keep.
+# A block applied to one layer's inputs: (block, x, layer index, layer's cache, dropout key) -> (x, layer's output).
 BlockStep = Callable[[Any, Array, Any, Any, PRNGKeyArray | None], tuple[Array, Any]]
 
 
@@ -186,13 +187,14 @@ def run_layers(
     *,
     remat: Remat = "none",
 ) -> tuple[Array, Any]:
-    """Runs a stack made by `make_layers`: a `lax.scan` if stacked (small programs, one compiled layer), a loop if
-    unrolled (faster where a step is bound by reading weights, since the scan copies each layer's out of the stack).
+    """Runs a stack made by `make_layers`: a `lax.scan` if stacked, which compiles one layer and gives small programs; a
+    loop if unrolled. The loop is faster where a step is bound by reading weights, because the scan copies each layer's
+    weights out of the stack.
 
-    `cache` is what `step` takes for one layer (`KeyValues`, say) with a leading L if stacked, a tuple of them if
-    unrolled. What `step` returns beside x, the new keys and values, comes back in the same form. `remat` says what
-    stacked layers keep for a backward pass, which computes the rest again: everything (`none`), the results of matrix
-    products with weights (`products`), or their inputs alone (`layers`).
+    `cache` is the input of `step` for one layer (such as `KeyValues`), with a leading L if stacked, or a tuple of them
+    if unrolled. The second result of `step`, the new keys and values, is returned in the same form. `remat` says what
+    stacked layers keep for the backward pass, which recomputes the rest: everything (`none`), the results of matrix
+    products with weights (`products`), or only the layers' inputs (`layers`).
     """
     keys = None if key is None else jax.random.split(key, count)
     if isinstance(layers, nnx.List):
@@ -213,6 +215,6 @@ def run_layers(
 
     if remat != "none":
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
-        # In a scan nothing can merge the second computation with the first, which barriers would be there to prevent.
+        # Inside a scan, XLA cannot merge the recomputation with the first computation, so no barriers are needed.
         body = jax.checkpoint(body, policy=kept, prevent_cse=False)
     return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

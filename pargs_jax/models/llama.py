@@ -81,13 +81,13 @@ class LlamaConfig:
     def from_hf(cls, hf: Any) -> "LlamaConfig":
         """Reads a `transformers.LlamaConfig`; transformers itself translates the older `rope_theta`/`rope_scaling`.
 
-        Raises InputError for what a Llama cannot be.
+        Raises InputError for one that is invalid or not supported.
         """
         check_divides(hf, "num_attention_heads", "hidden_size")
         check_divides(hf, "num_key_value_heads", "num_attention_heads")
         rotary = Rotary.from_hf(_rope_parameters(hf))
         if hf.head_dim % 2 or (hf.head_dim == 2 and rotary.kind == "dynamic"):
-            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot turn")
+            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot rotate")
         return cls(
             vocab_size=hf.vocab_size,
             context_length=hf.max_position_embeddings,
@@ -132,8 +132,8 @@ class LlamaConfig:
 
 
 def _rope_parameters(hf: Any) -> dict[str, Any]:
-    """What transformers' rotary embedding computes from: it reads the config once more than what loaded it, and only
-    then does `original_max_position_embeddings` beside `rope_parameters` replace the one in there."""
+    """The parameters that transformers' rotary embedding uses. It reads the config a second time; only then does an
+    `original_max_position_embeddings` beside `rope_parameters` replace the one inside."""
     hf.standardize_rope_params()
     return hf.rope_parameters
 
@@ -208,7 +208,7 @@ class Llama(nnx.Module):
         cache: Any = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
+        """Final hidden states, and what each layer returns (see `attend`; `run_layers` says in which form)."""
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens), self.config.dropout, embed_key)
         cos_sin = self.config.rotary.cos_sin(positions, self.config.head_dim, self.config.context_length)

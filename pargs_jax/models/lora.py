@@ -1,5 +1,5 @@
-"""Low-rank adaptation (LoRA; Hu et al., 2022): the matrices of chosen layers stay frozen, each with a trained addition
-`scale * lora_in @ lora_out` of small rank. Merged, the model has its usual shape again."""
+"""Low-rank adaptation (LoRA; Hu et al., 2022). The matrices of chosen layers stay frozen; each gets a trained addition
+`scale * lora_in @ lora_out` of small rank. After merging, the model has its usual parameters again."""
 
 import dataclasses
 import re
@@ -19,12 +19,12 @@ NAMES = ("lora_in", "lora_out")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which linear layers of the blocks are adapted, and how.
+    """Which linear layers of the blocks get additions, and of what size.
 
     Attributes:
-        rank: of the additions.
+        rank: the rank of the additions.
         alpha: the additions are scaled by `alpha / rank`.
-        layers: a regular expression that a layer's whole name matches: `query|value`, `.*` for every one.
+        layers: a regular expression that must match the layer's whole name: `query|value`, or `.*` for all.
     """
 
     rank: int = 16
@@ -36,7 +36,7 @@ class Lora:
         return self.alpha / self.rank
 
     def adapt(self, block: nnx.Module) -> None:
-        """Gives a block's chosen layers their additions, all zero. `block` may be a stack of blocks."""
+        """Adds zero additions to a block's chosen layers. `block` may be a stack of blocks."""
         linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
         chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
         if not chosen:
@@ -49,8 +49,8 @@ class Lora:
 
 
 def draw_lora(abstract: Any, key: PRNGKeyArray) -> Any:
-    """First values of the additions among a model's abstract parameters, as a dict of these alone: `lora_in` is normal
-    with a variance of one over its inputs, `lora_out` zero, so that training starts from the model as it was."""
+    """Draws the additions of a model from its abstract parameters, as a dict of only these. `lora_in` is normal with
+    variance 1 / inputs and `lora_out` is zero, so training starts from the unchanged model."""
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-1].key == "lora_out":
@@ -62,7 +62,7 @@ def draw_lora(abstract: Any, key: PRNGKeyArray) -> Any:
 
 
 def merge_lora(lora: Lora, params: Any) -> Any:
-    """The parameters with every addition added to its matrix, and nothing else left of it. Computed in fp32."""
+    """The parameters with every addition merged into its matrix and then removed. Computed in fp32."""
     if not isinstance(params, dict):
         return params
     if "lora_in" not in params:
@@ -73,7 +73,7 @@ def merge_lora(lora: Lora, params: Any) -> Any:
 
 
 def split_params(params: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
-    """Two dicts: what lies below or at one of the names, and the rest. `join_params` puts them together again."""
+    """Splits a dict in two: everything at or below one of the names, and the rest. `join_params` reverses this."""
     chosen: dict[Any, Any] = {}
     rest: dict[Any, Any] = {}
     for name, part in params.items():
@@ -89,7 +89,7 @@ def split_params(params: Any, names: tuple[str, ...]) -> tuple[Any, Any]:
 
 
 def join_params(one: Any, other: Any) -> Any:
-    """One dict of all that two have; they share no leaf."""
+    """Joins two dicts that share no leaf."""
     both = {**one, **other}
     for name in one.keys() & other.keys():
         both[name] = join_params(one[name], other[name])

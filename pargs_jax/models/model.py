@@ -1,7 +1,7 @@
-"""What every kind of model here is: NNX modules used as pure functions over a plain dict of arrays.
+"""The base of all models: NNX modules used as pure functions over a plain dict of arrays.
 
-A `Model` is static and hashable, so it can be a static argument of `jax.jit`; its arrays travel apart as `params`,
-`{"backbone": ..., "head": ...}`.
+A `Model` is static and hashable, so it can be a static argument of `jax.jit`. Its arrays are passed separately as
+`params`, `{"backbone": ..., "head": ...}`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ HeadName = str
 
 
 class PromptsWithAnswers(Protocol):
-    """What models read in training: prompts, each with A answers (`pargs_jax.data.batches.Batch`)."""
+    """What models read in training: a batch of prompts with A answers each (`pargs_jax.data.batches.Batch`)."""
 
     prompts: Int[Array, "B P"]
     prompt_lengths: Int[Array, "B"]
@@ -35,12 +35,12 @@ class PromptsWithAnswers(Protocol):
 
 
 class AnyRewardModel(Protocol):
-    """What training, decoding and evaluation ask of a reward model, whatever its kind.
+    """What training, decoding and evaluation need from a reward model of any kind.
 
     Attributes:
-        one_pass: whether one pass over an answer gives the rewards of all its prefixes. If so, decoding has a cache
-            (`prefill`, `extend`). If not, every prefix is a text of its own, which is read from its beginning.
-        reads_candidates: whether it can read a language model's candidates as they are, if both have the same tokens
+        one_pass: whether one pass over an answer gives the rewards of all its prefixes. If so, decoding uses a cache
+            (`prefill`, `extend`). If not, every prefix is a separate text, read from its beginning.
+        reads_candidates: whether it can read a language model's candidates directly, if both have the same tokens
             (`siblings`, `keep`).
     """
 
@@ -60,14 +60,14 @@ class AnyRewardModel(Protocol):
         closing_id: int | None = None,
         chunk: int = 1,
     ) -> Any:
-        """What a loss asks about a batch (`pargs_jax.objectives.contract.Outputs`): rewards of prefixes first of all.
+        """The outputs that a loss needs for a batch (`pargs_jax.objectives.contract.Outputs`), such as prefix rewards.
 
         Args:
-            params: the model's.
+            params: the model's parameters.
             batch: prompts with answers.
             key: turns dropout on.
-            closing_id: for models that read every prefix as a finished text, the token that closes one.
-            chunk: prefixes that such models read together.
+            closing_id: the token that closes a text, for models that read every prefix as a finished text.
+            chunk: the number of prefixes that such models read together.
         """
         ...
 
@@ -86,7 +86,7 @@ class AnyRewardModel(Protocol):
 
 
 class Network(nnx.Module):
-    """Backbone and head, under the names that parameters have in the dict."""
+    """Backbone and head, named as in the dict of parameters."""
 
     def __init__(self, model: "Model", *, rngs: nnx.Rngs) -> None:
         self.backbone = model.config.make(unrolled=model.unrolled, rngs=rngs)
@@ -100,11 +100,11 @@ class Network(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A configuration and a kind of head; what it can do is in the classes below it.
+    """A configuration and a kind of head. Subclasses define what the model can do.
 
-    `unrolled` says how `params` hold the layers: stacked on a leading axis and run by a scan (False: small programs,
-    quick to compile), or one by one (True: faster decoding where a step is bound by reading weights from memory).
-    `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions.
+    `unrolled` says how `params` hold the layers. False: stacked on a leading axis and run by a scan, which gives small
+    programs that compile quickly. True: one by one, which decodes faster where a step is bound by reading weights from
+    memory. `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions.
     """
 
     config: Any
@@ -113,11 +113,11 @@ class Model:
     lora: Lora | PreferenceLora | None = None
 
     heads: ClassVar[Mapping[HeadName, Head]]
-    """Those that models of this kind can have."""
+    """The heads that models of this class can have."""
 
     @property
     def head_kind(self) -> Head:
-        """What its head is."""
+        """The kind of head that the model has."""
         return self.heads[self.head]
 
     def init(self, key: PRNGKeyArray) -> Params:
@@ -141,13 +141,13 @@ def _abstract(model: Model) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def unrolls_by_default(platform: str) -> bool:
-    """Whether decoding runs layers one by one where nothing else is asked for: everywhere but on TPU. On GPU a scan
-    over stacked layers copies every weight; on TPU it copies none, and compiles in a fraction of the time."""
+    """Whether decoding unrolls layers by default: yes, except on TPU. On GPU a scan over stacked layers copies every
+    weight. On TPU it copies none, and compiles in a fraction of the time."""
     return platform != "tpu"
 
 
 def unstack_layers(model: M, params: Params) -> tuple[M, Params]:
-    """The same model with its layers one by one."""
+    """The same model with its layers unrolled."""
     if model.unrolled:
         return model, params
     layers = params["backbone"]["layers"]

@@ -1,4 +1,4 @@
-"""Models in which no token sees what comes after it in the answer: one pass over an answer reads all its prefixes."""
+"""Models in which answer tokens see only what precedes them, so one pass over an answer reads all its prefixes."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,10 +12,10 @@ from pargs_jax.models.model import Params, PromptsWithAnswers
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnePassOutputs:
-    """What one pass over a batch of prompts with answers gives.
+    """The outputs of one pass over a batch of prompts with answers.
 
-    `hidden` are final hidden states, from each prompt's last token to its answer's last; `lengths` are those of the
-    answers.
+    `hidden` are final hidden states, from each prompt's last token to its answer's last; `lengths` are the answers'
+    lengths in tokens.
     """
 
     model: "OnePass"
@@ -30,15 +30,16 @@ class OnePassOutputs:
         return self.hidden[:, :, 1 - before : self.hidden.shape[2] - before]
 
     def logits(self) -> Float[Array, "B A R V"]:
-        """Logits (fp32) that predict each of the answers' tokens, of a model with a vocabulary head."""
+        """Logits (fp32) that predict each answer token, for a model with a vocabulary head."""
         return self.model.logits(self.params, self.states(before=1))
 
     def rewards(self) -> Float[Array, "B A R"]:
-        """Rewards (fp32) of all prefixes: entry i-1 is that of an answer's first i tokens."""
+        """Rewards (fp32) of all prefixes: entry i-1 is the reward of an answer's first i tokens."""
         return self.model.rewards(self.params, self.states())
 
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
-        """Rewards of prefixes of these lengths, at least 1; an answer that is shorter stays at its last."""
+        """Rewards of prefixes of these lengths (at least 1). Where an answer is shorter than the length, the reward of
+        the whole answer is repeated."""
         rewards = self.rewards()
 
         def at(length: Int[Array, "B"]) -> Float[Array, "B A"]:
@@ -49,7 +50,7 @@ class OnePassOutputs:
 
 
 class OnePass:
-    """What causal and prefix-causal models have in common, beside `encode`, `rewards` and `logits` of their own."""
+    """What causal and prefix-causal models share; each defines its own `encode`, `rewards` and `logits`."""
 
     one_pass: ClassVar[bool] = True
     encode: Any
@@ -65,7 +66,7 @@ class OnePass:
         closing_id: int | None = None,
         chunk: int = 1,
     ) -> OnePassOutputs:
-        """Reads all answers in one pass. A key turns dropout on; the other options are an encoder's."""
+        """Reads all answers in one pass. A key turns dropout on; `closing_id` and `chunk` matter only to encoders."""
         rows, answers, width = batch.answers.shape
         prompts = jnp.repeat(batch.prompts, answers, axis=0)
         texts = jnp.concatenate([prompts, batch.answers.reshape(rows * answers, width)], axis=1)
@@ -85,7 +86,7 @@ class OnePass:
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B"]:
         """Rewards (fp32) of the first `lengths[b]` tokens of answers to left-padded prompts, read at the last of them.
-        `closing_id` is an encoder's."""
+        `closing_id` matters only to encoders."""
         width = prompts.shape[1]
         texts = jnp.concatenate([prompts, answers], axis=1)
         hidden = self.encode(params, texts, width - prompt_lengths, key, prompt_width=width)

@@ -1,4 +1,4 @@
-"""OPT (Zhang et al., 2022): learned positions that start at row 2; at 350m alone, projections and post-norm blocks."""
+"""OPT (Zhang et al., 2022): learned positions that start at row 2; only 350m has projections and post-norm blocks."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from pargs_jax.models.layers import (
 from pargs_jax.models.tables import Row, layer_norm, linear
 
 POSITION_OFFSET = 2
-"""Checkpoints keep two rows before the first position; no text reaches them."""
+"""The number of rows that checkpoints keep before the first position; no text uses them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,11 @@ class OPTConfig:
 
     `dropout` acts on residual branches, and only when a key is given. `remat` is for training: see `run_layers`.
 
-    Where `embedding_width` is not `width`, one matrix leads from token embeddings into the blocks and another out of
-    them, to the width of the embeddings again, which the heads then see. `norm_first` says where a block's norms are:
-    before attention and feed-forward, or after each residual sum, and then there is no final norm; `final_norm` leaves
-    it out of models with norms before, too. `biases` are those of the linear layers; norms that are not `learned_norms`
-    have neither scale nor bias.
+    Where `embedding_width` is not `width`, one matrix projects token embeddings to `width` before the blocks, and
+    another projects back after them, so heads see `embedding_width`. `norm_first` puts a block's norms before attention
+    and feed-forward; otherwise they come after each residual sum, and there is no final norm. `final_norm=False` also
+    removes the final norm of models with `norm_first`. `biases` are those of the linear layers. Without
+    `learned_norms`, norms have neither scale nor bias.
     """
 
     vocab_size: int = 50272
@@ -90,7 +90,7 @@ class OPTConfig:
 
     @classmethod
     def from_hf(cls, hf: Any) -> "OPTConfig":
-        """Reads a `transformers.OPTConfig`. Raises InputError for what it cannot be."""
+        """Reads a `transformers.OPTConfig`. Raises InputError for one that is invalid or not supported."""
         check_divides(hf, "num_attention_heads", "hidden_size")
         return cls(
             vocab_size=hf.vocab_size,
@@ -205,7 +205,7 @@ class OPT(nnx.Module):
         cache: Any = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """Final hidden states, and what every layer keeps (see `attend`, and `run_layers` for its form)."""
+        """Final hidden states, and what each layer returns (see `attend`; `run_layers` says in which form)."""
         x = self.embed(tokens)
         if self.project_in is not None:
             x = self.project_in(x)

@@ -1,7 +1,7 @@
-"""Low-rank additions that depend on a preference vector: one model for all weightings of several objectives (PARM; Lin
-et al., 2025). Each adapted matrix gets `scale * (A1 W1 B1 + A2 W2(a) B2)`, where W2(a) = sum_i a_i W2_i.
+"""Low-rank additions that depend on a preference vector, so that one model serves all weightings of several objectives
+(PARM; Lin et al., 2025). Each adapted matrix gets `scale * (A1 W1 B1 + A2 W2(a) B2)`, where W2(a) = sum_i a_i W2_i.
 
-The vector is an input like any other: each row of a batch may have its own.
+The vector is an ordinary input: each row of a batch may have its own.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from pargs_jax.sharding import map_paths, place_param, to_host
 
 PREFERENCE = "preference"
 ADDITIONS = "preference_lora.safetensors"
-"""The file in a model's folder that has the additions, beside the weights that they are added to."""
+"""The file in a model's folder that holds the additions; the weights they are added to are in other files."""
 
 
 class BilinearAddition(nnx.Module):
-    """The addition of one linear layer, all zero at first. `preference` is `[M]`, or `[B M]` with one for each row."""
+    """The addition to one linear layer, zero at first. `preference` is `[M]`, or `[B M]` with one vector per row."""
 
     def __init__(
         self, stack: tuple[int, ...], inputs: int, outputs: int, rank: int, objectives: int, scale: float
@@ -50,13 +50,13 @@ class BilinearAddition(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceLora:
-    """Which linear layers of the blocks are adapted, and how; the numbers are those of PARM's code.
+    """Which linear layers of the blocks get additions, and of what size. The defaults are those of PARM's code.
 
     Attributes:
         objectives: M, the length of preference vectors.
-        rank: of both parts of the additions.
+        rank: the rank of both parts of the additions.
         alpha: the additions are scaled by `alpha / rank`.
-        layers: a regular expression that a layer's whole name matches.
+        layers: a regular expression that must match the layer's whole name.
     """
 
     objectives: int
@@ -66,14 +66,14 @@ class PreferenceLora:
 
     @classmethod
     def of_config(cls, fields: Any, folder: Path) -> "PreferenceLora":
-        """What `pargs_preference_lora` in a config.json says. Raises InputError if it is not that."""
+        """Reads `pargs_preference_lora` of a config.json. Raises InputError if it is malformed."""
         try:
             return cls(int(fields["objectives"]), int(fields["rank"]), float(fields["alpha"]), str(fields["layers"]))
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"{folder}/config.json: pargs_preference_lora is {fields!r}: {error!r}") from error
 
     def adapt(self, block: nnx.Module) -> None:
-        """Gives a block's chosen layers their additions. `block` may be a stack of blocks."""
+        """Adds zero additions to a block's chosen layers. `block` may be a stack of blocks."""
         linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
         chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
         if not chosen:
@@ -86,7 +86,7 @@ class PreferenceLora:
 
 
 def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
-    """The params of a model with `PreferenceLora`, with a preference vector for each row."""
+    """Sets the preference vector of each row in the params of a model with `PreferenceLora`."""
     if not isinstance(params, dict):
         return params
     return {
@@ -98,7 +98,7 @@ def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
 
 
 def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array, "M"]) -> Any:
-    """Ordinary params: every addition, for one preference vector, added to its matrix. Computed in fp32."""
+    """Ordinary params: for one preference vector, every addition is merged into its matrix. Computed in fp32."""
     if not isinstance(params, dict):
         return params
     if "addition" not in params:
@@ -111,7 +111,7 @@ def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array,
 
 
 def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:
-    """All arrays of the additions, by their dotted paths, and the params without them; all processes must call."""
+    """All arrays of the additions, by their dotted paths, and the params without them. All processes must call this."""
     found: dict[str, np.ndarray] = {}
 
     def without(tree: Any, path: str) -> Any:
@@ -126,9 +126,9 @@ def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:
 
 
 def read_additions(folder: Path, model: Any, dtype: np.dtype) -> Any:
-    """The additions of a model with stacked layers, from its folder, placed on the mesh.
+    """Reads the additions of a model with stacked layers from its folder, and places them on the mesh.
 
-    Raises InputError if the file is missing, or does not have exactly the arrays that the model needs.
+    Raises InputError if the file is missing, or does not hold exactly the arrays that the model needs.
     """
     from safetensors.numpy import load_file
 
@@ -140,5 +140,5 @@ def read_additions(folder: Path, model: Any, dtype: np.dtype) -> Any:
     shapes: dict[str, tuple[int, ...]] = {}
     map_paths(lambda name, x: shapes.setdefault(name, x.shape), expected)
     if {name: x.shape for name, x in tensors.items()} != shapes:
-        raise InputError(f"{path}: its arrays are not those of pargs_preference_lora in config.json")
+        raise InputError(f"{path}: its arrays do not match pargs_preference_lora in config.json")
     return map_paths(lambda name, x: place_param(name, x.shape, dtype, lambda index: tensors[name][index]), expected)

@@ -1,7 +1,8 @@
-"""An encoder's weights with prefix-causal attention: all prefixes of an answer in one pass, and a cache when decoding.
+"""An encoder's weights with prefix-causal attention: one pass reads all prefixes of an answer, and decoding uses a
+cache.
 
-Tokens of the prompt see the whole prompt; tokens of the answer see the prompt, those before them and themselves. The
-reward of a prefix is read at its last token. The weights are those of the encoder, fine-tuned with this attention.
+Prompt tokens see the whole prompt. Answer tokens see the prompt, the answer tokens before them and themselves. The
+reward of a prefix is read at its last token. The weights are an encoder's, fine-tuned with this attention.
 """
 
 import dataclasses
@@ -21,10 +22,10 @@ from pargs_jax.models.one_pass import OnePass
 
 @dataclasses.dataclass(frozen=True)
 class PrefixCausalModel(OnePass, Model):
-    """A DeBERTa reward model with prefix-causal attention; the interface is that of `CausalModel`,
-    less `siblings` and `keep`.
+    """A DeBERTa reward model with prefix-causal attention. Its interface is that of `CausalModel` without `siblings`
+    and `keep`.
 
-    Raises InputError for a model with a convolution, which mixes every token with the one after it.
+    Raises InputError for a model with a convolution, because a convolution lets every token see the next one.
     """
 
     head: HeadName = "reward"
@@ -33,7 +34,7 @@ class PrefixCausalModel(OnePass, Model):
 
     def __post_init__(self) -> None:
         if self.config.convolution_width:
-            raise InputError("prefix_causal attention: not for a model with a convolution, which looks ahead; use full")
+            raise InputError("prefix_causal attention: does not work with a convolution, which looks ahead; use full")
 
     def encode(
         self,
@@ -44,8 +45,8 @@ class PrefixCausalModel(OnePass, Model):
         *,
         prompt_width: int,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of texts whose first `prompt_width` slots are the prompt's, `start[b]` of them padding.
-        Right padding needs no mask. A key turns dropout on."""
+        """Final hidden states of texts. The first `prompt_width` slots are the prompt's, and `start[b]` of them are
+        padding. Right padding needs no mask. A key turns dropout on."""
         start = jnp.zeros(len(tokens), jnp.int32) if start is None else start
         valid = jnp.arange(tokens.shape[1]) >= start[:, None]
         return self._encode(params, tokens, valid, key, prompt_width, keep=False)[0]
@@ -57,10 +58,9 @@ class PrefixCausalModel(OnePass, Model):
     def prefill(
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Reads left-padded prompts into a cache with room for `slots` tokens a row; returns each prompt's last hidden
-        state too.
+        """Reads left-padded prompts into a cache of `slots` slots a row. Also returns each prompt's last hidden state.
 
-        The cache holds the layers' projections of relative positions as well, which depend on weights alone.
+        The cache also holds the layers' projected relative positions, which depend only on weights.
         """
         width = prompts.shape[1]
         valid = jnp.arange(width) < lengths[:, None]
@@ -80,8 +80,8 @@ class PrefixCausalModel(OnePass, Model):
         offsets: Int[Array, "B T"],
         mask: Bool[Array, "*B T T"],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states of T new tokens that stand `offsets` tokens after the cached text, which all of them see;
-        `mask[..., t, s]` says whether token t sees token s. Also their keys and values, for `Cache.append`."""
+        """Hidden states of T new tokens, and their keys and values for `Cache.append`. Each token stands `offsets[b,
+        t]` positions after the cached text and sees all of it; `mask[..., t, s]` says whether token t sees token s."""
         layers: Any = CachedLayer(cache.kv, cache.tables)
         if self.unrolled:
             layers = tuple(map(CachedLayer, cache.kv, cache.tables))

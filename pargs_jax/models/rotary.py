@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al., 2021), with every scaling that Llama checkpoints use.
 
-Conventions are those of the Hugging Face checkpoints: the two halves of a head are rotated against each other.
+The layout is that of Hugging Face checkpoints: the two halves of a head are rotated against each other.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from pargs_jax.errors import InputError, warn
 
 
 class Scaling(NamedTuple):
-    """The numbers of one scaling in config.json, beside `rope_type` and `rope_theta`: those it needs, and others."""
+    """The parameters of one scaling in config.json, besides `rope_type` and `rope_theta`: required and optional
+    ones."""
 
     needs: tuple[str, ...] = ()
     may_have: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ _OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """The rotation of one checkpoint: its base, its scaling and the scaling's numbers as config.json has them."""
+    """The rotation of one checkpoint: its base, and its scaling with the parameters as config.json has them."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -47,9 +48,9 @@ class Rotary:
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any]) -> "Rotary":
-        """Reads `rope_parameters` of a transformers config. Warns of numbers that the scaling does not use.
+        """Reads `rope_parameters` of a transformers config. Warns of parameters that the scaling does not use.
 
-        Raises InputError for an unknown or incomplete scaling, and for numbers that it cannot work with.
+        Raises InputError for an unknown or incomplete scaling, and for values that it cannot work with.
         """
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(kind, str) or kind not in SCALINGS:
@@ -58,12 +59,12 @@ class Rotary:
             raise InputError("partial_rotary_factor must be 1 for Llama")
         needs, may_have = SCALINGS[kind]
         rest = {key: value for key, value in parameters.items() if key not in _OF_EVERY_KIND}
-        # A factor of null is not one left out: YaRN then takes the ratio of the two lengths.
+        # A factor of null differs from a missing one: YaRN then takes the ratio of the two lengths.
         given = {key for key, value in rest.items() if value is not None or (kind, key) == ("yarn", "factor")}
         if missing := [key for key in needs if key not in given]:
             raise InputError(f"RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
         if nested := [key for key, value in rest.items() if isinstance(value, Mapping)]:
-            raise InputError(f"rope_parameters has {', '.join(nested)}: scalings of single layers are not known here")
+            raise InputError(f"rope_parameters has {', '.join(nested)}: scaling of single layers is not supported")
         if unused := [key for key, value in rest.items() if key not in (*needs, *may_have) and value is not None]:
             warn(f"config.json: rope_parameters has {', '.join(unused)}, which RoPE scaling {kind!r} does not use")
         numbers = {key: rest[key] for key in (*needs, *may_have) if key in rest}
@@ -75,7 +76,7 @@ class Rotary:
         return dataclasses.replace(rotary, theta=float(rotary.theta))
 
     def _check(self) -> None:
-        """Raises InputError for numbers that give no angles."""
+        """Raises InputError for values that give no valid angles."""
         numbers = dict(self.numbers)
         for name, value in {"rope_theta": self.theta, **numbers}.items():
             is_number = isinstance(value, int | float) and math.isfinite(value)
@@ -91,7 +92,7 @@ class Rotary:
         return {"rope_type": self.kind, "rope_theta": self.theta, **dict(self.numbers)}
 
     def reach(self, trained_length: int) -> int:
-        """Positions that the model can be asked for: dynamic scaling stretches beyond the trained context."""
+        """The number of positions that the model supports: dynamic scaling goes beyond the trained context."""
         return int(trained_length * dict(self.numbers)["factor"]) if self.kind == "dynamic" else trained_length
 
     def cos_sin(
@@ -99,8 +100,8 @@ class Rotary:
     ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
         """Cosine and sine of every position's angles, fp32.
 
-        Dynamic scaling follows the reference: past the trained length the frequencies depend on the longest position
-        of the row in this call, so there (and only there) a cached step differs from a full pass.
+        Dynamic scaling follows the reference: beyond the trained length, the frequencies depend on the row's longest
+        position in this call. This is the only case where a cached step differs from a full pass.
         """
         if self.kind == "dynamic":
             frequencies = self._dynamic_frequencies(positions, head_dim, trained_length)
@@ -130,7 +131,7 @@ class Rotary:
 
 
 def _llama3(frequencies: np.ndarray, numbers: Mapping[str, Any]) -> np.ndarray:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, and those between interpolated."""
     turns = numbers["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)

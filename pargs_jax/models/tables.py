@@ -1,4 +1,4 @@
-"""Weight tables: which tensor of a Hugging Face checkpoint is which array, and what its dimensions are called."""
+"""Weight tables: which tensor of a Hugging Face checkpoint becomes which array, and the names of its dimensions."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,14 +9,14 @@ Axes = tuple[str | None, ...]
 
 
 class Row(NamedTuple):
-    """One line of a table: a tensor, and the array that it becomes. `{}` stands for the layer's number.
+    """One line of a table: a tensor, and the array that it becomes. `{}` stands for the layer number.
 
     Attributes:
         tensor: its name in checkpoints, without the backbone's prefix.
-        path: where the array is, below `backbone` or below `head`.
+        path: the array's path below `backbone` or `head`.
         axes: names of the array's last dimensions (`sharding.AXIS_OF`), which say how it is split over a mesh.
-        transpose: whether the tensor is transposed on the way: torch keeps linear layers as [out, in].
-        part: where a tensor is several arrays side by side, which of how many this one is.
+        transpose: whether the tensor is transposed when read: torch stores linear layers as [out, in].
+        part: for a tensor that joins several arrays, this array's number and how many there are.
     """
 
     tensor: str
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 def linear(
     tensor: str, path: str, axes: Axes, transpose: bool = True, part: tuple[int, int] = (0, 1)
 ) -> tuple[Row, Row]:
-    """A matrix and its bias, if it has one. Biases along the width are small, and whole on every device."""
+    """A matrix and its bias, if it has one. Biases along the width are small, so every device holds them in full."""
     bias_axes = () if axes[-1] == "width" else axes[-1:]
     return (
         Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose, part),
@@ -42,6 +42,6 @@ def layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
 
 
 def name_dimensions_of(rows: Iterable[Row], below: str) -> None:
-    """Tells `pargs_jax.sharding` how the arrays of a table are split; `below` is `backbone` or `head`."""
+    """Tells `pargs_jax.sharding` how a table's arrays are split; `below` is `backbone` or `head`."""
     for row in rows:
         name_dimensions(f"{below}.{row.path.replace('.{}', '')}", row.axes)

@@ -1,5 +1,5 @@
-"""The tensors of a Hugging Face checkpoint, by its family's table: safetensors files to a model's
-parameters, each read where it is to lie, and back."""
+"""Reads and writes the tensors of a Hugging Face checkpoint by its family's table. Each device reads only the parts of
+the safetensors files that it holds."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F16", "BF16", "F32", "F64")
-"""The formats of tensors that are weights as they are; integers and 8-bit floats need scales, or are masks."""
+"""Dtypes of tensors that are usable as weights directly. Integers and 8-bit floats need scales, or are masks."""
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and its name, shape and format there."""
+    """The file that holds a tensor, and the tensor's name, shape and dtype there."""
 
     path: Path
     name: str
@@ -37,17 +37,17 @@ class Stored(NamedTuple):
 
 
 class Tensors(dict[str, Stored]):
-    """The tensors of a checkpoint, by their names without the backbone's prefix; read only when asked for."""
+    """The tensors of a checkpoint, by their names without the backbone's prefix; they are read only on demand."""
 
     def shape(self, row: Row, layer: int) -> tuple[int, ...]:
-        """Of the tensor that a row names, or, where that is several arrays, of all of them side by side."""
+        """The shape of the tensor that a row names, in our order of dimensions. A joined tensor counts as a whole."""
         shape = self[row.tensor.format(layer)].shape
         return shape[::-1] if row.transpose else shape
 
     def read(self, row: Row, layer: int, size: int, index: tuple[slice, ...]) -> np.ndarray:
-        """What an index gives of the array that a row makes of a tensor; nothing else is read.
+        """Reads the part `index` of the array that a row makes of a tensor, and nothing else.
 
-        `size` is that of the array's last dimension.
+        `size` is the size of the array's last dimension.
         """
         start, stop, _ = index[-1].indices(size)
         before = row.part[0] * size
@@ -56,7 +56,7 @@ class Tensors(dict[str, Stored]):
             return tensor[index[::-1]].T if row.transpose else tensor[index]
 
     def are_equal(self, one: str, other: str, rows: int = 4096) -> bool:
-        """Whether two matrices have the same values; so many rows at a time are read, up to the first difference."""
+        """Whether two matrices have the same values. Reads `rows` rows at a time and stops at the first difference."""
         if self[one].shape != self[other].shape:
             return False
         with self._open(one) as first, self._open(other) as second:
@@ -73,10 +73,9 @@ class Tensors(dict[str, Stored]):
 
 
 def open_tensors(folder: Path, family: Family) -> Tensors:
-    """Finds a checkpoint's tensors: those of `model.safetensors`, or else of the files that the index names.
+    """Finds a checkpoint's tensors, in `model.safetensors` or in the files that the index names.
 
-    Raises InputError where neither can be read, where two tensors have one name, and for a tensor that is not of
-    floating point.
+    Raises InputError if neither can be read, if two tensors have the same name, or if a tensor is not floating-point.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -105,7 +104,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     index = folder / INDEX
     if not index.is_file():
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only")
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; weights are read from safetensors only")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: has no weight_map, which says where each tensor is")
@@ -116,7 +115,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError for a file that is not a JSON object."""
+    """Reads a JSON object. Raises InputError for a file that does not contain one."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -127,8 +126,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Path) -> Model:
-    """The language model that a checkpoint holds whose config ties the head to the embeddings, settled as transformers
-    settles it: a stored head that differs counts, with a warning, and one without embeddings is the embeddings too."""
+    """Decides, as transformers does, whether a language model whose config ties the head to the embeddings is tied. A
+    stored head that differs from the embeddings is used, with a warning; a stored head without embeddings serves as
+    both."""
     (head,) = (row.tensor for row in model.head_kind.rows)
     embed = next(row.tensor for row in family.rows if row.path == "embed.embedding")
     if head not in tensors:
@@ -136,17 +136,17 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
     tensors.setdefault(embed, tensors[head])
     if tensors.are_equal(head, embed):
         return model
-    warn(f"{folder}: config.json ties {head} to {embed}, but another one is stored and used")
+    warn(f"{folder}: config.json ties {head} to {embed}, but the checkpoint stores a different one, which is used")
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
 
 
 def import_params(
     model: Model, family: Family, tensors: Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
 ) -> Params:
-    """Fills the model's parameters from the checkpoint, each read where it is to lie.
+    """Fills the model's parameters from the checkpoint; each device reads only its parts.
 
-    Raises InputError for tensors that do not match the model, all of them once, before any is read; and, once they are
-    in place, for those with a number that is not finite.
+    Raises InputError for tensors that do not match the model: all of them in one error, before any is read. Once they
+    are loaded, it also raises InputError for tensors with numbers that are not finite.
     """
     problems: list[str] = []
     used: set[str] = set()
@@ -181,7 +181,7 @@ def import_params(
         else:
             check(row, 0, leaf.shape)
         _set(readers, path, partial(read, row, leaf.shape[-1]))
-    # A language model may be read as a reward model and the other way round: the other head is no mistake.
+    # A language model may be read as a reward model and vice versa, so an unused head is not an error.
     used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
     problems += [f"{name} is not part of this architecture" for name in unexpected]
@@ -195,7 +195,7 @@ def import_params(
 
 
 def _check_finite(params: Params, model: Model, family: Family, folder: Path, dtype: np.dtype) -> None:
-    """Raises InputError, in every process alike, naming the tensors that hold NaN or infinity."""
+    """Raises InputError, in all processes alike, that names the tensors with NaN or infinity."""
     rows = {path: _row(family, model, path) for path, _ in _flatten(params)}
     bad: dict[str, None] = {}
     for path, is_finite in _flatten(_are_finite(params)):
@@ -209,17 +209,18 @@ def _check_finite(params: Params, model: Model, family: Family, folder: Path, dt
 
 @jax.jit
 def _are_finite(params: Params) -> Params:
-    """For each array, whether the entries along its first dimension (layers, where it is a stack) are finite."""
+    """For each array, whether the entries along its first dimension (the layers of a stack) are finite."""
 
     def is_finite(x: jax.Array) -> jax.Array:
-        # A sum of floats, since `all` takes CPUs three times as long to compile.
+        # A sum of floats, because `all` takes three times as long to compile on CPUs.
         return jnp.where(jnp.isfinite(x), 0.0, 1.0).sum(axis=tuple(range(1, x.ndim))) == 0
 
     return on_every_device(jax.tree.map(is_finite, params))
 
 
 def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a checkpoint, one by one, of a model with stacked layers; all processes must take all of them."""
+    """Yields the tensors of a checkpoint one by one, for a model with stacked layers. Every process must consume them
+    all."""
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
     parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):

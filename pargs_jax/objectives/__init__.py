@@ -1,9 +1,14 @@
-"""What training can minimise: one file an objective, with its loss and its options (see `contract`)."""
+"""The objectives of training: one file per objective, with its loss and its options (see `contract`)."""
 
+from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bt import BradleyTerry
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.objectives.dpo import DirectPreference
+from pargs_jax.objectives.fudge import PrefixRegression
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.rad import RewardAugmented
 from pargs_jax.objectives.sft import SupervisedFineTuning
+from pargs_jax.objectives.td_lambda import TemporalDifference
 
 OBJECTIVES: dict[str, type[Loss]] = {
     loss.name: loss
@@ -11,6 +16,11 @@ OBJECTIVES: dict[str, type[Loss]] = {
         SupervisedFineTuning,
         BradleyTerry,
         PartialBradleyTerry,
+        AutoregressiveReward,
+        DirectPreference,
+        RewardAugmented,
+        PrefixRegression,
+        TemporalDifference,
     )
 }
-"""Every objective by its name. A new one is a line here."""
+"""Every objective by its name. Add a new one here."""

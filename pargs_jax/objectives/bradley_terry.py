@@ -1,7 +1,7 @@
 """Bradley-Terry losses on pairs of answers: on the full answers, and on all their prefixes (PARGS).
 
-Rewards come as `[B 2 R]`, chosen first: entry i-1 is the reward of the answer's first i tokens. An answer of length n
-has n prefixes; past its end it stays at its last, as the paper's padding means.
+Rewards are `[B 2 R]`, chosen first: entry i-1 is the reward of the answer's first i tokens. An answer of n tokens has n
+prefixes. Beyond its end, the reward of the whole answer is repeated, which is what the paper's padding means.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pargs_jax.objectives.contract import Outputs
 
 Metrics = dict[str, Array]
 FRACTIONS = (10, 25, 50, 75, 100)
-"""Percentages of the longer answer at which accuracy is reported."""
+"""Percentages of the longer answer's length at which accuracy is reported."""
 
 
 @jax.tree_util.register_dataclass
@@ -25,13 +25,13 @@ class Prefixes:
     """The prefixes of each pair that a loss compares, longest first."""
 
     lengths: Int[Array, "B N"]
-    """In tokens, at least 1; entry n is at most R - n * stride, R being the answers' padded length."""
+    """In tokens, at least 1. Entry n is at most R - n * stride, where R is the answers' padded length."""
     weights: Float[Array, "B N"]
-    """In the mean over a pair's prefixes; 0 for entries that stand for none."""
+    """Weights in the mean over a pair's prefixes; 0 for entries that are only padding."""
     has_full: bool = dataclasses.field(default=True, metadata={"static": True})
-    """Whether the full answers are surely among them."""
+    """Whether the full answers are certainly included."""
     has_all: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Whether they are all that there are."""
+    """Whether all prefixes are included."""
 
 
 def bradley_terry(
@@ -42,13 +42,13 @@ def bradley_terry(
     margin: float = 0.0,
     centring: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss on full answers: `-log sigmoid(r(y_w) - r(y_l))` (PARGS, Eq. 1), in nats a pair.
+    """The loss on full answers: `-log sigmoid(r(y_w) - r(y_l))` (PARGS, Eq. 1), in nats per pair.
 
     Args:
         rewards: reward of every prefix of the chosen and the rejected answers, fp32.
         lengths: tokens of each answer, at least 1.
-        weights: how much each pair counts; 0 leaves it out. Default: all 1.
-        margin: subtracted from the difference (Touvron et al., 2023, Eq. 2, with one margin for all).
+        weights: the weight of each pair; 0 leaves it out. Default: all 1.
+        margin: subtracted from the difference (Touvron et al., 2023, Eq. 2, with the same margin for all pairs).
         centring: weight of `(r(y_w) + r(y_l))^2`, which keeps rewards around zero (Eisenstein et al., 2023).
 
     Returns:
@@ -74,14 +74,14 @@ def partial_bradley_terry(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss on all prefixes: for i = 1 .. max(|y_w|, |y_l|), `-log sigmoid(r(y_w[:i]) - r(y_l[:i]))` (PARGS, Eq. 5).
 
-    The mean is over a pair's prefixes first, then over pairs, so a long pair counts as much as a short one. A causal
-    model gives all rewards in one pass, so the loss costs what the full-answer one does.
+    The mean is over a pair's prefixes first, then over pairs, so long and short pairs count equally. A causal model
+    gives all rewards in one pass, so this costs as much as the loss on full answers.
 
     Args:
         rewards, lengths, weights, margin, centring: as in `bradley_terry`.
         prefix_weights: `uniform`, or `linear`: proportional to i (Deng and Raffel, 2023).
-        stride: take every n-th prefix, counted back from the full pair, which is always taken.
-        sample: take this many of a pair's prefixes, at random, by `key`; all of them if there are no more.
+        stride: take every n-th prefix, counted back from the full pair, which is always included.
+        sample: take this many of a pair's prefixes at random, using `key`; all of them if there are no more.
         minimum_length: leave out prefixes shorter than this, but never the full pair.
         key: randomness for `sample`; required with it.
     """
@@ -110,18 +110,18 @@ def preference_loss(
     margin: float = 0.0,
     centring: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The Bradley-Terry loss of these prefixes, and `prefix_metrics`, whichever way the model reads.
+    """The Bradley-Terry loss of these prefixes, and `prefix_metrics`, for every kind of model.
 
-    Metrics of a model that reads every prefix apart are of prefixes that were read. Evaluation reads those at
-    `FRACTIONS` besides the loss's, if these are not all. A training step reads no others: it has the metrics at all
-    `FRACTIONS` if the loss is of every prefix, those of full answers if the loss surely includes these, and none if
-    prefixes were drawn.
+    Models with one pass give the metrics at all `FRACTIONS`. For other models, reading a prefix is expensive.
+    Evaluation reads the prefixes at `FRACTIONS` in addition, unless the loss covers all prefixes. A training step reads
+    no further prefixes. It reports all `FRACTIONS` if the loss covers all prefixes, only full answers if the loss
+    certainly includes them, and nothing if prefixes were sampled.
 
     Args:
-        outputs: what the model says of the pairs.
-        counts: how many prefixes each answer has.
-        weights: how much each pair counts.
-        prefixes: those that are compared.
+        outputs: the model's outputs for the pairs.
+        counts: the number of prefixes of each answer.
+        weights: the weight of each pair.
+        prefixes: the prefixes to compare.
         is_evaluation: whether prefixes may be read for the metrics alone.
         margin, centring: as in `bradley_terry`.
     """
@@ -142,7 +142,7 @@ def preference_loss(
 
 
 class _GivenRewards(NamedTuple):
-    """The part of `Outputs` that the loss needs, from rewards of all prefixes."""
+    """The part of `Outputs` that the loss needs, for given rewards of all prefixes."""
 
     rewards: Float[Array, "B 2 R"]
     lengths: Int[Array, "B 2"]
@@ -153,7 +153,7 @@ class _GivenRewards(NamedTuple):
 
 
 def full_answers(counts: Int[Array, "B 2"]) -> Prefixes:
-    """The full answers alone, as prefixes."""
+    """Only the full answers, as prefixes."""
     return Prefixes(counts.max(axis=1, keepdims=True), jnp.ones((len(counts), 1)))
 
 
@@ -167,9 +167,10 @@ def choose_prefixes(
     minimum_length: int = 1,
     key: PRNGKeyArray | None = None,
 ) -> Prefixes:
-    """Which prefixes of the longer answer are compared; `width` is R, and the options are `partial_bradley_terry`'s.
+    """Chooses which prefixes of the longer answer are compared; `width` is R, the options are
+    `partial_bradley_terry`'s.
 
-    N is no more than the options let it be, so that models which read every prefix apart read no others.
+    N is as small as the options allow, because some models read every prefix separately.
     """
     longest = lengths.max(axis=1, keepdims=True)
     chosen = longest - stride * jnp.arange(-(-width // stride))
@@ -179,7 +180,7 @@ def choose_prefixes(
         if key is None:
             raise ValueError("sample needs a key")
         draws = jnp.where(taken, jax.random.uniform(key, taken.shape), -1.0)
-        # In order of length: entry n of what is left is still no longer than entry n of all.
+        # In order of length: after leaving some out, entry n is still no longer than entry n was before.
         drawn = jnp.sort(jax.lax.top_k(draws, sample)[1], axis=1)
         chosen, taken = (jnp.take_along_axis(x, drawn, axis=1) for x in (chosen, taken))
     chosen = jnp.maximum(chosen, 1)
@@ -195,35 +196,35 @@ def prefix_loss(
     margin: float = 0.0,
     centring: float = 0.0,
 ) -> Float[Array, ""]:
-    """The Bradley-Terry loss of prefixes whose rewards are given: the mean over a pair's prefixes, then over pairs."""
+    """The Bradley-Terry loss of given prefix rewards: the mean over a pair's prefixes, then over pairs."""
     losses = _pair_loss(pairs, margin, centring)
     per_pair = (losses * prefixes.weights).sum(axis=1) / prefixes.weights.sum(axis=1)
     return _mean(per_pair, weights)
 
 
 def rewards_at(pairs: Float[Array, "B N 2"], prefixes: Prefixes, lengths: Int[Array, "B F"]) -> Float[Array, "B F 2"]:
-    """Rewards of the prefixes of these lengths, each of which has to be one of those that were scored."""
-    is_it = (prefixes.lengths[:, None, :] == lengths[..., None]) & (prefixes.weights[:, None, :] > 0)
-    return jnp.take_along_axis(pairs, is_it.argmax(axis=-1)[..., None], axis=1)
+    """Rewards of the prefixes of these lengths; each must be among the prefixes that were scored."""
+    is_match = (prefixes.lengths[:, None, :] == lengths[..., None]) & (prefixes.weights[:, None, :] > 0)
+    return jnp.take_along_axis(pairs, is_match.argmax(axis=-1)[..., None], axis=1)
 
 
 def prefix_rewards(
     rewards: Float[Array, "B 2 R"], lengths: Int[Array, "B 2"], prefix: Int[Array, "*B"]
 ) -> Float[Array, "B 2"]:
-    """Rewards of the first `prefix` tokens of each answer, or of the whole answer where that is shorter."""
+    """Rewards of the first `prefix` tokens of each answer, or of the whole answer if it is shorter."""
     last = jnp.minimum(jnp.broadcast_to(prefix, lengths.shape[:1])[:, None], lengths) - 1
     return jnp.take_along_axis(rewards, last[..., None], axis=-1)[..., 0]
 
 
 def prefix_lengths(longest: Int[Array, "B"], fractions: tuple[int, ...] = FRACTIONS) -> Int[Array, "B F"]:
-    """These percentages of the longer answer, in tokens, rounded up."""
+    """These percentages of the longer answer's length, in tokens, rounded up."""
     return (longest[:, None] * jnp.array(fractions) + 99) // 100
 
 
 def prefix_metrics(
     pairs: Float[Array, "B F 2"], weights: Float[Array, "B"], fractions: tuple[int, ...] = FRACTIONS
 ) -> Metrics:
-    """What is logged of a batch, all fp32 scalars, from rewards at `fractions`: percentages, the last of them 100.
+    """The metrics of a batch, all fp32 scalars, from rewards at `fractions`: percentages, the last of which is 100.
 
     `accuracy` (share of pairs whose chosen answer has the higher reward, a tie counting half), `accuracy_10` ..
     `accuracy_100` (the same at that percentage of the longer answer, rounded up; answers that still agree tie),

@@ -1,4 +1,4 @@
-"""Bradley-Terry on full answers: the usual loss of reward models, and what PARGS compares with."""
+"""Bradley-Terry on full answers: the usual loss of reward models, and the baseline of PARGS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BradleyTerry(Loss):
     head = "reward"
 
     margin: float = option(
-        0.0, "subtracted from the difference of rewards, which pushes pairs further apart", at_least=0
+        0.0, "margin subtracted from the reward difference; pushes the rewards of a pair further apart", at_least=0
     )
     centring: float = option(0.0, "weight of the penalty that keeps rewards around zero; 0: none", at_least=0)
 

@@ -1,10 +1,10 @@
-"""The contract of objectives: what a loss declares, what it is given, and what it gives back.
+"""The contract of objectives: what a loss declares, what it receives, and what it returns.
 
-An objective is one file with a `Loss`: a frozen dataclass whose fields are its options, and which is called on what a
-model says of a batch. It knows arrays, never models; `pargs_jax.training.objective` joins the two. `docs/
-adding_an_objective.md` shows how to write one.
+An objective is one file with a `Loss`: a frozen dataclass whose fields are its options. It is called with a model's
+outputs for a batch. It knows arrays, never models; `pargs_jax.training.objective` joins the two.
+`docs/adding_an_objective.md` shows how to write one.
 
-A help text lists the options of all objectives and must not wait for JAX: no objective's file imports it at the top.
+Help texts list the options of all objectives and must appear quickly, so no objective's file imports JAX at the top.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Outputs(Protocol):
-    """What a model says of a batch of B prompts with A answers of R slots. Each method computes what it gives when it
-    is called, and gradients flow through it.
+    """A model's outputs for a batch of B prompts with A answers of R slots. Each method computes its result when it is
+    called, and gradients flow through it.
 
-    Models with `one_pass` have all of it. Others read every prefix as a text of its own: of them there is `rewards_at`
-    alone, and it costs as much as the prefixes that are asked for.
+    Models with `one_pass` have all methods. Other models read every prefix as a separate text: they have only
+    `rewards_at`, and its cost grows with the number of prefixes.
     """
 
     one_pass: bool
@@ -34,27 +34,28 @@ class Outputs(Protocol):
         ...
 
     def logits(self) -> Float[Array, "B A R V"]:
-        """fp32 outputs of a head that is as wide as the vocabulary, one token before each of the answers' tokens."""
+        """fp32 outputs of a head as wide as the vocabulary, at the token before each answer token."""
         ...
 
     def rewards(self) -> Float[Array, "B A R"]:
-        """fp32 rewards of all prefixes: entry i-1 is that of an answer's first i tokens."""
+        """fp32 rewards of all prefixes: entry i-1 is the reward of an answer's first i tokens."""
         ...
 
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
-        """fp32 rewards of prefixes of these lengths (at least 1, counted as `Batch.prefix_counts` counts them); an
-        answer that is shorter stays at its last. `descending` promises that each row's grow shorter, no two alike."""
+        """fp32 rewards of prefixes of these lengths (at least 1, in the units of `Batch.prefix_counts`). Where an
+        answer is shorter than the length, the reward of the whole answer is repeated. `descending` promises that each
+        row's lengths strictly decrease."""
         ...
 
 
 class LossResult(NamedTuple):
-    """What a loss makes of a batch, all fp32 scalars.
+    """The result of a loss for a batch, all fp32 scalars.
 
     Attributes:
-        loss: what is minimised, a mean over whatever the objective counts.
-        metrics: what is logged beside it. Over several batches means are taken, by weight; extremes of names that end
-            in `_min` or `_max`. `accuracy` is what the option `best_metric accuracy` goes by.
-        weight: how much the batch counts in a mean over batches: its pairs, or its tokens.
+        loss: the quantity to minimise, a mean over the objective's units (pairs or tokens).
+        metrics: numbers to log with it. Over several batches they are averaged by weight; for names that end in `_min`
+            or `_max`, extremes are taken. The option `best_metric accuracy` uses `accuracy`.
+        weight: the batch's weight in a mean over batches: its number of pairs or tokens.
     """
 
     loss: Float[Array, ""]
@@ -67,27 +68,34 @@ class Loss:
     """An objective: what it needs, its options (the dataclass's fields), and its loss.
 
     Class attributes:
-        name: what the option `objective.name` calls it.
+        name: its name in the option `objective.name`.
         meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
-        answers: how many answers of a row it reads: 2, a chosen and a rejected one, or 1.
+        answers: how many answers of a row it reads: 2 (chosen and rejected) or 1 (chosen).
+        reward_range: the lowest and the highest reward of an answer that it can learn from; None if it does not read
+            rewards. An objective that does reads scored answers (`answers = 1`), and batches have `rewards`.
+        has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
-        frozen: names of other models that it reads and does not train, such as a reference. The training program gives
-            each its parameters; the loss gets their outputs as keyword arguments of these names.
+        frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
+            with these names. The training program provides one, `reference`: the model that training starts from.
     """
 
     name: ClassVar[str]
     meaning: ClassVar[str]
     head: ClassVar[str]
     answers: ClassVar[int] = 2
+    reward_range: ClassVar[tuple[float, float] | None] = None
+    has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def validate(self, max_length: int) -> None:
-        """Raises InputError for options that do not go together, or with texts of at most so many tokens."""
+        """Raises InputError for options that contradict each other, or do not fit texts of up to `max_length`
+        tokens."""
 
     def chance(self, vocab_size: int) -> float:
-        """The loss of a model that tells nothing apart, which the option `loss_limit` is a multiple of."""
+        """The loss of a model that cannot tell anything apart. The option `loss_limit` is a multiple of it. Infinite if
+        this loss depends on the data; then there is no limit."""
         raise NotImplementedError
 
     def __call__(
@@ -96,9 +104,9 @@ class Loss:
         """The loss of a batch.
 
         Args:
-            outputs: what the trained model says of it.
-            batch: token ids, lengths and weights; a row of weight 0 is filler and counts nowhere.
-            key: randomness of a training step; without one this is an evaluation, which leaves nothing to chance.
-            frozen: what the models named in `frozen` say of it.
+            outputs: the trained model's outputs.
+            batch: token ids, lengths and weights; a row of weight 0 is filler and does not count.
+            key: randomness of a training step; None in an evaluation, which must be deterministic.
+            frozen: the outputs of the models named in `frozen`.
         """
         raise NotImplementedError

@@ -25,10 +25,10 @@ class PartialBradleyTerry(BradleyTerry):
     scores_prefixes = True
 
     prefix_weights: Literal["uniform", "linear"] = option(
-        "uniform", "weight of a prefix in the mean: the same for all, or proportional to its length"
+        "uniform", "weight of a prefix in the loss: the same for all, or proportional to its length"
     )
-    stride: int = option(1, "score every n-th prefix, in tokens", at_least=1)
-    sample: int | None = option(None, "random prefixes scored a pair and step", unset="all", at_least=1)
+    stride: int = option(1, "score every n-th prefix", at_least=1)
+    sample: int | None = option(None, "how many random prefixes of a pair to score in a step", unset="all", at_least=1)
     minimum_length: int = option(1, "shortest prefix that is scored, in tokens", at_least=1)
 
     def validate(self, max_length: int) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SupervisedFineTuning(Loss):
-    """`answer_likelihood` of the chosen answers; a batch counts by its answers' tokens."""
+    """`answer_likelihood` of the chosen answers; a batch's weight is its number of answer tokens."""
 
     name = "sft"
     meaning = "next-token loss on the chosen answers"

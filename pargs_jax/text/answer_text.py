@@ -1,7 +1,7 @@
-"""The text of an answer while it grows token by token, without decoding all of it at every step.
+"""The text of an answer that grows token by token, without decoding all of it at every step.
 
-It is `decode_answer`'s text to the letter. For the two kinds of tokenizers that language models have, byte-level ones
-and SentencePiece's BPE with byte fallback, a token's text is looked up; for all others the whole is decoded again.
+It always equals the text of `decode_answer`. Byte-level tokenizers and SentencePiece's BPE with byte fallback, the two
+kinds that language models use, get each token's text from a table. For all others the whole answer is decoded again.
 """
 
 import codecs
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple, Protocol
 from pargs_jax.text.tokenization import TextTokenizer, stages
 
 UNFINISHED = "\ufffd"
-"""What an unfinished character is decoded as."""
+"""The replacement character, which unfinished characters are decoded to."""
 
 _PROBE = "Hi  there\n\n\tl'été 日本語 🙂👍🏽 e\u0301\r\n</s> <s> <|endoftext|> \u200b\u00a0."
-"""A text that every tokenizer is tried on, in case one does not do what its definition says."""
+"""A text that every tokenizer is tested on, in case one does not do what its definition says."""
 
 
 class Reading(NamedTuple):
-    """An answer's text as all its tokens give it, where bytes that are no character are U+FFFD."""
+    """The text of an answer's tokens, with U+FFFD for bytes that are not a character."""
 
     text: str
     final: int
-    """So many characters are the same whatever tokens follow."""
+    """The number of characters that no later token can change."""
 
 
 class Reader(Protocol):
-    """Gives a growing answer's text; a state is immutable, so that one can be continued in several ways."""
+    """Reads a growing answer's text. States are immutable, so one state can be continued in several ways."""
 
     def begin(self, prompt_ids: list[int]) -> Any: ...
 
@@ -40,12 +40,12 @@ class Reader(Protocol):
 
 
 class AnswerText(NamedTuple):
-    """The text of an answer so far. Immutable: another token makes another one."""
+    """The text of an answer so far. Immutable: adding a token makes a new one."""
 
     reader: Reader
     state: Any
     readings: tuple[Reading, ...]
-    """After the newest token and after up to three before it, the newest first."""
+    """The readings after the newest token and after each of up to three tokens before it, the newest first."""
 
     @classmethod
     def begin(cls, reader: Reader, prompt_ids: list[int]) -> "AnswerText":
@@ -59,41 +59,42 @@ class AnswerText(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What `decode_answer` gives."""
+        """The text that `decode_answer` gives."""
         return self._shown.text.rstrip(UNFINISHED)
 
     @property
     def lasting_text(self) -> str:
-        """What the text of every continuation begins with, trailing U+FFFD apart.
+        """The text that every continuation begins with, apart from trailing U+FFFD.
 
-        `decode_answer` goes back over unfinished characters, but never behind a token after which none was, and at most
-        three tokens: a continuation shows at least what is shown now, less what more bytes can change.
+        `decode_answer` drops unfinished characters, but never goes back behind a token that ended in a finished one,
+        and at most three tokens. So a continuation shows at least the present text, without the part that more bytes
+        can change.
         """
         shown = self._shown
         return shown.text[: shown.final]
 
     @property
     def _shown(self) -> Reading:
-        """The reading that `decode_answer` shows: the newest that does not end in an unfinished character, or else the
+        """The reading that `decode_answer` uses: the newest that does not end in an unfinished character, or else the
         oldest of the four."""
         finished = (reading for reading in self.readings if not reading.text.endswith(UNFINISHED))
         return next(finished, self.readings[-1])
 
 
 def texts_as_they_grow(reader: Reader, prompt_ids: list[int], tokens: Sequence[int]) -> list[AnswerText]:
-    """The answer before each of its tokens, and after the last one."""
+    """The answer's text before each of its tokens, and after the last one."""
     return list(accumulate(tokens, AnswerText.followed_by, initial=AnswerText.begin(reader, prompt_ids)))
 
 
 def shares_of(answer: str, growing: Sequence[AnswerText]) -> list[str]:
-    """Which part of an answer's text each token gives; joined, they are the answer.
+    """The part of an answer's text that each token gives; joined, they are the answer.
 
-    A character that several tokens make is given by the one after which it stays; the tokens before it give nothing,
-    as special tokens do.
+    If several tokens make one character, the character belongs to the token that completes it; the earlier ones give
+    nothing, and neither do special tokens.
 
     Args:
         answer: the whole text.
-        growing: what `texts_as_they_grow` gave for its tokens.
+        growing: the result of `texts_as_they_grow` for its tokens.
     """
     agreed = [_common_length(prefix.text, answer) for prefix in growing[:-1]]
     ends = list(accumulate([len(answer), *reversed(agreed)], min))[::-1]
@@ -101,14 +102,14 @@ def shares_of(answer: str, growing: Sequence[AnswerText]) -> list[str]:
 
 
 def added_text(before: AnswerText, token: int) -> str:
-    """The text that an answer would gain by a token; empty if the token ends inside a character."""
+    """The text that a token would add to an answer; empty if the token ends inside a character."""
     text = before.followed_by(token).text
     return text[_common_length(before.text, text) :]
 
 
 def _common_length(text: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    if other.startswith(text):  # nearly always, and faster than to compare characters
+    """The length of the common beginning of two texts."""
+    if other.startswith(text):  # the usual case, and faster than comparing characters
         return len(text)
     return len(os.path.commonprefix([text, other]))  # noqa: RUF071
 
@@ -132,9 +133,10 @@ def _reads_alike(reader: Reader, tokenizer: TextTokenizer) -> bool:
 
 
 class _Grown(NamedTuple):
-    """A text while it grows: `closed` is final, `open_end` are bytes that the next ones may make something else of.
+    """A growing text: `closed` is final; `open_end` holds bytes whose text later bytes can still change.
 
-    The answer's text is theirs from character `start` on; before that, a space at the beginning may have to go.
+    The answer's text starts at character `start`; a space at the beginning of the whole text may have to be removed
+    first.
     """
 
     closed: str
@@ -144,11 +146,12 @@ class _Grown(NamedTuple):
 
 
 class _PieceReader:
-    """Reads token by token, from a table of what each stands for: bytes, text, or None for special tokens.
+    """Reads token by token, from a table of each token's content: bytes, text, or None for special tokens.
 
-    Bytes are joined to those before them. In a byte-level tokenizer all tokens are bytes, and all but an unfinished
-    character at the end is final. In one with byte fallback (SentencePiece's), a run of bytes between other tokens is
-    text if it is valid UTF-8 as a whole, and else one U+FFFD for every byte, so that it is not final before it is over.
+    Bytes are joined to those before them. In a byte-level tokenizer all tokens are bytes, and everything but an
+    unfinished character at the end is final. In a tokenizer with byte fallback (SentencePiece), a run of bytes between
+    other tokens is text if the whole run is valid UTF-8, and otherwise one U+FFFD per byte; so it is not final before
+    the run is over.
     """
 
     def __init__(self, pieces: list[bytes | str | None], *, byte_level: bool, loses_space: bool) -> None:
@@ -161,7 +164,7 @@ class _PieceReader:
         for token in prompt_ids:
             state = self.extend(state, token)
         if state.closed:
-            # Final, and so no part of the answer: it need not be carried along.
+            # The prompt's final text is not part of the answer, so it is not carried along.
             state = state._replace(closed="", loses_space=False)
         return state._replace(start=len(self.read(state).text))
 
@@ -192,7 +195,7 @@ class _PieceReader:
 
 
 class _WholeReader:
-    """Reads by decoding everything again; nothing is taken to be final."""
+    """Reads by decoding everything again; no part of the text counts as final."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -245,7 +248,7 @@ def _byte_level_piece(token: str) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte, back to the byte."""
+    """Maps the letters that byte-level tokenizers write for bytes back to the bytes."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}

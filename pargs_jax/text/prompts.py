@@ -1,7 +1,7 @@
-"""The one registry of prompt forms: how a question or a conversation becomes the text that a model continues.
+"""Prompt forms: how a question or a conversation becomes the text that a model continues.
 
-Training, decoding and evaluation all take their form from here by name. A model remembers the one that it was trained
-with (`choose_form`), so that it is never asked about a prompt written differently without a warning.
+Training, decoding and evaluation look up their form here by name. A model remembers the form that it was trained with
+(`choose_form`), so a prompt in another form gives a warning.
 """
 
 import difflib
@@ -20,16 +20,16 @@ Turn = dict[str, str]
 class PromptForm:
     """A prompt form made of fixed markers.
 
-    No prompt ends in a space: where a form has one between marker and answer, it is `answer_prefix`, because tokenizers
-    join a space to the word after it.
+    No prompt ends in a space, because tokenizers join a space to the following word. Where a form has a space between
+    marker and answer, it belongs to `answer_prefix`.
 
     Attributes:
-        name: what the option `format` calls it.
-        start: stands once, before the first turn.
-        user_marker: stands before each thing the user says.
-        answer_marker: stands before each answer, and so ends every prompt; empty if the form has none.
-        answer_prefix: what every answer begins with.
-        openings: how texts that are in the form already begin, whitespace aside.
+        name: its name in the option `format`.
+        start: written once, before the first turn.
+        user_marker: written before each user turn.
+        answer_marker: written before each answer, so every prompt ends in it; empty if the form has none.
+        answer_prefix: the beginning of every answer.
+        openings: the beginnings (without white space) by which a text is recognised as being in the form already.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PromptForm:
         check_turns(turns)
         if not self.answer_marker and len(turns) > 1:
             raise InputError(
-                f"prompt form {self.name!r} cannot hold a conversation of {len(turns)} turns: use hh or chat"
+                f"prompt format {self.name!r} cannot hold a conversation of {len(turns)} turns: use hh or chat"
             )
         text = self.start
         for turn in turns:
@@ -61,7 +61,8 @@ class PromptForm:
         return text + self.answer_marker
 
     def render_text(self, text: str, tokenizer: TextTokenizer | None = None) -> str:
-        """The prompt of a single question. A text already in the form stays, less spaces after its last marker."""
+        """The prompt of a single question. A text that is already in the form only loses spaces after its last
+        marker."""
         if not self.answer_marker:
             return text
         trimmed = text.rstrip(" ")
@@ -72,21 +73,22 @@ class PromptForm:
         return self.render([{"role": "user", "content": text}])
 
     def turns_of(self, prompt: str | Sequence[Turn], tokenizer: TextTokenizer | None = None) -> tuple[Turn, ...] | None:
-        """The turns of a prompt that each model writes in a template of its own; None where all models read one text.
+        """The turns of a prompt that each model renders in its own template; None where all models read the same text.
 
-        Empty where the prompt is in the tokenizer's template already, so that its turns are not known.
+        Empty where the prompt is already in the tokenizer's template, so that its turns are not known.
         """
         return None
 
     def prompt_end(self, text: str, tokenizer: TextTokenizer | None = None) -> int | None:
-        """Where the prompt ends in what whole dialogues of this form have in common; None if that is no such text."""
+        """Where the prompt ends in the common beginning of whole dialogues in this form; None if the text is not
+        one."""
         if not self.answer_marker or not text.lstrip().startswith(self.openings):
             return None
         marker_at = text.rfind(self.answer_marker)
         return None if marker_at < 0 else marker_at + len(self.answer_marker)
 
     def begin_answer(self, text: str) -> str:
-        """The answer as it follows a prompt of this form: with `answer_prefix` in front if it lacks it."""
+        """The answer as it follows a prompt of this form; `answer_prefix` is prepended if it is missing."""
         return text if text.startswith(self.answer_prefix) else self.answer_prefix + text
 
 
@@ -98,11 +100,11 @@ class ChatForm(PromptForm):
         """As `PromptForm.render`; also raises `InputError` if no tokenizer is given or it has no template."""
         check_turns(turns)
         if tokenizer is None:
-            raise InputError(f"prompt form {self.name!r} needs a tokenizer with a chat template: none was given")
+            raise InputError(f"prompt format {self.name!r} needs a tokenizer with a chat template: none was given")
         return tokenizer.render_chat(turns)
 
     def render_text(self, text: str, tokenizer: TextTokenizer | None = None) -> str:
-        """As `PromptForm.render_text`: a text that has the template around it already stays as it is."""
+        """As `PromptForm.render_text`: a text that is already in the template is not changed."""
         before, after = self._around_question(tokenizer)
         if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after):
             return text
@@ -122,7 +124,7 @@ class ChatForm(PromptForm):
         return None if marker_at < 0 else marker_at + len(marker)
 
     def _around_question(self, tokenizer: TextTokenizer | None) -> tuple[str, str]:
-        """What the template puts before a single question, and after it."""
+        """The text that the template puts before a single question, and the text after it."""
         question = "<question>"
         before, _, after = self.render([{"role": "user", "content": question}], tokenizer).rpartition(question)
         return before, after
@@ -139,7 +141,7 @@ class PlainForm(PromptForm):
 
 
 def form_of_dialogue(text: str) -> PromptForm | None:
-    """The form with markers of its own that what whole dialogues have in common is written in; None if in none."""
+    """The form, among those with markers, of the common beginning of whole dialogues; None if it is in no such form."""
     forms = (form for form in PROMPT_FORMS.values() if form.answer_marker)
     return next((form for form in forms if form.prompt_end(text) is not None), None)
 
@@ -147,10 +149,10 @@ def form_of_dialogue(text: str) -> PromptForm | None:
 def check_turns(turns: Sequence[Turn]) -> None:
     """Raises `InputError` unless these are turns of a conversation that ends with the user's."""
     if not turns:
-        raise InputError("the conversation is empty: it needs a turn of the user")
+        raise InputError("the conversation is empty: it needs a user turn")
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise InputError(f"turn {number} of the conversation is not an object with the texts role and content")
+            raise InputError(f"turn {number} of the conversation must be an object with the texts role and content")
         if turn.get("role") not in ("system", "user", "assistant"):
             raise InputError(f"turn {number} has role {turn.get('role')!r}: it must be system, user or assistant")
     if turns[-1]["role"] != "user":
@@ -184,7 +186,7 @@ PROMPT_FORMS: dict[str, PromptForm] = {
             answer_prefix=" ",
             openings=("Human:",),
         ),
-        # PKU's SafeRLHF, whose models read the answer right after the colon.
+        # PKU's SafeRLHF, whose models read the answer directly after the colon.
         PromptForm(
             "saferlhf",
             start="BEGINNING OF CONVERSATION:",
@@ -200,31 +202,31 @@ PROMPT_FORMS: dict[str, PromptForm] = {
 
 
 def get_form(name: str) -> PromptForm:
-    """The prompt form of that name.
+    """The prompt form with this name.
 
     Raises:
-        InputError: if there is none, naming the nearest.
+        InputError: if there is no such form; the message names the nearest.
     """
     if name not in PROMPT_FORMS:
         nearest = difflib.get_close_matches(name, PROMPT_FORMS, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise InputError(f"unknown prompt form {name!r}: {hint}the forms are {', '.join(PROMPT_FORMS)}")
+        raise InputError(f"unknown prompt format {name!r}: {hint}the formats are {', '.join(PROMPT_FORMS)}")
     return PROMPT_FORMS[name]
 
 
 def choose_form(given: str | None, remembered: Sequence[Sequence[tuple[str | Path, str | None]]], option: str) -> str:
-    """The name of the prompt form to use: the one that was given, else what models remember, else plain.
+    """The name of the prompt form to use: the given one, else the one that models remember, else plain.
 
-    A warning names the models that were trained with another one.
+    Warns, by name, of models that were trained with another form.
 
     Args:
-        given: what the user asked for, if anything.
-        remembered: where models come from and the forms that they remember, if any; in groups, of which the first
-            that remembers a form decides.
-        option: how a user gives a form, for messages.
+        given: the user's choice, if any.
+        remembered: models' sources and the forms they remember, if any, in groups. The first group that remembers a
+            form decides.
+        option: the option that sets the form, for messages.
 
     Raises:
-        InputError: if none was given, and the group that decides disagrees or remembers an unknown form.
+        InputError: if `given` is None and the deciding group disagrees or remembers an unknown form.
     """
     told = [[(source, name) for source, name in group if name is not None] for group in remembered]
     form = given
@@ -232,14 +234,14 @@ def choose_form(given: str | None, remembered: Sequence[Sequence[tuple[str | Pat
         deciding = next(filter(None, told), [])
         if any(name != deciding[0][1] for _, name in deciding):
             each = ", ".join(f"{source} {name!r}" for source, name in deciding)
-            raise InputError(f"the models were trained with different prompt forms: {each}; say which with {option}")
+            raise InputError(f"the models were trained with different prompt formats: {each}; choose one with {option}")
         source, form = deciding[0] if deciding else ("", "plain")
         if form not in [*PROMPT_FORMS]:
             raise InputError(
-                f"{source}: was trained with the prompt form {form!r}, which is not known; known are "
-                f"{', '.join(PROMPT_FORMS)}; say which with {option}"
+                f"{source}: was trained with the unknown prompt format {form!r}; choose one of "
+                f"{', '.join(PROMPT_FORMS)} with {option}"
             )
     others = [f"{source} was trained with {name!r}" for group in told for source, name in group if name != form]
     if others:
-        warn(f"prompts are written in the form {form!r}, but {' and '.join(others)}")
+        warn(f"prompts are written in the format {form!r}, but {' and '.join(others)}")
     return form

@@ -1,12 +1,12 @@
-"""What a reward model with a tokenizer of its own reads of a language model's tokens: the host side of its guide.
+"""Converts a language model's tokens to those of a reward model with another tokenizer, on the host.
 
 At each step the reward model scores the *text* of prompt, answer so far and candidate, in its own tokens. The text is
-`decode_answer` of the language model's tokens, so that a candidate which ends inside a character is scored on the text
-before that character; a candidate that ends the answer is scored as the answer so far and the reward model's EOS.
+`decode_answer` of the language model's tokens. A candidate that ends inside a character is therefore scored on the text
+before that character. A candidate that ends the answer is scored as the answer so far plus the reward model's EOS.
 
-Two things keep the cost of a step independent of the answer's length. Its text is kept as it grows. And where it can be
-proved that the reward model's tokenizer never looks across the space between two words (`words_stand_apart`), the
-tokens of all words but the last are *settled*: only what follows them is split again.
+Two things make the cost of a step independent of the answer's length. First, the text is extended token by token.
+Second, if `words_stand_apart` can prove that the reward model's tokenizer never looks across the space between two
+words, then the tokens of all words but the last are *settled*: only the text after them is tokenised again.
 """
 
 import re
@@ -21,15 +21,15 @@ from pargs_jax.text.answer_text import AnswerText, fastest_reader
 from pargs_jax.text.tokenization import Place, TextTokenizer, stages
 
 MEMO_ROWS = 2048
-"""Rows of earlier steps that are remembered; at least twice the rows of a step have to be, for any use."""
+"""The number of remembered rows. To be of use, it must be at least twice the number of rows in a step."""
 
 CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")
-"""Where a text may be cut, before the space: a single one between two ASCII characters that are not white space."""
+"""Where a text may be cut, before the space: a single space between two ASCII characters that are not white space."""
 
 _KNOWN_SPLITS = frozenset(
     {
-        # GPT-2's, Llama 3's and Qwen 2's: none has a match with a space in it other than as its first character, or
-        # in a run of white space; and a run before a printable character is never joined to what precedes it.
+        # GPT-2's, Llama 3's and Qwen 2's. No match has a space except as its first character or in a run of white
+        # space, and a run before a printable character is never joined to what precedes it.
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+",
@@ -39,7 +39,7 @@ _KNOWN_SPLITS = frozenset(
 )
 
 _LOCAL_NORMALISERS = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Precompiled", "Strip", "Prepend"})
-"""What they do to a character depends on its neighbours only within a grapheme, or at the text's two ends."""
+"""Normalisers whose effect on a character depends only on its grapheme and on the text's two ends."""
 
 _LOCAL_REPLACEMENTS = (
     ({"String": " "}, "▁"),
@@ -54,14 +54,14 @@ _PROBES = (
     "l'été 日本 a 語 🙂 ok 👍🏽 e\u0301 x \u200b y\u00a0z </s> <s> [SEP] [CLS] <|endoftext|> end. ",
     "aaaa aaaa aaaaaaaa ~ ! \" # $ % & ' ( ) * + , - . / : ; < = > ? @ [ ] ^ _ ` { | } \\ 0 00 000 1e5",
 )
-"""What every tokenizer is tried on, in case one does not do what its definition says."""
+"""Texts that every tokenizer is tested on, in case one does not do what its definition says."""
 
 
 class Candidates(NamedTuple):
-    """What the reward model reads of K continuations: its settled tokens, then `fresh`, then one of the `tails`.
+    """The reward model's tokens of K continuations: its settled tokens, then `fresh`, then one of the `tails`.
 
-    `fresh[b, :fresh_lengths[b]]` are settled tokens beyond those that the caller has: whatever is chosen, now and
-    later, the answer's tokens begin with them. `tails[b, k, :tail_lengths[b, k]]` is the rest for candidate k.
+    `fresh[b, :fresh_lengths[b]]` are settled tokens that the caller does not have yet; every continuation of the answer
+    starts with them. `tails[b, k, :tail_lengths[b, k]]` are the remaining tokens with candidate k.
     """
 
     fresh: Int[np.ndarray, "B M"]
@@ -69,17 +69,17 @@ class Candidates(NamedTuple):
     tails: Int[np.ndarray, "B K W"]
     tail_lengths: Int[np.ndarray, "B K"]
     needed: Int[np.ndarray, "B"]
-    """The reward model's tokens of the longest answer with a candidate, before it was cut to the room there is."""
+    """The reward model's tokens of the longest answer with a candidate, before it was cut to `tail_width`."""
 
 
 class Retokeniser:
-    """From a language model's tokens to a reward model's. Immutable but for a memo, and hashable by identity.
+    """Converts a language model's tokens to a reward model's. Immutable except for a memo, and hashed by identity.
 
     Attributes:
         lm: the language model's tokenizer.
-        rm: the reward model's.
-        settles: whether the reward model's tokens can be settled; if not, every step splits the whole answer again.
-            (They are not either where the language model's text has to be decoded as a whole.)
+        rm: the reward model's tokenizer.
+        settles: whether the reward model's tokens can be settled. If not, every step tokenises the whole answer again.
+            (They also stay unsettled where the language model's text must be decoded as a whole.)
     """
 
     def __init__(self, lm: TextTokenizer, rm: TextTokenizer) -> None:
@@ -100,23 +100,23 @@ class Retokeniser:
         tail_width: int,
         fresh_width: int,
     ) -> Candidates:
-        """What the reward model reads of each row's answer so far with each of its candidates.
+        """Tokenises each row's answer so far with each of its candidates, in the reward model's tokens.
 
-        The result depends on the arguments alone, whatever was asked before. A candidate that adds no text to an empty
-        answer has a tail of length 0. Rows that are filler or finished get lengths of 0. What does not fit is cut, and
-        `needed` says so.
+        The result depends only on the arguments, not on earlier calls. A candidate that adds no text to an empty answer
+        has a tail of length 0. Filler rows and finished rows get lengths of 0. Tokens that do not fit are cut; `needed`
+        reports it.
 
         Args:
-            tokens, prompt_lengths, lengths: prompts and answers in the language model's tokens: row b has written
-                `tokens[b, :lengths[b]]`, of which the first `prompt_lengths[b]` are the prompt's. An answer that holds
-                an end-of-sequence token is finished.
-            candidates: what each answer may go on with.
-            settled: how many of the reward model's tokens of the answer the caller has, by earlier calls' `fresh`.
-            tail_width: room for an answer with a candidate, of which its tail is a part.
-            fresh_width: room for fresh tokens. Those that do not fit are part of the tails, and fresh later.
+            tokens, prompt_lengths, lengths: prompts and answers in the language model's tokens. Row b is `tokens[b,
+                :lengths[b]]`; its first `prompt_lengths[b]` tokens are the prompt. An answer that contains an
+                end-of-sequence token is finished.
+            candidates: the possible next tokens of each answer.
+            settled: the number of settled tokens that the caller has, from `fresh` of earlier calls.
+            tail_width: the most tokens of an answer with a candidate, settled ones included.
+            fresh_width: the most fresh tokens. Those beyond it are part of the tails, and become fresh later.
 
         Raises:
-            InputError: if `settled` is more than ever were.
+            InputError: if `settled` is larger than the number of tokens that were ever settled.
         """
         batch, options = candidates.shape
         split = Candidates(
@@ -187,30 +187,30 @@ class Retokeniser:
 
 
 class _Row(NamedTuple):
-    """A row's answer so far, and what of it is settled."""
+    """A row's answer so far, and the part of it that is settled."""
 
     answer: AnswerText
     starts_text: bool
-    """The prompt has no text."""
+    """Whether the prompt has no text."""
     settled_chars: int = 0
     settled_ids: tuple[int, ...] = ()
 
     def last_cut(self) -> int:
-        """Where the answer's text is cut: what stands before can be settled."""
+        """Where the answer's text is cut: the text before this can be settled."""
         cuts = CUT.finditer(self.answer.lasting_text, self.settled_chars + 1)
         return max((match.start() for match in cuts), default=self.settled_chars)
 
     def place(self, chars: int) -> Place:
-        """Where the text after so many characters stands."""
+        """The place of the text that starts after `chars` characters."""
         if chars:
             return "word"
         return "text" if self.starts_text else "answer"
 
 
 def words_stand_apart(tokenizer: TextTokenizer) -> bool:
-    """Whether a text that is cut where `CUT` matches has the tokens of its two parts, whatever stands around them.
+    """Whether cutting a text where `CUT` matches never changes its tokens, whatever text surrounds the cut.
 
-    True only if it follows from the tokenizer's definition and probing texts agree.
+    True only if this follows from the tokenizer's definition and test texts agree.
     """
     definition = tokenizer.definition()
     return definition is not None and _definition_keeps_words_apart(definition) and _probes_agree(tokenizer)
@@ -226,7 +226,7 @@ def _definition_keeps_words_apart(definition: dict[str, Any]) -> bool:
     )
     if not is_local or definition["model"].get("dropout") or any(map(_may_hold_a_space, definition["added_tokens"])):
         return False
-    # Spaces are either still spaces when the text is split into words, or already the mark that SentencePiece uses.
+    # When the text is split into words, spaces are either still spaces, or already SentencePiece's mark for them.
     has_marks = any(stage["type"] == "Replace" and stage["content"] == "▁" for stage in normalisers)
     splits = stages(definition["pre_tokenizer"])
     if all(stage["type"] == "Metaspace" and stage["replacement"] == "▁" for stage in splits):
@@ -249,10 +249,10 @@ def _splits_before_words(stage: dict[str, Any]) -> bool:
 
 
 def _never_joins_words(model: dict[str, Any]) -> bool:
-    """Whether a model that is given whole texts, their spaces marked, has no token across the beginning of a word.
+    """Whether a model that reads whole texts with marked spaces has no token across the beginning of a word.
 
-    Then no merge of BPE goes across, and the merges on either side do not depend on the other. The best path of Unigram
-    would not go across either, but ties between paths are broken by rounding, and so by what stands before.
+    Then no BPE merge crosses it, and the merges on either side are independent. For Unigram, the best path would not
+    cross it either; but ties between paths are broken by rounding, which depends on the preceding text.
     """
     is_plain_bpe = model["type"] == "BPE" and not (
         model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]

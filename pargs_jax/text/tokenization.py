@@ -1,8 +1,8 @@
-"""Text to token ids and back, with prompts and answers tokenised apart.
+"""Text to token ids and back; prompts and answers are tokenised separately.
 
-In decoding the prompt's tokens are fixed before the answer's first token exists, so a token never spans the boundary.
-Training has to see the same boundary: `encode_prompt` and `encode_answer` (with `encode_parts`, the same for many at
-once) are the only ways from text to ids in this package, and `decode_answer` is the way back.
+When decoding starts, the prompt's tokens are fixed, so no token spans the boundary between prompt and answer. Training
+must see the same boundary. So `encode_prompt` and `encode_answer` (and `encode_parts`, which does the same for many
+texts) are the only ways from text to ids in this package, and `decode_answer` is the way back.
 """
 
 import json
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Place = Literal["text", "answer", "word"]
-"""Where a part of a text stands: a text of its own, an answer after its prompt, or a word (begins with a space) after
-another word of the same text."""
+"""What precedes a part of a text: nothing ("text"), a prompt ("answer"), or another word ("word"; the part then begins
+with a space)."""
 
 _SENTINELS = ("\n", ":", "|", "0")
-"""Put in front of an answer to learn its tokens in mid-text; several, as a tokenizer may join one to what follows."""
+"""Texts put before an answer to find its tokens in mid-text; several, since a tokenizer may join one to the answer."""
 
 _USUAL_PADDING = 128
-"""Vocabularies are padded to multiples of up to so many."""
+"""Vocabularies are padded to multiples of up to this number."""
 
 _FEW = 32
-"""Up to so many short texts, one after the other is faster than waking the tokenizer's threads."""
+"""Up to this many short texts are encoded one by one, which is faster than waking the tokenizer's threads."""
 
 _PROBES = ("Hello world", " two  spaces", "\n\nHuman: hi\n\nAssistant:", "l'été 42 日本語", "🙂👍🏽", "\tdef f(x):\r\n")
 """Texts that tokenizers with one vocabulary but different normalisers, pre-tokenizers or merges split differently."""
 
 
 class TextTokenizer:
-    """A Hugging Face tokenizer, seen as this package needs it.
+    """A Hugging Face tokenizer with the interface that this package needs.
 
     Attributes:
         vocab_size: number of tokens, added ones included.
         bos_id: the beginning-of-sequence token, or None.
         eos_ids: the tokens that end an answer, the tokenizer's own first.
-        is_pair_encoder: prompt and answer are a sentence pair, `[CLS] prompt [SEP] answer [SEP]`, as DeBERTa reads
-            them: then `[CLS]` is BOS, `[SEP]` is EOS, and a prompt's ids end in `[SEP]`.
+        is_pair_encoder: whether prompt and answer are a sentence pair, `[CLS] prompt [SEP] answer [SEP]`, as DeBERTa
+            reads them. If so, `[CLS]` is BOS, `[SEP]` is EOS, and a prompt's ids end in `[SEP]`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", extra_eos_ids: Iterable[int] = ()) -> None:
@@ -54,7 +54,7 @@ class TextTokenizer:
             extra_eos_ids: more tokens that end an answer, such as those of a model's generation config.
 
         Raises:
-            InputError: if nothing can end an answer.
+            InputError: if no token can end an answer.
         """
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
@@ -72,19 +72,20 @@ class TextTokenizer:
         if self.bos_id is None and with_specials[:1] != tokenizer.encode("a", add_special_tokens=False)[:1]:
             first = tokenizer.convert_ids_to_tokens(with_specials[0])
             warn(
-                f"tokenizer {tokenizer.name_or_path!r} begins texts with {first} but names no bos_token: prompts go "
-                "without; set bos_token in tokenizer_config.json"
+                f"tokenizer {tokenizer.name_or_path!r} begins texts with {first} but names no bos_token, so prompts "
+                "have none; set bos_token in tokenizer_config.json"
             )
-        # SentencePiece tokenizers put a space before a text that has none, which is wrong in mid-text.
-        # The second text of a pair is a text of its own, so that there the space is right.
+        # SentencePiece tokenizers prepend a space to a text without one, which is wrong in mid-text. The second text of
+        # a pair is a separate text, so the space is right there.
         self._prepends_space = not self.is_pair_encoder and "".join(tokenizer.tokenize("a")).startswith("▁")
-        # One that the tokenizer normalises away would leave the answer at the text's beginning: it must survive.
+        # A sentinel that the normaliser removes would leave the answer at the beginning of the text, so it must
+        # survive.
         sentinels = [(text, self._encode_raw(text)) for text in _SENTINELS if self._prepends_space]
         self._sentinels = [(text, ids) for text, ids in sentinels if self.decode(ids) == text]
 
     @classmethod
     def load(cls, source: str | Path, extra_eos_ids: Iterable[int] = ()) -> "TextTokenizer":
-        """Loads from a local folder, or else from the hub; code that comes with a tokenizer is never run.
+        """Loads from a local folder or else from the hub. Code that comes with a tokenizer is never run.
 
         Raises:
             InputError: if `source` is neither, or holds no readable tokenizer with its whole vocabulary.
@@ -103,22 +104,23 @@ class TextTokenizer:
             raise InputError(f"tokenizer folder {str(folder)!r} cannot be written: {error.strerror}") from error
 
     def check_embeddings(self, count: int, source: str | Path) -> None:
-        """Checks that a model of so many embeddings, which came from `source`, can be the one of this tokenizer.
+        """Checks that a model from `source` with `count` embeddings fits this tokenizer.
 
-        Models pad their vocabularies: a few more embeddings than tokens are usual. Over a tenth is warned of.
+        Models pad their vocabularies, so a few more embeddings than tokens are usual. Warns if over a tenth have no
+        token.
 
         Raises:
             InputError: if a token has no embedding, or less than half of the embeddings have a token.
         """
         if self._needed_embeddings > count:
             raise InputError(
-                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, the model has {count}"
+                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, but the model has {count}"
             )
-        found = f"{source}: its tokenizer has {self.vocab_size} tokens, the model {count} embeddings"
+        found = f"{source}: its tokenizer has {self.vocab_size} tokens, but the model has {count} embeddings"
         if 2 * self.vocab_size < count:
-            raise InputError(f"{found}; it is cut off, or another model's")
+            raise InputError(f"{found}; the tokenizer is incomplete or belongs to another model")
         if count - self.vocab_size > max(count // 10, _USUAL_PADDING):
-            warn(f"{found}; see that it is the model's own, and whole")
+            warn(f"{found}; check that the tokenizer is complete and belongs to this model")
 
     @property
     def eos_id(self) -> int:
@@ -126,10 +128,10 @@ class TextTokenizer:
         return self.eos_ids[0]
 
     def same_vocabulary(self, other: "TextTokenizer") -> bool:
-        """Whether both tokenizers split every text into the same ids.
+        """Whether both tokenizers turn every text into the same ids.
 
-        Both must map the same tokens to the same ids and split a set of probing texts alike. A padding token that only
-        one of them has is no difference: no model here ever reads one.
+        They do if they map the same tokens to the same ids and tokenise a set of test texts alike. A padding token that
+        only one of them has does not matter, because models here never read padding tokens.
         """
         mine, theirs = self._tokenizer, other._tokenizer
         differing = {token for token, _ in mine.get_vocab().items() ^ theirs.get_vocab().items()}
@@ -138,10 +140,10 @@ class TextTokenizer:
         )
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: begins with BOS if this tokenizer adds one, and is never ended by EOS.
+        """Ids of a prompt: they begin with BOS if this tokenizer adds one, and never end in EOS.
 
         Special tokens spelled out in the text, such as those of a chat template, become those tokens. An empty prompt
-        is BOS alone, or EOS for tokenizers without BOS, so that a model always has a token to start from. The first of
+        is BOS alone, or EOS for tokenizers without BOS, so a model always has a token to start from. The first text of
         a sentence pair is `[CLS] prompt [SEP]`, empty or not.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -152,18 +154,18 @@ class TextTokenizer:
         return ids or [self.eos_id if self.bos_id is None else self.bos_id]
 
     def encode_answer(self, text: str, *, starts_text: bool = False) -> list[int]:
-        """Ids of an answer, without BOS and EOS, that continue a prompt's ids: decoded together they are both texts.
+        """Ids of an answer, without BOS and EOS. Appended to a prompt's ids, they decode to both texts.
 
-        Special tokens spelled out in the text stay text: an answer cannot end itself by quoting EOS. The second of a
-        sentence pair is always encoded as a text of its own.
+        Special tokens spelled out in the text stay text: an answer cannot end itself by quoting EOS. The second text of
+        a sentence pair is always encoded as a separate text.
 
         Args:
             text: the answer.
-            starts_text: the prompt is empty, so that the answer is encoded as a text of its own. For SentencePiece
-                tokenizers this is the difference between `▁Once` and `Once`; they take a space there for their own.
+            starts_text: whether the prompt is empty; the answer is then encoded as a separate text. SentencePiece
+                tokenizers prepend a space there: the answer starts with `▁Once`, otherwise with `Once`.
 
         Raises:
-            InputError: if the tokenizer joins the answer's beginning to whatever stands before it.
+            InputError: if the tokenizer joins the answer's beginning to whatever precedes it.
         """
         if starts_text or not self._prepends_space:
             return self._encode_raw(text)
@@ -171,14 +173,15 @@ class TextTokenizer:
             ids = self._encode_raw(sentinel + text)
             if ids[: len(sentinel_ids)] == sentinel_ids:
                 return ids[len(sentinel_ids) :]
-        raise InputError(f"answer {text[:40]!r} cannot be tokenised apart from its prompt by this tokenizer")
+        raise InputError(f"this tokenizer cannot tokenise the answer {text[:40]!r} separately from its prompt")
 
     def encode_parts(self, parts: Sequence[tuple[str, Place]]) -> list[list[int]]:
-        """Ids of many short texts, each with its place, by the fastest way there is; may be called from any thread.
+        """Ids of many short texts, each with its place, by the fastest way. May be called from any thread.
 
         Args:
-            parts: (text, place): "text" is `encode_answer(text, starts_text=True)`, "answer" is `encode_answer(text)`,
-                and "word" gives the ids of a text that begins with a space, as they are after another word.
+            parts: (text, place). "text" gives `encode_answer(text, starts_text=True)`, "answer" gives
+                `encode_answer(text)`, and "word" gives the ids that a text that begins with a space has after another
+                word.
 
         Raises:
             InputError: as `encode_answer` does.
@@ -186,13 +189,14 @@ class TextTokenizer:
         leads = [self._leads[place] for _, place in parts]
         encoded = self._encode_literally([lead + text for (text, _), (lead, _) in zip(parts, leads, strict=True)])
         return [
-            # A sentinel that was joined to the answer: others may not be.
+            # The tokenizer joined this sentinel to the answer; it may not join another one.
             ids[len(lead_ids) :] if ids[: len(lead_ids)] == lead_ids else self.encode_answer(text)
             for ids, (text, _), (_, lead_ids) in zip(encoded, parts, leads, strict=True)
         ]
 
     def definition(self) -> dict[str, Any] | None:
-        """The stages, vocabulary and added tokens as the `tokenizers` library's JSON; None if it is not built on it."""
+        """The stages, vocabulary and added tokens as the `tokenizers` library's JSON; None for tokenizers not built on
+        it."""
         return json.loads(self._tokenizer.backend_tokenizer.to_str()) if self._tokenizer.is_fast else None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -200,14 +204,14 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_answer(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
-        """Text of an answer in its context: what it adds to the text of the prompt.
+        """Text of an answer in its context: the text that it adds to the prompt's.
 
-        Special tokens are skipped. A last character of which only some bytes are there is dropped.
+        Special tokens are skipped. An incomplete last character (some of its bytes are missing) is dropped.
         """
         prompt_ids, answer_ids = list(prompt_ids), list(answer_ids)
         start = len(self.decode(prompt_ids))
         text = self.decode(prompt_ids + answer_ids)[start:]
-        # An unfinished UTF-8 character has at most three bytes. Cut ids, not text: bytes beside it become U+FFFD too.
+        # An incomplete UTF-8 character has at most three bytes. Cut ids, not text: bytes next to it become U+FFFD too.
         for cut in range(1, min(3, len(answer_ids)) + 1):
             if not text.endswith("\ufffd"):
                 break
@@ -216,18 +220,18 @@ class TextTokenizer:
 
     @property
     def chat_template(self) -> Any:
-        """The chat template as the tokenizer's files have it; None if there is none."""
+        """The chat template from the tokenizer's files; None if there is none."""
         return self._tokenizer.chat_template or None
 
     def render_chat(self, turns: Sequence[dict[str, str]]) -> str:
-        """The conversation in the tokenizer's own chat template, up to where the assistant's answer begins.
+        """The conversation in the tokenizer's own chat template, up to the beginning of the assistant's answer.
 
         Raises:
             InputError: if there is no template, or it rejects these turns.
         """
         if self.chat_template is None:
             raise InputError(
-                f"tokenizer {self._tokenizer.name_or_path!r} has no chat template: use another prompt form, such as hh"
+                f"tokenizer {self._tokenizer.name_or_path!r} has no chat template: use another format, such as hh"
             )
         try:
             return self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
@@ -236,18 +240,18 @@ class TextTokenizer:
 
     @cached_property
     def _leads(self) -> dict[Place, tuple[str, list[int]]]:
-        """For each place, what to put in front of a text there, and the ids that this adds."""
+        """For each place, the text to put before a part, and the ids that this text adds."""
         answer = ("", [])
         if self._prepends_space:
-            no_sentinel = ("", [-1])  # which no ids begin with, so that `encode_answer` is asked, and raises
+            no_sentinel = ("", [-1])  # matches no ids, so `encode_answer` is called, and raises
             answer = next(iter(self._sentinels), no_sentinel)
         return {"text": ("", []), "answer": answer, "word": (":", self._encode_raw(":"))}
 
     @cached_property
     def _literal(self) -> "Tokenizer | None":
-        """A tokenizer for text in which no special token is to be found; None if not built on `tokenizers`.
+        """A tokenizer that finds no special tokens in a text; None for tokenizers not built on `tokenizers`.
 
-        It is a copy: the original's settings change with every call of transformers, in whatever thread.
+        It is a copy, because calls of transformers change the original's settings, in any thread.
         """
         definition = self.definition()
         if definition is None:
@@ -257,7 +261,7 @@ class TextTokenizer:
         if definition["model"]["type"] == "Unigram":
             _hide_special_tokens(definition)
         literal = Tokenizer.from_str(json.dumps(definition))
-        literal.encode_special_tokens = True  # as text, that is
+        literal.encode_special_tokens = True  # as plain text
         literal.no_padding()
         literal.no_truncation()
         return literal
@@ -280,7 +284,7 @@ class TextTokenizer:
 
 
 def _sentence_pair_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
-    """The ids of [CLS] and [SEP] of a tokenizer that puts texts as `[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`."""
+    """The ids of [CLS] and [SEP], if the tokenizer encodes texts as `[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`."""
     text = tokenizer.encode("a", add_special_tokens=False)
     single = tokenizer("a")["input_ids"]
     cls_id, sep_id = single[0], single[-1]
@@ -290,9 +294,9 @@ def _sentence_pair_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int]
 
 
 def _hide_special_tokens(definition: dict[str, Any]) -> None:
-    """Renames the special tokens of a Unigram model, which has them among its pieces and would find them in a text."""
+    """Renames a Unigram model's special tokens; they are among its pieces, so it would find them in texts."""
     hidden = {token["content"] for token in definition["added_tokens"] if token["special"]}
-    # With a space, which no piece of text that reaches the model has: by then it is a "▁".
+    # The new name contains a space. No text that reaches the model does: spaces are "▁" by then.
     for token in definition["added_tokens"]:
         if token["content"] in hidden:
             token["content"] = " " + token["content"]
@@ -302,7 +306,7 @@ def _hide_special_tokens(definition: dict[str, Any]) -> None:
 
 
 def stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The stages of a normaliser, pre-tokenizer or decoder, in order; nested sequences are laid flat."""
+    """The stages of a normaliser, pre-tokenizer or decoder, in order; nested sequences are flattened."""
     if stage is None:
         return []
     if stage["type"] != "Sequence":

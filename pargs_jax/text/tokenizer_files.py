@@ -1,7 +1,7 @@
-"""From a folder or a hub id to a transformers tokenizer that has its vocabulary.
+"""Loads a transformers tokenizer from a folder or the hub, and checks that it has its vocabulary.
 
-Where the files that hold a vocabulary are missing, transformers makes a tokenizer of the special tokens alone, with
-which all texts are the same few ids. Here that is an error which names the files.
+If the files with the vocabulary are missing, transformers makes a tokenizer of only the special tokens, which turns all
+texts into the same few ids. Here that is an error that names the files.
 """
 
 import json
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-"""What the name of a model or data set on the hub looks like: `name` or `owner/name`."""
+"""The form of a model's or data set's name on the hub: `name` or `owner/name`."""
 
 _WHOLE = ("tokenizer.json",)
-"""Holds any tokenizer's vocabulary; where it is there, other files are not read."""
+"""Holds the vocabulary of any tokenizer; if it exists, other files are not read."""
 
 _VOCABULARIES = (_WHOLE, ("tokenizer.model",), ("spm.model",), ("vocab.json", "merges.txt"))
-"""Files that hold a vocabulary together."""
+"""Groups of files that together hold a vocabulary."""
 
 _LARGEST_UNMADE_SHARE = 0.01
-"""The most of a vocabulary that may be tokens which no merge makes: a few special ones usually are."""
+"""The largest share of a vocabulary that may be tokens that no merge makes; usually a few special ones."""
 
 
 def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
-    """Loads from a local folder, or else from the hub; code that comes with a tokenizer is never run.
+    """Loads from a local folder or else from the hub. Code that comes with a tokenizer is never run.
 
     Raises:
-        InputError: if `source` is neither, or its tokenizer cannot be read or has no whole vocabulary.
+        InputError: if `source` is neither, or if its tokenizer cannot be read or lacks part of its vocabulary.
     """
     folder = Path(source) if Path(source).is_dir() else None
     if folder is None and not HUB_ID.fullmatch(str(source)):
@@ -44,7 +44,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and plain Exception here
         if folder is None:
-            reason = f"no such folder, and the hub gave none: {first_line(error)}"
+            reason = f"no such folder, and the hub has no such tokenizer: {first_line(error)}"
         else:
             reason = _broken_json(folder) or _without_vocabulary(
                 folder, _VOCABULARIES, f"cannot be read; it may be damaged or cut off ({first_line(error)})"
@@ -52,34 +52,34 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         raise InputError(f"tokenizer {str(source)!r}: {reason}") from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - {*tokenizer.all_special_tokens}:
         own = tuple(name for name in tokenizer.vocab_files_names.values() if name not in _WHOLE)
-        reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "holds no tokens")
+        reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "has no tokens")
         raise InputError(f"tokenizer {str(source)!r}: {reason}")
     if folder is not None:
         _check_merges(folder, tokenizer)
         if type(tokenizer) is PreTrainedTokenizerFast and not (folder / _WHOLE[0]).exists():
             warn(
-                f"{folder}: no tokenizer_config.json names the tokenizer's class, so that texts may be split otherwise "
-                "than the model learned them, without a beginning-of-sequence token or a space in front"
+                f"{folder}: has no tokenizer_config.json with the tokenizer's class; texts may be split differently "
+                "than in training, without a beginning-of-sequence token or a leading space"
             )
     return tokenizer
 
 
 def _without_vocabulary(folder: Path | None, vocabularies: tuple[tuple[str, ...], ...], fault: str) -> str:
-    """Names the files that are missing where none of the vocabularies is whole, or else says the first one's fault.
+    """Names the missing files if no vocabulary is complete; otherwise returns the message `fault`.
 
-    Where only a part of one is there, its other files are the ones that are missing.
+    If a vocabulary is there in part, its other files are the missing ones.
     """
-    there = [[name for name in names if folder and (folder / name).exists()] for names in vocabularies]
-    for names, found in zip(vocabularies, there, strict=True):
+    present = [[name for name in names if folder and (folder / name).exists()] for names in vocabularies]
+    for names, found in zip(vocabularies, present, strict=True):
         if len(found) == len(names):
             return f"{' with '.join(names)} {fault}"
-    begun = [names for names, found in zip(vocabularies, there, strict=True) if found]
-    missing = [name for names in (*(begun or vocabularies[1:]), _WHOLE) for name in names if [name] not in there]
+    incomplete = [names for names, found in zip(vocabularies, present, strict=True) if found]
+    missing = [name for names in (*(incomplete or vocabularies[1:]), _WHOLE) for name in names if [name] not in present]
     return f"its vocabulary is missing: there is no {' or '.join(filter(None, (', '.join(missing[:-1]), missing[-1])))}"
 
 
 def _broken_json(folder: Path) -> str:
-    """Names a file of the folder that is no JSON, if there is one; else the empty string."""
+    """A message that names a file of the folder that is not JSON; empty if there is none."""
     for name in (*_WHOLE, "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
         try:
             json.loads((folder / name).read_bytes())
@@ -91,7 +91,8 @@ def _broken_json(folder: Path) -> str:
 
 
 def _check_merges(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises InputError if merges.txt, of which any part is a valid file, makes too few of the tokens in vocab.json."""
+    """Raises InputError if merges.txt makes too few of the tokens in vocab.json. (A truncated merges.txt is still
+    valid.)"""
     if (folder / _WHOLE[0]).exists() or not (folder / "merges.txt").exists() or not (folder / "vocab.json").exists():
         return
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -102,5 +103,5 @@ def _check_merges(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     if len(unmade) > _LARGEST_UNMADE_SHARE * len(merged):
         raise InputError(
             f"tokenizer {str(folder)!r}: merges.txt does not make {len(unmade)} of the {len(merged)} tokens in "
-            "vocab.json; it is cut off, or another tokenizer's"
+            "vocab.json; it is incomplete or belongs to another tokenizer"
         )

@@ -1,7 +1,7 @@
 """Checkpoints of a run: parameters, optimizer state and step, through Orbax.
 
-The data's order and the randomness of a step follow from the seed and the step's number, so the step is also the
-position in the data.
+The order of the data and the randomness of a step depend only on the seed and the step's number. So the step is also
+the position in the data.
 """
 
 import gc
@@ -22,33 +22,34 @@ from typing import Any
 
 import jax
 
-from pargs_jax.durable_files import write_failure, write_failures_named, write_whole
+from pargs_jax.durable_files import write_error_reason, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
 CHECKSUMS = "checksums.json"
-MEND_AND_RESUME = "the checkpoints are kept; fix that, then resume the run"
+MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
 class Checkpoints:
     """The newest `keep` checkpoints in a folder, and the `keep_best` with the best held-out metric.
 
-    A save runs in the background. It is written under another name, and counts from when it is whole and takes its own;
-    what a kill leaves of one is removed when the folder is next opened.
+    Saves run in the background. A checkpoint is written under a temporary name and renamed when it is complete. What a
+    killed save leaves behind is removed when the folder is next opened.
     """
 
     def __init__(self, folder: Path, keep: int, keep_best: int = 0, metric: str = "loss") -> None:
-        """Opens the folder, or makes it.
+        """Opens the folder, or creates it.
 
         Args:
-            folder: where each checkpoint is a folder named by its step.
-            keep: how many of the newest are kept.
-            keep_best: how many of those saved with held-out metrics are kept besides, the best first.
-            metric: the held-out metric that says which are best; of `loss` less is better, of others more.
+            folder: holds one folder per checkpoint, named by its step.
+            keep: the number of newest checkpoints to keep.
+            keep_best: the number of further checkpoints to keep, among those saved with held-out metrics: the best
+                ones.
+            metric: the held-out metric that ranks them; for `loss` lower is better, for others higher.
 
         Raises:
-            InputError: the folder cannot be made.
+            InputError: if the folder cannot be created.
         """
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1 as ocp
@@ -65,7 +66,7 @@ class Checkpoints:
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
-        with write_failures_named(folder, "use another output folder"):
+        with write_errors_named_after(folder, "use another output folder"):
             folder.mkdir(parents=True, exist_ok=True)
             _drop_unreadable_metrics(folder)
             self._writer = ocp.training.Checkpointer(
@@ -86,7 +87,7 @@ class Checkpoints:
             self._finisher.shutdown()
             self._writer.close()
         except Exception:
-            # Orbax raises the error of a failed save at every later call; the first one has been told.
+            # Orbax raises a failed save's error again at every later call; it has been reported already.
             if error is None:
                 raise
 
@@ -98,14 +99,14 @@ class Checkpoints:
 
     @property
     def kept(self) -> str:
-        """What there is to go on with, for an error message; waits for the save in progress."""
+        """Names the checkpoint to continue from, for an error message; waits for the save in progress."""
         self.wait()
         if self.latest_step is None:
-            return "no checkpoint was written yet"
-        return f"the checkpoint of step {self.latest_step} is kept"
+            return "no checkpoint has been written yet"
+        return f"the checkpoint of step {self.latest_step} is safe"
 
     def is_best(self, held_out: dict[str, float]) -> bool:
-        """Whether a checkpoint with these held-out metrics would be among those kept as the best."""
+        """Whether a checkpoint with these held-out metrics would be among the best ones that are kept."""
         sign = 1 if self._metric == "loss" else -1
         scores = sorted(sign * known.metrics[self._metric] for known in self._writer.checkpoints if known.metrics)
         bound = scores[self._keep_best - 1] if 0 < self._keep_best <= len(scores) else math.inf
@@ -114,39 +115,39 @@ class Checkpoints:
     def save(self, state: TrainState, held_out: dict[str, float] | None = None) -> None:
         """Starts to write the state under its step, and returns as soon as the state may be donated.
 
-        A step that is already there is left alone. Waits for the save before it. Raises InputError if that, or the
-        beginning of this one, cannot be written.
+        Does nothing if the step has a checkpoint already. Waits for the previous save. Raises InputError if the
+        previous save failed or this one cannot be started.
 
         Args:
-            state: what to save.
-            held_out: its metrics on the evaluation set, where it was evaluated.
+            state: the state to save.
+            held_out: its metrics on the evaluation set, if it was evaluated.
         """
         self.wait()
         step = int(state.step)
         if step == self.latest_step:
             return
-        with self._write_failures_named(self.folder / str(step)):
+        with self._write_errors_named_after(self.folder / str(step)):
             response = self._writer.save_async(step, state._asdict(), metrics=held_out)
             self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
 
     def wait(self) -> None:
-        """Returns when the last save is whole. Raises InputError if it cannot be written."""
+        """Waits until the last save is complete. Raises InputError if it failed."""
         if self._save_in_progress is None:
             return
         (step, saving), self._save_in_progress = self._save_in_progress, None
-        with self._write_failures_named(self.folder / str(step)):
+        with self._write_errors_named_after(self.folder / str(step)):
             saving.result()
 
     def _finish(self, step: int, response: Any) -> None:
-        """Waits for a save, and notes what its files contain: Orbax would not see that one was altered."""
+        """Waits for a save and records its files' checksums, because Orbax does not notice altered files."""
         response.result()
         if jax.process_index() == 0:
             place = self.folder / str(step)
             write_whole(place / CHECKSUMS, json.dumps(_checksums(place)))
 
     def _is_altered(self, step: int) -> bool:
-        """Whether a checkpoint's files are others than were written; one that was killed before they were noted is
-        taken as it is."""
+        """Whether a checkpoint's files changed since they were written. If the run was killed before their checksums
+        were recorded, the files are trusted."""
         place = self.folder / str(step)
         try:
             return json.loads((place / CHECKSUMS).read_bytes()) != _checksums(place)
@@ -156,10 +157,10 @@ class Checkpoints:
             return True
 
     def restore(self, like: TrainState, warn: Callable[[str], None]) -> TrainState:
-        """The newest state that can be read, with the shapes, dtypes and places of `like` (`jax.ShapeDtypeStruct`s).
+        """The newest state that can be read, with the shapes, dtypes and shardings of `like` (`jax.ShapeDtypeStruct`s).
 
-        Damaged checkpoints that are newer are renamed to `damaged-<step>`, and `warn` is told. Raises InputError if
-        none can be read, or if one is of another model.
+        Newer checkpoints that are damaged are renamed to `damaged-<step>`, and `warn` is called. Raises InputError if
+        none can be read, or if the checkpoint belongs to another model.
         """
         target = like._asdict()
         steps = [known.step for known in reversed(self._writer.checkpoints)]
@@ -171,14 +172,16 @@ class Checkpoints:
                 for damaged in steps[:place]:
                     on_first(partial(self._put_aside, damaged))
                     self._writer.reload()
-                    warn(f"{self.folder}/{damaged}: is damaged; going on with the checkpoint before, of step {step}")
+                    warn(
+                        f"{self.folder}/{damaged}: is damaged; continuing from the previous checkpoint, of step {step}"
+                    )
                 return TrainState(**restored)
         raise InputError(
-            f"{self.folder}: all {len(steps)} checkpoints are damaged; bring one back, or use another output folder"
+            f"{self.folder}: all {len(steps)} checkpoints are damaged; restore one, or use another output folder"
         )
 
     def _check_shapes(self, step: int, target: dict[str, Any]) -> None:
-        """Raises InputError if the checkpoint's arrays are not the target's; one that cannot be read passes."""
+        """Raises InputError if the checkpoint's arrays do not match the target's; an unreadable checkpoint passes."""
         try:
             saved = self._writer.metadata(step).metadata
         except (ValueError, KeyError, OSError):
@@ -199,24 +202,24 @@ class Checkpoints:
         try:
             with _quiet_failure():
                 return self._writer.load(step, target)
-        except (ValueError, KeyError, TypeError, OSError) as error:  # Orbax wraps what went wrong in one of these
+        except (ValueError, KeyError, TypeError, OSError) as error:  # Orbax raises one of these
             if any(isinstance(cause, MemoryError | jax.errors.JaxRuntimeError) for cause in _causes(error)):
-                raise  # too little memory is not the checkpoint's fault
+                raise  # out of memory; the checkpoint is not damaged
             return None
 
     def _put_aside(self, step: int) -> None:
-        """Frees a step's name, and keeps its files for whoever wants to look at them."""
+        """Renames a damaged checkpoint, which keeps its files for inspection and frees its step's name."""
         aside = self.folder / f"damaged-{step}"
-        with self._write_failures_named(aside):
+        with self._write_errors_named_after(aside):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
 
     @contextmanager
-    def _write_failures_named(self, place: Path) -> Iterator[None]:
+    def _write_errors_named_after(self, place: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            reason = write_failure(error)
+            reason = write_error_reason(error)
             if reason is None:
                 raise
             raise InputError(
@@ -237,8 +240,8 @@ def _checksums(folder: Path) -> dict[str, int]:
 
 
 def _drop_unreadable_metrics(folder: Path) -> None:
-    """Removes files of held-out metrics that a crash cut short: Orbax would not open the folder, and a checkpoint
-    without them still is one."""
+    """Removes files of held-out metrics that a crash truncated. Orbax would not open the folder with them, and a
+    checkpoint is complete without them."""
     for path in folder.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_bytes())
@@ -247,13 +250,14 @@ def _drop_unreadable_metrics(folder: Path) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shape by name of every array, spelled alike for a state and for what Orbax knows of a saved one."""
+    """The shape of every array by name; names are spelled alike for a state and for Orbax's description of a saved
+    one."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """Yields an error and its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -262,7 +266,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def _quiet_failure() -> Iterator[None]:
-    """Keeps the other tasks of a load that failed from reporting the same failure, array by array, on stderr."""
+    """After a load has failed, keeps its other tasks from printing the same failure for every array to stderr."""
     logger = logging.getLogger("asyncio")
     level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL + 1)

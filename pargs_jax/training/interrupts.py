@@ -1,4 +1,4 @@
-"""How the processes of a run agree to end."""
+"""How the processes of a run agree to stop."""
 
 import signal
 
@@ -11,8 +11,8 @@ from pargs_jax.signals import ERRORS, StopRequest
 def agreed(request: StopRequest, now: bool) -> type[KeyboardInterrupt] | None:
     """What to raise after this step, if anything: KeyboardInterrupt for Ctrl-C, Terminated for SIGTERM.
 
-    If one of several processes was asked to end, all do, after the same step: the next after which they all call with
-    `now`.
+    If one of several processes was asked to stop, all stop after the same step: the next one at which all of them call
+    this with `now`.
     """
     number = request.number or 0
     if jax.process_count() > 1:

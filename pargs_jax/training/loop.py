@@ -30,12 +30,12 @@ from pargs_jax.training.step import StepFunction, TrainState, merge_metrics
 
 
 def evaluate(objective: Objective, params: Params, batches: Batches) -> dict[str, float]:
-    """Loss and metrics over every row of an evaluation set."""
+    """Mean loss and metrics over every row of an evaluation set."""
     parts = []
     for batch in batches.evaluation():
         loss, (metrics, weight) = _evaluation_step(objective, params, place_rows(current_mesh(), batch))
         parts.append(metrics | {"loss": loss, "weight": weight})
-    stacked = stack_metrics(jax.device_get(parts))  # waits for the device once, not for every batch
+    stacked = stack_metrics(jax.device_get(parts))  # waits for the device once, not once per batch
     weights = stacked.pop("weight")
     return {name: float(value) for name, value in merge_metrics(stacked, weights).items()}
 
@@ -47,16 +47,17 @@ def _evaluation_step(objective: Objective, params: Params, batch: Batch) -> Any:
 
 @dataclasses.dataclass
 class Trainer:
-    """Takes a run from a state to its last step; Ctrl-C and SIGTERM end it after the running step, which is saved.
+    """Takes a run from a state to its last step. Ctrl-C and SIGTERM stop it after the running step, and save that
+    state.
 
     Attributes:
         config: the run's options.
-        total: its number of steps.
+        total: the number of steps.
         step, schedule: the jitted step, and the learning rate by step.
-        objective, frozen: what is evaluated, and the parameters that are not trained.
-        batches, held_out: what is trained on, and evaluated on if anything.
+        objective, frozen: the objective that is evaluated, and the parameters that are not trained.
+        batches, held_out: the training batches, and the evaluation batches if there are any.
         checkpoints: where states are saved.
-        console: gets progress and evaluations.
+        console: prints progress and evaluations.
     """
 
     config: TrainConfig
@@ -71,10 +72,10 @@ class Trainer:
     console: Console
 
     def run(self, state: TrainState) -> TrainState:
-        """The state after the last step, of which the checkpoint is whole; the given one is donated.
+        """Returns the state after the last step, once its checkpoint is complete; the given state is donated.
 
-        Raises InputError when the loss, the gradient or the state is not finite any more, or the loss is beyond
-        `loss_limit`, with the checkpoints left as they were, and when something cannot be written.
+        Raises InputError if the loss, the gradient or the state is no longer finite, or if the loss exceeds
+        `loss_limit`; checkpoints are then left unchanged. Also raises InputError if something cannot be written.
         """
         first, mesh = int(state.step), current_mesh()
         key = place_whole(mesh, lambda: jax.random.key(self.config.seed))
@@ -98,23 +99,23 @@ class Trainer:
                     reports = self._after_step(number, progress)
                     if (ending := agreed(stop, reports)) is not None:
                         raise ending
-                self.checkpoints.wait()  # for the last save: until it is whole, no signal may end the process
+                self.checkpoints.wait()  # until the last save is complete, no signal may end the process
             except KeyboardInterrupt:
                 if not stop.at_once:
                     self._stop()
                 raise
-        if (ending := agreed(stop, True)) is not None:  # one that came after the last step
+        if (ending := agreed(stop, True)) is not None:  # a signal that came after the last step
             self._say_stopped(self.total)
             raise ending
         return self._state
 
     def _after_step(self, number: int, progress: ShownProgress) -> bool:
-        """Reports, evaluates and saves, where one of these is due; says whether anything was reported."""
+        """Reports, evaluates and saves where due; returns whether anything was reported."""
         config, is_last = self.config, number == self.total
         evaluates = self.held_out is not None and (is_last or _due(number, config.eval_every))
         saves = is_last or _due(number, config.save_every)
         reports = is_last or evaluates or saves or _due(number, config.log_every)
-        if reports:  # which waits for the device: what is shown as done is done
+        if reports:  # waits for the device, so the shown step is really finished
             progress.update(number, _describe_steps(self._report(number)))
         evaluation = self._evaluate(number) if evaluates else None
         if saves or (evaluation is not None and self.checkpoints.is_best(evaluation)):
@@ -122,7 +123,7 @@ class Trainer:
         return reports
 
     def _report(self, number: int) -> dict[str, float]:
-        """Logs the steps since the last report, of which `number` is the last."""
+        """Logs the steps since the last report; the last of them is `number`."""
         steps, values = self._meter.read()
         if self._largest_loss is None:
             limit = self.config.loss_limit or math.inf
@@ -137,10 +138,9 @@ class Trainer:
         """Raises InputError if a step's metrics show that the run has diverged."""
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._diverged(number, f"the loss is {loss:g} and the gradient norm {norm:g}")
+            raise self._diverged(number, f"the loss is {loss:g} and the gradient norm is {norm:g}")
         if loss > self._largest_loss:
-            limit = f"no step's may be over {self._largest_loss:g} (loss_limit)"
-            raise self._diverged(number, f"the loss is {loss:g}, and {limit}")
+            raise self._diverged(number, f"the loss is {loss:g}, over the limit of {self._largest_loss:g} (loss_limit)")
 
     def _evaluate(self, number: int) -> dict[str, float]:
         with self._meter.paused():
@@ -152,13 +152,13 @@ class Trainer:
         return values
 
     def _save(self, number: int, evaluation: dict[str, float] | None) -> None:
-        """Saves what is good to go on from: an update may overflow after a loss and a gradient that did not."""
+        """Saves the state if it is finite: an update may overflow although its loss and gradient were finite."""
         if not _is_finite((self._state.params, self._state.opt_state)):
-            raise self._diverged(number, "its update made weights or optimizer state that are not finite")
+            raise self._diverged(number, "its update made weights or optimizer state infinite or NaN")
         self.checkpoints.save(self._state, evaluation)
 
     def _stop(self) -> None:
-        """Ends an interrupted run: reports and saves what was done."""
+        """Stops an interrupted run: reports and saves the steps so far."""
         number = int(self._state.step)
         if len(self._meter):
             self._report(number)
@@ -168,14 +168,14 @@ class Trainer:
 
     def _say_stopped(self, number: int) -> None:
         self.console.print(
-            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to go on",
+            f"stopped; step {number} of {self.total} is saved in {self.checkpoints.folder}; resume the run to continue",
             highlight=False,
         )
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
             f"step {step}: {what}; {self.checkpoints.kept}; "
-            "a lower optim.lr or optim.clip, or a longer optim.warmup may help"
+            "try a lower optim.lr, a lower optim.clip or a longer optim.warmup"
         )
 
 

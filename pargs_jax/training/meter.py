@@ -1,4 +1,4 @@
-"""What steps came to: their metrics, and how fast they went."""
+"""Measures training steps: their metrics, and their speed."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,35 +13,35 @@ from pargs_jax.training.step import merge_metrics
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch's texts, padding left out; a prompt counts once with each answer."""
+    """Tokens of a batch's texts without padding; a prompt counts once per answer."""
     return int(batch.prompt_lengths.sum()) * batch.answers.shape[1] + int(batch.answer_lengths.sum())
 
 
 def stack_metrics(parts: list[Metrics]) -> dict[str, np.ndarray]:
-    """Metrics of several batches, each as an array with one entry a batch."""
+    """Metrics of several batches; each becomes an array with one entry per batch."""
     return {name: np.array([part[name] for part in parts]) for name in parts[0]}
 
 
 class Meter:
-    """Gathers the metrics of steps without waiting for the device, until they are read.
+    """Collects the metrics of steps; only reading them waits for the device.
 
-    Readings have, beside the metrics' means, `tokens_per_second` and `data_wait_share`, over the time since the last
-    reading less pauses. The latter is the share of it, 0 to 1, that the loop waited for batches. Steps are dispatched
-    asynchronously, so it is an upper bound on the share that the device was idle for want of data.
+    Besides the metrics' means, a reading has `tokens_per_second` and `data_wait_share`, over the time since the last
+    reading without pauses. `data_wait_share` is the share of that time (0 to 1) that the loop waited for batches. Steps
+    are dispatched asynchronously, so it is an upper bound on the share that the device was idle for lack of data.
     """
 
     def __init__(self, waited: Callable[[], float]) -> None:
-        """`waited` gives the seconds that the loop has waited for batches, up to now."""
+        """`waited` returns the total seconds that the loop has waited for batches."""
         self._waited_in_all = waited
         self._steps: list[Metrics] = []
         self._start_again()
 
     def __len__(self) -> int:
-        """Steps since the last reading."""
+        """The number of steps since the last reading."""
         return len(self._steps)
 
     def add(self, metrics: Metrics, tokens: int) -> None:
-        """Notes a step, which may still be running, and the tokens of its batch."""
+        """Adds a step, which may still be running, and the number of tokens in its batch."""
         self._steps.append(metrics)
         self._tokens += tokens
 
@@ -60,7 +60,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of a block out of the rates."""
+        """Excludes the time of a block from the rates."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began

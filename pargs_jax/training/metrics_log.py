@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl` always, TensorBoard and Weights & Biases when asked."""
+"""Where the numbers of a run are written: `metrics.jsonl` always, TensorBoard and Weights & Biases on request."""
 
 import importlib
 import json
@@ -10,29 +10,29 @@ from types import ModuleType, TracebackType
 import jax
 
 from pargs_jax.config import LogConfig, TrainConfig
-from pargs_jax.durable_files import append_all, write_failures_named, write_whole
+from pargs_jax.durable_files import append_all, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a report; a resumed run goes on after its checkpoint's step."""
+    """`metrics.jsonl`: one line per report. A resumed run continues after its checkpoint's step."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        """Drops what lines there are of later steps. Raises InputError if the file cannot be written."""
+        """Drops the lines of later steps. Raises InputError if the file cannot be written."""
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-        with write_failures_named(path, MEND_AND_RESUME):
+        with write_errors_named_after(path, MEND_AND_RESUME):
             write_whole(path, "".join(line + "\n" for line in kept))
         self._path = path
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Appends a line. Raises InputError if it cannot be written."""
-        with write_failures_named(self._path, MEND_AND_RESUME), self._path.open("ab", buffering=0) as file:
+        with write_errors_named_after(self._path, MEND_AND_RESUME), self._path.open("ab", buffering=0) as file:
             append_all(file, json.dumps({"step": step, "split": split, **values}) + "\n")
 
     def close(self) -> None:
-        """Every line is in the file already."""
+        """Does nothing: every line is in the file already."""
 
 
 class TensorBoard:
@@ -51,13 +51,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars `<split>/<name>` of one run of a W&B project; a resumed run goes on with it."""
+    """Scalars `<split>/<name>` of one run of a W&B project; a resumed run continues it."""
 
     def __init__(self, config: TrainConfig) -> None:
         folder = config.output_folder
         id_file = folder / "wandb_run_id"
         if not id_file.exists():
-            with write_failures_named(id_file, MEND_AND_RESUME):
+            with write_errors_named_after(id_file, MEND_AND_RESUME):
                 write_whole(id_file, uuid.uuid4().hex)
         self._run = _load("wandb", "wandb").init(
             project=config.log.wandb,
@@ -76,13 +76,13 @@ class WeightsAndBiases:
 
 
 class MetricsLog:
-    """All the places that a run's numbers go to."""
+    """Writes a run's numbers to all places that the config asks for."""
 
     def __init__(self, config: TrainConfig, resumed_step: int) -> None:
-        """Opens them. Raises InputError for a package that is missing, or a file that cannot be written."""
+        """Opens them. Raises InputError if a package is missing or a file cannot be written."""
         folder = config.output_folder
         self._places: list[MetricsFile | TensorBoard | WeightsAndBiases] = []
-        if jax.process_index() > 0:  # the first one's numbers are those of all
+        if jax.process_index() > 0:  # all processes have the same numbers
             return
         self._places.append(MetricsFile(folder / "metrics.jsonl", resumed_step))
         if config.log.tensorboard:
@@ -100,13 +100,13 @@ class MetricsLog:
             place.close()
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Notes the numbers of one report: `split` is train or eval."""
+        """Writes the numbers of one report; `split` is train or eval."""
         for place in self._places:
             place.write(step, split, values)
 
 
 def require_packages(config: LogConfig) -> None:
-    """Raises InputError if a package that the options ask for is not installed."""
+    """Raises InputError if a package that the options need is not installed."""
     if config.tensorboard:
         _load("tensorboardX", "tensorboard")
     if config.wandb is not None:

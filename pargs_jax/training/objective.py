@@ -7,6 +7,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
+from pargs_jax.models.lora import NAMES as LORA_NAMES
+from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives.contract import Loss
 
@@ -20,11 +22,12 @@ class Objective:
     Attributes:
         model: the model that is trained; a reward model of any kind, or a language model.
         loss: the objective, with its options.
-        dtype: what matrix products compute in.
-        closing_id: the token that closes a text, which encoders need to read a prefix as a finished text.
-        chunk: prefixes that models which read each of them apart read together.
-        frozen: the other models that the loss reads (`Loss.frozen`), by name. The parameters of each are in those that
-            the objective is called with, below its name.
+        dtype: the dtype of matrix products.
+        closing_id: the token that closes a text; encoders need it to read a prefix as a finished text.
+        chunk: the number of prefixes that encoders read together.
+        frozen: the other models that the loss reads (`Loss.frozen`), by name. Their parameters are passed together with
+            the trained ones, under these names. A model without parameters there is the trained model without its
+            low-rank additions.
     """
 
     model: Any
@@ -41,18 +44,20 @@ class Objective:
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
-        frozen = {name: model.read_answers(params.pop(name), batch, **options) for name, model in self.frozen}
+        others = {name: params.pop(name) for name, _ in self.frozen if name in params}
+        base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
+        frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         outputs = self.model.read_answers(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
         return loss, (metrics, weight)
 
     @property
     def loss_of_chance(self) -> float:
-        """The loss of a model that tells nothing apart."""
+        """The loss of a model that cannot tell anything apart."""
         return self.loss.chance(self.model.config.vocab_size)
 
     def cast(self, params: Params) -> Params:
-        """The parameters as matrix products use them; heads that are fp32, as those of rewards, stay as they are."""
+        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, are not cast."""
         others = {name: self._cast(model, params[name]) for name, model in self.frozen if name in params}
         own = {name: part for name, part in params.items() if name not in others}
         return self._cast(self.model, own) | others

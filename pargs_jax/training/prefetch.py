@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that needs them."""
+"""Makes batches before the steps that need them."""
 
 import time
 from collections import deque
@@ -12,12 +12,12 @@ Item = TypeVar("Item")
 
 
 class Prefetch(Generic[Item]):
-    """`make(number)` for each number, in order, made by a thread at most `ahead` items before they are asked for.
+    """Yields `make(number)` for each number, in order. A thread makes items up to `ahead` before they are needed.
 
-    What `make` raises is raised where its item would have come.
+    An exception in `make` is raised where its item would have been yielded.
 
     Attributes:
-        waited: seconds that the reader has spent waiting for items, up to now.
+        waited: total seconds that the reader has waited for items.
     """
 
     def __init__(self, make: Callable[[int], Item], numbers: range, ahead: int = 2) -> None:

@@ -1,5 +1,5 @@
-"""What a training run computes, assembled from options and a model. It is the same whether the model's parameters are
-loaded or only described."""
+"""The computation of a training run, assembled from options and a model. It is the same whether the model's parameters
+are loaded or only described."""
 
 import dataclasses
 from typing import Any
@@ -17,6 +17,9 @@ from pargs_jax.sharding import abstract_params, optimizer_shardings, place_compu
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, make_train_step
 
+REFERENCE = "reference"
+"""In `Loss.frozen`: the model that training starts from, as it was."""
+
 
 def head_to_train(config: TrainConfig) -> HeadName:
     """The head that the objective trains."""
@@ -24,25 +27,31 @@ def head_to_train(config: TrainConfig) -> HeadName:
 
 
 def lora_of(config: LoraConfig) -> Lora | None:
-    """The low-rank additions that the options ask for, if any."""
+    """The low-rank additions that the options ask for, or None."""
     return Lora(config.rank, config.alpha, config.layers) if config.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingProgram:
-    """The objective, with its model as training runs it, and what makes steps of it."""
+    """An objective with the model as training runs it, and the functions that make its steps."""
 
     config: TrainConfig
     objective: Objective
 
     @classmethod
     def assemble(cls, config: TrainConfig, model: Model, *, closing_id: int) -> "TrainingProgram":
-        """The program of a model that was loaded or described: it gets the config's dropout, rematerialisation and
-        low-rank additions. `closing_id` is the token that closes a text."""
+        """The program for a loaded or described model, which gets the config's dropout, rematerialisation and low-rank
+        additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
-        model = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
+        trained = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
         chosen = config.objective
-        return cls(config, Objective(model, chosen.loss, config.dtype, closing_id=closing_id, chunk=chosen.chunk))
+        if unknown := set(chosen.loss.frozen) - {REFERENCE}:
+            raise ValueError(
+                f"{chosen.name}: nothing gives it the frozen models {unknown}; {REFERENCE} is the only one"
+            )
+        frozen = tuple((name, dataclasses.replace(trained, lora=None)) for name in chosen.loss.frozen)
+        options = {"closing_id": closing_id, "chunk": chosen.chunk, "frozen": frozen}
+        return cls(config, Objective(trained, chosen.loss, config.dtype, **options))
 
     @property
     def model(self) -> Any:
@@ -50,25 +59,44 @@ class TrainingProgram:
 
     @property
     def trained_names(self) -> tuple[str, ...] | None:
-        """What is trained beside a frozen model: the additions, and a head that may be new; None if all is."""
+        """The trained parts of an otherwise frozen model: the additions, and a new head if any; None if all is
+        trained."""
         if self.model.lora is None:
             return None
         return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES
 
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference needs parameters of its own. It does not if it is the frozen part of the model."""
+        is_whole = self.trained_names is not None and "head" not in self.trained_names
+        return bool(self.objective.frozen) and not is_whole
+
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
-        """Of a model's parameters, those that are trained, with the additions drawn, and those that are frozen."""
+        """Splits a model's parameters into trained ones, including newly drawn additions, and frozen ones. A reference
+        gets a copy of them if it needs one, because trained parameters are donated to the step."""
+        reference = {}
+        if self.copies_reference:
+            reference = {REFERENCE: jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)}
         if self.trained_names is None:
-            return params, {}
+            return params, reference
         heads, frozen = split_params(params, self.trained_names)
+        frozen |= reference
         additions = place_computed(lambda key: draw_lora(self.model.abstract_params(), key), seed)
         return join_params(additions, jax.tree.map(lambda x: x.astype("float32"), heads)), frozen
 
+    def model_params(self, trained: Params, frozen: Params) -> Params:
+        """The parameters of the model alone, of what `begin_params` gives."""
+        return join_params(trained, {name: part for name, part in frozen.items() if name != REFERENCE})
+
     def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
-        """What `begin_params` and `begin` would make, as `jax.ShapeDtypeStruct`s on a mesh that may not be here."""
+        """Describes the results of `begin_params` and `begin` as `jax.ShapeDtypeStruct`s on a mesh that may not be
+        here."""
         params, frozen = abstract_params(mesh, self.model.abstract_params(), "float32"), {}
+        reference = split_params(params, LORA_NAMES)[1]
         if self.trained_names is not None:
             params, frozen = split_params(params, self.trained_names)
-            frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(self.config.dtype)), frozen)
+        frozen |= {REFERENCE: reference} if self.copies_reference else {}
+        frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(self.config.dtype)), frozen)
         opt_state = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(optimizer.init, params),
@@ -78,10 +106,10 @@ class TrainingProgram:
         return TrainState(params, opt_state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)), frozen
 
     def make_optimizer(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer of a run of so many steps, and its learning rates."""
+        """The optimizer of a run of `steps` steps, and its learning rates."""
         return make_optimizer(self.config.optim, steps)
 
     def make_step(self, optimizer: optax.GradientTransformation, state: TrainState) -> StepFunction:
-        """The jitted step on states like this one (`make_train_step`)."""
+        """The jitted step for states like this one (`make_train_step`)."""
         accumulation = self.config.optim.accumulation
         return make_train_step(self.objective, optimizer, accumulation=accumulation, places=shardings_of(state))

@@ -1,4 +1,4 @@
-"""A training run in its folder: begun or resumed, saved on the way, and taken to its last step."""
+"""A training run in its folder: starts or resumes it, saves checkpoints, and takes it to its last step."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from rich.console import Console
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batches, Example
-from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.processes import on_first
 from pargs_jax.training.checkpoint import Checkpoints
@@ -30,28 +29,29 @@ def run(
     held_out: Sequence[Example] | None,
     console: Console,
 ) -> Params:
-    """Trains from the folder's newest checkpoint, or from `params` if there is none, and returns the parameters after
-    the last step, those that were frozen included.
+    """Trains from the folder's newest checkpoint, or from `params` if there is none. Returns the parameters after the
+    last step, including the model's frozen ones.
 
     The folder gets `config.yaml`, `data.json` (a digest of the rows), `metrics.jsonl` and `checkpoints/`.
 
     Args:
         config: the options, with the prompt form that is used.
-        folder: the run's, claimed by this process.
-        program: what is trained.
-        params: of the program's model, as they were loaded or drawn; the caller's are gone afterwards.
-        examples, held_out: what is trained on, and evaluated on if anything.
-        console: gets progress and evaluations.
+        folder: the run's folder, claimed by this process.
+        program: the program to run.
+        params: the parameters of the program's model, as loaded or drawn. They are consumed: the caller cannot use them
+            again.
+        examples, held_out: the training rows, and the evaluation rows if there are any.
+        console: prints progress and evaluations.
 
-    Raises InputError if the folder's run read other rows, and for whatever ends a run (`Trainer.run`).
+        Raises InputError if the run was started with other rows, and for whatever stops a run (`Trainer.run`).
     """
-    saved = on_first(partial(saved_config, folder))  # None in a new run, and in all processes but the first
+    saved = on_first(partial(saved_config, folder))  # None in a new run, and in every process but the first
     on_first(partial(check_same_data, folder, config.data.train, examples, resumes=saved is not None))
     total = total_steps(config, len(examples))
     batches = Batches(examples, config.batch_size, config.max_length, config.seed)
     evaluation = None
     if held_out is not None:
-        rows = config.batch_size // config.optim.accumulation  # what fits the device in training fits it here
+        rows = config.batch_size // config.optim.accumulation  # what fits the device in training also fits here
         evaluation = Batches(held_out, rows, config.max_length, config.seed)
     optimizer, schedule = program.make_optimizer(total)
     trained, frozen = program.begin_params(params, config.seed)
@@ -61,7 +61,7 @@ def run(
     with Checkpoints(folder / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            jax.tree.map(lambda x: x.delete(), state)  # there may not be room for two
+            jax.tree.map(lambda x: x.delete(), state)  # two may not fit in memory
             state = checkpoints.restore(like, partial(console.print, style="yellow", highlight=False))
             console.print(f"resuming after step {int(state.step)} of {total}", highlight=False)
             if saved is not None:
@@ -71,9 +71,9 @@ def run(
                 config, total, step, schedule, program.objective, frozen, batches, evaluation, checkpoints, console
             )
             state = trainer.run(state)
-    return join_params(state.params, frozen)
+    return program.model_params(state.params, frozen)
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
-    """How many steps a run takes on so many pairs."""
+    """The number of steps that a run takes on this many pairs."""
     return config.steps or max(1, math.ceil(config.epochs * pairs / config.batch_size))

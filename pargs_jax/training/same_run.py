@@ -1,4 +1,4 @@
-"""Whether a resumed run goes on as it began: on the same data, and along the same schedule."""
+"""Checks that a resumed run continues as it began: on the same data, with the same schedule."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Example
-from pargs_jax.durable_files import write_failures_named, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError, warn
 from pargs_jax.training.step import make_optimizer
 
@@ -17,10 +17,10 @@ DATA_FILE = "data.json"
 
 
 def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, resumes: bool) -> None:
-    """Keeps a digest of a new run's training rows in `data.json`, and compares it where the run is resumed.
+    """Writes a digest of a new run's training rows to `data.json`, and compares it when the run is resumed.
 
-    Raises InputError if the rows are others, or the file cannot be used. A run that was begun before there were
-    digests is warned of once.
+    Raises InputError if the rows differ or the file cannot be used. Warns once for a run that was started before
+    digests existed.
     """
     path = folder / DATA_FILE
     now = {"source": source, "rows": len(examples), "digest": digest_of(examples)}
@@ -29,40 +29,44 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
             before = json.loads(path.read_bytes())
             rows, digest = before["rows"], before["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read; bring it back, or remove it to go on unchecked") from error
+            raise InputError(
+                f"{path}: cannot be read; restore it, or remove it to continue without the check"
+            ) from error
         if digest != now["digest"]:
             raise InputError(
-                f"{source}: its rows, as tokens, are not those that the run in {folder} began with ({rows} then, "
-                f"{now['rows']} now); resume with the data and the tokenizer of then, or use another output folder"
+                f"{source}: its tokenised rows differ from those that the run in {folder} began with ({rows} then, "
+                f"{now['rows']} now); resume with the original data and tokenizer, or use another output folder"
             )
         return
     if resumes:
-        warn(f"{folder}: has no {DATA_FILE}, so nobody can say whether {source} is the data that the run began with")
-    with write_failures_named(path, "use another output folder"):
+        warn(f"{folder}: has no {DATA_FILE}, so it is not checked that {source} is the data that the run began with")
+    with write_errors_named_after(path, "use another output folder"):
         write_whole(path, json.dumps(now) + "\n")
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """A digest of what training reads: all token ids, where texts begin and end, and the order of the rows."""
+    """A digest of the training input: all token ids, where texts begin and end, rewards, and the order of the rows."""
     total = hashlib.sha256()
     for example in examples:
         prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
         texts = [example.prompt, *example.answers, *prefixes]
         lengths = np.array([*example.prefix_counts, *map(len, texts)])
         total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
+        if example.rewards is not None:
+            total.update(np.asarray(example.rewards, "<f4").tobytes())
     return total.hexdigest()
 
 
 def warn_of_another_schedule(optim: OptimConfig, before: int, now: int, step: int) -> None:
-    """Warns if a run that was to have `before` steps, and now has another number, goes on after `step` with other
-    learning rates than it was to have."""
+    """Warns if a run planned for `before` steps, and now for `now` steps, continues after `step` with learning rates
+    other than planned."""
     if step >= now:
         return
-    was, becomes = (make_optimizer(optim, steps)[1] for steps in (before, now))
+    planned, current = (make_optimizer(optim, steps)[1] for steps in (before, now))
     rest = np.linspace(step, now - 1, 1000).astype(int)
-    if not np.allclose(was(rest), becomes(rest), rtol=1e-5, atol=0):
+    if not np.allclose(planned(rest), current(rest), rtol=1e-5, atol=0):
         warn(
-            f"steps, epochs: the run was to have {before} steps and now has {now}, which changes its "
-            f"{optim.schedule} schedule: the learning rate of step {step + 1} is {float(becomes(step)):.3g}, and was "
-            f"to be {float(was(step)):.3g}"
+            f"steps, epochs: the run was planned with {before} steps and now has {now}, which changes its "
+            f"{optim.schedule} schedule: the learning rate of step {step + 1} is now {float(current(step)):.3g} "
+            f"instead of {float(planned(step)):.3g}"
         )

@@ -1,4 +1,4 @@
-"""One jitted optimizer step: gradient accumulation, AdamW."""
+"""One jitted optimizer step, with gradient accumulation and AdamW."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +18,8 @@ from pargs_jax.training.objective import Metrics, Objective
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. Randomness and data order follow from the seed and `step`, so this is also all that a
-    resumed run needs. `params` are those that are trained; frozen ones travel apart."""
+    """Everything that a step changes. Randomness and data order depend only on the seed and `step`, so a resumed run
+    needs nothing else. `params` are the trained parameters; frozen ones are passed separately."""
 
     params: Params
     opt_state: optax.OptState
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping, and its schedule (learning rate by step). Weight decay spares norms and biases."""
+    """AdamW with clipping, and its schedule (learning rate by step). Norms and biases have no weight decay."""
     warmup = round(config.warmup * steps)
     ramp = optax.linear_schedule(0.0, config.lr, warmup) if warmup else None
     falls = {
@@ -59,7 +59,7 @@ StepFunction = Callable[..., tuple[TrainState, Metrics]]
 
 
 def begin(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """The state before the first step; what the optimizer keeps of a parameter lies where that does."""
+    """The state before the first step. The optimizer's state of a parameter is sharded like the parameter."""
     mesh = current_mesh()
     places = None if mesh is None else optimizer_shardings(optimizer, params, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
@@ -76,14 +76,14 @@ def make_train_step(
     """A jitted `step(state, batch, key, frozen=None) -> (state, metrics)`; the state is donated.
 
     Args:
-        objective: the loss; gradients are those of `state.params`, which `frozen` makes up to the model's parameters
-            where not all of them are trained.
-        optimizer: what makes updates of gradients.
-        accumulation: the micro-batches that a batch is cut into, run in a scan. Gradients are averaged by their
-            weights, so the step equals that of the whole batch.
-        places: the shardings of the state, which the new one keeps.
+        objective: the loss. Gradients are taken of `state.params`; `frozen` holds the model's other parameters, if only
+            some are trained.
+        optimizer: turns gradients into updates.
+        accumulation: the number of micro-batches that a batch is cut into; they run in a scan. Gradients are averaged
+            by their weights, so the step equals that of the whole batch.
+        places: the shardings of the state; the new state keeps them.
 
-    `key` is the run's; each step folds its number in.
+    `key` is the run's; each step folds in its number.
     """
 
     def loss_of(params: Params, frozen: Params | None, batch: Batch, key: PRNGKeyArray) -> Any:
@@ -105,7 +105,8 @@ def make_train_step(
         state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        # Gradients are taken in the format of the computation, which is what they are computed in: half the memory.
+        # Gradients keep the computation's dtype, which is the dtype they are computed in. In bf16 this halves their
+        # memory.
         params = objective.cast(state.params)
         if accumulation == 1:
             (loss, (metrics, _)), grads = gradient(params, frozen, batch, key)
@@ -128,12 +129,12 @@ def make_train_step(
 
 
 def _cut(x: Array, parts: int) -> Array:
-    """Rows in so many parts, each of which is spread over the mesh as all were."""
+    """Splits rows into parts; each part is spread over the mesh like the whole batch."""
     return constrain(x.reshape(parts, -1, *x.shape[1:]), None, ROWS, *(None,) * (x.ndim - 1))
 
 
 def merge_metrics(parts: dict[str, Float[Array, "N"]], weights: Float[Array, "N"]) -> Metrics:
-    """Metrics of N batches as those of one: weighted means, but extremes for `*_min` and `*_max`."""
+    """Combines metrics of N batches: weighted means, but extremes for `*_min` and `*_max`."""
     merged = {}
     for name, values in parts.items():
         if name.endswith("_min"):

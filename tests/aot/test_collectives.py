@@ -89,7 +89,7 @@ def test_groups_are_those_of_the_collective_not_all_devices(traffic):
     assert traffic["all-reduce of halves"].sent == {"all-reduce": 2 * PART / 2}
 
 
-def test_of_branches_the_most_expensive_counts(traffic):
+def test_the_most_expensive_branch_counts(traffic):
     assert traffic["branches"].sent == {"all-reduce": 2 * PART * 3 / 4}
 
 
@@ -238,7 +238,7 @@ ENTRY %main (p: f32[8]) -> f32[32] {
     assert collective_bytes(text).sent == {"all-gather": 3 * 32, "reduce-scatter": 32 * 3 / 4}
 
 
-def test_what_is_not_a_program_is_refused():
+def test_text_that_is_not_a_program_is_refused():
     with pytest.raises(ValueError, match="not the text of a compiled program"):
         collective_bytes("")
     with pytest.raises(ValueError, match=r"groups of all-reduce.*unknown form"):

@@ -87,7 +87,7 @@ CONDITION = NUMBER + NUMBER + 1
 
 
 @pytest.mark.parametrize(("choice", "copies"), [(min, 0), (max, 2)])
-def test_a_turn_reads_rows_of_tables_and_writes_into_the_cache_where_it_lies(choice, copies):
+def test_an_iteration_reads_rows_of_tables_and_writes_the_cache_in_place(choice, copies):
     step = count_step_launches(PROGRAM, choice=choice)
     assert step == (3 + copies + 1, LOOK_UP + PRODUCT + WRITE + CONDITION + copies * 2 * ROW)
     assert count_launches(PROGRAM, choice=choice) == (5 * step.kernels + 1, 5 * step.bytes + 2 * CACHE)

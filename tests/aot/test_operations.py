@@ -44,7 +44,7 @@ def test_remat_adds_exactly_the_forward_pass_again():
     assert remat - plain == 5 * PRODUCT
 
 
-def test_of_branches_the_most_expensive_counts():
+def test_the_most_expensive_branch_counts():
     def branches(x, w):
         return jax.lax.switch(1, [lambda: x @ w @ w, lambda: x @ w, lambda: x @ w @ w @ w])
 
@@ -52,7 +52,7 @@ def test_of_branches_the_most_expensive_counts():
     assert count_operations(branches, X, W, choice=min) == PRODUCT
 
 
-def test_of_two_branches_the_more_expensive_counts_whatever_the_choice():
+def test_the_more_expensive_of_two_branches_counts_whatever_the_choice():
     def branches(x, w):
         return jax.lax.cond(x.sum() > 0, lambda: x, lambda: x @ w)
 

@@ -170,7 +170,7 @@ print(json.dumps([report(4096), report(2**24)]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs (the `tpu` extra)")
-def test_a_tpu_that_is_not_there():
+def test_a_program_for_a_tpu_on_a_machine_without_one():
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", TPU_PROGRAMS], env=os.environ | settings, capture_output=True, text=True, timeout=120

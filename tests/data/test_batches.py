@@ -56,7 +56,7 @@ def test_truncation(prompt, chosen, rejected, max_length, expected):
     assert report.answers_cut == sum(not text.endswith(">") for text in texts[1:])
 
 
-def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
+def test_rows_that_truncation_makes_equal_are_left_out_and_counted():
     rows = [
         Preference(
             "1",
@@ -72,13 +72,13 @@ def test_rows_that_cutting_makes_equal_are_left_out_and_counted():
     assert str(report) == (
         "2 rows: 1 prompts and 2 answers cut, 7 tokens lost, 1 rows left out because their answers became the same"
     )
-    with pytest.raises(InputError, match="no row is left at max_length 8"):
+    with pytest.raises(InputError, match="no rows are left after cutting to max_length 8"):
         tokenise(rows[:1], LetterTokenizer(), max_length=8)
     assert len(tokenise(rows, LetterTokenizer(), max_length=8, answers=1)[0]) == 2
 
 
 def examples_of(count, answers=2, seed=0):
-    """Examples that begin with their own number, so that a row is known again in a batch."""
+    """Examples that begin with their own number, so that a row can be recognised in a batch."""
     random = np.random.default_rng(seed)
 
     def ids(number, limit):
@@ -133,8 +133,8 @@ def test_a_row_comes_once_an_epoch_and_not_twice_in_a_batch(count, batch_size):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(7, 3), (3, 7), (65, 64), (1000, 64)])
-def test_a_batch_is_the_same_however_one_got_there(count, batch_size):
-    """And far steps are reached at once."""
+def test_a_batch_does_not_depend_on_the_batches_read_before(count, batch_size):
+    """Distant steps are available without computing the earlier ones."""
     steps = [0, 1, 63, 64, 1000, 1001, 10**9, 10**9 + 1]
     expected = [rows_in(Batches(examples_of(count), batch_size, 100, seed=3).batch(step)) for step in steps]
     for order in (range(len(steps)), reversed(range(len(steps)))):
@@ -223,12 +223,22 @@ def test_evaluation_sees_every_row_once_and_fills_up_with_weight_0():
     ("options", "reason"),
     [
         ({"examples": []}, "no examples"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"seed": -1}, "seed: got -1"),
     ],
 )
 def test_impossible_options_are_errors(options, reason):
     with pytest.raises(InputError, match=reason):
         Batches(**{"examples": examples_of(2), "batch_size": 2, "max_length": 100, "seed": 0, **options})
-    with pytest.raises(InputError, match="max_length is 1"):
+    with pytest.raises(InputError, match="max_length: got 1"):
         tokenise([], LetterTokenizer(), 1)
+
+
+def test_scored_answers_keep_their_rewards_and_end_as_they_did():
+    rows = [Preference("1", "p", "abc", None, 0.25), Preference("2", "pq", "ab", None, -3.0, finished=False)]
+    examples, _ = tokenise(rows, LetterTokenizer(), max_length=16, answers=1)
+    assert [letters(example.answers[0]) for example in examples] == ["abc>", "ab"]
+    batches = Batches(examples, 2, 16, seed=0)
+    for batch in (batches.batch(0), next(batches.evaluation())):
+        assert dict(zip(batch.prompt_lengths.tolist(), batch.rewards[:, 0].tolist(), strict=True)) == {2: 0.25, 3: -3.0}
+    assert Batches(examples_of(4), 2, 100, seed=0).batch(0).rewards is None

@@ -127,11 +127,11 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
         ({**ROW, "chosen": " \n"}, "chosen answer is empty"),
         ({**ROW, "rejected": ""}, "rejected answer is empty"),
         ({**ROW, "chosen": "No."}, "the same"),
-        ({"chosen": "What? Yes", "rejected": "What? No"}, "no prompt beside chosen and rejected"),
-        ({"chosen": "Human: Yes", "rejected": "Human: No"}, "no prompt beside chosen and rejected"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "no prompt beside chosen and rejected"),
+        ({"chosen": "What? Yes", "rejected": "What? No"}, "prompt is missing, and chosen and rejected"),
+        ({"chosen": "Human: Yes", "rejected": "Human: No"}, "prompt is missing, and chosen and rejected"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "prompt is missing, and chosen and rejected"),
         ({"chosen": [USER, GOOD], "rejected": [GOOD, USER, BAD]}, "same prompt"),
-        ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with the assistant's"),
+        ({"chosen": [USER], "rejected": [USER, BAD]}, "ends with an assistant turn"),
         ({**ROW, "prompt": [GOOD]}, "must be the user's"),
         ({**ROW, "chosen": "\ud83d"}, "half a surrogate pair"),
     ]
@@ -159,13 +159,13 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
         ("rows.txt", b"Why?", "must end in .jsonl"),
         ("rows.jsonl", b"\n", "no rows"),
         ("rows.json", b"[]", "no rows"),
-        ("rows.json", b'{"rows": []}', "list called data"),
-        ("rows.json", b'{"a": 1}\n{"a": 2}', "one object a line is .jsonl"),
+        ("rows.json", b'{"rows": []}', "with the list under 'data'"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}', "a file with one object per line must end in .jsonl"),
         ("rows.jsonl.gz", b"not gzip", "cannot be read"),
         ("rows.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "cannot be read"),
         ("rows.parquet", b"PAR0", "not a Parquet file"),
         ("rows.csv", b"prompt\n\xff", "cannot be read"),
-        ("rows.csv", b"prompt,chosen,rejected\na,b,c,d\n", "more values than there are columns"),
+        ("rows.csv", b"prompt,chosen,rejected\na,b,c,d\n", "more values than the header has columns"),
         ("rows.jsonl", b'{"prompt": "Why?"}\n{}', "none of its 2 rows can be used; line 1: chosen is missing"),
     ],
 )
@@ -186,7 +186,7 @@ def test_prompts_take_their_id_or_their_line(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"prompt": "A", "id": 2}, {"prompt": "B"}], "line 2: a row before it has the id '2'"),
+        ([{"prompt": "A", "id": 2}, {"prompt": "B"}], "line 2: an earlier row also has the id '2'"),
         ([{"prompt": "A"}, {"prompt": 3}], "line 2: prompt is of type int"),
         ([{"question": "A"}], "line 1: prompt is missing; the row has question; .* such as prompt=question"),
         ([{"question": "A", "chosen": "B"}], "line 1: prompt is missing; the row has question, chosen; "),
@@ -224,7 +224,7 @@ def renamed(row, **names):
     [
         (
             {"best": "chosen", "worst": "rejected"},
-            "no prompt beside chosen and rejected, .*; the row has id, question, ",
+            "prompt is missing, and chosen and rejected .*; the row has id, question, ",
         ),
         ({"question": "prompt"}, "chosen is missing; the row has id, prompt, best, worst"),
         ({}, "prompt, chosen and rejected are missing; the row has id, question, best, worst"),
@@ -266,7 +266,7 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{**ROW, "source": "web"}])
     for load in (load_preferences, load_prompts):
         with pytest.raises(
-            InputError, match=r"no row has a column 'question'; there are chosen, prompt, rejected, source\Z"
+            InputError, match=r"no row has a column 'question'; the columns are chosen, prompt, rejected, source\Z"
         ):
             load(path, PLAIN, columns={"prompt": "question"})
 
@@ -287,7 +287,7 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path):
         },
     ],
 )
-def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
+def test_published_rows_are_not_refused(tmp_path, row):
     preference = load_one(tmp_path, row, PLAIN)
     assert preference.prompt.endswith(("Why?", "Assistant:", "It sat.", "ASSISTANT:"))
     assert preference.chosen.strip() in ("Because.", "TL;DR: A cat.")
@@ -295,7 +295,7 @@ def test_rows_as_they_are_published_are_not_refused(tmp_path, row):
 
 def test_dialogues_in_another_form_say_which(tmp_path):
     row = {"chosen": PROMPT + " Because.", "rejected": PROMPT + " No."}
-    with pytest.raises(InputError, match="are dialogues in the prompt form 'hh', not 'tldr'"):
+    with pytest.raises(InputError, match="are dialogues in the prompt format 'hh', not 'tldr'"):
         load_one(tmp_path, row, get_form("tldr"))
 
 
@@ -307,7 +307,7 @@ def test_whole_dialogues_in_a_chat_template(tmp_path):
     row = {name: f"<s><system>Be kind.<user>Why?<assistant>{name}" for name in ("chosen", "rejected")}
     preference = load_one(tmp_path, row, get_form("chat"), tokenizer=Template())
     assert (preference.prompt, preference.chosen) == ("<s><system>Be kind.<user>Why?<assistant>", "chosen")
-    with pytest.raises(InputError, match="no prompt beside chosen and rejected"):
+    with pytest.raises(InputError, match="prompt is missing, and chosen and rejected"):
         load_one(tmp_path, {"chosen": "It is so", "rejected": "It is no"}, get_form("chat"), tokenizer=Template())
 
 
@@ -336,8 +336,8 @@ def test_rows_of_another_split_are_left_out(tmp_path):
             "line 2: split is 'harmless', must be train or training, or for evaluation test, valida",
         ),
         (["train", 3], "line 2: split is '3', must be "),
-        (["test", "dev"], "no row's split is train or training; the column says 'test', 'dev'"),
-        (["train", None, ""], "2 rows have no split, and others have"),
+        (["test", "dev"], "no row's split is train or training; the column split has 'test', 'dev'"),
+        (["train", None, ""], "2 rows have no split, but others do"),
     ],
 )
 def test_splits_that_cannot_be_told_are_errors(tmp_path, splits, message):
@@ -362,7 +362,7 @@ def test_evaluation_takes_the_splits_that_the_hub_has_for_it(monkeypatch):
 
 
 class Template:
-    """A tokenizer that has nothing but a chat template."""
+    """A tokenizer with only a chat template."""
 
     def render_chat(self, turns):
         return "".join(f"<{turn['role'][0]}>{turn['content']}" for turn in turns) + "<a>"
@@ -382,7 +382,56 @@ def test_prompts_keep_their_turns_where_each_model_has_a_template_of_its_own(tmp
     assert [prompt.turns for prompt in found] == [(question,), (question, said, question), (), (question,)]
     assert [prompt.text for prompt in found] == ["<u>Why?<a>", "<u>Why?<a>So.<u>Why?<a>", "<u>Why?<a>", "<u>Why?<a>"]
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"id": "1", "prompt": "Who?"}) + "\n")
-    with pytest.raises(InputError, match=r"prompts.jsonl: line 2: a row before it has the id '1'"):
+    with pytest.raises(InputError, match=r"prompts.jsonl: line 2: an earlier row also has the id '1'"):
         load_prompts(path, get_form("chat"), Template())
     path.write_text(json.dumps({"prompt": "Why?"}) + "\n")
     assert [prompt.turns for prompt in load_prompts(path, get_form("hh"))] == [None]
+
+
+ANYTHING = (float("-inf"), float("inf"))
+SCORED = {"prompt": "Why?", "response": "Because.", "reward": -0.5}
+
+
+def load_scored(tmp_path, rows, reward_range=ANYTHING):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return load_preferences(path, HH, require_rejected=False, reward_range=reward_range)
+
+
+def test_scored_answers_are_rows_with_a_reward(tmp_path):
+    decoded = {"prompt": PROMPT, "response": "Because", "guide_reward": 2, "finish_reason": "length", "options": "ab"}
+    rows = load_scored(tmp_path, [SCORED, decoded, {**SCORED, "reward": "1e2"}]).rows
+    assert [(row.prompt, row.chosen, row.reward, row.finished) for row in rows] == [
+        (PROMPT, " Because.", -0.5, True),
+        (PROMPT, "Because", 2.0, False),  # as the language model wrote it
+        (PROMPT, " Because.", 100.0, True),
+    ]
+
+
+def test_answers_without_a_usable_reward_are_bad_rows(tmp_path):
+    bad = [
+        ({**SCORED, "reward": float("nan")}, "reward is nan, must be a finite number"),
+        ({**SCORED, "reward": float("inf")}, "reward is inf, must be a finite number"),
+        ({**SCORED, "reward": "good"}, "reward is 'good', must be a finite number"),
+        ({**SCORED, "reward": True}, "reward is True: it must be"),
+        ({**SCORED, "reward": None}, "reward is missing"),
+        ({**SCORED, "reward": [1, 2]}, "reward is 2 numbers; a scored answer has one"),
+        ({**SCORED, "response": " "}, "the answer is empty"),
+        (ROW | {"reward": 1}, "the row is a pair, must be a scored answer"),
+    ]
+    loaded = load_scored(tmp_path, [SCORED, *(row for row, _ in bad)])
+    assert len(loaded.rows) == 1
+    for row, (_, reason) in zip(loaded.bad_rows, bad, strict=True):
+        assert reason in row.reason
+    with pytest.raises(InputError, match=r"line 1: reward is -0.5, must be from 0 to 1"):
+        load_scored(tmp_path, [SCORED], (0.0, 1.0))
+
+
+def test_the_wrong_kind_of_rows_is_one_line(tmp_path):
+    with pytest.raises(
+        InputError, match="line 1: the row is a pair, must be a scored answer: prompt, response, reward"
+    ):
+        load_scored(tmp_path, [ROW])
+    with pytest.raises(
+        InputError, match="line 1: the row is a scored answer, must be a pair: prompt, chosen, rejected"
+    ):
+        load_preferences(write_jsonl(tmp_path / "rows.jsonl", [SCORED]), HH)

@@ -1,4 +1,4 @@
-"""A decode step, compiled for a TPU and an H100 that are not here: it copies and joins no cache of keys or values."""
+"""A decode step, compiled for a TPU and an H100 that are not here, neither copies nor joins caches."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def compiled(mesh, shape, tmp_path):
 
 
 def copies_of_caches(text):
-    """What copies or joins arrays as large as one layer's keys, in the loops of a program."""
+    """Instructions in a program's loops that copy or join arrays as large as one layer's keys."""
     module = parse_module(text)
     entry = module.computations[module.entry]
     pending = [name for x in entry.values() if x.opcode == "while" for name in x.computations("body")]

@@ -56,7 +56,7 @@ class OffsetGuide:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A rule that reports its calls, so that a step that was not computed shows."""
+    """A rule that reports its calls, so that skipped steps can be counted."""
 
     rule: Sample
     called: Callable[[Any], None]
@@ -94,7 +94,7 @@ def make_prompts(lengths=LENGTHS, seed=0):
 
 
 def padded(prompts, width=None):
-    """Left-padded with a real token's id: no mask may come from an id."""
+    """Left-padded with a real token's id, because masks must not depend on ids."""
     width = width or max(map(len, prompts))
     ids = np.full((len(prompts), width), 7, np.int32)
     for row, prompt in enumerate(prompts):
@@ -195,7 +195,7 @@ MAIN = Pair()
 
 @pytest.fixture(scope="module")
 def main():
-    """The decode that the identities compare with."""
+    """The decode that the identities are compared with."""
     return run(MAIN, make_prompts())
 
 
@@ -345,5 +345,5 @@ def test_chunks_equal_one_call_and_steps_after_the_last_row_finished_are_skipped
 
 @pytest.mark.parametrize("k", [0, VOCABULARY + 1])
 def test_k_outside_the_vocabulary_is_refused(k):
-    with pytest.raises(InputError, match=f"k is {k}; it must be from 1 to the vocabulary's {VOCABULARY} tokens"):
+    with pytest.raises(InputError, match=f"k: got {k}, must be from 1 to {VOCABULARY}, the size of the vocabulary"):
         dataclasses.replace(MAIN.decoder, proposer=TopK(k))

@@ -72,7 +72,7 @@ def test_searches_have_their_published_numbers_and_take_others():
     assert names == {f"search.{name}" for method in METHODS.values() for name, _ in method.search_options}
 
 
-def test_what_is_not_a_candidate_or_a_plain_reward():
+def test_methods_with_special_candidates_and_reward_forms():
     assert [name for name, method in METHODS.items() if method.keeps_rest] == ["vas"]
     forms = {name: method.reward_form for name, method in METHODS.items() if method.reward_form != "plain"}
     assert forms == {"rad": "clipped", "vas": "centred"}
@@ -82,7 +82,7 @@ def test_what_is_not_a_candidate_or_a_plain_reward():
     assert METHODS["transfer_q"].look_ahead == 20
 
 
-def test_numbers_that_mean_nothing_to_a_method_are_not_among_its_defaults():
+def test_numbers_that_do_not_apply_to_a_method_are_not_among_its_defaults():
     assert {name: METHODS[name].defaults for name in ("greedy", "top_p", "contrastive", "rad", "genarm")} == {
         "greedy": "", "top_p": "temperature 1, top p 0.95", "contrastive": "k 8, weight 0.6",
         "rad": "k 20, weight 30, temperature 1", "genarm": "weight 1, temperature 1",

@@ -39,7 +39,7 @@ NASTY = (
 
 @pytest.fixture(scope="module")
 def folder_of(tokenizer_folder):
-    """Where a tokenizer is; small ones are trained here."""
+    """The folder of a tokenizer; small ones are trained here."""
 
     def folder(name):
         if name.startswith("small "):
@@ -100,7 +100,7 @@ def own_rewards(model, params, rm):
 
 
 def draw_candidates(lm, rng):
-    """Tokens of nasty texts (all of each, so that characters come in pieces), random ids, and now and then EOS."""
+    """Tokens of difficult texts (whole texts, so characters are split over tokens), random ids, and some EOS."""
     pool = [token for text in NASTY for token in lm.encode_answer(text, starts_text=True)]
     drawn = rng.choice([*pool, *rng.integers(0, lm.vocab_size, len(pool) // 4)], (len(PROMPTS), CANDIDATES))
     drawn[rng.random(drawn.shape) < 0.1] = lm.eos_id

@@ -73,21 +73,21 @@ def parts(kind):
 
 def begin(kind, numbers):
     """A state whose row n is prompt `numbers[n]`, with a key of that number."""
-    decoder, params, by_text = parts(kind)
+    decoder, params, retokenised = parts(kind)
     prompts = left_pad([tokenizer().encode_prompt(TEXTS[n % len(TEXTS)]) for n in numbers], len(numbers), WIDTH)
     settings = RowSettings.alike(len(numbers), weights=[2.0], temperature=1.5, candidates=K, max_new_tokens=STEPS)
-    own = (prompts,) if by_text else (None,)
+    own = (prompts,) if retokenised else (None,)
     keys = row_keys(0, jnp.asarray(numbers, jnp.uint32))
     return loop.start(decoder, params, *prompts, keys, settings, STEPS, own)
 
 
 def full_rewards(kind, prompts, answers):
-    """What the guide's model says of finished or unfinished answers, each read whole."""
-    decoder, (_, (params,)), by_text = parts(kind)
+    """Rewards of finished or unfinished answers by the guide's model, each read whole."""
+    decoder, (_, (params,)), retokenised = parts(kind)
     model = decoder.guides[0].model
     ids = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        if by_text:
+        if retokenised:
             ended = bool(answer) and answer[-1] == tokenizer().eos_id
             text = tokenizer().decode_answer(prompt, answer[:-1] if ended else answer)
             starts_text = not tokenizer().decode(prompt)
@@ -106,7 +106,7 @@ def full_log_probs(lm, params, tokens):
 
 
 def assert_true_to_its_text(kind, state):
-    """Whatever was done to a row: its numbers are those of full passes over its text."""
+    """Checks that a row's numbers are those of full passes over its text."""
     decoder, (lm_params, _), _ = parts(kind)
     decoded = jax.device_get(decoder.read(state))
     text = jax.device_get(state.text)
@@ -133,7 +133,7 @@ def assert_true_to_its_text(kind, state):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_go_on_after_any_sequence_of_moves(kind):
-    """Random moves; beside each row runs its own history, all that was done to it alone, which ends the same."""
+    """Random moves. Each row ends like a decode of that row alone with the same moves."""
     decoder, params, _ = parts(kind)
     rng = np.random.default_rng(KINDS.index(kind))
     state = begin(kind, range(ROWS))
@@ -194,9 +194,9 @@ def test_rewinding_copies_nothing_and_brings_back_the_same_tokens():
 
 @partial(jax.jit, static_argnums=0)
 def judge_in_chunks(searcher, inputs, left, keys):
-    """Draws, judges, takes back, draws and judges again; the rewards after each judging."""
-    rows, tokens, of_prompts = searcher.start_judged(inputs, STEPS, 5)
-    rewards, counts = [of_prompts], [tokens]
+    """Draws, judges, rewinds, draws and judges again; returns the rewards after each judging."""
+    rows, tokens, prompt_rewards = searcher.start_judged(inputs, STEPS, 5)
+    rewards, counts = [prompt_rewards], [tokens]
     for steps in (5, 4):
         rows, tokens = searcher.draw(inputs, rows, tokens, steps)
         rows, tokens = searcher.judge(inputs, rows, tokens, 5)
@@ -209,12 +209,12 @@ def judge_in_chunks(searcher, inputs, left, keys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_judge_that_reads_in_chunks_gives_the_rewards_of_whole_texts(kind):
-    decoder, params, by_text = parts(kind)
+    decoder, params, retokenised = parts(kind)
     searcher = Searcher(dataclasses.replace(decoder, guides=()), decoder.guides)
     state = begin(kind, range(ROWS))
     prompts = left_pad([tokenizer().encode_prompt(TEXTS[n]) for n in range(ROWS)], ROWS, WIDTH)
     settings = state.settings._replace(weights=jnp.zeros((ROWS, 0)))
-    own = (prompts,) if by_text else (None,)
+    own = (prompts,) if retokenised else (None,)
     inputs = SearchInputs((params[0], ()), params[1], *prompts, state.keys, settings, jnp.ones((ROWS, 1)), None, own)
     keys = row_keys(0, jnp.arange(50, 50 + ROWS))
     kept, rewards, counts = judge_in_chunks(searcher, inputs, jnp.asarray([0, 2, 4, 5]), keys)
@@ -224,7 +224,7 @@ def test_a_judge_that_reads_in_chunks_gives_the_rewards_of_whole_texts(kind):
     np.testing.assert_allclose(rewards[0][:, 0], full_rewards(kind, ids, [[]] * ROWS), atol=1e-4)
     np.testing.assert_allclose(rewards[2][:, 0], full_rewards(kind, ids, answers), atol=1e-4)
     read = np.asarray(counts[1].rm - counts[0].rm)
-    if not by_text:
+    if not retokenised:
         assert read.tolist() == np.asarray(counts[1].lm - counts[0].lm).tolist()
     elif kind == "encoder":  # the prompt and the answer
         assert (read >= np.asarray(prompts.lengths)).all() and (read > np.asarray(prompts.lengths)).any()

@@ -119,7 +119,7 @@ def is_over(answer):
 
 
 def draw_token(prompt, answer, key, *, weight=None, temperature=TEMPERATURE, k=K):
-    """A token as the decoder draws it; its log-probability under the model, under q, and the model's entropy."""
+    """Draws a token like the decoder; also its log-probability under the model and under q, and the model's entropy."""
     log_probs = log_probs_after(prompt + answer)
     candidates = np.argsort(-log_probs, kind="stable")[:k].tolist()
     scores = log_probs[candidates].copy()
@@ -389,7 +389,7 @@ def test_speculative_rejection_that_drops_nothing_is_best_of_n():
     jax.tree.map(np.testing.assert_array_equal, best.tokens, kept.tokens)
 
 
-def test_what_does_not_go_together_is_refused():
+def test_combinations_that_do_not_work_are_refused():
     searcher, params, _ = parts(judged=False)
     given = inputs(params, (), make_prompts())
     for method in (BestOfN(2), ChunkBeam(), Cards(), SpeculativeRejection()):

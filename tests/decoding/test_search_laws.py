@@ -263,7 +263,7 @@ def test_particles_estimate_z_without_bias_and_come_near_the_posterior():
 
 
 def test_resampling_keeps_the_estimate_and_the_threshold_says_when():
-    """Never, sometimes and at every step: the same Z."""
+    """Resampling never, sometimes or at every step gives the same Z."""
     _, log_z = posterior()
     tokens = set()
     for threshold in (0.0, 0.6, 1.0):

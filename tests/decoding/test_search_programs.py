@@ -50,7 +50,7 @@ def of_caches(module, opcode):
 
 @pytest.mark.parametrize(("method", "guided"), [(Cards(longest=4), False), (TwistedSmc(PARTICLES), True)])
 def test_caches_are_written_in_place(method, guided):
-    """Accepting, taking back, weighing: none of it copies a cache. Resampling copies rows, one a prompt at a time."""
+    """Accepting, rewinding and weighting copy no cache. Resampling copies rows, one per prompt at a time."""
     module = compiled(method, guided=guided)
     assert of_caches(module, "copy") == [] == of_caches(module, "transpose")
     assert of_caches(module, "scatter") or of_caches(module, "dynamic-update-slice")  # they are there, and seen
@@ -63,8 +63,8 @@ def test_caches_are_written_in_place(method, guided):
 
 @pytest.mark.parametrize("mesh", [None, "cpu-4,data=4", "cpu-4,data=2,tensor=2"])
 @pytest.mark.parametrize("prompts", [4, 3])
-def test_rows_become_copies_where_they_are(mesh, prompts):
-    """Stacked layers, single ones and plain arrays; three prompts do not divide by the mesh."""
+def test_rows_are_copied_in_place(mesh, prompts):
+    """Stacked layers, unrolled ones and plain arrays; the mesh does not divide three prompts."""
     rng, n = np.random.default_rng(prompts), 4
     counts = np.stack([rng.multinomial(n, [0.1, 0.2, 0.3, 0.4]) for _ in range(prompts)])
     sources = np.asarray(sources_of(jnp.asarray(counts)))

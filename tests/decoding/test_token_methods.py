@@ -364,7 +364,7 @@ def test_the_nucleus_is_the_fewest_tokens_and_mass_one_is_all():
         return np.flatnonzero(TopP(mass)(logits, logits, counts)[1][0]).tolist()
 
     assert [nucleus(mass) for mass in (0.1, 0.39, 0.41, 0.75, 1.0)] == [[1], [1], [1, 2, 3], [1, 2, 3], [0, 1, 2, 3, 4]]
-    with pytest.raises(InputError, match="top p is 0; it must be above 0 and at most 1"):
+    with pytest.raises(InputError, match="top_p: got 0, must be above 0 and at most 1"):
         TopP(0)
 
 
@@ -409,7 +409,7 @@ def test_a_smaller_vocabulary_than_the_language_models_is_refused():
 
 
 def test_vas_with_every_token_a_candidate_has_no_rest():
-    """Centring over the whole vocabulary is a constant then: it does nothing."""
+    """If all tokens are candidates, centring subtracts a constant and changes nothing."""
     case = dataclasses.replace(CASES["vas, table"], temperature=0.7)
     decoder = dataclasses.replace(case.decoder, proposer=METHODS["vas"].proposer(V))
     plain_sum = dataclasses.replace(case.decoder, proposer=AllTokens(), reward_form="plain", keeps_rest=False)
@@ -419,8 +419,8 @@ def test_vas_with_every_token_a_candidate_has_no_rest():
     assert np.isfinite(found.trace.kls).all() and found.trace.kls.max() > 0.01
 
 
-def test_of_many_candidates_the_trace_has_the_chosen_and_the_likeliest(monkeypatch):
-    monkeypatch.setattr(loop, "MOST_TRACED", 4)
+def test_the_trace_of_many_candidates_has_the_chosen_and_the_likeliest(monkeypatch):
+    monkeypatch.setattr(loop, "MAX_TRACED", 4)
     case = CASES["genarm"]
     found = run(case, decoder=dataclasses.replace(case.decoder, keeps_candidates=True, pad_id=59))
     candidates = found.trace.candidates

@@ -1,4 +1,4 @@
-"""What candidates begin with is read once: rewards are those of each text read by itself, however large the tree."""
+"""Shared beginnings of candidates are read once: rewards equal those of each text alone, however large the tree."""
 
 import jax
 import numpy as np

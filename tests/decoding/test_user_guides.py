@@ -79,7 +79,7 @@ def test_a_vocabulary_guide_of_a_user():
         assert guided == [STEPS] * 6 and min(plain) < STEPS
 
 
-def test_what_a_users_guide_keeps_is_taken_back_with_the_tokens():
+def test_a_users_guide_state_is_rewound_with_the_tokens():
     guide = NoRepeats(61)
     text = pj.Text(jnp.asarray([[4, 4, 5, 6, 7], [8, 5, 5, 9, 9]]), jnp.asarray([2, 1]), jnp.asarray([4, 3]))
     state = guide.rewind(None, text, None)

@@ -91,7 +91,7 @@ def test_every_prompt_is_understood() -> None:
         assert demo.parse_prompt(drawn.prompt) == drawn.request
 
 
-def test_another_prompt_is_refused_in_one_line() -> None:
+def test_a_prompt_of_another_task_is_refused_in_one_line() -> None:
     for prompt in ("Hello", PROMPT.replace("Maria", "Zoe"), PROMPT.replace("kettle", "unicorn"), PROMPT + " Hi."):
         with pytest.raises(InputError, match="not a prompt of the demo task") as error:
             oracle(prompt, BEST)

@@ -57,7 +57,7 @@ def test_names_methods_and_options(tmp_path):
         ([], "no answers in it"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_file_line_and_field(tmp_path, rows, message):
+def test_unusable_rows_are_refused_with_file_line_and_field(tmp_path, rows, message):
     path = write(tmp_path / "answers.jsonl", rows)
     with pytest.raises(InputError) as refused:
         load([path])
@@ -86,9 +86,9 @@ def test_answers_to_other_prompts_are_not_compared(tmp_path):
     b = write(tmp_path / "b.jsonl", [ROW | {"prompt": "Bye"}])
     c = write(tmp_path / "c.jsonl", [ROW | {"id": "p9"}])
     systems = load([a, b, c])
-    with pytest.raises(InputError, match="'p1' is another one"):
+    with pytest.raises(InputError, match="the id 'p1' belongs to a different prompt"):
         check_prompts(systems[:2], systems[0])
-    with pytest.raises(InputError, match="none of its prompts"):
+    with pytest.raises(InputError, match="shares no prompt with the baseline"):
         check_prompts(systems[2:], systems[0])
     # Another language model may write the same prompt in another template.
     (tmp_path / "b.jsonl.config.yaml").write_text("lm: other\n")

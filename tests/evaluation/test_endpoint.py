@@ -65,7 +65,7 @@ def test_a_verdict_is_the_last_one_that_is_written():
     assert parse_verdict("A is better") == parse_verdict("") == "unparsable"
 
 
-def test_what_times_out_costs_nothing_that_is_done_and_is_asked_again(endpoint, tmp_path):
+def test_a_timeout_loses_no_finished_reply_and_is_asked_again(endpoint, tmp_path):
     hangs, said = {"short"}, endpoint.reply
     endpoint.reply = lambda a, b: 1.5 if {a, b} & hangs else said(a, b)
     found, judge = judged(endpoint.url, tmp_path / "replies.jsonl", timeout=0.3)

@@ -79,7 +79,7 @@ def test_a_reward_model_that_guided_does_not_judge_unless_it_is_marked(evaluate,
     assert code == 0 and "not evidence" in out and metric(report, rm)["is_guide"]
     # An answers file that does not say what guided it is told of.
     code, out, _, report = evaluate("--answers", paths[0], "--rm", rm, "--no-figures")
-    assert code == 0 and "what guided top_k is not known" in metric(report, rm)["meaning"]
+    assert code == 0 and "the guides of top_k are unknown" in metric(report, rm)["meaning"]
 
 
 def test_a_judge_that_fails_costs_nothing_else(evaluate, answers_file, judge, lm, endpoint):
@@ -134,7 +134,7 @@ def test_references_perplexity_pairs_and_figures_in_one_report(evaluate, answers
         (["--answers", "x.jsonl", "--function", "f"], "must be module:function"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line_before_any_work(evaluate, tmp_path, monkeypatch, words, message):
+def test_unusable_input_is_refused_in_one_line_before_any_work(evaluate, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, err, report = evaluate(*words)
     assert code == 2 and report is None
@@ -153,4 +153,4 @@ def test_a_missing_library_is_said_before_any_work(evaluate, answers_file, monke
 
 def test_a_baseline_that_is_not_there(evaluate, answers_file):
     code, _, err, _ = evaluate("--answers", answers_file("top_k", TOP_K), "--baseline", "greedy")
-    assert code == 2 and "no answers of that name; there are top_k" in err
+    assert code == 2 and "no answers have that name, must be one of top_k" in err

@@ -73,7 +73,7 @@ def test_references_are_found_by_id_or_line_and_the_best_one_counts(tmp_path):
     [
         ({"id": "p0", "answer": "x"}, "line 1: no reference"),
         ({"id": "p0", "reference": [1]}, "line 1: field 'reference' must be a text or a list of texts"),
-        ({"id": "p0", "prompt": "Bye", "reference": "x"}, "line 1: its prompt is not that of the answers"),
+        ({"id": "p0", "prompt": "Bye", "reference": "x"}, "line 1: its prompt differs from the prompt of the answers"),
         ({"id": "q", "reference": "x"}, "no row has the id of an answered prompt"),
     ],
 )

@@ -100,7 +100,7 @@ def test_win_rates_are_of_prompts_with_wilsons_interval(report, scores):
     assert win.rate == pytest.approx(rate) and win.interval == pytest.approx(wilson(rate, 30)) and win.prompts == 30
 
 
-def test_what_an_endpoint_said_is_counted_apart(report):
+def test_an_endpoints_verdicts_are_reported_separately(report):
     asked = report.pairwise["asked"][NAMES[1]]
     assert (asked.pairs, asked.unparsable, asked.missing, asked.win.prompts) == (5, 1, 1, 3)
     assert asked.flips == pytest.approx(1 / 3) and asked.win.rate == pytest.approx(2.5 / 3)

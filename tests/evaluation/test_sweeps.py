@@ -1,4 +1,4 @@
-"""Which ways to decode a sweep means."""
+"""The combinations of options that a sweep decodes."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_every_combination_on_top_of_the_base():
     assert found[2].file == "pargs_weight=1_2_k=5.jsonl"
 
 
-def test_what_means_nothing_to_a_method_is_left_out_and_comes_once():
+def test_options_that_do_not_apply_to_a_method_give_no_duplicates():
     base = BASE | {"weight": 3, "temperature": 0.5}
     found = settings(["method=greedy,top_k,pargs_greedy", "weight=1,2", "max-new-tokens=8"], base)
     assert [each.name for each in found] == ["greedy", "top_k", "pargs_greedy weight=1", "pargs_greedy weight=2"]
@@ -42,7 +42,7 @@ def test_what_means_nothing_to_a_method_is_left_out_and_comes_once():
         (["rm=runs/a,runs:a", "weight=1"], "two settings would be written to"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused(words, message):
+def test_combinations_that_cannot_be_decoded_are_refused(words, message):
     with pytest.raises(InputError) as refused:
         settings(words, BASE)
     assert message in str(refused.value)

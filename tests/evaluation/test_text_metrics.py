@@ -51,7 +51,7 @@ def test_repetition_and_diversity_by_hand():
     assert repetition("one two") is None
 
 
-def test_what_samples_of_a_prompt_share():
+def test_similarity_of_the_samples_of_a_prompt():
     assert distinct(["a b", "a c"], 1) == pytest.approx(3 / 4)
     assert distinct(["a b", "a b"], 2) == pytest.approx(1 / 4)
     assert distinct(["", "!"], 1) is None

@@ -67,7 +67,7 @@ def test_a_full_disk_keeps_the_answers_before_and_loses_none_after(tmp_path):
                 file.write([answer(1)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    advice = "the answers before are kept; fix that, then run the same again"
+    advice = "earlier answers are safe; fix that, then run the same command again"
     assert str(caught.value) == f"{path}: cannot be written (File too large); {advice}"
     with AnswersFile(path, CONFIG) as file:
         assert file.answered(PROMPTS) == [[True], [False]]

@@ -23,7 +23,7 @@ PROMPTS = [Prompt("a", "Hi"), Prompt("b", "My lamp broke.")]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lm, rm, save_tiny):
-    """Folders by what is in them."""
+    """Model folders, by their content."""
 
     def save(name, model, params):
         path = tmp_path_factory.mktemp(name)
@@ -116,7 +116,7 @@ def test_prompts_have_weights_and_preferences_of_their_own(folder, tmp_path):
         assert alone[prompt.id].response == mixed[prompt.id].response
         assert alone[prompt.id].guide_rewards == pytest.approx(mixed[prompt.id].guide_rewards, abs=1e-4)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi", "weights": "much"}\n')
-    with pytest.raises(InputError, match="line 1: weights must be a list of numbers, got 'much'"):
+    with pytest.raises(InputError, match="line 1: weights: got 'much', must be a list of numbers"):
         load_prompts(tmp_path / "prompts.jsonl", get_form("plain"))
 
 
@@ -143,14 +143,14 @@ def test_a_saved_model_says_what_its_head_is(folder):
         ("transfer_q", ["rm", "arm"], {}, "has a scalar reward head; Transfer Q"),
         ("pargs", ["arm"], {}, "has no reward head, so it is not a reward model"),
         ("args", ["table"], {}, "its head is a table"),
-        ("genarm", ["parm"], {}, "takes a preference vector; only the method parm gives one"),
+        ("genarm", ["parm"], {}, "needs a preference vector, which only the method parm provides"),
         ("parm", ["arm"], {"preference": (1.0,)}, "takes no preference vector"),
-        ("parm", ["parm"], {}, "prompt 'a': PARM .* needs a preference vector; give one"),
+        ("parm", ["parm"], {}, "prompt 'a': PARM .* needs a preference vector; set the option preference"),
         ("parm", ["parm"], {"preference": (0.2, 0.3, 0.5)}, "has 3 numbers, but .* was trained for 2 objectives"),
-        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead that is more than its context"),
+        ("transfer_q", ["arm", "rm"], {"look_ahead": 60}, "60 tokens of look-ahead it exceeds that model's context"),
     ],
 )
-def test_what_does_not_go_together_is_refused_in_one_line(folder, method, names, changes, message):
+def test_combinations_that_do_not_work_are_refused_in_one_line(folder, method, names, changes, message):
     with pytest.raises(InputError, match=message) as raised:
         answer(folder, method, names, **changes)
     assert "\n" not in str(raised.value)
@@ -164,16 +164,16 @@ def test_kinds_of_reward_models_are_refused_before_any_model_is_loaded(folder):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("genarm", {"k": 5}, "k: means nothing to GenARM .* does not take the k likeliest tokens"),
-        ("pargs", {"top_p": 0.5}, "top-p: means nothing to PARGS"),
-        ("top_k", {"gate_entropy": 1.0}, "gate-entropy: means nothing to top-k sampling .* is not guided"),
-        ("vas", {"look_ahead": 3}, "look-ahead: means nothing to VAS"),
-        ("genarm", {"preference": (1.0,)}, "preference: means nothing to GenARM"),
-        ("parm", {"preference": (0.5, 0.2)}, "preference: got 0.5, 0.2, must be at least 0 and sum to 1"),
+        ("genarm", {"k": 5}, "k: is not an option of GenARM .* does not take the k most likely tokens"),
+        ("pargs", {"top_p": 0.5}, "top-p: is not an option of PARGS"),
+        ("top_k", {"gate_entropy": 1.0}, "gate-entropy: is not an option of top-k sampling .* is not guided"),
+        ("vas", {"look_ahead": 3}, "look-ahead: is not an option of VAS"),
+        ("genarm", {"preference": (1.0,)}, "preference: is not an option of GenARM"),
+        ("parm", {"preference": (0.5, 0.2)}, "preference: got 0.5, 0.2, must be numbers of at least 0 that sum to 1"),
         ("contrastive", {"weights": (1.5,)}, "weight: got 1.5, must be from 0 to 1"),
     ],
 )
-def test_numbers_that_mean_nothing_to_a_method_are_refused(method, changes, message):
+def test_numbers_that_do_not_apply_to_a_method_are_refused(method, changes, message):
     with pytest.raises(InputError, match=message):
         Settings(METHODS[method], **changes)
 
@@ -187,5 +187,5 @@ def test_another_tokenizer_is_refused_where_all_next_tokens_are_scored(folder, t
     one, other = list(vocabulary)[300:302]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match="has another tokenizer than the language model"):
+    with pytest.raises(InputError, match="does not have the language model's tokenizer"):
         answer(folder | {"other": str(tmp_path)}, "genarm", ["other"])

@@ -1,4 +1,4 @@
-"""Four devices answer as one does, whatever lies where."""
+"""Four devices give the same answers as one, however arrays are sharded."""
 
 import dataclasses
 from functools import lru_cache

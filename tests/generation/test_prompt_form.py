@@ -49,10 +49,10 @@ def test_the_reward_models_form_is_used_or_else_the_language_models(lm, rm, reme
     prompts, (warning,) = decoded(lm, hh, format="plain")
     assert prompts == [PLAIN] and f"form 'plain', but {hh} was trained with 'hh'" in warning
     assert decoded(lm, hh, format="hh") == ([HH], [])
-    with pytest.raises(InputError, match=f"{hh} 'hh', {tldr} 'tldr'; say which with --format"):
+    with pytest.raises(InputError, match=f"{hh} 'hh', {tldr} 'tldr'; choose one with --format"):
         decoded(lm, hh, tldr)
     assert len(decoded(lm, hh, tldr, format="hh")[1]) == 1
-    with pytest.raises(InputError, match="was trained with the prompt form 'xml', which is not known"):
+    with pytest.raises(InputError, match="was trained with the unknown prompt format 'xml'"):
         decoded(lm, remembering("rm", "xml"))
 
 

@@ -46,7 +46,7 @@ def session(lm, rm):
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "weak_to_strong"])
-def test_every_search_answers_and_says_what_it_took(name, session, monkeypatch):
+def test_every_search_answers_and_counts_tokens(name, session, monkeypatch):
     outcomes = []
     read = session._reader.read
     monkeypatch.setattr(session._reader, "read", lambda *given: outcomes.append(given[:2]) or read(*given))
@@ -64,7 +64,7 @@ def test_every_search_answers_and_says_what_it_took(name, session, monkeypatch):
     np.testing.assert_allclose(rewards, scored[: len(rewards)], atol=1e-4)
 
 
-def test_best_of_n_takes_the_best_of_the_answers_that_n_samples_are(session):
+def test_best_of_n_returns_the_best_of_n_separate_samples(session):
     """`--n` draws with the same keys."""
     plain = Settings(METHODS["top_k"], k=tiny_tokenizer().vocab_size, max_new_tokens=TOKENS, n=3)
     samples = [a for batch in session.answer(PROMPTS, plain) for a in batch]
@@ -93,16 +93,16 @@ def test_weak_to_strong_search_scores_by_a_log_ratio(lm, save_tiny):
     assert all(len(row.guide_rewards) == 1 and row.rm_tokens > 2 * row.tokens for row in found.values())
 
 
-def test_what_means_nothing_to_a_search_is_refused():
+def test_options_that_do_not_apply_to_a_search_are_refused():
     def refused(name, words, **changes):
         with pytest.raises(InputError, match=words):
             Settings(METHODS[name], **changes)
 
-    refused("best_of_n", "search.beams: means nothing to best-of-n .*; leave it out", search=(("beams", 2),))
-    refused("pargs", "search.samples: means nothing to PARGS", search=(("samples", 2),))
-    refused("smc", "trace and explain: are not for twisted SMC", trace="tokens")
-    refused("cards", "search.mean and search.deviation: got one", search=(("mean", 1.0),))
+    refused("best_of_n", "search.beams: is not an option of best-of-n .*; leave it out", search=(("beams", 2),))
+    refused("pargs", "search.samples: is not an option of PARGS", search=(("samples", 2),))
+    refused("smc", "trace and explain: are not supported by twisted SMC", trace="tokens")
+    refused("cards", "search.mean and search.deviation: got only one", search=(("mean", 1.0),))
     refused("cards", "1 <= shortest <= longest", search=(("shortest", 9), ("longest", 3)))
     with pytest.raises(InputError, match="weight: got 3 weights for 2 reward models"):
         Settings(METHODS["cards"], weights=(1.0, 2.0, 3.0)).guide_weights(2)
-    refused("best_of_n", "gate-entropy: means nothing to .*, which is not guided at each token", gate_entropy=1.0)
+    refused("best_of_n", "gate-entropy: is not an option of .*, which is not guided at each token", gate_entropy=1.0)

@@ -72,8 +72,8 @@ def test_an_answer_does_not_depend_on_its_batch(session, guided):
     assert len({answer.response for answer in guided.values()}) == 4
 
 
-def test_an_answer_tells_the_truth_about_itself(session, guided, log_probs_of, rewards_of):
-    """By another way: greedy answers of the tokens' own models, from one full pass each."""
+def test_the_numbers_of_an_answer_are_those_of_full_passes(session, guided, log_probs_of, rewards_of):
+    """An independent check: greedy answers, each token from a full pass."""
     greedy = answers(session, method="greedy")
     for prompt in PROMPTS:
         answer = greedy[prompt.id]
@@ -114,7 +114,7 @@ def test_in_bfloat16_numbers_are_those_of_float32_up_to_its_rounding(session, lm
     assert {leaf.dtype for leaf in jax.tree.leaves(rounded.reward_models[0].params)} == {jnp.dtype("bfloat16")}
 
 
-def test_samples_of_a_prompt_are_answers_of_their_own(session, guided):
+def test_each_sample_of_a_prompt_is_a_separate_answer(session, guided):
     """The first is the one that there is without others, in any batch; those that are there already are left out."""
     settings = Settings(METHODS["pargs"], max_new_tokens=TOKENS, temperature=3.0, n=3, batch_size=5)
     found = [answer for batch in session.answer(PROMPTS, settings) for answer in batch]
@@ -128,7 +128,7 @@ def test_samples_of_a_prompt_are_answers_of_their_own(session, guided):
         row: by_row[row] for row in (("0", 1), ("2", 0))
     }
     with pytest.raises(
-        InputError, match=r"\An: 2 answers of greedy decoding, which does not sample, would be the same"
+        InputError, match=r"\An: got 2, but greedy decoding does not sample, so all answers would be the same"
     ):
         Settings(METHODS["greedy"], n=2)
 
@@ -225,7 +225,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(lm, rm, rewards_o
         assert found[answer.id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
 
 
-def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_path, monkeypatch):
+def test_a_batch_is_decoded_again_when_texts_exceed_the_answer_width(lm, tmp_path, monkeypatch):
     """To the same answers; or, where a model has no positions for them, to one line."""
     tokenizer = tiny_tokenizer()
     config = dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer.vocab_size, attention="prefix_causal")
@@ -235,10 +235,12 @@ def test_texts_that_take_more_room_than_was_thought_are_decoded_again(lm, tmp_pa
     session = Session(lm, [str(tmp_path)])
     longest = max(len(tokenizer.encode_prompt(prompt.text)) for prompt in PROMPTS)
     expected = answers(session)
-    monkeypatch.setattr(reward_models, "first_room", lambda _: 2)
+    monkeypatch.setattr(reward_models, "first_answer_width", lambda _: 2)
     assert [a.response for a in answers(session).values()] == [a.response for a in expected.values()]
     monkeypatch.setattr(reward_models, "table_of_positions", lambda _: longest + 4)
-    with pytest.raises(InputError, match=r"takes \d+ of its tokens; after the longest prompt it has positions for 4;"):
+    with pytest.raises(
+        InputError, match=r"needs \d+ of its tokens, but after the longest prompt only 4 fit its context;"
+    ):
         answers(session)
 
 

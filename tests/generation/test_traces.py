@@ -79,7 +79,7 @@ def test_every_number_is_that_of_the_models(session, answers, reference):
         assert answer.trace.guide_rewards == answer.guide_rewards == pytest.approx(token.rewards, abs=1e-6)
 
 
-def test_the_whole_is_the_sum_of_its_tokens(session, answers):
+def test_an_answers_totals_are_the_sums_over_its_tokens(session, answers):
     for answer in answers:
         trace = answer.trace
         assert len(trace.tokens) == answer.tokens and "".join(token.text for token in trace.tokens) == answer.response
@@ -92,7 +92,7 @@ def test_the_whole_is_the_sum_of_its_tokens(session, answers):
         assert (trace.lm, *trace.reward_models) == (session.lm, session.reward_models[0].source)
 
 
-def test_what_cannot_be_drawn_and_what_is_not_there(session):
+def test_impossible_candidates_and_missing_rewards_in_traces(session):
     """Greedy decoding gives one candidate all the probability; without guidance there are no rewards of tokens."""
     for answer in traced(session, "pargs_greedy", k=3):
         assert answer.trace.temperature is None
@@ -192,7 +192,7 @@ def test_options_that_do_not_go_together(config, changes, message):
     [
         (lambda row: row.pop("kl"), "'kl' is missing"),
         (lambda row: row["tokens"][1].pop("log_q"), "'log_q' is missing"),
-        (lambda row: row["tokens"][0].update(text="!?"), "the texts of its tokens are not its response"),
+        (lambda row: row["tokens"][0].update(text="!?"), "the texts of its tokens do not add up to its response"),
         (lambda row: row["tokens"][0].update(rewards=1), r"[^\n]*iterable[^\n]*"),
         (lambda row: row.update(tokens=3), r"[^\n]*iterable[^\n]*"),
     ],
@@ -203,11 +203,14 @@ def test_a_line_that_is_not_a_trace_is_one_line_of_error(answers, tmp_path, spoi
     row = json.loads(good)
     spoil(row)
     path.write_text(f"{good}\n{json.dumps(row)}\n")
-    with pytest.raises(InputError, match=rf"t.jsonl: line 2 is not a trace \({reason}\); decode.py writes them\Z"):
+    with pytest.raises(
+        InputError,
+        match=rf"t.jsonl: line 2 is not a trace \({reason}\); the option trace of decode.py writes them\Z",
+    ):
         list(read_traces(path))
 
 
-def test_what_is_not_a_file_of_traces_is_one_line_of_error(tmp_path):
+def test_a_file_that_does_not_hold_traces_is_one_line_of_error(tmp_path):
     for name, content in {"text": b"Hi\n", "list": b"[]\n", "bytes": b"\xff\n"}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"\A{tmp_path / name}: [^\n]+\Z"):

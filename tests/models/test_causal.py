@@ -1,4 +1,4 @@
-"""What an output may depend on (the tokens up to its own, nothing else), and that cached and uncached passes agree."""
+"""Outputs depend only on the tokens up to their own, and cached and uncached passes agree."""
 
 import dataclasses
 from functools import partial

@@ -71,7 +71,7 @@ def test_every_field_that_transformers_knows_is_known_here(family):
 
 
 @pytest.mark.parametrize("folder", [*sorted(SHAPES.iterdir()), Path(DEMO_LM)], ids=lambda path: path.name)
-def test_what_comes_with_the_package_is_read_without_a_warning(folder):
+def test_configs_in_the_package_are_read_without_a_warning(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", InputWarning)
         describe_model(folder, "reward")
@@ -82,7 +82,7 @@ def test_unknown_fields_are_named_in_one_warning_and_ours_are_not(family, tmp_pa
     with pytest.warns(InputWarning) as caught:
         describe(tmp_path, family, qk_norm=True, mystery=None, pargs_anything="hh", torch_dtype="bfloat16", top_k=3)
     assert [str(warning.message) for warning in caught if warning.category is InputWarning] == [
-        f"{tmp_path}/config.json: not known for {family} and not used: qk_norm, mystery"
+        f"{tmp_path}/config.json: ignoring fields that are unknown for {family}: qk_norm, mystery"
     ]
 
 
@@ -91,7 +91,7 @@ def test_code_that_comes_with_a_checkpoint_and_adapters_are_not_used_in_silence(
     with pytest.warns(InputWarning) as caught:
         describe(tmp_path, "llama", auto_map={"AutoConfig": "configuration_own.Own"}, architectures=["Own"])
     code, adapter = (str(warning.message) for warning in caught if warning.category is InputWarning)
-    assert "names code of its own (auto_map), which is not run" in code
+    assert "has custom code (auto_map), which is not run" in code
     assert "adapter_config.json is not applied" in adapter
 
 
@@ -151,9 +151,9 @@ IMPOSSIBLE = [
     ("llama", {"num_attention_heads": 3}, "The hidden size (16) is not a multiple of"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
     ("llama", {"num_key_value_heads": 8}, "num_key_value_heads 8 does not divide num_attention_heads 4"),
-    ("llama", {"head_dim": 3}, "head_dim is 3, which rotary positions (default) cannot turn"),
+    ("llama", {"head_dim": 3}, "head_dim is 3, which rotary positions (default) cannot rotate"),
     ("llama", {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-     "head_dim is 2, which rotary positions (dynamic) cannot turn"),
+     "head_dim is 2, which rotary positions (dynamic) cannot rotate"),
     ("deberta-v2", {"pooler_hidden_act": "no such thing"}, "pooler_hidden_act 'no such thing' is not known; known are"),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "mish"}, "conv_act 'mish' is not known; known are"),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 3}, "conv_groups 3 does not divide hidden_size 16"),
@@ -165,13 +165,13 @@ IMPOSSIBLE = [
     ("deberta-v2", {"norm_rel_ebd": ["layer_norm"]}, "norm_rel_ebd is ['layer_norm'], must be 'layer_norm' or 'none'"),
     ("deberta-v2", {"attention_head_size": 8}, "attention_head_size is 8, must be 4 as hidden_size is 16"),
     ("deberta-v2", {"pooler_hidden_size": 8}, "pooler_hidden_size is 8, must be 16 as hidden_size is 16"),
-    ("deberta-v2", {"type_vocab_size": 1}, "type_vocab_size is 1, which has no row for the second text of a pair"),
+    ("deberta-v2", {"type_vocab_size": 1}, "type_vocab_size is 1, which leaves no row for the second text of a pair"),
     ("deberta-v2", {"pargs_attention": "sideways"}, "pargs_attention is 'sideways', must be"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "fields", "told"), IMPOSSIBLE)
-def test_sizes_and_names_that_cannot_be_are_one_line(family, fields, told, tmp_path):
+def test_impossible_sizes_and_names_are_one_line(family, fields, told, tmp_path):
     assert told in refusal(tmp_path, family, **fields)
 
 
@@ -181,7 +181,7 @@ def test_an_architecture_that_is_not_a_name_is_one_line(tmp_path):
         describe_model(tmp_path, "reward")
 
 
-def test_what_no_convolution_needs_may_be_anything(tmp_path):
+def test_convolution_fields_may_have_any_value_without_a_convolution(tmp_path):
     assert describe(tmp_path, "deberta-v2", conv_act="mish", conv_kernel_size=-1) == describe(tmp_path, "deberta-v2")
 
 

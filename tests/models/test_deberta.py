@@ -42,7 +42,7 @@ CLS, SEP = 1, 2
 
 
 def shaken(model, seed=0):
-    """Random parameters whose norms and biases do something."""
+    """Random parameters, with norms and biases that are not trivial."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), random_params(model, seed))
 

@@ -413,7 +413,7 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(InputError) as error:
         load_model("someone/no-model", "vocabulary")
-    assert str(error.value).startswith("someone/no-model: neither a local folder") and "\n" not in str(error.value)
+    assert str(error.value).startswith("someone/no-model: not a local folder") and "\n" not in str(error.value)
 
 
 def without(name):
@@ -472,7 +472,7 @@ DAMAGE = {
         lambda folder: edit_tensors(folder, lambda tensors: {**tensors, "model.extra": np.ones(1, np.float32)}),
         "extra is not part of this architecture",
     ),
-    "two labels": (two_labels, "a reward model has one label; this classifier has 2"),
+    "two labels": (two_labels, "this classifier has 2 labels, a reward model must have 1"),
 }
 
 
@@ -486,6 +486,6 @@ def test_unusable_checkpoints_are_one_clear_line(damage, checkpoint):
     assert "\n" not in str(error.value)
 
 
-def test_a_reward_model_that_is_not_tied_is_no_language_model(originals):
+def test_an_untied_reward_model_is_not_a_language_model(originals):
     with pytest.raises(InputError, match=r"lm_head.weight is missing"):
         load_model(originals["llama", "reward"][0], "vocabulary")

@@ -22,7 +22,7 @@ def outputs(model, params):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "deberta"])
-def test_additions_are_nothing_at_first_and_merge_exactly(family):
+def test_additions_start_at_zero_and_merge_exactly(family):
     if family == "deberta":
         model = EncoderModel(TINY_DEBERTA)
         params = random_params(model)

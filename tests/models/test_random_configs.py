@@ -263,7 +263,7 @@ class Case(NamedTuple):
 
 
 def draw(seed: int, number: int) -> Case:
-    """The case of that number in the series of that seed."""
+    """Case `number` of the series with this seed."""
     rng = np.random.default_rng([seed, number])
 
     def pick(values: list[Any]) -> Any:
@@ -413,7 +413,7 @@ def quiet_reference() -> Iterator[None]:
 
 
 def run(seed: int, count: int) -> tuple[collections.Counter, list[str], dict[str, dict[str, set[str]]]]:
-    """How many cases came to what, those that went wrong, and the values that each field had in those compared."""
+    """Counts of outcomes, the failed cases, and the values of each field in the compared cases."""
     ends: collections.Counter = collections.Counter()
     wrong: list[str] = []
     values: dict[str, dict[str, set[str]]] = {}

@@ -154,7 +154,7 @@ def test_only_dynamic_scaling_reaches_beyond_the_trained_length():
         ({"rope_type": "yarn", "original_max_position_embeddings": 8}, "RoPE scaling 'yarn' needs factor"),
         ({"rope_type": None}, "RoPE scaling None is not known"),
         ({"rope_type": "proportional", "factor": 2.0}, "RoPE scaling 'proportional' is not known"),
-        ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention: scalings of single layers"),
+        ({"full_attention": {"rope_type": "default"}}, "rope_parameters has full_attention: scaling of single layers"),
         ({"rope_type": "linear", "factor": 0}, "factor is 0 in rope_parameters, must be a number above 0"),
         ({"rope_type": "linear", "factor": "2"}, "factor is '2' in rope_parameters"),
         ({"rope_type": "default", "rope_theta": None}, "rope_theta is None in rope_parameters"),

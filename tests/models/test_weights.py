@@ -73,7 +73,10 @@ def test_another_head_than_the_embeddings_counts_whatever_the_config_says(family
     write(tmp_path, family, change=lambda tensors: tensors.update({"lm_head.weight": head}), tie_word_embeddings=True)
     if files == "shards":
         shard(tmp_path)
-    with pytest.warns(InputWarning, match=r"config.json ties lm_head.weight to .*, but another one is stored and used"):
+    with pytest.warns(
+        InputWarning,
+        match=r"config.json ties lm_head.weight to .*, but the checkpoint stores a different one, which is used",
+    ):
         model, params, *_ = load_model(tmp_path, "vocabulary")
     assert not model.config.tied_embeddings
     assert_torch_agrees(tmp_path, model, params)
@@ -141,7 +144,7 @@ def test_weights_that_are_not_of_floating_point_are_named(dtype, told, tmp_path)
     assert f"{SINGLE}: {name} is stored as {told}, weights must be F16, BF16, F32, F64" in refusal(tmp_path)
 
 
-def test_masks_of_older_checkpoints_are_no_weights(tmp_path):
+def test_masks_of_older_checkpoints_are_not_weights(tmp_path):
     params = write(tmp_path, change=lambda tensors: tensors.update({"h.0.attn.bias": np.ones((4, 4), bool)}))
     jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path, "vocabulary").params, params)
 

@@ -33,7 +33,7 @@ GLOO = re.compile(r"\[Gloo\]|Rank|Expected number of|connected|peer ranks|is|to|
 
 @contextlib.contextmanager
 def started(command, *options, processes=1):
-    """A front door in so many processes, whose outputs are piped."""
+    """Starts a front door in `processes` processes, with piped outputs."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -94,7 +94,7 @@ def test_the_partial_loss_is_equation_5(options):
 
 
 @pytest.mark.parametrize("loss", [bradley_terry, partial_bradley_terry])
-def test_what_stands_past_an_answers_end_changes_nothing(loss):
+def test_tokens_after_an_answers_end_change_nothing(loss):
     value, gradient = value_and_gradient(loss, some_rewards(fill=np.nan))
     other_value, other_gradient = value_and_gradient(loss, some_rewards(fill=1e6))
     assert value == other_value

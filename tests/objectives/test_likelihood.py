@@ -55,7 +55,7 @@ def test_weights_count_rows_by_their_tokens():
     assert 0 < hits < tokens
 
 
-def test_what_stands_past_an_answers_end_changes_nothing():
+def test_tokens_after_an_answers_end_change_nothing():
     logits, answers = some_logits()
     value, gradient = value_and_gradient(logits, answers, jnp.asarray(WEIGHTS))
     padding = np.arange(6) >= LENGTHS[:, None]

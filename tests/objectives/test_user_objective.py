@@ -1,6 +1,5 @@
-"""An objective that a user writes: DPO, with a frozen reference, as docs/adding_an_objective.md shows it."""
+"""An objective that a user writes: IPO, with a frozen reference, as docs/adding_an_objective.md shows it."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,22 +17,22 @@ from pargs_jax.training.step import begin, make_optimizer, make_train_step
 
 
 @dataclass(frozen=True)
-class DirectPreference(Loss):
-    name = "dpo"
-    meaning = "the language model itself as reward model, against a reference"
+class IdentityPreference(Loss):
+    name = "ipo"
+    meaning = "the language model itself, with a bounded margin over a reference"
     head = "vocabulary"
     answers = 2
     frozen = ("reference",)
 
-    beta: float = option(0.1, "weight of the KL divergence from the reference", above=0)
+    tau: float = option(0.1, "weight of the KL divergence from the reference", above=0)
 
     def chance(self, vocab_size):
-        return math.log(2)
+        return 1 / (2 * self.tau) ** 2
 
     def __call__(self, outputs, batch, key=None, *, reference):
         ratio = sums(outputs.logits(), batch) - sums(reference.logits(), batch)
-        gain = self.beta * (ratio[:, 0] - ratio[:, 1])
-        loss = (-jax.nn.log_sigmoid(gain) * batch.weights).sum() / batch.weights.sum()
+        gain = ratio[:, 0] - ratio[:, 1]
+        loss = ((gain - 1 / (2 * self.tau)) ** 2 * batch.weights).sum() / batch.weights.sum()
         accuracy = ((gain > 0) * batch.weights).sum() / batch.weights.sum()
         return LossResult(loss, {"accuracy": accuracy}, batch.weights.sum())
 
@@ -59,7 +58,7 @@ def batch():
 def trained():
     """An objective, the trained model's parameters, and those of the reference."""
     model, params = tiny_model("gpt2")
-    objective = Objective(model, DirectPreference(beta=0.5), frozen=(("reference", model),))
+    objective = Objective(model, IdentityPreference(tau=0.5), frozen=(("reference", model),))
     return objective, params, tiny_model("gpt2", seed=1)[1]
 
 
@@ -83,8 +82,8 @@ def test_the_loss_is_that_of_the_formula(trained):
             - log_probability(objective.model, reference, row, answer)
             for answer in (0, 1)
         )
-        gains.append(0.5 * (chosen - rejected))
-    assert float(loss) == pytest.approx(np.log1p(np.exp(-np.array(gains))).mean(), rel=1e-4)
+        gains.append(chosen - rejected)
+    assert float(loss) == pytest.approx(np.square(np.array(gains) - 1).mean(), rel=1e-4)
     assert float(metrics["accuracy"]) == np.mean(np.array(gains) > 0) and weight == 2
 
 
@@ -92,7 +91,7 @@ def test_the_loss_is_that_of_the_formula(trained):
 def test_only_the_model_is_trained(trained, dtype):
     objective, params, reference = trained
     objective = Objective(objective.model, objective.loss, dtype, frozen=objective.frozen)
-    optimizer, _ = make_optimizer(OptimConfig(lr=1e-2, warmup=0.0), 10)
+    optimizer, _ = make_optimizer(OptimConfig(lr=1e-3, warmup=0.0), 10)
     step = make_train_step(objective, optimizer)
     state = begin(optimizer, jax.tree.map(jnp.copy, params))
     losses = []
@@ -105,11 +104,11 @@ def test_only_the_model_is_trained(trained, dtype):
 
 def test_options_of_one_name_are_declared_alike():
     @dataclass(frozen=True)
-    class Other(DirectPreference):
-        beta: float = option(0.05, "weight of the KL divergence from the reference", above=0)
+    class Other(IdentityPreference):
+        tau: float = option(0.05, "weight of the KL divergence from the reference", above=0)
 
-    (name, kind, declared), *_ = merged_options({"dpo": DirectPreference, "again": DirectPreference})
-    assert (name, kind, declared.default) == ("beta", float, 0.1)
-    assert declared.metadata["meaning"] == "dpo, again: weight of the KL divergence from the reference"
-    with pytest.raises(TypeError, match="other and dpo declare the option beta differently"):
-        merged_options({"dpo": DirectPreference, "other": Other})
+    (name, kind, declared), *_ = merged_options({"ipo": IdentityPreference, "again": IdentityPreference})
+    assert (name, kind, declared.default) == ("tau", float, 0.1)
+    assert declared.metadata["meaning"] == "ipo, again: weight of the KL divergence from the reference"
+    with pytest.raises(TypeError, match="other and ipo declare the option tau differently"):
+        merged_options({"ipo": IdentityPreference, "other": Other})

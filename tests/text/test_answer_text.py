@@ -1,4 +1,4 @@
-"""The text of an answer, dealt out to its tokens."""
+"""The text of an answer, divided among its tokens."""
 
 import random
 

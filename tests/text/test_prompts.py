@@ -108,7 +108,7 @@ SILENT = ("gpt2", None)
         (None, [[A], [SILENT]], "hh", None),
         (None, [[SILENT, A], [SILENT]], "hh", None),
         (None, [[SILENT], [LM]], "shp", None),
-        (None, [[A], [LM]], "hh", "form 'hh', but runs/sft was trained with 'shp'"),
+        (None, [[A], [LM]], "hh", "format 'hh', but runs/sft was trained with 'shp'"),
         ("hh", [[A], [SILENT]], "hh", None),
         (
             "tldr",
@@ -116,7 +116,7 @@ SILENT = ("gpt2", None)
             "tldr",
             "'tldr', but runs/a was trained with 'hh' and runs/sft was trained with 'shp'",
         ),
-        ("plain", [[("runs/c", "xml")]], "plain", "form 'plain', but runs/c was trained with 'xml'"),
+        ("plain", [[("runs/c", "xml")]], "plain", "format 'plain', but runs/c was trained with 'xml'"),
     ],
 )
 def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered, form, warned):
@@ -131,10 +131,10 @@ def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered
 @pytest.mark.parametrize(
     ("remembered", "message"),
     [
-        ([[A, B]], "different prompt forms: runs/a 'hh', runs/b 'tldr'; say which with --format"),
-        ([[("runs/c", "xml")]], "runs/c: was trained with the prompt form 'xml', which is not known; known are hh, "),
-        ([[("runs/c", ["hh"])]], "not known"),
-        ([[("runs/c", "")]], "not known"),
+        ([[A, B]], "different prompt formats: runs/a 'hh', runs/b 'tldr'; choose one with --format"),
+        ([[("runs/c", "xml")]], "runs/c: was trained with the unknown prompt format 'xml'; choose one of hh, "),
+        ([[("runs/c", ["hh"])]], "unknown prompt format"),
+        ([[("runs/c", "")]], "unknown prompt format"),
     ],
 )
 def test_forms_that_do_not_agree_or_are_not_known_are_one_line(remembered, message):

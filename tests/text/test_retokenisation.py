@@ -202,7 +202,7 @@ def test_bytes_that_later_ones_may_make_invalid_are_not_settled():
     assert lm.decode_answer(prompt, answer) == "\ufffd" * len([*valid, broken]) + " to"
 
 
-def test_what_was_asked_before_changes_nothing():
+def test_earlier_calls_change_nothing():
     new = Retokeniser(tokenizer("demo"), tokenizer("pair"))
     for call, split in list(english("demo", "pair", steps=40))[::13]:
         for known, unknown in zip(split, new.candidates(*call), strict=True):

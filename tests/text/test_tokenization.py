@@ -17,7 +17,7 @@ REAL = {
 }
 SMALL = {"small llama": "llama", "small gpt2": "gpt2", "small deberta": "deberta"}
 GENERATORS = ["small llama", "small gpt2", "stories", "gpt2", "mistral"]
-"""Those of language models."""
+"""The tokenizers of language models."""
 PAIR_ENCODERS = ["small deberta", "deberta"]
 
 
@@ -72,7 +72,7 @@ def test_known_ids(tokenizer_of):
     assert mistral.encode_answer("Hello") == [16230]  # Hello, without the space
 
 
-def test_the_space_before_a_text_of_its_own_is_not_put_into_the_middle_of_one(tokenizer_of):
+def test_the_space_that_starts_a_text_is_not_added_in_mid_text(tokenizer_of):
     pieces = {
         name: [tokenizer_of(name)._tokenizer.convert_ids_to_tokens(ids) for ids in (
             tokenizer_of(name).encode_answer("good cat", starts_text=True),
@@ -135,7 +135,7 @@ def test_parts_are_encoded_as_whole_texts_are(tokenizer_of, name):
 
 
 @pytest.mark.parametrize("name", ["small llama", "small gpt2", "stories", "gpt2"])
-def test_an_unfinished_character_is_dropped_and_what_stands_before_it_stays(tokenizer_of, name):
+def test_an_unfinished_character_is_dropped_and_the_text_before_it_stays(tokenizer_of, name):
     tokenizer = tokenizer_of(name)
     prompt = tokenizer.encode_prompt("Why?\n")
     ids = tokenizer.encode_answer("ok\n🙂")
@@ -189,6 +189,6 @@ def test_chat_templates_become_special_tokens(tokenizer_of, gpt2):
 
 
 @pytest.mark.parametrize("source", ["no/such/folder", "/nowhere", Path(__file__).parent])
-def test_what_is_not_a_tokenizer_is_one_line_of_error(source):
+def test_folders_without_a_tokenizer_are_one_line_of_error(source):
     with pytest.raises(InputError, match=r"\Atokenizer '[^\n]+\Z"):
         TextTokenizer.load(source)

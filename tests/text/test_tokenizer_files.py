@@ -65,7 +65,7 @@ def test_whole_tokenizers_load_from_either_layout(folders, name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_files_that_are_missing_are_named(changed, name):
-    """Whichever they are, and whatever else is missing."""
+    """Whichever files are missing."""
     wanted = VOCABULARIES[name]
     for count in range(1, len(wanted) + 1):
         for gone in itertools.combinations(wanted, count):
@@ -94,12 +94,12 @@ def test_a_tokenizer_json_without_tokens_is_refused(changed, folders):
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
     definition["model"] |= {"vocab": {}, "merges": []}
     assert refusal(changed("llama3", **{"tokenizer.json": json.dumps(definition).encode()})) == (
-        "tokenizer.json holds no tokens"
+        "tokenizer.json has no tokens"
     )
 
 
-def test_settings_without_which_a_text_is_split_otherwise_are_missed(changed, folders):
-    with pytest.warns(InputWarning, match=r"no tokenizer_config.json names the tokenizer's class"):
+def test_missing_tokenizer_settings_give_a_warning(changed, folders):
+    with pytest.warns(InputWarning, match=r"no tokenizer_config.json with the tokenizer's class"):
         TextTokenizer.load(changed("llama", ["tokenizer_config.json"]), [2])
     definition = json.loads((folders["llama3"] / "tokenizer.json").read_bytes())
     single = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -113,7 +113,7 @@ def test_settings_without_which_a_text_is_split_otherwise_are_missed(changed, fo
 
 
 def tokenizer_of(tokens):
-    """So many tokens."""
+    """A tokenizer with this many tokens."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -137,11 +137,13 @@ def test_padded_vocabularies_are_usual(tokens, embeddings):
 
 def test_a_tokenizer_must_have_about_as_many_tokens_as_the_model_embeddings():
     tokenizer = tokenizer_of(1000)
-    with pytest.raises(InputError, match=r"\Asomewhere: its tokenizer needs 1000 embeddings, the model has 999\Z"):
+    with pytest.raises(InputError, match=r"\Asomewhere: its tokenizer needs 1000 embeddings, but the model has 999\Z"):
         tokenizer.check_embeddings(999, "somewhere")
-    with pytest.raises(InputError, match="has 1000 tokens, the model 2001 embeddings; it is cut off, or another"):
+    with pytest.raises(
+        InputError, match="has 1000 tokens, but the model has 2001 embeddings; the tokenizer is incomplete"
+    ):
         tokenizer.check_embeddings(2001, "somewhere")
-    with pytest.warns(InputWarning, match="has 1000 tokens, the model 2000 embeddings; see that it is the model's own"):
+    with pytest.warns(InputWarning, match="has 1000 tokens, but the model has 2000 embeddings; check that"):
         tokenizer.check_embeddings(2000, "somewhere")
 
 
@@ -150,7 +152,7 @@ def test_a_gap_in_the_ids_counts():
     from transformers import PreTrainedTokenizerFast
 
     model = Tokenizer(models.WordLevel({"a": 0, "b": 70}, unk_token="a"))
-    with pytest.raises(InputError, match="needs 71 embeddings, the model has 64"):
+    with pytest.raises(InputError, match="needs 71 embeddings, but the model has 64"):
         TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=model, eos_token="b")).check_embeddings(64, "it")
 
 
@@ -158,7 +160,7 @@ def test_a_gap_in_the_ids_counts():
 @pytest.mark.parametrize(
     ("folder", "embeddings"), [("deberta_v3", 128100), ("gpt2", 50257), ("gpt2", 50304), ("mistral_v1", 32064)]
 )
-def test_real_ones_are_not_refused(folder, embeddings):
+def test_real_tokenizers_are_not_refused(folder, embeddings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", InputWarning)
         TextTokenizer.load(SHARED / "tokenizers" / folder).check_embeddings(embeddings, folder)

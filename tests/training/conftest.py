@@ -1,4 +1,4 @@
-"""What whole runs need: a tiny checkpoint to start from, and steps that are compiled once."""
+"""Fixtures for whole runs: a tiny checkpoint to start from, and steps that are compiled once."""
 
 import jax
 import pytest

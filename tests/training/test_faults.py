@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(saved, how, capfd):
         assert int(state.step) == checkpoints.latest_step == 2
         np.testing.assert_array_equal(state.params["w"], state_of(2).params["w"])
         checkpoints.save(state_of(3))
-    assert warnings == [f"{saved}/3: is damaged; going on with the checkpoint before, of step 2"]
+    assert warnings == [f"{saved}/3: is damaged; continuing from the previous checkpoint, of step 2"]
     assert (saved / "damaged-3").is_dir()
     with Checkpoints(saved, keep=3) as checkpoints:
         assert int(checkpoints.restore(state_of(0), warnings.append).step) == 3
@@ -144,7 +144,7 @@ def test_only_damaged_checkpoints_and_one_of_another_model_are_refused(saved):
     assert steps_in(saved) == [1, 2, 3]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(saved):
+def test_the_remains_of_a_killed_save_are_not_a_checkpoint_and_are_removed(saved):
     (saved / "3").rename(saved / "3.orbax-checkpoint-tmp")
     with Checkpoints(saved, keep=3) as checkpoints:
         assert checkpoints.latest_step == 2
@@ -162,14 +162,14 @@ def files_cannot_grow_beyond(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_save_that_the_disk_does_not_take_leaves_the_one_before(saved):
+def test_a_save_that_fails_on_a_full_disk_leaves_the_previous_one(saved):
     def save():
         with files_cannot_grow_beyond(10_000), Checkpoints(saved, keep=3) as checkpoints:
             checkpoints.save(state_of(4))
             checkpoints.wait()
 
     message = refused(save)
-    assert message.startswith(f"{saved}/4: cannot be written (File too large); the checkpoint of step 3 is kept;")
+    assert message.startswith(f"{saved}/4: cannot be written (File too large); the checkpoint of step 3 is safe;")
     with Checkpoints(saved, keep=3) as checkpoints:
         assert int(checkpoints.restore(state_of(0), print).step) == 3
     assert steps_in(saved) == [1, 2, 3]
@@ -188,7 +188,9 @@ def full(*_, **__):
     ],
     ids=["metrics", "export", "config"],
 )
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, monkeypatch, module, name, place, left):
+def test_a_full_disk_is_one_line_and_the_run_resumes_once_there_is_space(
+    config, monkeypatch, module, name, place, left
+):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, full)
         message = refused(lambda: train(config))
@@ -200,7 +202,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config, 
 
 
 def change_step(monkeypatch, number, change):
-    """Has `change(state, metrics)` make something else of what step `number` returned."""
+    """Replaces the result of step `number` with `change(state, metrics)`."""
     make = program.make_train_step
 
     def make_changed(*args, **options):
@@ -219,7 +221,7 @@ def test_a_loss_that_explodes_ends_the_run_which_may_go_on_without_the_limit(con
     with monkeypatch.context() as patch:
         change_step(patch, 4, lambda state, metrics: (state, metrics | {"loss": 100 * metrics["loss"]}))
         message = refused(lambda: train(config))
-        assert re.match(r"step 4: the loss is \d.*, and no step's may be over \d.* \(loss_limit\); the ", message)
+        assert re.match(r"step 4: the loss is \d.*, over the limit of \d.* \(loss_limit\); the ", message)
         assert steps_in(Path(config.out) / "checkpoints") == [2]
         resumed(dataclasses.replace(config, loss_limit=0.0))
     assert steps_in(Path(config.out) / "checkpoints")[-1] == 6
@@ -231,8 +233,8 @@ def test_an_update_that_overflows_is_not_saved(config, monkeypatch):
 
     change_step(monkeypatch, 4, overflow)
     message = refused(lambda: train(config))
-    assert message.startswith("step 4: its update made weights or optimizer state that are not finite; the checkpoint")
-    assert "of step 2 is kept" in message
+    assert message.startswith("step 4: its update made weights or optimizer state infinite or NaN; the checkpoint")
+    assert "of step 2 is safe" in message
     assert steps_in(Path(config.out) / "checkpoints") == [2]
 
 
@@ -309,7 +311,7 @@ def test_a_process_that_is_terminated_exits_with_143_and_keeps_other_runs_out(co
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert "another run is writing there" in refused(lambda: resumed(config))
+        assert "another run is writing to it" in refused(lambda: resumed(config))
         process.terminate()
         printed, errors = process.communicate(timeout=60)
     acknowledged = "stopping after this step; send SIGTERM again to stop at once\n"

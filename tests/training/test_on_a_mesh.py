@@ -83,7 +83,7 @@ def test_four_devices_equal_one(name, mesh):
     assert np.ptp(losses) > 1e-4
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_like_their_parameters():
     _, state = trained("llama", "cpu-4,fsdp=2,tensor=2")
     places = shardings_of(state.params)
     assert places["backbone"]["layers"]["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")

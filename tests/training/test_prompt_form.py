@@ -57,7 +57,7 @@ def saved_form(config):
 
 
 def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
-    """To the run that starts from it; a resumed run keeps its own."""
+    """A run that starts from it uses its form; a resumed run keeps its own."""
     assert load_model(lm, "reward").prompt_form is None
     first = settings("first", format="hh")
     assert not train(first)[1]
@@ -79,7 +79,7 @@ def test_a_model_remembers_its_form_and_hands_it_on(settings, lm):
         resumed = settings("third", init=first.out, format=form, steps=2, resume=True)
         assert "format: plain" in train(resumed)[0]
         assert saved_form(resumed) == "plain"
-    with pytest.raises(InputError, match=r'has --data.format "plain", this one "hh"'):
+    with pytest.raises(InputError, match=r'has --data.format "plain", but this one has "hh"'):
         command.train(settings("third", init=first.out, format="hh", resume=True))
 
 
@@ -100,17 +100,15 @@ def test_a_form_that_is_not_known_is_one_line(settings, tmp_path):
     train(first)
     config = Path(first.out) / "model" / "config.json"
     config.write_text(config.read_text().replace('"pargs_prompt_form": "hh"', '"pargs_prompt_form": "hj"'))
-    with pytest.raises(
-        InputError, match=re.escape(f"{first.out}: was trained with the prompt form 'hj', which is not")
-    ):
+    with pytest.raises(InputError, match=re.escape(f"{first.out}: was trained with the unknown prompt format 'hj'")):
         command.train(settings("second", init=first.out))
     assert "'hj'" in train(settings("third", init=first.out, format="hh"))[1][0]
 
 
 def test_splits_and_columns_of_a_file(settings, tmp_path):
     printed, _ = train(settings("run", eval=str(tmp_path / "pairs.jsonl")))
-    assert "pairs.jsonl (train): 2 rows of other splits are left out" in printed
-    assert "pairs.jsonl (eval): 4 rows of other splits are left out" in printed
+    assert "pairs.jsonl (train): skipped 2 rows of other splits" in printed
+    assert "pairs.jsonl (eval): skipped 4 rows of other splits" in printed
     assert "(train): 4 rows" in printed and "(eval): 2 rows" in printed
     questions = write_rows(
         tmp_path / "questions.jsonl", [{"q" if name == "prompt" else name: row[name] for name in row} for row in ROWS]

@@ -55,7 +55,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Eight pairs, and two rows that are none."""
+    """Eight pairs, and two rows that are not pairs."""
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS[:4] + BAD_ROWS + PAIRS[4:])
 
 
@@ -291,9 +291,9 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 1}, ["--seed 0", "this one 1"]),
-        ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one 0.001"]),
-        ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one "bt"']),
+        ({"seed": 1}, ["--seed 0", "this one has 1"]),
+        ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one has 0.001"]),
+        ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one has "bt"']),
     ],
 )
 def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
@@ -301,7 +301,7 @@ def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
     assert all(words in message for words in named), message
 
 
-def test_nothing_is_written_over(finished, settings, tmp_path):
+def test_existing_files_are_not_overwritten(finished, settings, tmp_path):
     config, _ = finished
     before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
     assert "resume it" in refused(config)
@@ -335,7 +335,7 @@ def test_nothing_is_written_over(finished, settings, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_used_is_refused_in_one_line(settings, lm, pairs, tmp_path, changes, message):
+def test_unusable_input_is_refused_in_one_line(settings, lm, pairs, tmp_path, changes, message):
     write_rows(tmp_path / "empty.jsonl", [])
     write_rows(tmp_path / "bad.jsonl", BAD_ROWS)
 
@@ -360,13 +360,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(settings, tmp_path):
     assert str(tiny_tokenizer().vocab_size) in message and "61" in message
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(settings):
+def test_a_nan_loss_ends_the_run_and_keeps_the_previous_checkpoint(settings):
     config = settings(
         save_every=1, keep=5, optim=OptimConfig(lr=1e38, clip=0.0, warmup=0.1), objective=ObjectiveConfig()
     )
     message = refused(config)
     steps = saved_steps(config.out)
-    assert f"the checkpoint of step {steps[-1]} is kept" in message
+    assert f"the checkpoint of step {steps[-1]} is safe" in message
     assert message.startswith(f"step {steps[-1] + 1}: the loss is")
     assert len(metrics_of(config.out)) == steps[-1]
     assert not (Path(config.out) / "model").exists()

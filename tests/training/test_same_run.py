@@ -1,4 +1,4 @@
-"""A resumed run reads the rows that it began with, and says so where its schedule becomes another."""
+"""A resumed run reads the rows that it began with, and warns if its schedule changes."""
 
 import dataclasses
 import io
@@ -57,8 +57,8 @@ def test_a_longer_run_is_told_of_its_other_schedule_and_the_same_one_of_nothing(
     assert train(config) == train(resumed) == []
     (warning,) = train(dataclasses.replace(resumed, steps=6))
     assert warning == (
-        "steps, epochs: the run was to have 3 steps and now has 6, which changes its cosine schedule: "
-        "the learning rate of step 4 is 0.001, and was to be 0"
+        "steps, epochs: the run was planned with 3 steps and now has 6, which changes its cosine schedule: "
+        "the learning rate of step 4 is now 0.001 instead of 0"
     )
     assert train(dataclasses.replace(resumed, steps=None, epochs=6.0)) == []  # which are six steps too
 
@@ -73,19 +73,19 @@ def test_a_run_is_not_resumed_on_other_rows(config, pairs):
         with pytest.raises(InputError) as caught:
             train(resumed)
         assert str(caught.value) == (
-            f"{data}: its rows, as tokens, are not those that the run in {out} began with (4 then, {len(words)} now); "
-            "resume with the data and the tokenizer of then, or use another output folder"
+            f"{data}: its tokenised rows differ from those that the run in {out} began with (4 then, "
+            f"{len(words)} now); resume with the original data and tokenizer, or use another output folder"
         )
     pairs("lamp", "kettle", "chair", "phone")
     assert train(resumed) == []
 
     (out / "data.json").unlink()  # as a version before this one left it
     (warning,) = train(resumed)
-    assert warning.startswith(f"{out}: has no data.json, so nobody can say whether {data} is the data")
+    assert warning.startswith(f"{out}: has no data.json, so it is not checked that {data} is the data")
     assert train(resumed) == [] and (out / "data.json").read_bytes() == noted
 
     (out / "data.json").write_text("{")
-    with pytest.raises(InputError, match=r"data\.json: cannot be read; bring it back, or remove it"):
+    with pytest.raises(InputError, match=r"data\.json: cannot be read; restore it, or remove it"):
         train(resumed)
 
 
@@ -95,7 +95,7 @@ def test_the_demo_is_checked_like_a_file(config, monkeypatch):
     train(config)
     made = task.preferences
     monkeypatch.setattr(task, "preferences", lambda *args, **options: made(*args, **options)[::-1])
-    with pytest.raises(InputError, match=r"^demo: its rows, as tokens, are not those"):
+    with pytest.raises(InputError, match=r"^demo: its tokenised rows differ from those"):
         train(dataclasses.replace(config, resume=True))
 
 
@@ -107,7 +107,7 @@ def example(prompt, *answers, prefixes=None):
     return Example(ids(prompt), tuple(map(ids, answers)), of_answers)
 
 
-def test_all_that_training_reads_counts():
+def test_the_digest_covers_everything_that_training_reads():
     rows = [
         [],
         [example([1, 2], [3], [4, 5])],
@@ -117,6 +117,8 @@ def test_all_that_training_reads_counts():
         [example([1, 2], [3], [4, 6]), example([1, 2], [3], [4, 5])],
         [example([1, 2], [3], [4, 5], prefixes=[[[3]], [[4], [4, 5]]])],
         [example([1, 2], [3], [4, 5], prefixes=[[[3], [4]], [[4, 5]]])],
+        [dataclasses.replace(example([1, 2], [3]), rewards=(0.5,))],
+        [dataclasses.replace(example([1, 2], [3]), rewards=(0.25,))],
     ]
     assert len({digest_of(some) for some in rows}) == len(rows)
     assert digest_of(rows[1]) == digest_of([example([1, 2], [3], [4, 5])])
@@ -125,9 +127,9 @@ def test_all_that_training_reads_counts():
 @pytest.mark.parametrize(
     ("schedule", "before", "now", "step", "numbers"),
     [
-        ("cosine", 100, 200, 50, ("100 steps and now has 200", "step 51 is 0.00179,", "be 0.00108")),
-        ("linear", 200, 100, 50, ("200 steps and now has 100", "step 51 is 0.00105,", "be 0.00158")),
-        ("constant", 100, 200, 4, ("step 5 is 0.0008,", "be 0.0016")),
+        ("cosine", 100, 200, 50, ("100 steps and now has 200", "step 51 is now 0.00179 instead of 0.00108")),
+        ("linear", 200, 100, 50, ("200 steps and now has 100", "step 51 is now 0.00105 instead of 0.00158")),
+        ("constant", 100, 200, 4, ("step 5 is now 0.0008 instead of 0.0016",)),
         ("constant", 100, 200, 10, None),
         ("cosine", 100, 100, 50, None),
         ("cosine", 100, 50, 50, None),

@@ -1,4 +1,4 @@
-"""What scores tokens: the contracts that guides keep, and the guides."""
+"""Guides score tokens. This package holds their contracts and the guides themselves."""
 
 from pargs_jax.decoding.guides.causal import CausalGuide
 from pargs_jax.decoding.guides.contract import (

@@ -1,4 +1,4 @@
-"""A causal reward model with the language model's own tokens: one cache of each text, K queries against it."""
+"""A causal reward model that shares the language model's tokens: one cache per text, and K queries against it."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -16,8 +16,8 @@ from pargs_jax.models.model import Params
 class CausalGuide:
     """A causal reward model as a guide.
 
-    The K candidates are K queries that see the cached text and themselves, so a step reads the model's weights and the
-    cache once, not K times; `commit` keeps the winner's keys and values.
+    The K candidates are K queries that see the cached text and themselves. A step therefore reads the model's weights
+    and the cache once, not K times. `commit` keeps the winner's keys and values.
     """
 
     model: CausalModel

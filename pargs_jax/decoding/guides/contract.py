@@ -1,9 +1,9 @@
-"""The contracts between the decode loop and what scores its tokens.
+"""The contracts between the decode loop and the guides that score its tokens.
 
-A *candidate guide* scores the K continuations of each row that are asked of it, as a scalar reward model does. A
-*vocabulary guide* scores all tokens at once, before candidates are chosen, as a reward table or an autoregressive
-reward model does. Both are static and hashable; their arrays travel as `params` and `state`. The first dimension of
-every array of a state is the row, caches apart, so that rows can be copied and replaced.
+A *candidate guide* scores K given continuations of each row, as a scalar reward model does. A *vocabulary guide* scores
+all tokens at once, before candidates are chosen, as a reward table or an autoregressive reward model does. Both are
+static and hashable; their arrays are passed as `params` and `state`. Except in caches, the first dimension of every
+array in a state is the row, so that rows can be copied and replaced.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -19,8 +19,8 @@ class Prompts(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Prompts and answers in the language model's tokens: `tokens[b, :lengths[b]]` are written, and the first
-    `prompt_lengths[b]` of them are the prompt's."""
+    """Prompts and answers in the language model's tokens. Row b is `tokens[b, :lengths[b]]`; its first
+    `prompt_lengths[b]` tokens are the prompt."""
 
     tokens: Int[Array, "B C"]
     prompt_lengths: Int[Array, "B"]
@@ -28,13 +28,13 @@ class Text(NamedTuple):
 
     @property
     def answer_lengths(self) -> Int[Array, "B"]:
-        """Tokens of each answer so far."""
+        """The number of tokens in each answer so far."""
         return self.lengths - self.prompt_lengths
 
 
 class Chosen(NamedTuple):
-    """What became part of each answer: a token, its index among the candidates, and whether the row is live. Rows that
-    are not live stay as they are."""
+    """The token appended to each answer, its index among the candidates, and whether the row is live. Rows that are not
+    live do not change."""
 
     token: Int[Array, "B"]
     index: Int[Array, "B"]
@@ -42,36 +42,35 @@ class Chosen(NamedTuple):
 
 
 class Capacity(NamedTuple):
-    """What a state has to hold for each row: the longest answer in the language model's tokens, and the candidates of a
-    step."""
+    """The size of a state per row: the longest answer in the language model's tokens, and the candidates of a step."""
 
     answer: int
     candidates: int
 
 
 class Guide(Protocol):
-    """What both kinds of guides have."""
+    """The interface that both kinds of guides share."""
 
     scores_vocabulary: bool
     """Whether this is a vocabulary guide."""
 
     adds_up: bool
-    """Whether the reward of an answer is the sum of its steps' rewards; if not, it is the last step's."""
+    """Whether an answer's reward is the sum of its steps' rewards; otherwise it is the last step's reward."""
 
     def prefill(self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None) -> Any:
-        """The state after the prompts were read.
+        """Reads the prompts and returns the first state.
 
-        `prompts` are in the language model's tokens. `own_prompts` are the same prompts as the guide's own model reads
-        them, in its tokens and its chat template; None where it reads what the language model reads.
+        `prompts` are in the language model's tokens. `own_prompts` are the same prompts in the tokens and chat template
+        of the guide's model; None where it reads the same tokens as the language model.
         """
         ...
 
     def commit(self, params: Any, state: Any, pending: Any, chosen: Chosen) -> Any:
-        """The state after the chosen tokens became part of the answers; `pending` is what `score` gave."""
+        """The state after the chosen tokens were appended to the answers; `pending` is the second result of `score`."""
         ...
 
     def rewind(self, state: Any, text: Text, dropped: Int[Array, "B"]) -> Any:
-        """The state after the last `dropped[b]` tokens of each answer were taken back, which leaves `text`."""
+        """The state after removing the last `dropped[b]` tokens of each answer; `text` is the remaining text."""
         ...
 
 
@@ -81,7 +80,7 @@ class CandidateGuide(Guide, Protocol):
     def score(
         self, params: Any, state: Any, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Any]:
-        """Rewards r(prompt, answer so far, candidate) in fp32, and whatever `commit` needs of them."""
+        """Rewards r(prompt, answer so far, candidate) in fp32, and the data that `commit` needs."""
         ...
 
 
@@ -89,32 +88,33 @@ class VocabularyGuide(Guide, Protocol):
     """Scores all tokens; `scores_vocabulary` is True."""
 
     def score(self, params: Any, state: Any, text: Text) -> tuple[Float[Array, "B V"], Any]:
-        """Rewards of every token of the language model's vocabulary in fp32, and whatever `commit` needs of them."""
+        """Rewards of every token of the language model's vocabulary in fp32, and the data that `commit` needs."""
         ...
 
 
 class Judge(Guide, Protocol):
-    """What a guide may have besides, for search methods, which ask for the reward of a text that has grown by several
-    tokens. A guide without these reads them one by one, by its score and `commit`."""
+    """Optional methods of a guide. Search methods use them to get the reward of a text that grew by several tokens. For
+    a guide without them, the tokens are read one by one with `score` and `commit`."""
 
     rereads: bool
-    """Whether every text is read from its beginning."""
+    """Whether every text is read again from its beginning."""
 
     def read_prompts(
         self, params: Any, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> tuple[Float[Array, "B"], Any]:
-        """`prefill`, with the rewards of the prompts alone."""
+        """`prefill` that also returns the rewards of the prompts alone."""
         ...
 
     def read(
         self, params: Any, state: Any, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], Any]:
-        """Reads the last `new[b]` tokens of each text, at most `width`. Returns the reward of each text, how many
-        of the model's own tokens were read, and the state. Where `new[b]` is 0 there is no reward and the row stays."""
+        """Reads the last `new[b]` tokens of each text, at most `width`. Returns the reward of each text, the number of
+        the model's own tokens that were read, and the state. Where `new[b]` is 0, the reward is undefined and the row
+        does not change."""
         ...
 
     def read_prefixes(
         self, params: Any, state: Any, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B W"], Any]:
-        """The same in one pass for every prefix that ends at one of the new tokens; `width` is W."""
+        """Like `read`, in one pass: the reward of every prefix that ends at one of the new tokens; `width` is W."""
         ...

@@ -1,4 +1,4 @@
-"""A reward model that scores where each candidate leads: a second model writes a few tokens after it first."""
+"""A reward model that scores continuations of each candidate; a second model writes a few tokens after it first."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +14,7 @@ from pargs_jax.models.model import Params
 
 
 class LookAheadState(NamedTuple):
-    """What each model has read: the texts so far."""
+    """The caches of the models, which hold the texts so far."""
 
     aligned: Cache
     judges: tuple[Cache, ...]
@@ -22,15 +22,15 @@ class LookAheadState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LookAheadGuide:
-    """Transfer Q* (Chakraborty et al., 2024): the reward of the text, a candidate, and what an aligned model writes
-    after it.
+    """Transfer Q* (Chakraborty et al., 2024): the reward of the text, a candidate, and the tokens that an aligned model
+    writes after it.
 
-    All models read the language model's tokens. The params, and the own prompts, are those of the aligned model, then
-    each judge's. With two judges, r of the target and b of the one that the aligned model was trained on, the reward is
-    exp((r - b) / 2) r, as in the published code of the paper's indirect transfer.
+    All models read the language model's tokens. The params and own prompts are those of the aligned model, followed by
+    those of each judge. With two judges, r is the target's reward and b that of the model that the aligned model was
+    trained on; the guide's reward is exp((r - b) / 2) r, as in the published code of the paper's indirect transfer.
 
     Attributes:
-        aligned: a language model; it writes greedily.
+        aligned: a language model that writes greedily.
         judges: one reward model, or the target and the baseline.
         tokens: the most tokens that it writes; an end-of-sequence token ends them.
         eos_ids: tokens that end an answer.
@@ -65,7 +65,7 @@ class LookAheadGuide:
         batch, count = candidates.shape
         branches, lengths, aligned_pending = self._continue(params[0], state.aligned, candidates)
         width = branches.shape[-1]
-        # Every branch in one pass: it sees the text and itself.
+        # All branches in one pass; each token sees the text and its own branch.
         branch, offset = jnp.divmod(jnp.arange(count * width), width)
         tree = (branch[:, None] == branch) & (offset[:, None] >= offset)
         offsets = jnp.broadcast_to(offset, (batch, count * width))
@@ -94,8 +94,8 @@ class LookAheadGuide:
     def _continue(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]
     ) -> tuple[Int[Array, "B K W"], Int[Array, "B K"], Any]:
-        """The candidates with what the aligned model writes after each of them, how many tokens each branch has, and
-        the keys and values of the candidates themselves."""
+        """The candidates followed by the aligned model's tokens, the number of tokens in each branch, and the keys and
+        values of the candidates themselves."""
         batch, count = candidates.shape
         offsets, alone = jnp.zeros_like(candidates), jnp.eye(count, dtype=bool)
         hidden, pending = self.aligned.extend(params, cache, candidates, offsets, alone)
@@ -121,6 +121,6 @@ class LookAheadGuide:
 
 
 def _as_rows(x: Float[Array, "*L B H K D"]) -> Float[Array, "*L BK H 1 D"]:
-    """Each of K tokens' keys or values as a row's."""
+    """Turns each of K tokens' keys or values into a row."""
     *layers, batch, heads, count, width = x.shape
     return jnp.swapaxes(x, -3, -2).reshape(*layers, batch * count, heads, 1, width)

@@ -1,6 +1,6 @@
-"""Models that score every next token in one pass: autoregressive reward models, and heads that hold a table of rewards.
+"""Models that score every next token in one pass: autoregressive reward models, and heads that hold reward tables.
 
-All read the language model's tokens and, like the language model, one new token a step, whatever the candidates are.
+All read the language model's tokens. Like the language model, they read one new token a step, whatever the candidates.
 """
 
 import dataclasses
@@ -23,16 +23,17 @@ class NextTokenState(NamedTuple):
 
     cache: Cache
     prompt_end: Int[Array, "B"]
-    """The last token of the prompt, as the model reads it."""
+    """The prompt's last token in the guide model's version of the prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenGuide:
-    """What these guides share: they differ in what the numbers of their model's head mean.
+    """The base of these guides; they differ in the meaning of their model's head outputs.
 
     Attributes:
-        model: reads the language model's tokens.
-        vocab_size: the language model's. A model may have more tokens, to fill up its tables: they get no reward.
+        model: a model that reads the language model's tokens.
+        vocab_size: the language model's vocabulary size. The guide's model may have a larger, padded one; padding
+            tokens get no reward.
     """
 
     model: CausalModel
@@ -48,7 +49,7 @@ class NextTokenGuide:
             )
 
     def of_head(self, numbers: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Rewards, from what the model's head says of every token."""
+        """Turns the head's outputs for every token into rewards."""
         return numbers
 
     def prefill(
@@ -74,8 +75,8 @@ class NextTokenGuide:
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveGuide(NextTokenGuide):
-    """An autoregressive reward model: the reward of a token is its log-probability under a second language model, and
-    that of an answer is their sum (GenARM; Xu et al., 2025)."""
+    """An autoregressive reward model (GenARM; Xu et al., 2025). The reward of a token is its log-probability under a
+    second language model; the reward of an answer is the sum."""
 
     adds_up: ClassVar[bool] = True
 
@@ -84,8 +85,8 @@ class AutoregressiveGuide(NextTokenGuide):
 
 
 class PreferredPrompts(NamedTuple):
-    """What a `PreferenceGuide` takes for its own prompts: these, None where they are the language model's, and the
-    preference vector of each row."""
+    """The own prompts of a `PreferenceGuide`: its model's prompts (None where they are the language model's), and each
+    row's preference vector."""
 
     prompts: Prompts | None
     preferences: Float[Array, "B M"]
@@ -120,9 +121,9 @@ class PreferenceGuide(AutoregressiveGuide):
 
 @dataclasses.dataclass(frozen=True)
 class RatioGuide:
-    """The log-ratio of a tuned language model and the one that it was tuned from: log pi_tuned - log pi_ref (EFT;
-    Mitchell et al., 2024), or of an expert and an anti-expert (DExperts; Liu et al., 2021). Its params are a pair too,
-    and so are its own prompts.
+    """The log-ratio of two language models: a tuned one and the one that it was tuned from, log pi_tuned - log pi_ref
+    (EFT; Mitchell et al., 2024), or an expert and an anti-expert (DExperts; Liu et al., 2021). Its params and its own
+    prompts are pairs, too.
     """
 
     tuned: VocabularyGuide

@@ -1,9 +1,9 @@
-"""Guides whose reward model has a tokenizer of its own: what is scored is the text, as that tokenizer splits it.
+"""Guides whose reward model has its own tokenizer: they score the text, tokenised by that tokenizer.
 
-Once a step, one host callback for the whole batch turns the language model's tokens into the reward model's
-(`Retokeniser`); everything else stays on the device. Prompts come in the reward model's tokens already. The rewards are
-exact: those of the reward model on the text of its prompt, the answer so far and the candidate, and of the finished
-answer where the candidate ends it.
+Once per step, one host callback for the whole batch turns the language model's tokens into the reward model's
+(`Retokeniser`); everything else stays on the device. Prompts are already in the reward model's tokens. The rewards are
+exact: they equal the reward model's rewards of the text of prompt, answer so far and candidate, or of the finished
+    answer where the candidate ends it.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.sharding import row_spec
 
 FRESH = 4
-"""Settled tokens that a step can add to the cache; what is left over waits for the next."""
+"""The most settled tokens that a step adds to the cache; the remaining ones wait for the next step."""
 
 TEXTS_AT_ONCE = 64
-"""Texts of a step that an encoder reads together: enough to keep a device busy, and few enough for its memory."""
+"""Texts of a step that an encoder reads together: enough to keep a device busy, few enough for its memory."""
 
 PACKED_WIDTHS = (1, 2, 8, 16)
-"""Widths that the tokens of a step are padded to, in units of a token for each candidate and a few that they share.
-The first is nearly always enough where words are short. Each is a program to compile."""
+"""Widths that the tokens of a step are padded to, in units of one token per candidate plus a few shared ones. The first
+usually suffices where words are short. Each width is compiled separately."""
 
 
 class Splits(NamedTuple):
-    """The reward model's tokens of K continuations: those that are already settled, `fresh`, and a tail for each; and
-    the room that the longest of them needs."""
+    """The reward model's tokens of K continuations: `fresh` ones, which are already settled, and a tail for each; and
+    the length of the longest answer with a candidate."""
 
     fresh: Int[Array, "B M"]
     fresh_lengths: Int[Array, "B"]
@@ -64,22 +64,23 @@ class Retokeniser(Protocol):
 
 
 class CachedState(NamedTuple):
-    """A cache of what is settled."""
+    """A cache of the settled tokens."""
 
     cache: Cache
     prompt_reward: Float[Array, "B"]
     """The reward of the prompt alone, for candidates that add no text to it."""
     settled: Int[Array, "B"]
-    """Tokens of each answer in the cache."""
+    """The number of each answer's tokens in the cache."""
     settled_after: Int[Array, "B N"]
-    """The same after each of the answer's tokens, for when these are taken back."""
+    """`settled` after each of the answer's tokens, for when tokens are removed."""
     needed: Int[Array, "B"]
-    """The most room that an answer with a candidate has needed; where it is more than there is, rewards are void."""
+    """The longest answer with a candidate so far, in the reward model's tokens. If this exceeds `answer_width`, texts
+    were cut and rewards are invalid."""
 
 
 class CachedPending(NamedTuple):
-    """Keys and values of the fresh tokens, which are written whatever is chosen, the room that the texts needed, and
-    the answers' lengths."""
+    """Keys and values of the fresh tokens, which are written whichever candidate is chosen; the lengths that the texts
+    needed; and the answers' lengths."""
 
     kv: Any
     fresh_lengths: Int[Array, "B"]
@@ -89,16 +90,16 @@ class CachedPending(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RetokenisedGuide:
-    """A causal (or prefix-causal) reward model with a tokenizer of its own.
+    """A causal (or prefix-causal) reward model with its own tokenizer.
 
-    The cache holds the tokens that no later text can change. A step reads what follows them as a tree: what several
-    candidates begin with is read once.
+    The cache holds the tokens that no later text can change. A step reads the remaining tokens as a tree, so a
+    beginning that several candidates share is read once.
 
     Attributes:
         model: the reward model.
         retokeniser: turns the language model's tokens into this model's.
-        answer_width: room for an answer and a candidate, in the reward model's tokens. Texts that need more are cut,
-            and the state's `needed` says so.
+        answer_width: the most tokens of an answer with a candidate, in the reward model's tokens. Longer texts are cut,
+            and the state's `needed` reports it.
     """
 
     model: CausalModel | PrefixCausalModel
@@ -123,7 +124,7 @@ class RetokenisedGuide:
     def read(
         self, params: Params, state: CachedState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], CachedState]:
-        # The text's last token as the one candidate. What earlier ones settled may wait for later steps.
+        # The text's last token is the only candidate. Tokens that earlier ones settled may wait for later steps.
         before, last = _without_last(text)
         rewards, pending = self.score(params, state, before, last[:, None])
         chosen = Chosen(last, jnp.zeros_like(last), new > 0)
@@ -142,7 +143,7 @@ class RetokenisedGuide:
         unit = -(-(candidates.shape[1] + 4) // FRESH) * FRESH
         widths = [width * unit for width in PACKED_WIDTHS if width * unit < tokens.shape[1] * tokens.shape[2]]
         packed = [partial(self._score_packed, params, state, tokens, lengths, tree, width) for width in widths]
-        apart = partial(self._score_apart, params, state, tokens, lengths)
+        apart = partial(self._score_one_by_one, params, state, tokens, lengths)
         first = jnp.searchsorted(jnp.asarray(widths, jnp.int32), tree.size.max())
         rewards, kv = jax.lax.switch(first, [*packed, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
@@ -165,7 +166,7 @@ class RetokenisedGuide:
         last = jnp.maximum(answer_lengths - 1, 0)[:, None]
         before = jnp.take_along_axis(state.settled_after, last, axis=1)[:, 0] * (answer_lengths > 0)
         settled = jnp.where(dropped > 0, before, state.settled)
-        # What other tokens will settle is not known, nor will it be where `read` passes over them.
+        # Which tokens other text will settle is unknown, and stays unknown for tokens that `read` skips.
         settled_after = state.settled_after * (jnp.arange(state.settled_after.shape[1]) < answer_lengths[:, None])
         cache = state.cache.forget(state.settled - settled)
         return state._replace(cache=cache, settled=settled, settled_after=settled_after)
@@ -179,13 +180,13 @@ class RetokenisedGuide:
         tree: "_Tree",
         width: int,
     ) -> tuple[Float[Array, "B K"], Any]:
-        """Rewards, and keys and values of the fresh tokens, by one pass over the tree's tokens side by side."""
+        """Rewards, and keys and values of the fresh tokens, from one pass over all tokens of the tree."""
         batch, count, longest = tokens.shape
         place = jax.vmap(partial(jnp.nonzero, size=width, fill_value=count * longest))
         (at,) = place(tree.is_node.reshape(batch, -1))
         candidate, offset = at // longest, at % longest
         new = jnp.take_along_axis(tokens.reshape(batch, -1), jnp.minimum(at, count * longest - 1), axis=1)
-        # A token sees those that its candidate has before it, wherever these were first found.
+        # A token sees the tokens that precede it in its candidate's text, even if another candidate's node holds them.
         found = jnp.take_along_axis(tree.first, jnp.minimum(candidate, count - 1)[..., None], axis=1)
         found = jnp.take_along_axis(found, jnp.broadcast_to(offset[:, None], (batch, width, width)), axis=2)
         mask = (found == candidate[:, None]) & (offset[:, None] <= offset[:, :, None])
@@ -198,10 +199,10 @@ class RetokenisedGuide:
         rewards = self.model.rewards(params, jnp.take_along_axis(hidden, index[..., None], axis=1))
         return rewards, jax.tree.map(lambda x: x[..., :FRESH, :], kv)
 
-    def _score_apart(
+    def _score_one_by_one(
         self, params: Params, state: CachedState, tokens: Int[Array, "B K W"], lengths: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Any]:
-        """The same for texts of any length, one candidate after the other."""
+        """Like `_score_packed`, for texts of any length: one candidate at a time."""
         width = tokens.shape[-1]
         offsets = jnp.broadcast_to(jnp.arange(width), (tokens.shape[0], width))
         causal = jnp.tril(jnp.ones((width, width), bool))
@@ -222,16 +223,17 @@ class EncoderState(NamedTuple):
 
     prompts: Prompts
     needed: Int[Array, "B"]
-    """The most room that an answer with a candidate has needed; where it is more than there is, rewards are void."""
+    """The longest answer with a candidate so far, in the reward model's tokens. If this exceeds `answer_width`, texts
+    were cut and rewards are invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderGuide:
-    """An encoder, which reads every candidate's whole text anew: B * K texts a step, closed as finished ones are.
+    """An encoder, which reads the whole text of every candidate at every step: B * K texts, closed like finished ones.
 
-    Attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. Texts are padded to one
-    of a few widths, the least that holds the longest of a step, and so by no more than a `finest` part of the longest
-    text that there is room for.
+    The attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. The texts of a step
+    are padded to the smallest of a few widths that holds the longest. So padding adds at most 1 / `finest` of the
+    longest possible text.
     """
 
     model: EncoderModel
@@ -298,12 +300,12 @@ class EncoderGuide:
 
 def _require(own_prompts: Prompts | None) -> Prompts:
     if own_prompts is None:
-        raise InputError("a guide with a tokenizer of its own needs its prompts in its own tokens: give guide_prompts")
+        raise InputError("a guide with its own tokenizer needs the prompts in its own tokens: give guide_prompts")
     return own_prompts
 
 
 def _without_last(text: Text) -> tuple[Text, Int[Array, "B"]]:
-    """Each text without its answer's last token, and that token; an empty answer stays as it is."""
+    """Each text without its answer's last token, and that token; an empty answer does not change."""
     at = jnp.maximum(text.lengths - 1, 0)[:, None]
     before = text._replace(lengths=jnp.maximum(text.lengths - 1, text.prompt_lengths))
     return before, jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
@@ -312,7 +314,7 @@ def _without_last(text: Text) -> tuple[Text, Int[Array, "B"]]:
 def _split(
     retokeniser: Retokeniser, text: Text, candidates: Int[Array, "B K"], settled: Int[Array, "B"], width: int
 ) -> Splits:
-    """One host call: what the reward model reads after its settled tokens, for every candidate."""
+    """One host call: the tokens that the reward model reads after its settled ones, for every candidate."""
     options = candidates.shape[1]
 
     def shapes(batch: int) -> Splits:
@@ -330,9 +332,10 @@ def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Array) -> Any:
-    """Runs a numpy function of batched arrays on the host; on a mesh, each device's rows in a call of their own.
+    """Runs a numpy function of batched arrays on the host. On a mesh, each device's rows are a separate call.
 
-    What it returns, int32 with a leading B, travels as one array: to TPUs several of different ranks do not compile.
+    The results are int32 with a leading B and are returned as one array, because programs that return several arrays of
+    different ranks do not compile for TPUs.
     """
 
     def local(*arrays: Array) -> Any:
@@ -341,7 +344,7 @@ def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Ar
         widths = [math.prod(leaf.shape[1:]) for leaf in wanted]
 
         def packed(*args: Array) -> np.ndarray:
-            # Arrays arrive as JAX's: touching JAX inside a callback can deadlock, so they are numpy's first of all.
+            # The arrays are JAX's. Using JAX inside a callback can deadlock, so they are converted to numpy first.
             results = call(*map(np.asarray, args))
             return np.concatenate([x.reshape(batch, -1).astype(np.int32) for x in results], axis=1)
 
@@ -358,7 +361,7 @@ def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Ar
 
 
 def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "B K"]]:
-    """Fresh tokens and tail of each candidate in one piece, padded to `width`, and the lengths."""
+    """Each candidate's fresh tokens followed by its tail, padded to `width`, and the lengths."""
     fresh = splits.fresh_lengths[:, None, None]
     slots = jnp.arange(width)
     from_fresh = jnp.take_along_axis(splits.fresh, jnp.minimum(slots, FRESH - 1)[None], axis=1)[:, None]
@@ -368,10 +371,10 @@ def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "
 
 
 class _Tree(NamedTuple):
-    """The texts of K candidates as a tree of tokens: those that have the same tokens before them are one node.
+    """The texts of K candidates as a tree of tokens: tokens with equal predecessors share a node.
 
-    `first[b, k, j]` is the first candidate whose text begins with the first j + 1 tokens of candidate k's; `is_node`
-    says where that is k itself. Nodes come in the order of candidates, and so the first one's tokens before all others.
+    `first[b, k, j]` is the first candidate whose text begins with the same j + 1 tokens as candidate k's. `is_node`
+    says where that is k itself. Nodes are in the order of candidates, so the first candidate's tokens come first.
     """
 
     first: Int[Array, "B K W"]
@@ -391,6 +394,6 @@ class _Tree(NamedTuple):
 
 
 def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
-    """`run(width=...)` at the first of the widths that holds what is needed."""
+    """Calls `run(width=...)` with the first of the widths that is at least `needed`."""
     branches = [partial(run, width=width) for width in widths]
     return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), needed), branches)

@@ -1,4 +1,4 @@
-"""Search: methods that draw several continuations of a prompt, judge them, and go on from the better ones."""
+"""Search: methods that draw several continuations of a prompt, judge them, and continue the better ones."""
 
 from pargs_jax.decoding.search.best_of_n import BestOfN
 from pargs_jax.decoding.search.cards import Cards
@@ -16,7 +16,7 @@ SEARCHES: dict[str, type[SearchMethod]] = {
     "speculative_rejection": SpeculativeRejection,
     "smc": TwistedSmc,
 }
-"""What a method's `search` names."""
+"""The searches that a method's `search` can name."""
 
 __all__ = [
     "SEARCHES",

@@ -1,4 +1,4 @@
-"""Best-of-n: n samples of a prompt, of which a judge chooses one."""
+"""Best-of-n: draws n samples of a prompt; a judge chooses one."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from pargs_jax.decoding.search.rows import (
     SearchInputs,
     drift,
     event_keys,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -28,14 +28,14 @@ Judging = Literal["last", "minimum", "mean"]
 
 @dataclasses.dataclass(frozen=True)
 class BestOfN:
-    """The sample with the highest score; or, soft, sample i with probability softmax(score_i / smoothing) (Verdun et
-    al., 2025, Definition 1). The prompt is read once for all samples.
+    """Returns the sample with the highest score. Soft best-of-n returns sample i with probability softmax(score_i /
+    smoothing) (Verdun et al., 2025, Definition 1). The prompt is read once for all samples.
 
     Attributes:
-        samples: n, of each prompt.
+        samples: n, for each prompt.
         smoothing: `lambda` of soft best-of-n; 0 takes the best.
-        by: which reward counts: that of the whole answer (`last`), or the least or the mean of its prefixes' rewards,
-            for reward models that can score prefixes.
+        by: the reward that counts: that of the whole answer (`last`), or the lowest or the mean of its prefixes'
+            rewards, for reward models that can score prefixes.
     """
 
     samples: int = 16
@@ -46,7 +46,7 @@ class BestOfN:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.smoothing < 0:
             raise InputError(
-                f"best-of-n: got n {self.samples} and smoothing {self.smoothing}; at least 1 and 0 are right"
+                f"best-of-n: got {self.samples} samples and smoothing {self.smoothing}, must be at least 1 and 0"
             )
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
@@ -60,7 +60,7 @@ class BestOfN:
         else:
             rows, tokens, rewards = searcher.judge_prefixes(inputs, rows, tokens, max_new_tokens)
             scores = self._over_prefixes(weighted(rewards, inputs.judge_weights), rows.judged)
-        samples, scores = searcher.found(rows), of_prompts(scores, batch)
+        samples, scores = searcher.found(rows), group_by_prompt(scores, batch)
         chosen, kls = self._choose(inputs, scores)
         answers = pick(samples, chosen)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]

@@ -28,26 +28,26 @@ from pargs_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Cards:
-    """Cascade reward sampling (Li et al., 2024, Algorithm 1): a segment ends before a token that the language model is
-    uncertain of, and is accepted with probability min(1, exp((r - tau(t)) / T)), where
+    """Cascade reward sampling (Li et al., 2024, Algorithm 1). A segment ends before a token that the language model is
+    uncertain of. It is accepted with probability min(1, exp((r - tau(t)) / T)), where
 
         tau(t) = min(r*, r0 + t (r* - r0) / N),    r0 = (1 - start) r(prompt) + start r*,
 
-    t is the answer's length with the segment and N the longest answer. A rejected segment is taken back and drawn anew;
-    after `most_rejections` in a row the best of these is drawn once more, and kept.
+    t is the answer's length with the segment and N the longest answer. A rejected segment is removed and drawn anew.
+    After `most_rejections` in a row, the best of these segments is drawn once more and kept.
 
-    Rewards are in standard deviations from the mean, r = (score - mean) / deviation; the published code uses raw
-    rewards (a mean of 0, a deviation of 1), for which r* has to be found anew for each reward model.
+    Rewards are in standard deviations from the mean, r = (score - mean) / deviation. The published code uses raw
+    rewards (a mean of 0, a deviation of 1), for which r* must be tuned for each reward model.
 
     Attributes:
         target: r*.
-        mean, deviation: of the scores of the language model's own answers.
-        acceptance_temperature: of acceptance; the published code has that of the tokens.
-        start: `alpha` in the code: how far the threshold begins from the prompt's reward towards r*.
-        entropy: a segment ends before a token whose distribution has at least so many nats.
-        shortest, longest: tokens of a segment; the end of the answer ends one too.
-        most_rejections: in a row.
-        hard: accept where r >= tau, and only there.
+        mean, deviation: those of the scores of the language model's own answers.
+        acceptance_temperature: T of acceptance; the published code uses the sampling temperature.
+        start: `alpha` in the code: where the threshold begins, as a share of the way from the prompt's reward to r*.
+        entropy: a segment ends before a token whose distribution has at least this entropy, in nats.
+        shortest, longest: tokens of a segment; the end of the answer also ends a segment.
+        most_rejections: the most rejections in a row.
+        hard: accept exactly where r >= tau.
     """
 
     target: float = 1.0
@@ -64,20 +64,20 @@ class Cards:
 
     def __post_init__(self) -> None:
         if not (1 <= self.shortest <= self.longest and self.most_rejections >= 1):
-            raise InputError(f"{self}: segments must have 1 <= shortest <= longest tokens, and 1 rejection at least")
+            raise InputError(f"{self}: must have 1 <= shortest <= longest, and most_rejections of at least 1")
         if not (self.deviation > 0 and self.acceptance_temperature > 0):
-            raise InputError(f"{self}: the deviation and the temperature must be above 0")
+            raise InputError(f"{self}: deviation and acceptance_temperature must be above 0")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)
         batch, longest = len(inputs.lengths), min(self.longest, max_new_tokens)
-        rows, tokens, of_prompts = searcher.start_judged(inputs, max_new_tokens, longest)
-        start_rewards = self._scaled(weighted(of_prompts, inputs.judge_weights))
+        rows, tokens, prompt_rewards = searcher.start_judged(inputs, max_new_tokens, longest)
+        start_rewards = self._scaled(weighted(prompt_rewards, inputs.judge_weights))
         harmonic = jnp.asarray(np.cumsum([0.0, *1 / np.arange(1, self.most_rejections + 1)]), jnp.float32)
-        none, lowest = jnp.zeros(batch, jnp.int32), jnp.full(batch, -jnp.inf)
-        never = jnp.zeros(batch, bool)
+        zeros, lowest = jnp.zeros(batch, jnp.int32), jnp.full(batch, -jnp.inf)
+        false = jnp.zeros(batch, bool)
         first = _Carry(
-            rows, tokens, none, rows.rewards, rows.decode.done, none, none, none, none, lowest, none, never,
+            rows, tokens, zeros, rows.rewards, rows.decode.done, zeros, zeros, zeros, zeros, lowest, zeros, false,
             jnp.zeros(batch),
         )  # fmt: skip
 
@@ -93,9 +93,9 @@ class Cards:
 
             is_best = rejected & (reward > carry.best)
             best, best_key = jnp.where(is_best, reward, carry.best), jnp.where(is_best, carry.key, carry.best_key)
-            in_a_row, in_all = carry.rejections + rejected, carry.all_rejections + rejected
-            is_forced = rejected & (in_a_row >= self.most_rejections)
-            key = jnp.where(rejected, jnp.where(is_forced, best_key, in_all), carry.key)
+            rejections, all_rejections = carry.rejections + rejected, carry.all_rejections + rejected
+            is_forced = rejected & (rejections >= self.most_rejections)
+            key = jnp.where(rejected, jnp.where(is_forced, best_key, all_rejections), carry.key)
             lengths = jnp.where(rejected, carry.begin, rows.decode.text.answer_lengths)
             rows = searcher.rewind(rows, lengths, branch_keys(inputs.keys, key))
             rewards = jnp.where(rejected[:, None], carry.begin_rewards, rows.rewards)
@@ -107,8 +107,8 @@ class Cards:
                 begin_rewards=rewards,
                 is_over=carry.is_over | (accepted & rows.decode.done & (end == rows.decode.text.answer_lengths)),
                 proposals=carry.proposals + ~carry.is_over,
-                all_rejections=in_all,
-                rejections=jnp.where(accepted, 0, in_a_row),
+                all_rejections=all_rejections,
+                rejections=jnp.where(accepted, 0, rejections),
                 key=key,
                 best=jnp.where(accepted, -jnp.inf, best),
                 best_key=best_key,
@@ -123,7 +123,7 @@ class Cards:
         return Found(answers, scores, kls, last.tokens)
 
     def _draw(self, searcher: Searcher, inputs: SearchInputs, carry: "_Carry") -> tuple[Rows, Tokens]:
-        """A segment for every row that is not over. Rows whose segment has ended wait for the others."""
+        """Draws a segment for every unfinished row. Rows whose segment has ended wait for the others."""
         longest = min(self.longest, carry.rows.decode.trace.entropies.shape[1])
 
         def waits(state: DecodeState) -> Bool[Array, "B"]:
@@ -141,8 +141,8 @@ class Cards:
     def _end(
         self, state: DecodeState, begin: Int[Array, "B"], longest: int
     ) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
-        """Whether each row's segment has ended, and the answer's length there. A token that turned out to be uncertain
-        has been drawn already: it is the first of the next segment."""
+        """Whether each row's segment has ended, and the answer's length at its end. A token is drawn before it is known
+        to be uncertain; it becomes the first token of the next segment."""
         length = state.text.answer_lengths
         newest = jnp.maximum(length - 1, 0)[:, None]
         entropy = jnp.take_along_axis(state.trace.entropies, newest, axis=1)[:, 0]
@@ -171,18 +171,18 @@ class _Carry(NamedTuple):
     rows: Rows
     tokens: Tokens
     begin: Int[Array, "B"]
-    """Tokens of each answer that are accepted."""
+    """The number of accepted tokens of each answer."""
     begin_rewards: Float[Array, "B J"]
     is_over: Bool[Array, "B"]
     proposals: Int[Array, "B"]
     all_rejections: Int[Array, "B"]
     rejections: Int[Array, "B"]
-    """In a row."""
+    """The number of rejections in a row."""
     key: Int[Array, "B"]
-    """The number of the key that a row draws with. A rejection gives it a new one; the same draws the same again."""
+    """The number of the key that a row draws with. A rejection changes it; the same key draws the same tokens."""
     best: Float[Array, "B"]
-    """The highest reward of the segments that were rejected in a row, and the key that drew it."""
+    """The highest reward among the segments rejected in a row; `best_key` is the key that drew it."""
     best_key: Int[Array, "B"]
     is_forced: Bool[Array, "B"]
-    """Whether the best rejected one is being drawn again."""
+    """Whether the best rejected segment is being drawn again."""
     kls: Float[Array, "B"]

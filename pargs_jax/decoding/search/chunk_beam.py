@@ -1,4 +1,4 @@
-"""Search over chunks: several continuations of each beam, of which the best are kept."""
+"""Search over chunks: draws several continuations of each beam and keeps the best."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -18,7 +18,7 @@ from pargs_jax.decoding.search.rows import (
     Tokens,
     branch,
     drift,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -30,9 +30,9 @@ from pargs_jax.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class ChunkBeam:
     """Chunk-level beam search (weak-to-strong search; Zhou et al., 2024, Algorithm 1). Each of W beams draws K
-    continuations of L tokens, and the W best of the W K texts are kept, by their scores so far. Finished texts compete,
-    once each, and the search ends when the W best are finished. With W = 1 this is blockwise best-of-K (controlled
-    decoding; Mudgal et al., 2024, Section 3).
+    continuations of L tokens. Of the W K texts, the W with the best scores so far are kept. A finished text competes
+    once, and the search ends when the W best are finished. With W = 1 this is blockwise best-of-K (controlled decoding;
+    Mudgal et al., 2024, Section 3).
 
     Attributes:
         beams: W.
@@ -47,7 +47,7 @@ class ChunkBeam:
 
     def __post_init__(self) -> None:
         if min(self.beams, self.successors, self.chunk) < 1:
-            raise InputError(f"{self}: beams, successors and the chunk must be at least 1")
+            raise InputError(f"{self}: beams, successors and chunk must be at least 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)
@@ -55,24 +55,26 @@ class ChunkBeam:
         chunk = min(self.chunk, max_new_tokens)
         rows, tokens = searcher.start(inputs, max_new_tokens, chunk)
 
-        def goes_on(carry: _Carry) -> Bool[Array, ""]:
-            return ((carry.counts > 0) & ~of_prompts(carry.rows.decode.done, batch)).any()
+        def is_unfinished(carry: _Carry) -> Bool[Array, ""]:
+            return ((carry.counts > 0) & ~group_by_prompt(carry.rows.decode.done, batch)).any()
 
         def extend(carry: _Carry) -> _Carry:
             rows = branch(carry.rows, carry.counts)
-            # Copies of a finished text: they would crowd out others.
-            is_twin = (carry.counts == 0) & of_prompts(rows.decode.done, batch)
+            # Copies of a finished text would take the places of other texts.
+            is_duplicate = (carry.counts == 0) & group_by_prompt(rows.decode.done, batch)
             rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
-            scores = jnp.where(is_twin, -jnp.inf, of_prompts(weighted(rows.rewards, inputs.judge_weights), batch))
+            scores = jnp.where(
+                is_duplicate, -jnp.inf, group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
+            )
             best, kept = jax.lax.top_k(scores, self.beams)
             counts = jax.nn.one_hot(kept, count, dtype=jnp.int32).sum(axis=1) * self.successors
             return _Carry(rows, tokens, counts, best[:, 0], kept[:, 0])
 
         # At first every row is a successor of the prompt.
-        ones, none = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
-        first = _Carry(spread(rows, count), tokens, ones, none, jnp.zeros(batch, jnp.int32))
-        rows, tokens, _, scores, chosen = jax.lax.while_loop(goes_on, extend, first)
+        ones, zeros = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
+        first = _Carry(spread(rows, count), tokens, ones, zeros, jnp.zeros(batch, jnp.int32))
+        rows, tokens, _, scores, chosen = jax.lax.while_loop(is_unfinished, extend, first)
         answers = pick(searcher.found(rows), chosen)
         chunks = -(-answers.lengths // chunk)
         per_chunk = best_of_n_kl(self.successors) if self.beams == 1 else float(np.log(self.successors))
@@ -82,7 +84,7 @@ class ChunkBeam:
 
 
 class _Carry(NamedTuple):
-    """Rows and tokens, how many copies of each row the next chunk begins with, and the best row with its score."""
+    """Rows and tokens, the number of copies of each row in the next chunk, and the best row with its score."""
 
     rows: Rows
     tokens: Tokens

@@ -15,18 +15,18 @@ def best_of_n_kl(n: int) -> float:
 def best_of_n_curve(scores: Float[np.ndarray, "*B N"], values: Float[np.ndarray, "*B N"]) -> Float[np.ndarray, "*B N"]:
     """The expected value of the best of n samples, n = 1 .. N, over all choices of n of the N.
 
-    `scores` say which sample is the best, ties by the earlier one; `values` are what the curve is of, such as a true
-    reward. With samples in the order of their scores, E[value of best of n] = sum_i C(i-1, n-1) / C(N, n) value_(i),
-    exact and without variance of its own.
+    `scores` rank the samples; of equal scores the earlier wins. `values` are averaged: a true reward, for example. With
+    samples in increasing order of score, E[value of best of n] = sum_i C(i-1, n-1) / C(N, n) value_(i). This is exact,
+    so the choice of n samples adds no variance.
     """
-    # From the lowest to the highest; of equal scores the earliest comes last, as argmax would take it.
+    # From the lowest score to the highest. Of equal scores the earliest comes last, because argmax takes the earliest.
     order = scores.shape[-1] - 1 - np.argsort(scores[..., ::-1], axis=-1, kind="stable")
     ranked = np.take_along_axis(values, order, axis=-1)
     return ranked @ order_weights(scores.shape[-1]).T
 
 
 def order_weights(count: int) -> Float[np.ndarray, "N N"]:
-    """`[n-1, i-1]`: the probability that the best of n out of N samples is the i-th from below."""
+    """`[n-1, i-1]`: the probability that the best of n out of N samples is the one with the i-th lowest score."""
     factorials = np.array([math.lgamma(i + 1) for i in range(count + 1)])
 
     def log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What search methods share: several rows of each prompt, a judge that reads what they wrote, and counts of tokens.
+"""The code that search methods share: several rows of each prompt, a judge that reads them, and token counts.
 
 The R = B * n rows of a search belong to B prompts; those of prompt b are rows b * n to b * n + n - 1.
 """
@@ -17,13 +17,13 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.cache import copy_rows, repeat_rows
 
 EVENTS = 1 << 31
-"""Keys of a row are folded with the numbers of its tokens, which are small. Other draws have numbers from here on, and
-the keys of branches count down from the largest."""
+"""A row's key is folded with the numbers of its tokens, which are small. Draws that are not tokens use numbers from
+here on; the keys of branches count down from the largest number."""
 
 
 KlKind = Literal["bound", "estimate"]
-"""An upper bound of the KL of the answers' distribution from the language model's, or a number with that mean.
-docs/search.md has the equations."""
+"""What a search reports as KL between the answers' distribution and the language model's: an upper bound, or an
+unbiased estimate. docs/search.md has the equations."""
 
 
 class SearchInputs(NamedTuple):
@@ -35,42 +35,43 @@ class SearchInputs(NamedTuple):
     """Left-padded, in the language model's tokens."""
     lengths: Int[Array, "B"]
     keys: PRNGKeyArray
-    """One a prompt (`row_keys`)."""
+    """One per prompt (`row_keys`)."""
     settings: RowSettings
     judge_weights: Float[Array, "B J"]
     """The score of a text is the sum of the judges' rewards with these weights."""
     guide_prompts: tuple[Prompts | None, ...] | None = None
     judge_prompts: tuple[Prompts | None, ...] | None = None
-    """The prompts as each model reads them, None where it reads what the language model reads."""
+    """The prompts in each model's tokens and template; None where it reads the language model's."""
 
 
 class Tokens(NamedTuple):
-    """Tokens that were read for each prompt, the prompt and all rejected tokens included; and the room they took."""
+    """Tokens read for each prompt, including the prompt and all rejected tokens; and the longest texts."""
 
     lm: Int[Array, "B"]
     rm: Int[Array, "B"]
-    """By all guides and judges together: a judge's part in its own tokens, a guide's in the language model's, K a step
-    for one that scores candidates."""
+    """By all guides and judges together. A judge counts its own tokens; a guide counts the language model's, K per step
+    if it scores candidates."""
     needed: tuple[Int[Array, ""], ...]
-    """The most room that a text took, for each judge, and then each guide, that goes by the text."""
+    """The longest text in the model's own tokens, for each judge, then each guide, that has its own tokenizer."""
 
 
 class Found(NamedTuple):
-    """What a search found. `answers.rewards` are the judges' rewards, or the guides' where there is no judge."""
+    """The result of a search. `answers.rewards` are the judges' rewards, or the guides' if there are no judges."""
 
     answers: Decoded
     scores: Float[Array, "B"]
-    """What answers were chosen by: the weighted sum of the rewards."""
+    """The scores that answers were chosen by: the weighted sums of the rewards."""
     kls: Float[Array, "B"]
-    """Of the distribution of answers from the language model's, in nats: a bound or an estimate (the method's `kl`)."""
+    """KL of the answers' distribution from the language model's, in nats: a bound or an estimate (the method's
+    `kl`)."""
     tokens: Tokens
     samples: Decoded | None = None
     """All R rows, for methods that finish them."""
     sample_scores: Float[Array, "B n"] | None = None
     log_z: Float[Array, "B"] | None = None
-    """Estimate of log E_p[exp(score)], of particles."""
+    """For particles: estimate of log E_p[exp(score)]."""
     log_weights: Float[Array, "B n"] | None = None
-    """Of particles, not normalised."""
+    """For particles; not normalised."""
 
 
 class Rows(NamedTuple):
@@ -79,36 +80,36 @@ class Rows(NamedTuple):
     decode: DecodeState
     judges: tuple[Any, ...]
     judged: Int[Array, "R"]
-    """Answer tokens that the judges have read."""
+    """The number of answer tokens that the judges have read."""
     rewards: Float[Array, "R J"]
-    """The judges' rewards of those."""
+    """The judges' rewards of the answers up to there."""
 
 
 class SearchMethod(Protocol):
-    """A search method: static and hashable, its fields are its options."""
+    """A search method. Static and hashable; its fields are its options."""
 
     kl: KlKind
-    """What `Found.kls` is."""
+    """What `Found.kls` is: a bound or an estimate."""
 
     def __call__(self, searcher: "Searcher", inputs: SearchInputs, max_new_tokens: int) -> Found: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Searcher:
-    """The static parts of a search: what draws tokens, and what judges texts. The decoder may be guided."""
+    """The static parts of a search: a decoder, which may be guided, and judges of its texts."""
 
     decoder: Decoder
     judges: tuple[Guide, ...] = ()
 
     def start(self, inputs: SearchInputs, max_new_tokens: int, width: int) -> tuple[Rows, Tokens]:
-        """One row a prompt, the prompts read. Judges will read at most `width` tokens at once."""
+        """One row per prompt; reads the prompts. Judges will read at most `width` tokens at once."""
         rows, tokens, _ = self._start(inputs, max_new_tokens, width, rewards=False)
         return rows, tokens
 
     def start_judged(
         self, inputs: SearchInputs, max_new_tokens: int, width: int
     ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
-        """The same, with the judges' rewards of the prompts alone."""
+        """Like `start`, and returns the judges' rewards of the prompts alone."""
         return self._start(inputs, max_new_tokens, width, rewards=True)
 
     def _start(
@@ -119,41 +120,42 @@ class Searcher:
             inputs.params, inputs.prompts, lengths, inputs.keys, inputs.settings, max_new_tokens, inputs.guide_prompts
         )
         prompts, capacity = Prompts(inputs.prompts, lengths), Capacity(max_new_tokens, width)
-        none = jnp.zeros(len(lengths))
+        no_reward = jnp.zeros(len(lengths))
         own_prompts = inputs.judge_prompts or (None,) * len(self.judges)
-        of_prompts, judges = [], []
+        per_judge, judges = [], []
         for guide, params, own in zip(self.judges, inputs.judge_params, own_prompts, strict=True):
             if rewards and not guide.adds_up:
                 if not hasattr(guide, "read_prompts"):
                     raise InputError(
-                        f"{type(guide).__name__}: has no reward of a prompt alone, which this method needs"
+                        f"{type(guide).__name__}: cannot score a prompt without an answer, but this method needs it to"
                     )
                 reward, judge = guide.read_prompts(params, prompts, capacity, own)
             else:
-                reward, judge = none, guide.prefill(params, prompts, capacity, own)
-            of_prompts.append(reward)
+                reward, judge = no_reward, guide.prefill(params, prompts, capacity, own)
+            per_judge.append(reward)
             judges.append(judge)
         read = jnp.zeros_like(lengths)
         for own in (*(inputs.guide_prompts or (None,) * len(self.decoder.guides)), *own_prompts):
-            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _of_models(own))
+            read = read + sum(lengths if prompts is None else prompts.lengths for prompts in _model_prompts(own))
         blank = jnp.zeros((len(lengths), len(self.judges)))
-        prompt_rewards = jnp.stack(of_prompts, axis=-1) if of_prompts else blank
+        prompt_rewards = jnp.stack(per_judge, axis=-1) if per_judge else blank
         rows = Rows(state, tuple(judges), jnp.zeros_like(lengths), blank)
         return rows, Tokens(jnp.maximum(lengths - 1, 0), read, _needed(rows)), prompt_rewards
 
     def draw(self, inputs: SearchInputs, rows: Rows, tokens: Tokens, steps: int) -> tuple[Rows, Tokens]:
-        """`steps` more tokens for every row that is not done."""
+        """Draws `steps` more tokens for every unfinished row."""
         before = rows.decode.text.lengths
         state = self.decoder.advance(inputs.params, rows.decode, steps)
         drawn = state.text.lengths - before
         read = jnp.zeros_like(drawn)
         guide_prompts = inputs.guide_prompts or (None,) * len(self.decoder.guides)
         for guide, own in zip(self.decoder.guides, guide_prompts, strict=True):
-            # All candidates of a step, or the newest token alone; or each candidate's text from its beginning.
+            # Guides count all candidates of a step, or only the newest token, or each candidate's text from its
+            # beginning.
             texts = drawn * before + drawn * (drawn + 1) // 2 if getattr(guide, "rereads", False) else drawn
-            a_step = 1 if guide.scores_vocabulary else self.decoder.candidates
-            read = read + texts * a_step * len(_of_models(own))
-        drawn, read = (of_prompts(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
+            per_step = 1 if guide.scores_vocabulary else self.decoder.candidates
+            read = read + texts * per_step * len(_model_prompts(own))
+        drawn, read = (group_by_prompt(x, len(tokens.lm)).sum(axis=1) for x in (drawn, read))
         rows = rows._replace(decode=state)
         return rows, Tokens(tokens.lm + drawn, tokens.rm + read, _most_needed(tokens, rows))
 
@@ -165,8 +167,8 @@ class Searcher:
         width: int,
         answer_lengths: Int[Array, "R"] | None = None,
     ) -> tuple[Rows, Tokens]:
-        """Lets the judges read what they have not read of each answer, at most `width` tokens, up to
-        `answer_lengths[r]`; by default all of it."""
+        """Lets the judges read the unread tokens of each answer, at most `width` of them, up to `answer_lengths[r]` (by
+        default the whole answer)."""
         text = self._text(rows, answer_lengths)
         new = text.answer_lengths - rows.judged
         judges, rewards, read = [], [], tokens.rm
@@ -177,7 +179,7 @@ class Searcher:
             before = rows.rewards[:, j]
             rewards.append(jnp.where(new > 0, reward + before if guide.adds_up else reward, before))
             judges.append(state)
-            read = read + of_prompts(count, len(read)).sum(axis=1) * len(_of_models(own))
+            read = read + group_by_prompt(count, len(read)).sum(axis=1) * len(_model_prompts(own))
         stacked = jnp.stack(rewards, axis=-1) if rewards else rows.rewards
         rows = Rows(rows.decode, tuple(judges), text.answer_lengths, stacked)
         return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows))
@@ -185,14 +187,14 @@ class Searcher:
     def judge_prefixes(
         self, inputs: SearchInputs, rows: Rows, tokens: Tokens, width: int
     ) -> tuple[Rows, Tokens, Float[Array, "R W J"]]:
-        """`judge`, with the rewards of every prefix of the answers; `width` is W, the longest answer."""
+        """`judge` that also returns the rewards of every prefix of the answers; `width` is W, the longest answer."""
         text = self._text(rows, None)
         judges, rewards, read = [], [], tokens.rm
         for guide, params, state in zip(self.judges, inputs.judge_params, rows.judges, strict=True):
             reward, count, state = _prefix_rewards(guide, params, state, text, text.answer_lengths, width)
             rewards.append(jnp.cumsum(reward, axis=1) if guide.adds_up else reward)
             judges.append(state)
-            read = read + of_prompts(count, len(read)).sum(axis=1)
+            read = read + group_by_prompt(count, len(read)).sum(axis=1)
         stacked = jnp.stack(rewards, axis=-1)
         last = jnp.maximum(text.answer_lengths - 1, 0)[:, None, None]
         newest = jnp.take_along_axis(stacked, last, axis=1)[:, 0]
@@ -200,7 +202,7 @@ class Searcher:
         return rows, tokens._replace(rm=read, needed=_most_needed(tokens, rows)), stacked
 
     def rewind(self, rows: Rows, answer_lengths: Int[Array, "R"], keys: PRNGKeyArray) -> Rows:
-        """Takes back the tokens beyond `answer_lengths[r]`, from the judges' memory too."""
+        """Removes the tokens beyond `answer_lengths[r]`, from the judges' states too."""
         decode = self.decoder.rewind(rows.decode, answer_lengths, keys)
         dropped = jnp.maximum(rows.judged - answer_lengths, 0)
         judged = rows.judged - dropped
@@ -221,18 +223,18 @@ class Searcher:
 
 
 def require_judge(method: Any, searcher: Searcher) -> None:
-    """Raises InputError where nothing judges."""
+    """Raises InputError if the searcher has no judge."""
     if not searcher.judges:
-        raise InputError(f"{type(method).__name__}: needs a reward model that judges what was drawn")
+        raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
 
 
-def of_prompts(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
-    """Rows by prompt."""
+def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
+    """Groups rows by prompt."""
     return x.reshape(prompts, len(x) // prompts, *x.shape[1:])
 
 
 def branch_keys(keys: PRNGKeyArray, numbers: Int[Array, "*n"]) -> PRNGKeyArray:
-    """Keys of rows that branch off one row: number 0 keeps the row's own, so that it draws what it would alone."""
+    """Keys of rows that branch off one row. Number 0 keeps the row's own key, so it draws what the row would alone."""
     folded = jax.vmap(jax.random.fold_in)(keys, jnp.uint32(0xFFFFFFFF) - numbers.astype(jnp.uint32))
     return jnp.where(numbers == 0, keys, folded)
 
@@ -244,22 +246,22 @@ def event_keys(keys: PRNGKeyArray, number: Int[Array, "B"] | int) -> PRNGKeyArra
 
 
 def spread(rows: Rows, count: int) -> Rows:
-    """`count` rows of each prompt's one. Each goes on with a key of its own, the first with the prompt's."""
+    """Copies each prompt's row `count` times. Each copy gets its own key; the first keeps the prompt's."""
     wide = repeat_rows(rows, count)
     numbers = jnp.tile(jnp.arange(count), len(rows.judged))
     return wide._replace(decode=wide.decode._replace(keys=branch_keys(wide.decode.keys, numbers)))
 
 
 def branch(rows: Rows, counts: Int[Array, "B n"]) -> Rows:
-    """Copies rows so that of row i of a prompt there are `counts[b, i]`, n in all. Rows that stay do not move, the
-    others' places are taken by copies, and keys belong to places: copies go on differently. Nothing else is written."""
+    """Copies rows so that there are `counts[b, i]` of row i of a prompt, n in all. Rows that stay do not move; copies
+    overwrite the others, and nothing else is written. Keys stay with places, so copies continue differently."""
     copied = copy_rows(rows, sources_of(counts))
     return copied._replace(decode=copied.decode._replace(keys=rows.decode.keys))
 
 
 def sources_of(counts: Int[Array, "B n"]) -> Int[Array, "B n"]:
-    """Which row each place gets, so that row i of a prompt is there `counts[b, i]` times and stays in its place unless
-    that is 0."""
+    """The source row of each place, such that row i of a prompt occurs `counts[b, i]` times, and stays in its place
+    unless its count is 0."""
     places = jnp.arange(counts.shape[1])
     is_free = counts == 0
     rank = jnp.cumsum(is_free, axis=1) - 1
@@ -269,30 +271,30 @@ def sources_of(counts: Int[Array, "B n"]) -> Int[Array, "B n"]:
 
 
 def pick(tree: Any, index: Int[Array, "B *m"]) -> Any:
-    """Of each prompt's rows those at `index`; all arrays of the tree are `[R ...]`."""
+    """The rows at `index` among each prompt's rows; all arrays of the tree are `[R ...]`."""
     chosen = index if index.ndim == 2 else index[:, None]
 
-    def of_array(x: Array) -> Array:
-        taken = jax.vmap(lambda rows, i: rows[i])(of_prompts(x, len(index)), chosen)
+    def pick_rows(x: Array) -> Array:
+        taken = jax.vmap(lambda rows, i: rows[i])(group_by_prompt(x, len(index)), chosen)
         return taken.reshape(chosen.size, *x.shape[1:])
 
-    return jax.tree.map(of_array, tree)
+    return jax.tree.map(pick_rows, tree)
 
 
 def weighted(rewards: Float[Array, "R *d J"], weights: Float[Array, "B J"]) -> Float[Array, "R *d"]:
-    """Scores: the sums of rewards with each prompt's weights."""
+    """Scores: the sums of rewards, weighted with each prompt's weights."""
     repeated = jnp.repeat(weights, len(rewards) // len(weights), axis=0)
     return (rewards * repeated.reshape(len(rewards), *[1] * (rewards.ndim - 2), -1)).sum(axis=-1)
 
 
 def drift(answers: Decoded) -> Float[Array, "B"]:
-    """sum_t log q(y_t) - log p(y_t) of the distributions q that the tokens were drawn from: what the temperature, the
-    choice of candidates and guidance add to the KL of a search over draws from q."""
+    """sum_t log q(y_t) - log p(y_t), where q are the distributions that the tokens were drawn from. The KL of a search
+    over draws from q grows by this, because of the temperature, the choice of candidates and guidance."""
     return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
 
 
-def _of_models(own: Any) -> tuple[Prompts | None, ...]:
-    """The prompts of each model of a guide, which may have several."""
+def _model_prompts(own: Any) -> tuple[Prompts | None, ...]:
+    """The prompts of each model of a guide; a guide may have several models."""
     return own if isinstance(own, tuple) and not hasattr(own, "lengths") else (own,)
 
 
@@ -302,14 +304,15 @@ def _needed(rows: Rows) -> tuple[Int[Array, ""], ...]:
 
 
 def _most_needed(tokens: Tokens, rows: Rows) -> tuple[Int[Array, ""], ...]:
-    """Rows that are dropped or overwritten count too: what they lacked room for was ranked."""
+    """Includes rows that are dropped or overwritten: if their texts were cut, their ranking was wrong."""
     return tuple(map(jnp.maximum, tokens.needed, _needed(rows)))
 
 
 def _reward_so_far(
     guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
 ) -> tuple[Float[Array, "R"], Int[Array, "R"], Any]:
-    """The reward of each text, or of its new tokens for a guide that adds up; tokens read; and the state."""
+    """The reward of each text, or of its new tokens for a guide that adds up; the number of tokens read; and the
+    state."""
     if hasattr(guide, "read"):
         return guide.read(params, state, text, new, width)
     rewards, count, state = _prefix_rewards(guide, params, state, text, new, width)
@@ -321,7 +324,7 @@ def _reward_so_far(
 def _prefix_rewards(
     guide: Any, params: Any, state: Any, text: Text, new: Int[Array, "R"], width: int
 ) -> tuple[Float[Array, "R W"], Int[Array, "R"], Any]:
-    """The guide's reward at each of the new tokens; tokens read; and the state."""
+    """The guide's reward at each of the new tokens; the number of tokens read; and the state."""
     if hasattr(guide, "read_prefixes"):
         rewards, state = guide.read_prefixes(params, state, text, new, width)
         return rewards, new, state

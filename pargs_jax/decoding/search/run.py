@@ -14,11 +14,11 @@ def search(method: SearchMethod, searcher: Searcher, inputs: SearchInputs, max_n
 
     Args:
         method: `BestOfN`, `ChunkBeam`, `Cards`, `SpeculativeRejection` or `TwistedSmc`.
-        searcher: what draws tokens and what judges texts.
+        searcher: draws tokens and judges texts.
         inputs: parameters, prompts, keys and settings of the rows.
         max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
 
     Raises:
-        InputError: the method lacks something that it needs, such as a judge.
+        InputError: if the method lacks something that it needs, such as a judge.
     """
     return on_every_device(method(searcher, inputs, max_new_tokens))

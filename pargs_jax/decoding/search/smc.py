@@ -1,4 +1,4 @@
-"""Twisted sequential Monte Carlo: particles, weighted by what guides say of unfinished answers, and resampled."""
+"""Twisted sequential Monte Carlo: particles are weighted by guides' rewards of unfinished answers, and resampled."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -17,7 +17,7 @@ from pargs_jax.decoding.search.rows import (
     Tokens,
     branch,
     event_keys,
-    of_prompts,
+    group_by_prompt,
     pick,
     spread,
 )
@@ -28,18 +28,18 @@ from pargs_jax.errors import InputError
 class TwistedSmc:
     """Particles for the posterior p(y) exp(sum_j w_j r_j(y)) / Z (Zhao et al., 2024, Section 3).
 
-    The decoder's guides are the twists, psi(y_1..y_t) = exp(sum_j w_j r_j(y_1..y_t)), and the decoder is the proposal
-    q, whatever its temperature is. A particle's weight grows by
+    The decoder's guides are the twists, psi(y_1..y_t) = exp(sum_j w_j r_j(y_1..y_t)), and the decoder, at any
+    temperature, is the proposal q. The log weight of a particle grows by
 
         log p(y_t) + log psi(y_1..y_t) - log psi(y_1..y_t-1) - log q(y_t),
 
-    which is log sum_v p(v) psi(.. v) - log psi(..) at temperature 1. Where the weights' effective sample size falls
-    below a share of n the particles are resampled, systematically. The answer is one particle, drawn by its weight.
-    Where the decoder proposes k candidates only, p is the language model cut to these, not normalised again.
+    which at temperature 1 is log sum_v p(v) psi(.. v) - log psi(..). If the weights' effective sample size falls below
+    a share of n, the particles are resampled systematically. The answer is one particle, drawn by its weight. If the
+    decoder proposes only k candidates, p is the language model restricted to them, not normalised again.
 
     Attributes:
         particles: n.
-        threshold: resampling happens below this share of n; 0 never, 1 at nearly every step.
+        threshold: resampling happens below this share of n; 0 means never, 1 means at nearly every step.
     """
 
     particles: int = 16
@@ -48,7 +48,7 @@ class TwistedSmc:
 
     def __post_init__(self) -> None:
         if self.particles < 1 or not 0 <= self.threshold <= 1:
-            raise InputError(f"{self}: particles must be at least 1, the threshold from 0 to 1")
+            raise InputError(f"{self}: particles must be at least 1, threshold from 0 to 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         if searcher.judges:
@@ -57,15 +57,17 @@ class TwistedSmc:
             raise InputError("TwistedSmc: needs a rule that samples, not Greedy")
         batch = len(inputs.lengths)
         rows, tokens = searcher.start(inputs, max_new_tokens, 1)
-        none = jnp.zeros(batch)
-        first = _Carry(spread(rows, self.particles), tokens, jnp.zeros((batch, self.particles)), none, jnp.int32(0))
+        zeros = jnp.zeros(batch)
+        first = _Carry(spread(rows, self.particles), tokens, jnp.zeros((batch, self.particles)), zeros, jnp.int32(0))
 
         def step(carry: _Carry) -> _Carry:
             rows, tokens = searcher.draw(inputs, carry.rows, carry.tokens, 1)
             is_live = ~carry.rows.decode.done
-            log_weights = carry.log_weights + of_prompts(jnp.where(is_live, _increments(searcher, rows), 0.0), batch)
-            # None where all particles are finished: nothing would come of it.
-            is_over = of_prompts(rows.decode.done, batch).all(axis=1)
+            log_weights = carry.log_weights + group_by_prompt(
+                jnp.where(is_live, _increments(searcher, rows), 0.0), batch
+            )
+            # No resampling once all particles are finished: it would change nothing.
+            is_over = group_by_prompt(rows.decode.done, batch).all(axis=1)
             resampled = (_effective(log_weights) < self.threshold * self.particles) & ~is_over
             log_mean = jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
             counts = _systematic(event_keys(inputs.keys, 1 + carry.step), log_weights)
@@ -78,11 +80,11 @@ class TwistedSmc:
                 carry.step + 1,
             )
 
-        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_goes_on, step, first)
+        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_is_unfinished, step, first)
         log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
         samples = searcher.found(rows)
-        scores = of_prompts(_log_twists(searcher, rows), batch)
+        scores = group_by_prompt(_log_twists(searcher, rows), batch)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         return Found(
             pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
@@ -93,29 +95,30 @@ class _Carry(NamedTuple):
     tokens: Tokens
     log_weights: Float[Array, "B n"]
     log_z: Float[Array, "B"]
-    """Of the resamplings so far."""
+    """The sum over the resamplings so far."""
     step: Int[Array, ""]
 
 
-def _goes_on(carry: _Carry) -> Bool[Array, ""]:
+def _is_unfinished(carry: _Carry) -> Bool[Array, ""]:
     return ~carry.rows.decode.done.all()
 
 
 def _log_twists(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
-    """log psi of each whole text."""
+    """log psi of each row's text."""
     rewards = searcher.decoder.read(rows.decode).rewards
     return (rewards * rows.decode.settings.weights).sum(axis=-1)
 
 
 def _increments(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
-    """What each row's newest token adds to its log weight."""
+    """The change of each row's log weight by its newest token."""
     trace, at = rows.decode.trace, jnp.maximum(rows.decode.text.answer_lengths - 1, 0)
 
     def of_token(x: Float[Array, "R N *J"], index: Int[Array, "R"]) -> Float[Array, "R *J"]:
         return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
 
     rewards = of_token(trace.rewards, at)
-    # A guide that adds up gives the token's own reward; the others that of the text, from which the last one goes.
+    # A guide that adds up gives the token's own reward. Other guides give the text's, so the previous one is
+    # subtracted.
     adds_up = jnp.asarray([guide.adds_up for guide in searcher.decoder.guides], bool)
     is_later = (at > 0)[:, None] & ~adds_up
     before = jnp.where(is_later, of_token(trace.rewards, jnp.maximum(at - 1, 0)), 0.0)
@@ -129,12 +132,12 @@ def _effective(log_weights: Float[Array, "B n"]) -> Float[Array, "B"]:
 
 
 def _systematic(keys: PRNGKeyArray, log_weights: Float[Array, "B n"]) -> Int[Array, "B n"]:
-    """How often each particle is kept: one uniform number u a prompt, and the particles at the places (u + i)/n of the
-    cumulative weights."""
+    """How many copies of each particle are kept. Uses one uniform number u per prompt, and takes the particles at the
+    places (u + i)/n of the cumulative weights."""
     count = log_weights.shape[1]
     u = jax.vmap(jax.random.uniform)(keys)
     places = (u[:, None] + jnp.arange(count)) / count
     ends = jnp.cumsum(jax.nn.softmax(log_weights, axis=1), axis=1)
-    # The last end is 1 but for rounding.
+    # The last end is 1 up to rounding.
     index = jnp.minimum((ends[:, None, :] <= places[:, :, None]).sum(axis=-1), count - 1)
     return jax.nn.one_hot(index, count, dtype=jnp.int32).sum(axis=1)

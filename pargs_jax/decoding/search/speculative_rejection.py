@@ -1,4 +1,4 @@
-"""Speculative rejection: best-of-n that gives up the worst samples while they are being written."""
+"""Speculative rejection: best-of-n that drops the worst samples before they are finished."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from pargs_jax.decoding.search.rows import (
     Searcher,
     SearchInputs,
     drift,
-    of_prompts,
+    group_by_prompt,
     pick,
     require_judge,
     spread,
@@ -28,12 +28,12 @@ from pargs_jax.models.cache import take_rows
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeRejection:
-    """After every chunk the share `alpha` of the rows with the lowest scores so far is dropped, finished ones included;
-    the answer is the best of all that were finished (Sun et al., 2024, Algorithm 1). The batch shrinks: each size is a
-    program of its own. The paper goes on until memory is full; here the chunk has a fixed length.
+    """After every chunk, drops the share `alpha` of the rows that has the lowest scores so far, finished ones included.
+    The answer is the best of all finished rows (Sun et al., 2024, Algorithm 1). The batch shrinks, and each size is
+    compiled separately. The paper continues until memory is full; here chunks have a fixed length.
 
     Attributes:
-        samples: n, to begin with.
+        samples: n at the start.
         alpha: the share that is dropped, below 1; 0 is best-of-n.
         chunk: tokens between two selections.
     """
@@ -45,7 +45,7 @@ class SpeculativeRejection:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.chunk < 1 or not 0 <= self.alpha < 1:
-            raise InputError(f"{self}: n and the chunk must be at least 1, alpha at least 0 and below 1")
+            raise InputError(f"{self}: samples and chunk must be at least 1, alpha at least 0 and below 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
         require_judge(self, searcher)
@@ -58,17 +58,17 @@ class SpeculativeRejection:
         for size in sizes[1:]:
             rows, tokens = searcher.draw(inputs, rows, tokens, self.chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, self.chunk)
-            scores = of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)
-            # Only finished answers can win; those that are dropped are remembered.
-            ended.append((searcher.found(rows), jnp.where(of_prompts(rows.decode.done, batch), scores, -jnp.inf)))
+            scores = group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
+            # Only finished answers can win, so those that are dropped are remembered.
+            ended.append((searcher.found(rows), jnp.where(group_by_prompt(rows.decode.done, batch), scores, -jnp.inf)))
             kept = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
             rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + kept).ravel())
         rows, tokens = searcher.draw(inputs, rows, tokens, rest)
         rows, tokens = searcher.judge(inputs, rows, tokens, rest)
-        ended.append((searcher.found(rows), of_prompts(weighted(rows.rewards, inputs.judge_weights), batch)))
+        ended.append((searcher.found(rows), group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)))
 
         def all_of(*parts: jax.Array) -> jax.Array:
-            joined = jnp.concatenate([of_prompts(part, batch) for part in parts], axis=1)
+            joined = jnp.concatenate([group_by_prompt(part, batch) for part in parts], axis=1)
             return joined.reshape(batch * joined.shape[1], *joined.shape[2:])
 
         scores = jnp.concatenate([scores for _, scores in ended], axis=1)
@@ -80,7 +80,7 @@ class SpeculativeRejection:
         return Found(answers, best, kls, tokens)
 
     def sizes(self, max_new_tokens: int) -> list[int]:
-        """How many rows a prompt has, until that no longer changes."""
+        """The number of rows of a prompt after each selection, until it no longer changes."""
         sizes = [self.samples]
         for _ in range(math.ceil(max_new_tokens / self.chunk) - 1):
             size = sizes[-1] - math.floor(self.alpha * sizes[-1])

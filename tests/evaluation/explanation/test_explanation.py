@@ -68,7 +68,7 @@ def test_minus_infinity_is_null(make_trace):
     assert answer["guided"]["tokens"][0]["candidates"][-1] == [7, " x", -1.0, None, [0.0]]
 
 
-def test_of_many_candidates_the_likeliest_stay_and_the_page_says_so(make_trace):
+def test_the_page_shows_the_likeliest_of_many_candidates_and_says_so(make_trace):
     drawn = 150
     (answer,) = data_of(explanation_page([make_trace([" a"], k=300, drawn=[drawn])]))
     token, shown = make_trace([" a"], k=300, drawn=[drawn]).tokens[0], answer["guided"]["tokens"][0]
@@ -85,11 +85,11 @@ def test_rewards_that_add_up_are_told_from_those_where_the_last_counts(make_trac
     assert [answer["adds_up"] for answer in data_of(explanation_page(traces))] == [[False, False], [True]]
 
 
-def test_what_does_not_belong_together_is_refused(make_trace):
+def test_traces_that_do_not_match_are_refused(make_trace):
     guided = make_trace([" a"])
     with pytest.raises(InputError, match="at least one answer"):
         explanation_page([])
-    with pytest.raises(InputError, match="'a' comes twice in the trace"):
+    with pytest.raises(InputError, match="'a' appears twice in the trace"):
         explanation_page([guided, guided])
     with pytest.raises(InputError, match=r"has another prompt \('Else'\)"):
         explanation_page([guided], [make_trace([" a"], prompt="Else")])

@@ -251,7 +251,7 @@ def test_two_thousand_tokens_answer_at_once(open_page, make_trace):
 
 @pytest.mark.parametrize("has_policy", [True, False])
 def test_hostile_texts_are_shown_as_text(open_page, make_trace, has_policy):
-    """Also without the policy, which would stop a script that got through."""
+    """Also without the content policy, which would block an injected script."""
     hostile = {
         "prompt": HOSTILE[0],
         "lm": HOSTILE[1],
