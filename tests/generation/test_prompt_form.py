@@ -45,9 +45,9 @@ def test_the_reward_models_form_is_used_or_else_the_language_models(lm, rm, reme
     assert decoded(lm, rm, hh) == ([HH], [])
     assert decoded(tuned, rm) == ([HH], [])
     prompts, (warning,) = decoded(tuned, tldr)
-    assert prompts == ["POST: Why?\nTL;DR:"] and f"form 'tldr', but {tuned} was trained with 'hh'" in warning
+    assert prompts == ["POST: Why?\nTL;DR:"] and f"format 'tldr', but {tuned} was trained with 'hh'" in warning
     prompts, (warning,) = decoded(lm, hh, format="plain")
-    assert prompts == [PLAIN] and f"form 'plain', but {hh} was trained with 'hh'" in warning
+    assert prompts == [PLAIN] and f"format 'plain', but {hh} was trained with 'hh'" in warning
     assert decoded(lm, hh, format="hh") == ([HH], [])
     with pytest.raises(InputError, match=f"{hh} 'hh', {tldr} 'tldr'; choose one with --format"):
         decoded(lm, hh, tldr)
@@ -71,7 +71,7 @@ def test_the_config_beside_the_answers_has_the_form(lm, rm, remembering, tmp_pat
     assert decoded(lm, rm, **options)[0] == []
     with pytest.raises(InputError, match="were made with other options"):
         decoded(lm, rm, format="hh", **options)
-    with pytest.raises(InputError, match=r"no row has a column 'query'; there are name, question"):
+    with pytest.raises(InputError, match=r"no row has a column 'query'; the columns are name, question"):
         decoded(lm, rm, **options | {"columns": ("prompt=query",)})
     with pytest.raises(InputError, match=r"line 1: prompt is missing; the row has name, question; .*such as prompt="):
         decoded(lm, rm, **options | {"columns": ()})
