@@ -16,23 +16,23 @@ from pargs_jax.errors import InputError
 
 PROMPT = "Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\nAgent:"
 BEST = (
-    " I am glad to hear from you, Maria. I gladly looked up your fine kettle order. We will kindly send you a great new"
-    " kettle. You are a dear customer of our caring team. Have a nice day, Maria."
+    " I am glad to hear from you, Maria. I gladly looked up your lovely kettle order. We will kindly send you a great new"
+    " kettle. You are a kind customer of our lovely team. Have a great day, Maria."
 )
 PLAIN = (
     " I read your new note, Maria. I now found the blue kettle that you bought. We will now send you a blue new kettle."
     " Our small team thinks of you as a usual guest. I wish you a quiet week, Maria."
 )
 RUDE = (
-    " I am sick to hear from you, Maria. I barely looked up your cheap kettle order. We will rudely send you an ugly"
-    " new kettle. You are a needy customer of our lazy team. Have a bad day, Maria."
+    " I am sick to hear from you, Maria. I barely looked up your nasty kettle order. We will rudely send you an awful"
+    " new kettle. You are a stupid customer of our nasty team. Have a nasty day, Maria."
 )
 
 
 def test_the_oracle_ranks_hand_written_answers() -> None:
     assert oracle(PROMPT, BEST) == 8.0
     assert oracle(PROMPT, PLAIN) == 0.0
-    # "an ugly" is not one of the task's sentences, which say "a ugly": the sentence and its two words are lost.
+    # "an awful" is not one of the task's sentences, which say "a awful": the sentence and its two words are lost.
     assert oracle(PROMPT, RUDE) == -6.0 - 2.0 - 1.0
     assert oracle(PROMPT, "") == oracle(PROMPT, " \n") == -5.0
 
@@ -44,11 +44,11 @@ def test_the_oracle_ranks_hand_written_answers() -> None:
         ("from you, Maria", "from you, Tom", {"wrong": -1.0}),
         ("am glad", "am ready", {"kind": -1.0}),
         ("am glad", "am tired", {"kind": -1.0, "rude": -1.0}),
-        ("Have a nice day, Maria.", "Have a nice day, Maria", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
-        ("Have a nice", "Have nice a", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
-        (" Have a nice day, Maria.", "", {"kind": -1.0, "missing": -1.0}),
-        ("Have a", "I wish you a sunny week, Maria. Have a", {"repeated": -2.0}),
-        ("fine", "fine fine", {"kind": -2.0, "unknown": -2.0, "missing": -1.0}),
+        ("Have a great day, Maria.", "Have a great day, Maria", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
+        ("Have a great", "Have great a", {"kind": -1.0, "unknown": -2.0, "missing": -1.0}),
+        (" Have a great day, Maria.", "", {"kind": -1.0, "missing": -1.0}),
+        ("Have a", "I wish you a lovely week, Maria. Have a", {"repeated": -2.0}),
+        ("lovely kettle", "lovely lovely kettle", {"kind": -2.0, "unknown": -2.0, "missing": -1.0}),
     ],
 )
 def test_each_fault_changes_its_own_terms(said: str, instead: str, changes: dict[str, float]) -> None:
@@ -107,7 +107,7 @@ def test_splits_share_no_prompt_and_rows_are_deterministic() -> None:
         "id": "demo-036655",
         "prompt": "Customer: Hi, this is Leo. My watch stopped working. What now?\nAgent:",
         "chosen": " I am ready to hear from you, Leo. I now found the stupid watch that you bought. We will now repair"
-        " your stupid watch. Our careless team thinks of you as a patient guest. Have a quiet day, Leo.",
+        " your stupid watch. Our stupid team thinks of you as a great guest. Have a quiet day, Leo.",
     }
 
 
