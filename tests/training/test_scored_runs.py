@@ -51,5 +51,5 @@ def test_a_run_learns_sets_bad_rows_aside_and_resumes_with_its_own_rewards_alone
     assert not load_model(folder / "model", "reward").new_head
 
     write(tmp_path / "scored.jsonl", [ROWS[0] | {"reward": 2.0}, *ROWS[1:]])
-    with pytest.raises(InputError, match="its rows, as tokens, are not those"):
+    with pytest.raises(InputError, match="its tokenised rows differ from those"):
         train(dataclasses.replace(config, resume=True, steps=8), Console(quiet=True))

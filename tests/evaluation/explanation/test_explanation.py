@@ -91,7 +91,7 @@ def test_traces_that_do_not_match_are_refused(make_trace):
         explanation_page([])
     with pytest.raises(InputError, match="'a' appears twice in the trace"):
         explanation_page([guided, guided])
-    with pytest.raises(InputError, match=r"has another prompt \('Else'\)"):
+    with pytest.raises(InputError, match="has the prompt 'Else', but the guided one has"):
         explanation_page([guided], [make_trace([" a"], prompt="Else")])
     with pytest.raises(InputError, match=r"has another lm \('gpt2'\)"):
         explanation_page([guided], [make_trace([" a"], lm="gpt2")])
