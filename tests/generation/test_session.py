@@ -318,7 +318,7 @@ def test_a_prompt_in_the_language_models_template_cannot_be_put_in_another(lm, r
     tokenizer = TextTokenizer.load(chatty)
     rendered = Prompt("7", "L Hi\n", form.turns_of("L Hi\n", tokenizer))
     assert rendered.turns == () and form.turns_of("Hi", tokenizer) == ({"role": "user", "content": "Hi"},)
-    with pytest.raises(InputError, match="prompt '7' is in the language model's chat template already"):
+    with pytest.raises(InputError, match="prompt '7' is already written in the language model's chat template"):
         answers(Session(chatty, [with_template(rm, "R {{turn.content}}|", tmp_path)]), [rendered])
     with pytest.raises(InputError, match=r"prompt '0' for .*: tokenizer .* has no chat template"):
         answers(Session(chatty, [rm]), CHAT)

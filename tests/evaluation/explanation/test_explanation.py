@@ -93,7 +93,7 @@ def test_traces_that_do_not_match_are_refused(make_trace):
         explanation_page([guided, guided])
     with pytest.raises(InputError, match="has the prompt 'Else', but the guided one has"):
         explanation_page([guided], [make_trace([" a"], prompt="Else")])
-    with pytest.raises(InputError, match=r"has another lm \('gpt2'\)"):
+    with pytest.raises(InputError, match="has the lm 'gpt2', but the guided one has"):
         explanation_page([guided], [make_trace([" a"], lm="gpt2")])
     two = [guided, make_trace([" b"], sample=1)]
     assert [answer["unguided"] is None for answer in data_of(explanation_page(two, [guided]))] == [False, True]
