@@ -16,8 +16,8 @@ from pargs_jax.errors import InputError
 
 PROMPT = "Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\nAgent:"
 BEST = (
-    " I am glad to hear from you, Maria. I gladly looked up your lovely kettle order. We will kindly send you a great new"
-    " kettle. You are a kind customer of our lovely team. Have a great day, Maria."
+    " I am glad to hear from you, Maria. I gladly looked up your lovely kettle order. We will kindly send you a great"
+    " new kettle. You are a kind customer of our lovely team. Have a great day, Maria."
 )
 PLAIN = (
     " I read your new note, Maria. I now found the blue kettle that you bought. We will now send you a blue new kettle."
