@@ -31,7 +31,19 @@ MethodName = Literal[
 ]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
-COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "reward", "split")
+COLUMNS = (
+    "id",
+    "prompt",
+    "chosen",
+    "rejected",
+    "response",
+    "completion",
+    "messages",
+    "text",
+    "reward",
+    "labels",
+    "split",
+)
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
 GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
 """Those whose reward models guide together, several for one weight."""
@@ -336,6 +348,7 @@ class TrainConfig:
         if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
             raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
+        self._validate_preferences()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:
             raise InputError(
@@ -346,6 +359,20 @@ class TrainConfig:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
                 f"--optim.accumulation ({self.optim.accumulation})"
+            )
+
+    def _validate_preferences(self) -> None:
+        """Raises InputError for what does not go with an objective that trains for several objectives at once."""
+        loss = self.objective.loss
+        if loss.preference_lora is not None and self.lora.rank:
+            raise InputError(
+                f"--lora.rank: got {self.lora.rank}, but {self.objective.name} trains low-rank additions of its own; "
+                "leave it out (--objective.rank is their rank)"
+            )
+        if loss.labels and self.data.train == DEMO:
+            raise InputError(
+                f"--data.train: {self.objective.name} needs pairs with {loss.labels} labels, but the demo's have none; "
+                "give a file whose rows have prompt, chosen, rejected and labels"
             )
 
 

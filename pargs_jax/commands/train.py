@@ -18,16 +18,25 @@ from pargs_jax.data.preferences import load_preferences, write_bad_rows
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
-from pargs_jax.models.hf import EXPORTED, describe_model, load_model, resolve, save_model, stored_head
+from pargs_jax.models.hf import (
+    EXPORTED,
+    describe_model,
+    load_model,
+    resolve,
+    save_model,
+    stored_head,
+    takes_preferences,
+)
 from pargs_jax.models.lora import merge_lora
 from pargs_jax.models.model import AnyRewardModel, Model
+from pargs_jax.models.preference_lora import PreferenceLora
 from pargs_jax.processes import on_first
 from pargs_jax.sharding import row_shards
 from pargs_jax.text.prompts import choose_form, get_form
 from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 from pargs_jax.training.metrics_log import require_packages
-from pargs_jax.training.program import TrainingProgram, head_to_train
+from pargs_jax.training.program import TrainingProgram, head_to_train, lora_of
 from pargs_jax.training.run import run as run_in_folder
 from pargs_jax.training.run_folder import claimed_folder, saved_prompt_form
 
@@ -65,6 +74,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "train")
     check_rows(config, mesh)
+    check_start(config)
     model = describe_model(model_source(config.model.init), head_to_train(config), attention=config.model.attention)
     program = training_program(config, model, closing_id=0)
     optimizer, _ = program.make_optimizer(SCHEDULED_STEPS)
@@ -75,6 +85,8 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
     if config.objective.loss.reward_range is not None:
         batch = batch._replace(rewards=rows(answers, dtype="float32"))
+    if config.objective.loss.labels:
+        batch = batch._replace(labels=rows(config.objective.loss.labels, dtype="float32"))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     what = (
@@ -100,19 +112,27 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
 
 def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> TrainingProgram:
     """The program that a config asks for, with a model that was loaded or only described. Raises InputError if the
-    model cannot read texts as long as the config allows, or cannot be the start of the objective."""
+    model cannot read texts as long as the config allows."""
     positions = model.config.max_positions
     if config.max_length > positions:
         raise InputError(
             f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
         )
-    loss = config.objective.loss
-    if loss.frozen and loss.head == "table" and stored_head(model_source(config.model.init)) == "table":
+    return TrainingProgram.assemble(config, model, closing_id=closing_id)
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raises InputError if the model to start from, by its config.json, cannot be the start of the objective."""
+    loss, source = config.objective.loss, model_source(config.model.init)
+    if takes_preferences(source):
+        raise InputError(
+            f"--model.init: {config.model.init} takes a preference vector; start from a language model"
+        )
+    if loss.frozen and loss.head == "table" and stored_head(source) == "table":
         raise InputError(
             f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "
             "the language model, whose probabilities it needs"
         )
-    return TrainingProgram.assemble(config, model, closing_id=closing_id)
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
@@ -126,12 +146,13 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _train(config: TrainConfig, folder: Path, console: Console) -> None:
+    check_start(config)
     source = resolve(model_source(config.model.init))
     pretrained = load_model(
         source,
         head_to_train(config),
         attention=config.model.attention,
-        dtype=config.dtype if config.lora.rank else "float32",
+        dtype=config.dtype if lora_of(config) else "float32",
         from_scratch=config.model.from_scratch,
         seed=config.seed,
     )
@@ -147,13 +168,16 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     held_out = None if eval_source is None else load(eval_source, "eval")
 
     params = run_in_folder(config, folder, program, pretrained.params, examples, held_out, console)
-    if program.model.lora is not None:
+    model = pretrained.model
+    if isinstance(program.model.lora, PreferenceLora):
+        model = dataclasses.replace(model, lora=program.model.lora)
+    elif program.model.lora is not None:
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
     with write_errors_named_after(exported, MEND_AND_RESUME):
         save_model(
             exported,
-            pretrained.model,
+            model,
             params,
             special_tokens=pretrained.special_tokens,
             prompt_form=config.data.format,
@@ -205,6 +229,7 @@ def _load_examples(
             tokenizer=tokenizer,
             require_rejected=answers == 2,
             reward_range=config.objective.loss.reward_range,
+            labels=config.objective.loss.labels,
             split=split,
             columns=columns,
         )
@@ -234,6 +259,6 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
     if config.optim.moment_dtype != "bfloat16":
         ways.append("--optim.moment-dtype bfloat16")
-    if not config.lora.rank:
+    if lora_of(config) is None:
         ways.append("--lora.rank 16")
     return [*ways, "more devices, or a larger fsdp axis"]

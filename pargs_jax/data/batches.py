@@ -42,6 +42,8 @@ class Batch(NamedTuple):
         prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where they end at the model's
             own.
         rewards: the rewards of scored answers; None if rows have none.
+        labels: for each of M objectives, 1 where the first answer is better, 0 where the second is; None if rows have
+            none.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -51,6 +53,7 @@ class Batch(NamedTuple):
     weights: Float[np.ndarray, "B"]
     prefixes: PrefixTexts | None = None
     rewards: Float[np.ndarray, "B A"] | None = None
+    labels: Float[np.ndarray, "B M"] | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
@@ -68,13 +71,14 @@ class Example:
     """Token ids of one prompt and its answers, chosen first; together they fit the maximum length.
 
     `prefixes` holds the prefixes of each answer, shortest first, where they end at another tokenizer's tokens;
-    `rewards` holds those of scored answers.
+    `rewards` holds those of scored answers, `labels` those of pairs that were judged by several objectives.
     """
 
     prompt: Int[np.ndarray, "P"]
     answers: tuple[Int[np.ndarray, "R"], ...]
     prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
     rewards: tuple[float, ...] | None = None
+    labels: tuple[float, ...] | None = None
 
     @property
     def prefix_counts(self) -> list[int]:
@@ -160,7 +164,7 @@ def tokenise(
                     for text, whole in zip(texts, ids, strict=True)
                 )
             rewards = None if preference.reward is None else (preference.reward,)
-            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards))
+            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards, preference.labels))
     report = TruncationReport(
         len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
     )
@@ -334,6 +338,8 @@ class Batches:
         batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
         if examples[0].rewards is not None:
             batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
+        if examples[0].labels is not None:
+            batch = batch._replace(labels=np.array([example.labels for example in examples], np.float32))
         return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
 
     def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:

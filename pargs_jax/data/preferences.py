@@ -28,7 +28,8 @@ class Preference:
     """One prompt with the preferred answer and the rejected one (None when only single answers were asked for).
 
     A scored answer is in `chosen`, and `reward` is its reward. `finished` is false if the answer was cut off before its
-    end-of-sequence token.
+    end-of-sequence token. `labels` are those of a pair that was judged by several objectives: 1 where `chosen` is
+    better, 0 where `rejected` is.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Preference:
     rejected: str | None
     reward: float | None = None
     finished: bool = True
+    labels: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def load_preferences(
     tokenizer: TextTokenizer | None = None,
     require_rejected: bool = True,
     reward_range: tuple[float, float] | None = None,
+    labels: int = 0,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
 ) -> LoadedPreferences:
@@ -104,6 +107,8 @@ def load_preferences(
       before them;
     - if `require_rejected` is false, also: `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
       which is an answer to the empty prompt;
+    - with `labels`, also: `labels`, a list of that many numbers from 0 to 1, one for each objective: 1 where `chosen`
+      is better, 0 where `rejected` is;
     - with a `reward_range`: an answer in one of these shapes with its `reward`, a finite number; or a row that
       `decode.py` wrote with one reward model, where `guide_reward` is the reward. Such an answer is not changed, and
       has no end-of-sequence token if its `finish_reason` is `length`.
@@ -114,6 +119,7 @@ def load_preferences(
         tokenizer: needed only by the form `chat`, for its template.
         require_rejected: whether rows need a rejected answer; if not, `rejected` is None in all of them.
         reward_range: the lowest and the highest reward that a scored answer may have; None: rewards are not read.
+        labels: the number of labels that a pair must have; 0: labels are not read.
         split: `train` or `eval`. It selects rows of a file that has a column `split`, and the split of a data set on
             the hub (see `Rows`).
         columns: the source's names for columns that it names differently, such as `{"prompt": "question"}`.
@@ -128,7 +134,7 @@ def load_preferences(
     for row in rows:
         try:
             if reward_range is None:
-                preferences.append(_preference(row, form, tokenizer, require_rejected))
+                preferences.append(_preference(row, form, tokenizer, require_rejected, labels))
             else:
                 preferences.append(_scored_answer(row, form, tokenizer, reward_range))
         except InputError as error:
@@ -229,7 +235,7 @@ def _row_id(row: SourceRow) -> str:
 
 
 def _preference(
-    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, require_rejected: bool
+    row: SourceRow, form: PromptForm, tokenizer: TextTokenizer | None, require_rejected: bool, labels: int
 ) -> Preference:
     fields = _fields(row)
     rejected = None
@@ -252,7 +258,21 @@ def _preference(
         raise InputError("chosen and rejected are the same")
     for text in (prompt, chosen, rejected or ""):
         _check_encodable(text)
-    return Preference(_row_id(row), prompt, chosen, rejected)
+    return Preference(_row_id(row), prompt, chosen, rejected, labels=_labels(fields, labels))
+
+
+def _labels(fields: dict[str, Any], count: int) -> tuple[float, ...] | None:
+    """The labels of a pair, if it must have some."""
+    if not count:
+        return None
+    found = _numbers(fields, "labels")
+    if found is None:
+        raise _MissingColumn("labels is missing", fields)
+    if len(found) != count:
+        raise InputError(f"labels: got {len(found)}, must be {count}, one for each objective (--objective.labels)")
+    if not all(0 <= label <= 1 for label in found):
+        raise InputError(f"labels: got {list(found)}, each must be from 0 to 1")
+    return found
 
 
 def _scored_answer(

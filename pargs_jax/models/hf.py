@@ -139,6 +139,12 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     return model
 
 
+def takes_preferences(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's config.json says that the model takes a preference vector."""
+    path = resolve(source, patterns=("config.json",)) / "config.json"
+    return path.is_file() and read_json(path).get("pargs_preference_lora") is not None
+
+
 def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
     """The head of a checkpoint according to config.json: `pargs_head`, or else the name of its class. None if neither
     tells."""

@@ -6,13 +6,15 @@ The vector is an ordinary input: each row of a batch may have its own.
 
 import dataclasses
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.layers import Linear
@@ -20,6 +22,8 @@ from pargs_jax.models.lora import split_params
 from pargs_jax.sharding import map_paths, place_param, to_host
 
 PREFERENCE = "preference"
+NAMES = ("shared_in", "shared_mix", "shared_out", "own_in", "own_mix", "own_out")
+"""The trained arrays of an addition."""
 ADDITIONS = "preference_lora.safetensors"
 """The file in a model's folder that holds the additions; the weights they are added to are in other files."""
 
@@ -83,6 +87,27 @@ class PreferenceLora:
             linear.addition = BilinearAddition(
                 tuple(stack), inputs, outputs, self.rank, self.objectives, self.alpha / self.rank
             )
+
+
+def draw_additions(abstract: Any, key: PRNGKeyArray) -> Any:
+    """Draws a model's additions from its abstract parameters, as a dict of only these.
+
+    As in the published code, `shared_out` and `own_out` are zero, so training starts from the unchanged model; the
+    others are uniform within 1 / sqrt(inputs), and within 1 / rank for `own_mix`. Preferences are equal for all
+    objectives.
+    """
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        if name in ("shared_out", "own_out"):
+            return jnp.zeros(leaf.shape)
+        if name == PREFERENCE:
+            return jnp.full(leaf.shape, 1 / leaf.shape[-1])
+        bound = 1 / leaf.shape[-1] if name == "own_mix" else leaf.shape[-2] ** -0.5
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return jax.random.uniform(own_key, leaf.shape, minval=-bound, maxval=bound)
+
+    return jax.tree_util.tree_map_with_path(draw, split_params(abstract, ("addition",))[0])
 
 
 def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:

@@ -6,6 +6,7 @@ from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.objectives.dpo import DirectPreference
 from pargs_jax.objectives.fudge import PrefixRegression
+from pargs_jax.objectives.parm import PreferenceAwareReward
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
 from pargs_jax.objectives.rad import RewardAugmented
 from pargs_jax.objectives.sft import SupervisedFineTuning
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type[Loss]] = {
         BradleyTerry,
         PartialBradleyTerry,
         AutoregressiveReward,
+        PreferenceAwareReward,
         DirectPreference,
         RewardAugmented,
         PrefixRegression,

@@ -31,8 +31,13 @@ class AutoregressiveReward(Loss):
     """The paper's for helpfulness in SafeRLHF; for HH it has 0.05. A smaller one takes `pi` further from its start."""
 
     beta: float | None = option(
-        None, "factor of log-probabilities in the reward", unset="0.5 in arm and 0.1 in dpo", above=0
+        None, "factor of log-probabilities in the reward", unset="0.5 in arm, 0.1 in dpo and 0.01 in parm", above=0
     )
+
+    @property
+    def factor(self) -> float:
+        """`beta`, or the usual one."""
+        return self.usual_beta if self.beta is None else self.beta
 
     def chance(self, vocab_size: int) -> float:
         return math.log(2)
@@ -46,6 +51,5 @@ class AutoregressiveReward(Loss):
         """The loss with rewards of `beta` times these numbers, one for each prefix of the answers."""
         from pargs_jax.objectives.bradley_terry import bradley_terry
 
-        beta = self.usual_beta if self.beta is None else self.beta
-        loss, metrics = bradley_terry(beta * log_probs, batch.answer_lengths, batch.weights)
+        loss, metrics = bradley_terry(self.factor * log_probs, batch.answer_lengths, batch.weights)
         return LossResult(loss, metrics, batch.weights.sum())

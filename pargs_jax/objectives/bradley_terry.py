@@ -100,6 +100,35 @@ def partial_bradley_terry(
     )
 
 
+def labelled_bradley_terry(
+    differences: Float[Array, "B"],
+    labels: Float[Array, "B M"],
+    preferences: Float[Array, "B M"],
+    weights: Float[Array, "B"],
+) -> tuple[Float[Array, ""], Metrics]:
+    """`-sum_i a_i (c_i log sigmoid(d) + (1 - c_i) log sigmoid(-d))`, the weighted mean over pairs, in nats:
+    Bradley-Terry for several objectives, each with its own label (PARM, Lin et al., 2025).
+
+    Args:
+        differences: d, the reward of the first answer minus that of the second.
+        labels: c, for each objective: 1 if the first answer is better, 0 if the second is, or a probability.
+        preferences: a, the weights of the objectives; they sum to 1 in each row.
+        weights: the weight of each pair.
+
+    Returns:
+        The loss; `accuracy`, the share of labels with which the difference agrees, weighted by the preferences (a tie
+        counts half); and `margin`, the mean of the difference in the direction of the labels.
+    """
+    first = (preferences * labels).sum(axis=1)  # the chance that the first answer is better, for these preferences
+    losses = -first * jax.nn.log_sigmoid(differences) - (1 - first) * jax.nn.log_sigmoid(-differences)
+    direction = 2 * first - 1
+    metrics = {
+        "accuracy": _mean(0.5 + 0.5 * direction * jnp.sign(differences), weights),
+        "margin": _mean(direction * differences, weights),
+    }
+    return _mean(losses, weights), metrics
+
+
 def preference_loss(
     outputs: Outputs,
     counts: Int[Array, "B 2"],

@@ -9,8 +9,9 @@ Help texts list the options of all objectives and must appear quickly, so no obj
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -77,7 +78,11 @@ class Loss:
         has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
         frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
-            with these names. The training program provides one, `reference`: the model that training starts from.
+            with these names. The training program provides `reference`, the model that training starts from.
+        labels: how many labels a pair has, one from 0 to 1 for each of several objectives; batches then have `labels`.
+            0 where a pair only has a chosen and a rejected answer.
+        preference_lora: the fields of the `PreferenceLora` (`pargs_jax.models.preference_lora`) that it trains in place
+            of the model's own parameters; None where it trains these.
     """
 
     name: ClassVar[str]
@@ -88,6 +93,8 @@ class Loss:
     has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
+    labels: ClassVar[int] = 0
+    preference_lora: ClassVar[Mapping[str, Any] | None] = None
 
     def validate(self, max_length: int) -> None:
         """Raises InputError for options that contradict each other, or do not fit texts of up to `max_length`
@@ -97,6 +104,11 @@ class Loss:
         """The loss of a model that cannot tell anything apart. The option `loss_limit` is a multiple of it. Infinite if
         this loss depends on the data; then there is no limit."""
         raise NotImplementedError
+
+    def preferences(self, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, "B M"] | None:
+        """The preference vector of each row, for a model with `preference_lora`; None for other models. The key is the
+        one that the loss gets."""
+        return None
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **frozen: Outputs

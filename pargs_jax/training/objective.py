@@ -4,12 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params
+from pargs_jax.models.preference_lora import with_preferences
 from pargs_jax.objectives.contract import Loss
 
 Metrics = dict[str, Array]
@@ -46,6 +48,9 @@ class Objective:
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
         others = {name: params.pop(name) for name, _ in self.frozen if name in params}
         base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
+        preferences = self.loss.preferences(batch, loss_key)
+        if preferences is not None:  # every answer of a row is read with the row's vector
+            params = with_preferences(params, jnp.repeat(preferences, batch.answers.shape[1], axis=0))
         frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         outputs = self.model.read_answers(params, batch, dropout_key, **options)
         loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)

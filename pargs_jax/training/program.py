@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pargs_jax.config import LoraConfig, TrainConfig
+from pargs_jax.config import TrainConfig
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
 from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.preference_lora import NAMES as PREFERENCE_LORA_NAMES
+from pargs_jax.models.preference_lora import PreferenceLora, draw_additions
 from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, make_train_step
@@ -26,9 +28,12 @@ def head_to_train(config: TrainConfig) -> HeadName:
     return config.objective.loss.head
 
 
-def lora_of(config: LoraConfig) -> Lora | None:
-    """The low-rank additions that the options ask for, or None."""
-    return Lora(config.rank, config.alpha, config.layers) if config.rank else None
+def lora_of(config: TrainConfig) -> Lora | PreferenceLora | None:
+    """The low-rank additions that are trained in place of the model, as the objective or the options say, or None."""
+    if (additions := config.objective.loss.preference_lora) is not None:
+        return PreferenceLora(**additions)
+    lora = config.lora
+    return Lora(lora.rank, lora.alpha, lora.layers) if lora.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ class TrainingProgram:
         """The program for a loaded or described model, which gets the config's dropout, rematerialisation and low-rank
         additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
-        trained = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
+        trained = dataclasses.replace(model, config=shape, lora=lora_of(config))
         chosen = config.objective
         if unknown := set(chosen.loss.frozen) - {REFERENCE}:
             raise ValueError(
@@ -63,6 +68,8 @@ class TrainingProgram:
         trained."""
         if self.model.lora is None:
             return None
+        if isinstance(self.model.lora, PreferenceLora):
+            return PREFERENCE_LORA_NAMES
         return ("head", *LORA_NAMES) if self.model.head_kind.may_be_new else LORA_NAMES
 
     @property
@@ -80,9 +87,13 @@ class TrainingProgram:
         if self.trained_names is None:
             return params, reference
         heads, frozen = split_params(params, self.trained_names)
-        frozen |= reference
-        additions = place_computed(lambda key: draw_lora(self.model.abstract_params(), key), seed)
-        return join_params(additions, jax.tree.map(lambda x: x.astype("float32"), heads)), frozen
+        draw = draw_additions if isinstance(self.model.lora, PreferenceLora) else draw_lora
+        additions = place_computed(lambda key: draw(self.model.abstract_params(), key), seed)
+        trained, given = split_params(additions, self.trained_names)
+        given = jax.tree.map(lambda x: x.astype(self.config.dtype), given)
+        return join_params(trained, jax.tree.map(lambda x: x.astype("float32"), heads)), join_params(
+            frozen | reference, given
+        )
 
     def model_params(self, trained: Params, frozen: Params) -> Params:
         """The parameters of the model alone, of what `begin_params` gives."""

@@ -45,7 +45,8 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """A digest of the training input: all token ids, where texts begin and end, rewards, and the order of the rows."""
+    """A digest of the training input: all token ids, where texts begin and end, rewards, labels, and
+    the order of the rows."""
     total = hashlib.sha256()
     for example in examples:
         prefixes = [ids for of_answer in example.prefixes or () for ids in of_answer]
@@ -54,6 +55,8 @@ def digest_of(examples: Sequence[Example]) -> str:
         total.update(b"".join(np.asarray(ids, "<i4").tobytes() for ids in ([len(lengths)], lengths, *texts)))
         if example.rewards is not None:
             total.update(np.asarray(example.rewards, "<f4").tobytes())
+        if example.labels is not None:
+            total.update(np.asarray(example.labels, "<f4").tobytes())
     return total.hexdigest()
 
 

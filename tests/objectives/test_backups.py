@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from pargs_jax.commands.train import training_program
+from pargs_jax.commands.train import check_start
 from pargs_jax.config import ModelConfig, ObjectiveConfig, TrainConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.errors import InputError
@@ -99,4 +99,4 @@ def test_a_table_is_not_the_language_model_to_start_from(tmp_path):
         objective=ObjectiveConfig(name="cd_q"), model=ModelConfig(init=str(tmp_path / "table")), max_length=16
     )
     with pytest.raises(InputError, match=r"--model.init: .*table has a table of rewards already; cd_q starts from"):
-        training_program(config, model, closing_id=0)
+        check_start(config)
