@@ -125,9 +125,7 @@ def check_start(config: TrainConfig) -> None:
     """Raises InputError if the model to start from, by its config.json, cannot be the start of the objective."""
     loss, source = config.objective.loss, model_source(config.model.init)
     if takes_preferences(source):
-        raise InputError(
-            f"--model.init: {config.model.init} takes a preference vector; start from a language model"
-        )
+        raise InputError(f"--model.init: {config.model.init} takes a preference vector; start from a language model")
     if loss.frozen and loss.head == "table" and stored_head(source) == "table":
         raise InputError(
             f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "

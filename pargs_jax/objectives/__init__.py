@@ -5,6 +5,7 @@ from pargs_jax.objectives.bt import BradleyTerry
 from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.objectives.dpo import DirectPreference
+from pargs_jax.objectives.farma import FasterReward
 from pargs_jax.objectives.fudge import PrefixRegression
 from pargs_jax.objectives.parm import PreferenceAwareReward
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, type[Loss]] = {
         PrefixRegression,
         TemporalDifference,
         ControlledDecoding,
+        FasterReward,
     )
 }
 """Every objective by its name. Add a new one here."""

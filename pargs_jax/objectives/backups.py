@@ -1,10 +1,10 @@
-"""Backups of a table of values: a prefix's value from those of its next tokens."""
+"""Backups of a table of values: a prefix's value from those of its next tokens, and losses that ask for it."""
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.objectives.contract import LossResult
@@ -49,3 +49,37 @@ def backup_loss(table: Float[Array, "B R V"], nexts: Float[Array, "B R"], batch:
     loss, prefixes = mean_over_prefixes(jnp.square(values - targets) / 2, counted, batch.weights)
     full = jnp.take_along_axis(values, lengths[:, None] - 1, axis=1)
     return LossResult(loss, value_metrics(full, rewards, lengths * batch.weights), prefixes)
+
+
+def consistency_error(
+    table: Float[Array, "B R V"],
+    answers: Int[Array, "B R"],
+    lengths: Int[Array, "B"],
+    weights: Float[Array, "B"],
+    minimum_length: int = 1,
+) -> Float[Array, ""]:
+    """`(R(y_<t)[y_t] - max_v R(y_<=t)[v])^2`: a prefix is worth as much as its best continuation (FaRMA, Rashid et al.,
+    2025, as its code has it: gradients flow through both sides, and the maximum is over the whole vocabulary).
+
+    Here the mean is over an answer's prefixes first, then over answers. The full answer is not among its prefixes,
+    because no token follows it.
+
+    Args:
+        table: R, the rewards of all next tokens, one token before each of the answers' tokens.
+        answers, lengths: right-padded token ids (end-of-sequence included), and how many are real.
+        weights: the weight of each answer.
+        minimum_length: the length of the shortest prefix that counts. An answer without one adds 0.
+    """
+    values = jnp.take_along_axis(table, answers[..., None], axis=-1)[..., 0]
+    errors = jnp.square(values[:, :-1] - table[:, 1:].max(axis=-1))
+    prefixes = jnp.arange(1, values.shape[1])
+    counted = (prefixes >= minimum_length) & (prefixes < lengths[:, None])
+    per_answer = (errors * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1)
+    return (per_answer * weights).sum() / weights.sum()
+
+
+def spread(table: Float[Array, "B R V"], lengths: Int[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, ""]:
+    """The standard deviation of the rewards of all next tokens; a mean over an answer's places, then over answers."""
+    counted = jnp.arange(table.shape[1]) < lengths[:, None]
+    per_answer = (table.std(axis=-1) * counted).sum(axis=1) / lengths
+    return (per_answer * weights).sum() / weights.sum()

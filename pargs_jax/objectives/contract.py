@@ -79,6 +79,8 @@ class Loss:
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
         frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
             with these names. The training program provides `reference`, the model that training starts from.
+        reads_step: whether the loss gets the number of the training step (from 0) as a keyword argument `step`. It is
+            None in an evaluation.
         labels: how many labels a pair has, one from 0 to 1 for each of several objectives; batches then have `labels`.
             0 where a pair only has a chosen and a rejected answer.
         preference_lora: the fields of the `PreferenceLora` (`pargs_jax.models.preference_lora`) that it trains in place
@@ -93,6 +95,7 @@ class Loss:
     has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
+    reads_step: ClassVar[bool] = False
     labels: ClassVar[int] = 0
     preference_lora: ClassVar[Mapping[str, Any] | None] = None
 
@@ -110,15 +113,13 @@ class Loss:
         one that the loss gets."""
         return None
 
-    def __call__(
-        self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **frozen: Outputs
-    ) -> LossResult:
+    def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **others: Any) -> LossResult:
         """The loss of a batch.
 
         Args:
             outputs: the trained model's outputs.
             batch: token ids, lengths and weights; a row of weight 0 is filler and does not count.
             key: randomness of a training step; None in an evaluation, which must be deterministic.
-            frozen: the outputs of the models named in `frozen`.
+            others: the outputs of the models named in `frozen`, and `step` if it `reads_step`.
         """
         raise NotImplementedError

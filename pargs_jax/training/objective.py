@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.lora import NAMES as LORA_NAMES
@@ -40,9 +40,12 @@ class Objective:
     frozen: tuple[tuple[str, Any], ...] = ()
 
     def __call__(
-        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None, step: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
-        """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
+        """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens).
+
+        `step` is the number of the training step; None in an evaluation.
+        """
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
         params = self.cast(params)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
@@ -53,7 +56,8 @@ class Objective:
             params = with_preferences(params, jnp.repeat(preferences, batch.answers.shape[1], axis=0))
         frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         outputs = self.model.read_answers(params, batch, dropout_key, **options)
-        loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
+        numbers = {"step": step} if self.loss.reads_step else {}
+        loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen, **numbers)
         return loss, (metrics, weight)
 
     @property

@@ -86,16 +86,16 @@ def make_train_step(
     `key` is the run's; each step folds in its number.
     """
 
-    def loss_of(params: Params, frozen: Params | None, batch: Batch, key: PRNGKeyArray) -> Any:
-        return objective(join_params(params, frozen or {}), batch, key)
+    def loss_of(params: Params, frozen: Params | None, batch: Batch, key: PRNGKeyArray, number: Int[Array, ""]) -> Any:
+        return objective(join_params(params, frozen or {}), batch, key, number)
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
     def micro_step(
-        params: Params, frozen: Params | None, total: Any, xs: tuple[Batch, PRNGKeyArray]
+        params: Params, frozen: Params | None, number: Int[Array, ""], total: Any, xs: tuple[Batch, PRNGKeyArray]
     ) -> tuple[Any, Metrics]:
         batch, key = xs
-        (loss, (metrics, weight)), grads = gradient(params, frozen, batch, key)
+        (loss, (metrics, weight)), grads = gradient(params, frozen, batch, key, number)
         summed_grads, summed_weight = total
         summed_grads = jax.tree.map(lambda s, g: s + weight * g, summed_grads, grads)
         return (summed_grads, summed_weight + weight), metrics | {"loss": loss, "weight": weight}
@@ -109,14 +109,14 @@ def make_train_step(
         # memory.
         params = objective.cast(state.params)
         if accumulation == 1:
-            (loss, (metrics, _)), grads = gradient(params, frozen, batch, key)
+            (loss, (metrics, _)), grads = gradient(params, frozen, batch, key, state.step)
             metrics = metrics | {"loss": loss}
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         else:
             micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
             zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
             (grads, total), parts = jax.lax.scan(
-                partial(micro_step, params, frozen), zero, (micro, jax.random.split(key, accumulation))
+                partial(micro_step, params, frozen, state.step), zero, (micro, jax.random.split(key, accumulation))
             )
             grads = jax.tree.map(lambda g: g / total, grads)
             metrics = merge_metrics(parts, parts.pop("weight"))
