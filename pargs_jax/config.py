@@ -348,7 +348,7 @@ class TrainConfig:
         if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
             raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
-        self._validate_preferences()
+        self._validate_data()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:
             raise InputError(
@@ -361,8 +361,8 @@ class TrainConfig:
                 f"--optim.accumulation ({self.optim.accumulation})"
             )
 
-    def _validate_preferences(self) -> None:
-        """Raises InputError for what does not go with an objective that trains for several objectives at once."""
+    def _validate_data(self) -> None:
+        """Raises InputError for additions or data that do not go with the objective."""
         loss = self.objective.loss
         if loss.preference_lora is not None and self.lora.rank:
             raise InputError(
@@ -373,6 +373,11 @@ class TrainConfig:
             raise InputError(
                 f"--data.train: {self.objective.name} needs pairs with {loss.labels} labels, but the demo's have none; "
                 "give a file whose rows have prompt, chosen, rejected and labels"
+            )
+        if loss.samples and self.data.train == DEMO:
+            raise InputError(
+                f"--data.train: {self.objective.name} needs {loss.samples} scored answers to each prompt, but the demo has "
+                "one; sample some (decode.py --method top_p --top-p 1 --n ... --rm ... --out F.jsonl)"
             )
 
 

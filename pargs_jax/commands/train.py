@@ -1,6 +1,7 @@
 """`train.py`: a whole training run, from a config to a folder, or only its program, compiled."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from pargs_jax.text.prompts import choose_form, get_form
 from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 from pargs_jax.training.metrics_log import require_packages
-from pargs_jax.training.program import TrainingProgram, head_to_train, lora_of
+from pargs_jax.training.program import REFERENCE, TrainingProgram, head_to_train, lora_of
 from pargs_jax.training.run import run as run_in_folder
 from pargs_jax.training.run_folder import claimed_folder, saved_prompt_form
 
@@ -76,10 +77,11 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     check_rows(config, mesh)
     check_start(config)
     model = describe_model(model_source(config.model.init), head_to_train(config), attention=config.model.attention)
-    program = training_program(config, model, closing_id=0)
+    others = {name: describe_model(source, "reward") for name, source in other_sources(config).items()}
+    program = training_program(config, model, closing_id=0, others=others)
     optimizer, _ = program.make_optimizer(SCHEDULED_STEPS)
     state, frozen = program.abstract_state(optimizer, mesh)
-    answers = config.objective.loss.answers
+    answers = config.objective.loss.samples or config.objective.loss.answers
     half = config.max_length // 2
     rows = partial(abstract_rows, mesh, config.batch_size)
     batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
@@ -110,15 +112,34 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     )
 
 
-def training_program(config: TrainConfig, model: Model, *, closing_id: int) -> TrainingProgram:
-    """The program that a config asks for, with a model that was loaded or only described. Raises InputError if the
-    model cannot read texts as long as the config allows."""
-    positions = model.config.max_positions
-    if config.max_length > positions:
-        raise InputError(
-            f"--max-length: got {config.max_length}, but {config.model.init} reads at most {positions} tokens"
-        )
-    return TrainingProgram.assemble(config, model, closing_id=closing_id)
+def training_program(
+    config: TrainConfig, model: Model, *, closing_id: int, others: Mapping[str, AnyRewardModel] | None = None
+) -> TrainingProgram:
+    """The program that a config asks for, with models that were loaded or only described; `others` are those of
+    `other_sources`. Raises InputError if a model cannot read texts as long as the config allows, or if another model
+    does not fit the first."""
+    sources = {config.model.init: model} | {
+        other_sources(config)[name]: other for name, other in (others or {}).items()
+    }
+    for source, each in sources.items():
+        if config.max_length > (positions := each.config.max_positions):
+            raise InputError(f"--max-length: got {config.max_length}, but {source} reads at most {positions} tokens")
+    for name, other in (others or {}).items():
+        source = f"--objective.{name}: {other_sources(config)[name]}"
+        if not other.reads_candidates:
+            raise InputError(f"{source} is an encoder, must be a causal reward model")
+        if other.config.vocab_size < model.config.vocab_size:
+            raise InputError(
+                f"{source} has {other.config.vocab_size} token embeddings, must have {model.config.vocab_size} as "
+                f"{config.model.init}"
+            )
+    return TrainingProgram.assemble(config, model, closing_id=closing_id, others=others)
+
+
+def other_sources(config: TrainConfig) -> dict[str, str]:
+    """The folders or hub ids of the frozen models that the objective reads, other than the reference, by name."""
+    loss = config.objective.loss
+    return {name: getattr(loss, name) for name in loss.frozen if name != REFERENCE}
 
 
 def check_start(config: TrainConfig) -> None:
@@ -131,6 +152,19 @@ def check_start(config: TrainConfig) -> None:
             f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "
             "the language model, whose probabilities it needs"
         )
+
+
+def check_others(config: TrainConfig) -> None:
+    """Raises InputError if another model of the objective, by its config.json and tokenizer, is not a reward model of
+    the same tokens."""
+    for name, source in other_sources(config).items():
+        if (head := stored_head(source)) != "reward":
+            had = "says nothing of its head" if head is None else f"has a {head} head"
+            raise InputError(f"--objective.{name}: {source} {had}, must be a reward model with a scalar head")
+        folders = map(resolve, (model_source(config.model.init), source))
+        own, theirs = map(TextTokenizer.load, folders)
+        if not own.same_vocabulary(theirs):
+            raise InputError(f"--objective.{name}: {source} does not have the tokenizer of {config.model.init}")
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
@@ -146,6 +180,8 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     check_start(config)
     source = resolve(model_source(config.model.init))
+    check_others(config)
+    others = {name: load_model(folder, "reward", dtype=config.dtype) for name, folder in other_sources(config).items()}
     pretrained = load_model(
         source,
         head_to_train(config),
@@ -156,7 +192,12 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     )
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
-    program = training_program(config, pretrained.model, closing_id=tokenizer.eos_id)
+    program = training_program(
+        config,
+        pretrained.model,
+        closing_id=tokenizer.eos_id,
+        others={name: other.model for name, other in others.items()},
+    )
     prefix_tokenizer = _load_prefix_tokenizer(config, program.model)
     config = _with_prompt_form(config, folder, pretrained.prompt_form)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
@@ -165,7 +206,8 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
     held_out = None if eval_source is None else load(eval_source, "eval")
 
-    params = run_in_folder(config, folder, program, pretrained.params, examples, held_out, console)
+    params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
+    params = run_in_folder(config, folder, program, params, examples, held_out, console)
     model = pretrained.model
     if isinstance(program.model.lora, PreferenceLora):
         model = dataclasses.replace(model, lora=program.model.lora)
@@ -239,7 +281,8 @@ def _load_examples(
             with write_errors_named_after(path, "give another --out"):
                 on_first(partial(write_bad_rows, path, loaded.bad_rows))
             console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
-    examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer)
+    samples = config.objective.loss.samples
+    examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer, samples)
     console.print(f"{source} ({split}): {report}", highlight=False)
     return examples
 

@@ -36,7 +36,8 @@ class Batch(NamedTuple):
     Attributes:
         prompts: token ids, padded on the left.
         prompt_lengths: tokens of each prompt; at least 1.
-        answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected) or 1 (chosen).
+        answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected), 1 (chosen), or the
+            number of scored answers that were asked for.
         answer_lengths: tokens of each answer; at least 1.
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
         prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where they end at the model's
@@ -96,6 +97,7 @@ class TruncationReport:
         answers_cut: answers that lost tokens on the right, including their end-of-sequence token.
         tokens_lost: tokens cut from prompts and answers together.
         rows_left_out: rows whose two answers were equal after truncation, so that they compare nothing.
+        ungrouped: scored answers that were left over when those to one prompt were put together.
     """
 
     rows: int
@@ -103,11 +105,14 @@ class TruncationReport:
     answers_cut: int = 0
     tokens_lost: int = 0
     rows_left_out: int = 0
+    ungrouped: int = 0
 
     def __str__(self) -> str:
+        ungrouped = f", {self.ungrouped} left out because their prompts have too few others" if self.ungrouped else ""
         return (
             f"{self.rows} rows: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
             f"{self.tokens_lost} tokens lost, {self.rows_left_out} rows left out because their answers became the same"
+            f"{ungrouped}"
         )
 
 
@@ -117,6 +122,7 @@ def tokenise(
     max_length: int,
     answers: int = 2,
     prefix_tokenizer: TextTokenizer | None = None,
+    samples: int = 0,
 ) -> tuple[list[Example], TruncationReport]:
     """Tokenises prompts and answers separately and cuts them to fit.
 
@@ -131,9 +137,10 @@ def tokenise(
         answers: 2 for chosen and rejected, 1 for chosen alone.
         prefix_tokenizer: the tokenizer of a language model; prefixes end at its tokens. By default they end at the
             tokens of the model that is trained.
+        samples: how many scored answers to one prompt make an example; 0: every row is an example.
 
     Raises:
-        InputError: if `max_length` is below 2, or no row is left after truncation.
+        InputError: if `max_length` is below 2, no prompt has `samples` answers, or no row is left after truncation.
     """
     if max_length < 2:
         raise InputError(
@@ -141,11 +148,14 @@ def tokenise(
         )
     examples = []
     prompts_cut = answers_cut = tokens_lost = 0
-    for preference in preferences:
+    groups = _samples_of_prompts(preferences, samples) if samples else [[preference] for preference in preferences]
+    for group in groups:
+        preference = group[0]
         whole_prompt = tokenizer.encode_prompt(preference.prompt)
         whole_answers = [
-            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * preference.finished
-            for text in (preference.chosen, preference.rejected)[:answers]
+            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * each.finished
+            for each in group
+            for text in (each.chosen, each.rejected)[:answers]
         ]
         prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
         cut_answers = [ids[: max_length - len(prompt)] for ids in whole_answers]
@@ -163,14 +173,33 @@ def tokenise(
                     (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, capacity), whole)
                     for text, whole in zip(texts, ids, strict=True)
                 )
-            rewards = None if preference.reward is None else (preference.reward,)
+            rewards = None if preference.reward is None else tuple(each.reward for each in group)
             examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards, preference.labels))
     report = TruncationReport(
-        len(preferences), prompts_cut, answers_cut, tokens_lost, rows_left_out=len(preferences) - len(examples)
+        len(preferences),
+        prompts_cut,
+        answers_cut,
+        tokens_lost,
+        rows_left_out=len(groups) - len(examples),
+        ungrouped=len(preferences) - sum(map(len, groups)),
     )
     if not examples:
         raise InputError(f"no rows are left after cutting to max_length {max_length}; {report}")
     return examples, report
+
+
+def _samples_of_prompts(preferences: Sequence[Preference], count: int) -> list[list[Preference]]:
+    """Groups of `count` scored answers to the same prompt; what is left over is in none."""
+    by_prompt: dict[str, list[Preference]] = {}
+    for preference in preferences:
+        by_prompt.setdefault(preference.prompt, []).append(preference)
+    groups = [
+        rows[start : start + count] for rows in by_prompt.values() for start in range(0, len(rows) - count + 1, count)
+    ]
+    if not groups:
+        most = max(map(len, by_prompt.values()))
+        raise InputError(f"no prompt has {count} scored answers (--objective.samples), the most are {most}")
+    return groups
 
 
 def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id: int | None) -> list[int]:

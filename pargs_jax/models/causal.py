@@ -8,6 +8,7 @@ For continuations longer than one token, `extend` reads them and `Cache.append` 
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -38,6 +39,28 @@ class CausalModel(OnePass, Model):
         Right padding needs no mask, because no real token follows it. A key turns dropout on. `prompt_width` makes no
         difference here; it matters to a `PrefixCausalModel`."""
         return self._encode(params, tokens, start, key)[0]
+
+    def encode_with_next(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, "B"],
+        place: int,
+        nexts: Int[Array, "B R K"],
+    ) -> Float[Array, "B R K D"]:
+        """Final hidden states of texts that are cut and get another last token: entry (i, k) is that of the first
+        `place + i` slots followed by `nexts[:, i, k]`. The texts are read once, and the K tokens one after the other,
+        which takes as much memory as one of them."""
+        _, kv = self._encode(params, tokens, start, None)
+        ends = place + jnp.arange(nexts.shape[1])
+        slots = jnp.arange(tokens.shape[1])
+        sees = (slots < ends[:, None]) & (slots >= start[:, None, None])
+        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool))
+        backbone = self.network(params).backbone
+        states = jax.lax.map(
+            lambda each: backbone(each, ends - start[:, None], sight, kv)[0], jnp.moveaxis(nexts, -1, 0)
+        )
+        return jnp.moveaxis(states, 0, 2)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits (fp32) of a model with a vocabulary head; with a table head, rewards of all next tokens."""

@@ -33,17 +33,18 @@ class KeyValues(NamedTuple):
 
 
 class CachedPrefix(NamedTuple):
-    """What new tokens attend to besides themselves: one layer's cache, and which of its slots are real."""
+    """What new tokens attend to besides themselves: one layer's cache, and which of its slots all of them, or each of
+    them, can see."""
 
     kv: KeyValues
-    valid: Bool[Array, "B S"]
+    valid: Bool[Array, "B S"] | Bool[Array, "B T S"]
 
 
 class BesideCache(NamedTuple):
-    """New tokens attend to the real slots of the cache and, by `mask`, to each other. Their keys and values stay
-    outside the cache."""
+    """New tokens attend to the real slots of the cache (or each to its own) and, by `mask`, to each other. Their keys
+    and values stay outside the cache."""
 
-    valid: Bool[Array, "B S"]
+    valid: Bool[Array, "B S"] | Bool[Array, "B T S"]
     mask: Bool[Array, "*B T T"]
 
 
@@ -104,7 +105,8 @@ def attention(
     if prefix is None:
         mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
     else:
-        past = scores(prefix.kv.keys, prefix.valid[:, None, None, None, :])
+        valid = prefix.valid if prefix.valid.ndim == 3 else prefix.valid[:, None]
+        past = scores(prefix.kv.keys, valid[:, None, None])
         weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
         split = past.shape[-1]
         mixed = mix(weights[..., :split], prefix.kv.values) + mix(weights[..., split:], new.values)

@@ -15,13 +15,16 @@ class OnePassOutputs:
     """The outputs of one pass over a batch of prompts with answers.
 
     `hidden` are final hidden states, from each prompt's last token to its answer's last; `lengths` are the answers'
-    lengths in tokens.
+    lengths in tokens; `texts` are the prompts with their answers, and `starts` the numbers of padding tokens before
+    them.
     """
 
     model: "OnePass"
     params: Params
     hidden: Float[Array, "B A R+1 D"]
     lengths: Int[Array, "B A"]
+    texts: Int[Array, "BA T"]
+    starts: Int[Array, "BA"]
     one_pass: ClassVar[bool] = True
 
     def states(self, before: int = 0) -> Float[Array, "B A R D"]:
@@ -36,6 +39,14 @@ class OnePassOutputs:
     def rewards(self) -> Float[Array, "B A R"]:
         """Rewards (fp32) of all prefixes: entry i-1 is the reward of an answer's first i tokens."""
         return self.model.rewards(self.params, self.states())
+
+    def rewards_of_next(self, candidates: Int[Array, "B A R K"]) -> Float[Array, "B A R K"]:
+        """Rewards (fp32) of prefixes with other next tokens, for causal models: entry (i, k) is that of an answer's
+        first i tokens followed by `candidates[..., i, k]`."""
+        place = self.texts.shape[1] - candidates.shape[2]
+        nexts = candidates.reshape(-1, *candidates.shape[2:])
+        hidden = self.model.encode_with_next(self.params, self.texts, self.starts, place, nexts)
+        return self.model.rewards(self.params, hidden).reshape(candidates.shape)
 
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
         """Rewards of prefixes of these lengths (at least 1). Where an answer is shorter than the length, the reward of
@@ -56,6 +67,7 @@ class OnePass:
     encode: Any
     rewards: Any
     logits: Any
+    encode_with_next: Any
 
     def read_answers(
         self,
@@ -73,7 +85,8 @@ class OnePass:
         prompt_width = prompts.shape[1]
         start = jnp.repeat(prompt_width - batch.prompt_lengths, answers)
         hidden = self.encode(params, texts, start, key, prompt_width=prompt_width)[:, prompt_width - 1 :]
-        return OnePassOutputs(self, params, hidden.reshape(rows, answers, width + 1, -1), batch.answer_lengths)
+        hidden = hidden.reshape(rows, answers, width + 1, -1)
+        return OnePassOutputs(self, params, hidden, batch.answer_lengths, texts, start)
 
     def answer_rewards(
         self,

@@ -4,6 +4,8 @@ from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bt import BradleyTerry
 from pargs_jax.objectives.cd_q import ControlledDecoding
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.objectives.ctl import ContrastiveTwist
+from pargs_jax.objectives.distill import Distillation
 from pargs_jax.objectives.dpo import DirectPreference
 from pargs_jax.objectives.farma import FasterReward
 from pargs_jax.objectives.fudge import PrefixRegression
@@ -26,7 +28,9 @@ OBJECTIVES: dict[str, type[Loss]] = {
         PrefixRegression,
         TemporalDifference,
         ControlledDecoding,
+        ContrastiveTwist,
         FasterReward,
+        Distillation,
     )
 }
 """Every objective by its name. Add a new one here."""

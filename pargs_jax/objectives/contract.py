@@ -42,6 +42,11 @@ class Outputs(Protocol):
         """fp32 rewards of all prefixes: entry i-1 is the reward of an answer's first i tokens."""
         ...
 
+    def rewards_of_next(self, candidates: Int[Array, "B A R K"]) -> Float[Array, "B A R K"]:
+        """fp32 rewards of prefixes with other next tokens: entry (i, k) is that of an answer's first i tokens followed
+        by `candidates[..., i, k]`. For causal reward models."""
+        ...
+
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
         """fp32 rewards of prefixes of these lengths (at least 1, in the units of `Batch.prefix_counts`). Where an
         answer is shorter than the length, the reward of the whole answer is repeated. `descending` promises that each
@@ -75,10 +80,13 @@ class Loss:
         answers: how many answers of a row it reads: 2 (chosen and rejected) or 1 (chosen).
         reward_range: the lowest and the highest reward of an answer that it can learn from; None if it does not read
             rewards. An objective that does reads scored answers (`answers = 1`), and batches have `rewards`.
+        samples: how many scored answers to one prompt make a row, which then has as many answers; 0 where every scored
+            answer is a row.
         has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
         frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
-            with these names. The training program provides `reference`, the model that training starts from.
+            with these names. `reference` is the model that training starts from; any other is the causal reward model
+            that the option of this name says.
         reads_step: whether the loss gets the number of the training step (from 0) as a keyword argument `step`. It is
             None in an evaluation.
         labels: how many labels a pair has, one from 0 to 1 for each of several objectives; batches then have `labels`.
@@ -92,6 +100,7 @@ class Loss:
     head: ClassVar[str]
     answers: ClassVar[int] = 2
     reward_range: ClassVar[tuple[float, float] | None] = None
+    samples: ClassVar[int] = 0
     has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()

@@ -2,6 +2,7 @@
 are loaded or only described."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,17 +45,19 @@ class TrainingProgram:
     objective: Objective
 
     @classmethod
-    def assemble(cls, config: TrainConfig, model: Model, *, closing_id: int) -> "TrainingProgram":
+    def assemble(
+        cls, config: TrainConfig, model: Model, *, closing_id: int, others: Mapping[str, Model] | None = None
+    ) -> "TrainingProgram":
         """The program for a loaded or described model, which gets the config's dropout, rematerialisation and low-rank
-        additions. `closing_id` is the token that closes a text."""
+        additions. `closing_id` is the token that closes a text; `others` are the frozen models that the loss reads,
+        other than the reference."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
         trained = dataclasses.replace(model, config=shape, lora=lora_of(config))
         chosen = config.objective
-        if unknown := set(chosen.loss.frozen) - {REFERENCE}:
-            raise ValueError(
-                f"{chosen.name}: nothing gives it the frozen models {unknown}; {REFERENCE} is the only one"
-            )
-        frozen = tuple((name, dataclasses.replace(trained, lora=None)) for name in chosen.loss.frozen)
+        known = {REFERENCE: dataclasses.replace(trained, lora=None), **(others or {})}
+        if unknown := set(chosen.loss.frozen) - known.keys():
+            raise ValueError(f"{chosen.name}: nothing gives it the frozen models {unknown}")
+        frozen = tuple((name, known[name]) for name in chosen.loss.frozen)
         options = {"closing_id": closing_id, "chunk": chosen.chunk, "frozen": frozen}
         return cls(config, Objective(trained, chosen.loss, config.dtype, **options))
 
@@ -76,28 +79,37 @@ class TrainingProgram:
     def copies_reference(self) -> bool:
         """Whether the reference needs parameters of its own. It does not if it is the frozen part of the model."""
         is_whole = self.trained_names is not None and "head" not in self.trained_names
-        return bool(self.objective.frozen) and not is_whole
+        return REFERENCE in dict(self.objective.frozen) and not is_whole
+
+    @property
+    def others(self) -> dict[str, Model]:
+        """The frozen models other than the reference, by name."""
+        return {name: model for name, model in self.objective.frozen if name != REFERENCE}
 
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
         """Splits a model's parameters into trained ones, including newly drawn additions, and frozen ones. A reference
-        gets a copy of them if it needs one, because trained parameters are donated to the step."""
-        reference = {}
+        gets a copy of them if it needs one, because trained parameters are donated to the step. `params` also holds
+        those of `others`, by name."""
+        apart = {name: params[name] for name in self.others}
+        params = {name: part for name, part in params.items() if name not in apart}
         if self.copies_reference:
-            reference = {REFERENCE: jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)}
+            apart[REFERENCE] = jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)
         if self.trained_names is None:
-            return params, reference
+            return params, apart
         heads, frozen = split_params(params, self.trained_names)
         draw = draw_additions if isinstance(self.model.lora, PreferenceLora) else draw_lora
         additions = place_computed(lambda key: draw(self.model.abstract_params(), key), seed)
         trained, given = split_params(additions, self.trained_names)
         given = jax.tree.map(lambda x: x.astype(self.config.dtype), given)
         return join_params(trained, jax.tree.map(lambda x: x.astype("float32"), heads)), join_params(
-            frozen | reference, given
+            frozen | apart, given
         )
 
     def model_params(self, trained: Params, frozen: Params) -> Params:
         """The parameters of the model alone, of what `begin_params` gives."""
-        return join_params(trained, {name: part for name, part in frozen.items() if name != REFERENCE})
+        return join_params(
+            trained, {name: part for name, part in frozen.items() if name not in dict(self.objective.frozen)}
+        )
 
     def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
         """Describes the results of `begin_params` and `begin` as `jax.ShapeDtypeStruct`s on a mesh that may not be
@@ -107,6 +119,7 @@ class TrainingProgram:
         if self.trained_names is not None:
             params, frozen = split_params(params, self.trained_names)
         frozen |= {REFERENCE: reference} if self.copies_reference else {}
+        frozen |= {name: abstract_params(mesh, other.abstract_params()) for name, other in self.others.items()}
         frozen = jax.tree.map(lambda x: x.update(dtype=jnp.dtype(self.config.dtype)), frozen)
         opt_state = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

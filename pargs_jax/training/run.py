@@ -38,8 +38,8 @@ def run(
         config: the options, with the prompt form that is used.
         folder: the run's folder, claimed by this process.
         program: the program to run.
-        params: the parameters of the program's model, as loaded or drawn. They are consumed: the caller cannot use them
-            again.
+        params: the parameters of the program's model, as loaded or drawn, and of its other frozen models, by name. They
+            are consumed: the caller cannot use them again.
         examples, held_out: the training rows, and the evaluation rows if there are any.
         console: prints progress and evaluations.
 

@@ -1,0 +1,57 @@
+"""Twists for sequential Monte Carlo, on scored samples: contrastive twist learning (Zhao et al., 2024)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pargs_jax.objectives.contract import Loss, LossResult, Outputs
+from pargs_jax.options import option
+
+if TYPE_CHECKING:
+    from jaxtyping import PRNGKeyArray
+
+    from pargs_jax.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class ContrastiveTwist(Loss):
+    """`contrastive_twist_loss`: the table is log psi_t of a text with each next token, and the target of the particles
+    is p(y) exp(w r(y)) (arXiv 2404.17546).
+
+    p is the model that training starts from. The answers must be its own samples, at temperature 1 from the whole
+    vocabulary. The paper draws positives and negatives by its own sampler in each step; here both are these samples,
+    weighted.
+    """
+
+    name = "ctl"
+    meaning = "scored samples of the language model: twists of sequential Monte Carlo (smc)"
+    head = "table"
+    answers = 1
+    reward_range = (-math.inf, math.inf)
+    has_accuracy = False
+    frozen = ("reference",)
+
+    samples: int = option(8, "scored answers to one prompt that a row holds; --batch-size counts rows", at_least=2)
+    reward_weight: float = option(1.0, "w in the target p(y) exp(w r(y)) of the particles", above=0)
+
+    def chance(self, vocab_size: int) -> float:
+        return math.inf  # a table starts as logits, whose scale decides the loss
+
+    def __call__(
+        self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs
+    ) -> LossResult:
+        import jax
+
+        from pargs_jax.objectives.twists import contrastive_twist_loss
+
+        loss, metrics = contrastive_twist_loss(
+            outputs.logits(),
+            jax.nn.log_softmax(reference.logits()),
+            batch.answers,
+            batch.answer_lengths,
+            self.reward_weight * batch.rewards,
+            batch.weights,
+        )
+        return LossResult(loss, metrics, batch.weights.sum())
