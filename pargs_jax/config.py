@@ -376,8 +376,8 @@ class TrainConfig:
             )
         if loss.samples and self.data.train == DEMO:
             raise InputError(
-                f"--data.train: {self.objective.name} needs {loss.samples} scored answers to each prompt, but the demo has "
-                "one; sample some (decode.py --method top_p --top-p 1 --n ... --rm ... --out F.jsonl)"
+                f"--data.train: {self.objective.name} needs {loss.samples} scored answers to each prompt, but the demo "
+                f"has one; write some (decode.py --method top_p --top-p 1 --n {loss.samples} --rm ... --out F.jsonl)"
             )
 
 

@@ -88,7 +88,6 @@ def test_the_optimal_twists_are_its_minimum_by_enumeration():
     last = np.array([[phi[0, v] for v in range(3)], [phi[1, v] for v in range(3)]])
     optimum = np.log([[*(second * last).sum(axis=1), phi[2,]], *last])
     slopes = jax.grad(loss)
-    # After a text that has ended, psi_2 is the value at its end, which the second row's constant has to fit.
     np.testing.assert_allclose(slopes(jnp.asarray(optimum, jnp.float32)), 0, atol=1e-6)
     shifted = optimum + np.random.default_rng(3).normal(size=optimum.shape)
     assert np.abs(slopes(jnp.asarray(shifted, jnp.float32))).max() > 0.01

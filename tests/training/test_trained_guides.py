@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pargs_jax.commands import doors
 from pargs_jax.commands import train as command
-from pargs_jax.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model
 from pargs_jax.models.preference_lora import with_preferences
@@ -172,3 +172,73 @@ def test_farma_learns_a_table_that_guides(settings, decode):
         assert with_guide["kl"] > 1 and without["kl"] == pytest.approx(0, abs=1e-3)
         assert with_guide["guide_reward"] > without["guide_reward"]
     check_that_it_resumes(config, losses)
+
+
+def answers():
+    for word in WORDS:
+        for text in (GOOD, BAD):
+            yield {"prompt": prompt_about(word), "response": text}
+
+
+def table_rewards(folder, texts):
+    """The rewards that a table has for whole answers to the first prompt."""
+    found = load_model(f"{folder}/model", "table")
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.encode_prompt(prompt_about(WORDS[0]))
+    rewards = []
+    for text in texts:
+        ids = [*prompt, *tokenizer.encode_answer(text), tokenizer.eos_id]
+        table = found.model.logits(found.params, found.model.encode(found.params, np.asarray([ids], np.int32)))
+        rewards.append(float(table[0, -2, ids[-1]]))
+    return rewards
+
+
+def test_a_table_learns_from_a_reward_model_and_guides(settings, decode, lm, tmp_path):
+    teacher = settings(pairs(), out=str(tmp_path / "teacher"))
+    train(teacher)
+    objective = ObjectiveConfig(name="distill", teacher=teacher.out, k=4)
+    config = settings(answers(), objective=objective, lora=LoraConfig(rank=4), steps=100)
+    losses, evaluation = train(config)
+    assert np.mean(losses[-5:]) < losses[0] / 10 and evaluation["accuracy"] > 0.5
+    data = DataConfig(train=config.data.train, eval=config.data.eval)
+    on_data = dataclasses.replace(config, data=data, out=str(tmp_path / "data"), steps=60, objective=ObjectiveConfig(name="distill", teacher=teacher.out, k=0))  # fmt: skip
+    train(on_data)
+    good, bad = table_rewards(on_data.out, (GOOD, BAD))
+    assert good > bad + 1
+    guided, unguided = (decode("farma", config.out, "--weight", weight) for weight in (10, 0))
+    assert all(a["guide_reward"] > b["guide_reward"] for a, b in zip(guided, unguided, strict=True))
+    check_that_it_resumes(config, losses)
+
+    def refused(source, message, **changes):
+        objective = ObjectiveConfig(name="distill", teacher=str(source))
+        with pytest.raises(InputError, match=message):
+            train(dataclasses.replace(config, objective=objective, out=str(tmp_path / "refused"), **changes))
+
+    refused(lm, "--objective.teacher: .* has a vocabulary head, must be a reward model with a scalar head")
+    refused(tmp_path / "no", "no such folder")
+    refused(teacher.out, "--max-length: got 65, but .* reads at most 64 tokens", max_length=65)
+
+
+def scored():
+    for word in WORDS:
+        for text, reward in ((GOOD, 2.0), (BAD, 0.0), (" No, sent.", 1.0), (GOOD, 2.0), (BAD, 0.0)):
+            yield {"prompt": prompt_about(word), "response": text, "reward": reward}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_twist_guides_particles(settings, decode, tmp_path, rank):
+    objective = ObjectiveConfig(name="ctl", samples=4)
+    config = settings(scored(), objective=objective, lora=LoraConfig(rank=rank), steps=80)
+    printed = io.StringIO()
+    command.train(dataclasses.replace(config, steps=1, out=str(tmp_path / "first")), Console(file=printed, width=999))
+    assert "8 left out because their prompts have too few others" in printed.getvalue()
+    losses, _ = train(config)
+    assert np.mean(losses[-5:]) < losses[0] - 1
+    good, other, bad = table_rewards(config.out, (GOOD, " No, sent.", BAD))
+    assert good > other > bad
+    rows = decode("smc", config.out, "--search.particles", 4, "--k", 640)
+    assert all(0 < row["tokens"] <= 8 and np.isfinite(row["guide_reward"]) for row in rows)
+    check_that_it_resumes(config, losses)
+    if not rank:
+        with pytest.raises(InputError, match=r"no prompt has 6 scored answers \(--objective.samples\), the most are 5"):
+            train(dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=6), out=f"{config.out}-6"))
