@@ -13,8 +13,13 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.lora import Lora, split_params
+from pargs_jax.models.lora import Lora, join_params, split_params
+from pargs_jax.models.preference_lora import NAMES, PreferenceLora, draw_additions
 from pargs_jax.models.prefix_causal import PrefixCausalModel
+from pargs_jax.objectives.ctl import ContrastiveTwist
+from pargs_jax.objectives.distill import Distillation
+from pargs_jax.objectives.farma import FasterReward
+from pargs_jax.objectives.parm import PreferenceAwareReward
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
 from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.sharding import map_paths, place_params, place_rows, shardings_of
@@ -111,3 +116,50 @@ def test_only_additions_and_the_head_are_trained():
     map_paths(lambda path, _: paths.add(path), state.params)
     additions = {f"backbone.layers.{layer}.lora_{end}" for layer in ("query", "down") for end in ("in", "out")}
     assert paths == additions | {"head.linear.kernel"}
+
+
+LOSSES = {
+    "parm": PreferenceAwareReward(beta=0.5),
+    "farma": FasterReward(phase_steps=1),
+    "distill": Distillation(teacher="a folder", k=3),
+    "ctl": ContrastiveTwist(samples=2),
+}
+
+
+def trained_with(loss, mesh):
+    """As `trained`, with a loss that needs more than a model and tokens."""
+    lora = PreferenceLora(**loss.preference_lora) if loss.preference_lora else None
+    model = CausalModel(TINY_CONFIGS["llama"], loss.head)
+    params, others = random_params(model), {"reference": model, "teacher": MODELS["gpt2"]}
+    adapted = dataclasses.replace(model, lora=lora)
+    batch = some_batch()._replace(rewards=np.arange(16, dtype=np.float32).reshape(8, 2) % 5)
+    batch = batch._replace(labels=np.arange(16, dtype=np.float32).reshape(8, 2) % 3 / 2)
+    if loss.answers == 1 and not loss.samples:
+        batch = batch._replace(answers=batch.answers[:, :1], answer_lengths=batch.answer_lengths[:, :1])
+    optimizer, _ = make_optimizer(OptimConfig(lr=1e-2, warmup=0.0, eps=1e-3), 10)
+    with jax.set_mesh(make_mesh(mesh, "train")):
+        mesh = jax.sharding.get_mesh()
+        params = place_params(params)
+        frozen = {name: place_params(random_params(others[name], seed=1)) for name in loss.frozen}
+        if lora:
+            additions = jax.tree.map(np.asarray, draw_additions(adapted.abstract_params(), jax.random.key(0)))
+            drawn, given = split_params(place_params(additions), NAMES)
+            params, frozen = drawn, join_params(params, given)
+        state = begin(optimizer, params)
+        objective = Objective(adapted, loss, frozen=tuple((name, others[name]) for name in loss.frozen))
+        step = make_train_step(objective, optimizer, places=shardings_of(state))
+        losses = []
+        for _ in range(STEPS):
+            state, metrics = step(state, place_rows(mesh, batch), jax.random.key(0), frozen)
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_four_devices_equal_one_for_losses_with_more_inputs(name):
+    (losses, state), (expected_losses, expected) = (
+        trained_with(LOSSES[name], mesh) for mesh in ("cpu-4,fsdp=2,tensor=2", "cpu-1")
+    )
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    close(state.params, expected.params)
+    assert np.ptp(losses) > 1e-4

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -29,26 +30,45 @@ def prompt_about(word):
     return f"Customer: my {word} broke\nAgent:"
 
 
+def make_config(folder, lm, rows, **changes):
+    """The config of a short run in a folder, which also gets the file of rows."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "steps": 40,
+        "batch_size": 4,
+        "max_length": 48,
+        "log_every": 1,
+        "model": ModelConfig(init=str(lm)),
+        "data": DataConfig(train=str(path), eval=str(path)),
+        "optim": OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
+        "out": str(folder / "run"),
+    }
+    return TrainConfig(**options | changes)
+
+
 @pytest.fixture
 def settings(lm, tmp_path):
     """Makes a config of a short run on rows, with what the arguments change."""
+    return partial(make_config, tmp_path, lm)
 
-    def make(rows, **changes):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = {
-            "steps": 40,
-            "batch_size": 4,
-            "max_length": 48,
-            "log_every": 1,
-            "model": ModelConfig(init=str(lm)),
-            "data": DataConfig(train=str(path), eval=str(path)),
-            "optim": OptimConfig(lr=1e-2, schedule="constant", warmup=0.0),
-            "out": str(tmp_path / "run"),
-        }
-        return TrainConfig(**options | changes)
 
-    return make
+@pytest.fixture(scope="module")
+def speaker(lm, tmp_path_factory):
+    """A language model that learned to give either answer."""
+    config = make_config(
+        tmp_path_factory.mktemp("speaker"), lm, answers(), objective=ObjectiveConfig(name="sft"), steps=60
+    )
+    train(config)
+    return f"{config.out}/model"
+
+
+@pytest.fixture(scope="module")
+def judge(speaker, tmp_path_factory):
+    """A scalar reward model that prefers one of them."""
+    config = make_config(tmp_path_factory.mktemp("judge"), speaker, pairs())
+    train(config)
+    return f"{config.out}/model"
 
 
 def train(config):
@@ -68,11 +88,11 @@ def check_that_it_resumes(config, losses):
 
 @pytest.fixture
 def decode(lm, tmp_path, monkeypatch):
-    """Answers two prompts from the command line with a run's model as the reward model."""
+    """Answers the prompts from the command line with a run's model as the reward model."""
 
-    def run(method, rm, *words):
+    def run(method, rm, *words, lm=lm):
         prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-        rows = [{"id": word, "prompt": prompt_about(word)} for word in WORDS[:2]]
+        rows = [{"id": word, "prompt": prompt_about(word)} for word in WORDS]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         out.unlink(missing_ok=True)
         options = ("--max-new-tokens", 8, "--prompts", prompts, "--out", out, *words)
@@ -180,33 +200,21 @@ def answers():
             yield {"prompt": prompt_about(word), "response": text}
 
 
-def table_rewards(folder, texts):
-    """The rewards that a table has for whole answers to the first prompt."""
-    found = load_model(f"{folder}/model", "table")
-    tokenizer = tiny_tokenizer()
-    prompt = tokenizer.encode_prompt(prompt_about(WORDS[0]))
-    rewards = []
-    for text in texts:
-        ids = [*prompt, *tokenizer.encode_answer(text), tokenizer.eos_id]
-        table = found.model.logits(found.params, found.model.encode(found.params, np.asarray([ids], np.int32)))
-        rewards.append(float(table[0, -2, ids[-1]]))
-    return rewards
+def share_of_good(rows):
+    return np.mean([row["response"] == GOOD for row in rows])
 
 
-def test_a_table_learns_from_a_reward_model_and_guides(settings, decode, lm, tmp_path):
-    teacher = settings(pairs(), out=str(tmp_path / "teacher"))
-    train(teacher)
-    objective = ObjectiveConfig(name="distill", teacher=teacher.out, k=4)
-    config = settings(answers(), objective=objective, lora=LoraConfig(rank=4), steps=100)
+def test_a_table_learns_from_a_reward_model_and_guides(speaker, judge, decode, tmp_path):
+    objective = ObjectiveConfig(name="distill", teacher=judge, k=4)
+    config = make_config(tmp_path, speaker, answers(), objective=objective, steps=60)
     losses, evaluation = train(config)
-    assert np.mean(losses[-5:]) < losses[0] / 10 and evaluation["accuracy"] > 0.5
-    data = DataConfig(train=config.data.train, eval=config.data.eval)
-    on_data = dataclasses.replace(config, data=data, out=str(tmp_path / "data"), steps=60, objective=ObjectiveConfig(name="distill", teacher=teacher.out, k=0))  # fmt: skip
-    train(on_data)
-    good, bad = table_rewards(on_data.out, (GOOD, BAD))
-    assert good > bad + 1
-    guided, unguided = (decode("farma", config.out, "--weight", weight) for weight in (10, 0))
-    assert all(a["guide_reward"] > b["guide_reward"] for a, b in zip(guided, unguided, strict=True))
+    assert np.mean(losses[-5:]) < losses[0] / 10 and evaluation["accuracy"] > 0.6
+    alone = ObjectiveConfig(name="distill", teacher=judge, k=0)
+    on_data = dataclasses.replace(config, objective=alone, lora=LoraConfig(rank=4), out=str(tmp_path / "data"))
+    losses_of_data, _ = train(on_data)
+    assert np.mean(losses_of_data[-5:]) < losses_of_data[0] / 2
+    guided, unguided = (decode("farma", config.out, "--weight", w, "--k", 4, lm=speaker) for w in (2, 0))
+    assert share_of_good(guided) > 0.9 > share_of_good(unguided)
     check_that_it_resumes(config, losses)
 
     def refused(source, message, **changes):
@@ -214,31 +222,29 @@ def test_a_table_learns_from_a_reward_model_and_guides(settings, decode, lm, tmp
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(config, objective=objective, out=str(tmp_path / "refused"), **changes))
 
-    refused(lm, "--objective.teacher: .* has a vocabulary head, must be a reward model with a scalar head")
+    refused(speaker, "--objective.teacher: .* has a vocabulary head, must be a reward model with a scalar head")
     refused(tmp_path / "no", "no such folder")
-    refused(teacher.out, "--max-length: got 65, but .* reads at most 64 tokens", max_length=65)
-
-
-def scored():
-    for word in WORDS:
-        for text, reward in ((GOOD, 2.0), (BAD, 0.0), (" No, sent.", 1.0), (GOOD, 2.0), (BAD, 0.0)):
-            yield {"prompt": prompt_about(word), "response": text, "reward": reward}
+    refused(judge, "--max-length: got 65, but .* reads at most 64 tokens", max_length=65)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_twist_guides_particles(settings, decode, tmp_path, rank):
+def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode, tmp_path, rank):
+    samples = decode("top_p", judge, "--top-p", 1, "--n", 9, lm=speaker)
+    assert 0.2 < share_of_good(samples) < 0.8
     objective = ObjectiveConfig(name="ctl", samples=4)
-    config = settings(scored(), objective=objective, lora=LoraConfig(rank=rank), steps=80)
+    config = make_config(tmp_path, speaker, samples, objective=objective, lora=LoraConfig(rank=rank), steps=60)
     printed = io.StringIO()
     command.train(dataclasses.replace(config, steps=1, out=str(tmp_path / "first")), Console(file=printed, width=999))
     assert "8 left out because their prompts have too few others" in printed.getvalue()
-    losses, _ = train(config)
-    assert np.mean(losses[-5:]) < losses[0] - 1
-    good, other, bad = table_rewards(config.out, (GOOD, " No, sent.", BAD))
-    assert good > other > bad
-    rows = decode("smc", config.out, "--search.particles", 4, "--k", 640)
-    assert all(0 < row["tokens"] <= 8 and np.isfinite(row["guide_reward"]) for row in rows)
+    losses, evaluation = train(config)
+    assert np.mean(losses[-5:]) < losses[0] and evaluation["effective_samples"] < 4
+    guided = decode("smc", config.out, "--search.particles", 4, lm=speaker)
+    assert share_of_good(guided) > 0.9
     check_that_it_resumes(config, losses)
     if not rank:
-        with pytest.raises(InputError, match=r"no prompt has 6 scored answers \(--objective.samples\), the most are 5"):
-            train(dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=6), out=f"{config.out}-6"))
+        with pytest.raises(
+            InputError, match=r"no prompt has 10 scored answers \(--objective.samples\), the most are 9"
+        ):
+            train(
+                dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=10), out=f"{config.out}-10")
+            )
