@@ -31,20 +31,8 @@ MethodName = Literal[
 ]  # fmt: skip
 DtypeName = Literal["float32", "bfloat16"]
 
-COLUMNS = (
-    "id",
-    "prompt",
-    "chosen",
-    "rejected",
-    "response",
-    "completion",
-    "messages",
-    "text",
-    "reward",
-    "labels",
-    "split",
-)
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
+COLUMNS = (*PROMPT_COLUMNS, "response", "completion", "messages", "text", "reward", "labels", "split")
 GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
 """Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
@@ -348,7 +336,6 @@ class TrainConfig:
         if self.best_metric == "accuracy" and not self.objective.loss.has_accuracy:
             raise InputError(f"--best-metric: got 'accuracy', but {self.objective.name} has none; must be 'loss'")
         self.lora.validate()
-        self._validate_data()
         self.processes.validate(self.distributed)
         if self.steps is not None and self.epochs != TrainConfig.epochs:
             raise InputError(
@@ -359,25 +346,6 @@ class TrainConfig:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
                 f"--optim.accumulation ({self.optim.accumulation})"
-            )
-
-    def _validate_data(self) -> None:
-        """Raises InputError for additions or data that do not go with the objective."""
-        loss = self.objective.loss
-        if loss.preference_lora is not None and self.lora.rank:
-            raise InputError(
-                f"--lora.rank: got {self.lora.rank}, but {self.objective.name} trains low-rank additions of its own; "
-                "leave it out (--objective.rank is their rank)"
-            )
-        if loss.labels and self.data.train == DEMO:
-            raise InputError(
-                f"--data.train: {self.objective.name} needs pairs with {loss.labels} labels, but the demo's have none; "
-                "give a file whose rows have prompt, chosen, rejected and labels"
-            )
-        if loss.samples and self.data.train == DEMO:
-            raise InputError(
-                f"--data.train: {self.objective.name} needs {loss.samples} scored answers to each prompt, but the demo "
-                f"has one; write some (decode.py --method top_p --top-p 1 --n {loss.samples} --rm ... --out F.jsonl)"
             )
 
 

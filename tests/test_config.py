@@ -200,19 +200,7 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
         ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so the whole model is trained; give a"),
         ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
         ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
-        (
-            "--objective.name parm --data.train f.jsonl --lora.rank 4",
-            "--lora.rank: got 4, but parm trains low-rank additions of its own; leave it out (--objective.rank is",
-        ),
         ("--objective.name parm --objective.layers (", '--objective.layers: "(" is not a regular expression ('),
-        (
-            "--objective.name parm",
-            "--data.train: parm needs pairs with 2 labels, but the demo's have none; give a file",
-        ),
-        (
-            "--objective.name ctl",
-            "--data.train: ctl needs 8 scored answers to each prompt, but the demo has one; write",
-        ),
         ("--objective.name ctl --best-metric accuracy", "--best-metric: got 'accuracy', but ctl has none; must be"),
         ("--objective.name distill", "--objective.teacher: distill needs a reward model to learn from; give a folder"),
         (

@@ -21,6 +21,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
 from pargs_jax.models.hf import (
     EXPORTED,
+    Pretrained,
     describe_model,
     load_model,
     resolve,
@@ -58,6 +59,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     is written over.
     """
     config.validate()
+    check_objective(config)
     require_packages(config.log)
     with ensured_mesh() as mesh, claimed_folder(config) as folder:
         check_rows(config, mesh)
@@ -72,6 +74,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     for, and for whatever `train` would refuse in the model and the options.
     """
     config.validate()
+    check_objective(config)
     open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "train")
     check_rows(config, mesh)
@@ -125,13 +128,10 @@ def training_program(
         if config.max_length > (positions := each.config.max_positions):
             raise InputError(f"--max-length: got {config.max_length}, but {source} reads at most {positions} tokens")
     for name, other in (others or {}).items():
-        source = f"--objective.{name}: {other_sources(config)[name]}"
-        if not other.reads_candidates:
-            raise InputError(f"{source} is an encoder, must be a causal reward model")
-        if other.config.vocab_size < model.config.vocab_size:
+        if (size := other.config.vocab_size) < model.config.vocab_size:
             raise InputError(
-                f"{source} has {other.config.vocab_size} token embeddings, must have {model.config.vocab_size} as "
-                f"{config.model.init}"
+                f"--objective.{name}: {other_sources(config)[name]} has {size} token embeddings, must have "
+                f"{model.config.vocab_size} as {config.model.init}"
             )
     return TrainingProgram.assemble(config, model, closing_id=closing_id, others=others)
 
@@ -142,8 +142,29 @@ def other_sources(config: TrainConfig) -> dict[str, str]:
     return {name: getattr(loss, name) for name in loss.frozen if name != REFERENCE}
 
 
+def check_objective(config: TrainConfig) -> None:
+    """Raises InputError if the objective does not go with the low-rank additions or the data that the options name."""
+    loss, name = config.objective.loss, config.objective.name
+    if loss.preference_lora is not None and config.lora.rank:
+        raise InputError(
+            f"--lora.rank: got {config.lora.rank}, but {name} trains low-rank additions of its own; leave it out "
+            "(--objective.rank is their rank)"
+        )
+    if loss.labels and config.data.train == DEMO:
+        raise InputError(
+            f"--data.train: {name} needs pairs with {loss.labels} labels, but the demo's have none; give a file whose "
+            "rows have prompt, chosen, rejected and labels"
+        )
+    if loss.samples and config.data.train == DEMO:
+        raise InputError(
+            f"--data.train: {name} needs {loss.samples} scored answers to each prompt, but the demo has one; write "
+            f"some (decode.py --method top_p --top-p 1 --n {loss.samples} --rm ... --out F.jsonl)"
+        )
+
+
 def check_start(config: TrainConfig) -> None:
-    """Raises InputError if the model to start from, by its config.json, cannot be the start of the objective."""
+    """Raises InputError if the model to start from cannot be the start of the objective, or if another model of the
+    objective is not a causal reward model, according to their config.json."""
     loss, source = config.objective.loss, model_source(config.model.init)
     if takes_preferences(source):
         raise InputError(f"--model.init: {config.model.init} takes a preference vector; start from a language model")
@@ -152,19 +173,25 @@ def check_start(config: TrainConfig) -> None:
             f"--model.init: {config.model.init} has a table of rewards already; {config.objective.name} starts from "
             "the language model, whose probabilities it needs"
         )
-
-
-def check_others(config: TrainConfig) -> None:
-    """Raises InputError if another model of the objective, by its config.json and tokenizer, is not a reward model of
-    the same tokens."""
-    for name, source in other_sources(config).items():
-        if (head := stored_head(source)) != "reward":
+    for name, other in other_sources(config).items():
+        if (head := stored_head(other)) != "reward":
             had = "says nothing of its head" if head is None else f"has a {head} head"
-            raise InputError(f"--objective.{name}: {source} {had}, must be a reward model with a scalar head")
-        folders = map(resolve, (model_source(config.model.init), source))
-        own, theirs = map(TextTokenizer.load, folders)
-        if not own.same_vocabulary(theirs):
+            raise InputError(f"--objective.{name}: {other} {had}, must be a reward model with a scalar head")
+        if not describe_model(other, "reward").reads_candidates:
+            raise InputError(f"--objective.{name}: {other} is an encoder, must be a causal reward model")
+
+
+def load_others(config: TrainConfig, tokenizer: TextTokenizer) -> dict[str, Pretrained]:
+    """The other models of the objective, by name. Raises InputError if one does not have the trained model's tokenizer
+    or has no reward head."""
+    loaded = {}
+    for name, source in other_sources(config).items():
+        if not tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
             raise InputError(f"--objective.{name}: {source} does not have the tokenizer of {config.model.init}")
+        loaded[name] = load_model(source, "reward", dtype=config.dtype)
+        if loaded[name].new_head:
+            raise InputError(f"--objective.{name}: {source} has no reward head, so it is not a reward model")
+    return loaded
 
 
 def check_rows(config: TrainConfig, mesh: Mesh) -> None:
@@ -180,8 +207,6 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     check_start(config)
     source = resolve(model_source(config.model.init))
-    check_others(config)
-    others = {name: load_model(folder, "reward", dtype=config.dtype) for name, folder in other_sources(config).items()}
     pretrained = load_model(
         source,
         head_to_train(config),
@@ -192,6 +217,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     )
     tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
+    others = load_others(config, tokenizer)
     program = training_program(
         config,
         pretrained.model,

@@ -227,12 +227,11 @@ def test_a_table_learns_from_a_reward_model_and_guides(speaker, judge, decode, t
     refused(judge, "--max-length: got 65, but .* reads at most 64 tokens", max_length=65)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode, tmp_path, rank):
+def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode, tmp_path):
     samples = decode("top_p", judge, "--top-p", 1, "--n", 9, lm=speaker)
     assert 0.2 < share_of_good(samples) < 0.8
     objective = ObjectiveConfig(name="ctl", samples=4)
-    config = make_config(tmp_path, speaker, samples, objective=objective, lora=LoraConfig(rank=rank), steps=60)
+    config = make_config(tmp_path, speaker, samples, objective=objective, lora=LoraConfig(rank=4), steps=60)
     printed = io.StringIO()
     command.train(dataclasses.replace(config, steps=1, out=str(tmp_path / "first")), Console(file=printed, width=999))
     assert "8 left out because their prompts have too few others" in printed.getvalue()
@@ -248,3 +247,32 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
             train(
                 dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=10), out=f"{config.out}-10")
             )
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "expected"),
+    [
+        (
+            ObjectiveConfig(name="parm"),
+            {"data": DataConfig(train="f.jsonl"), "lora": LoraConfig(rank=4)},
+            "--lora.rank: got 4, but parm trains low-rank additions of its own; leave it out (--objective.rank is their "
+            "rank)",
+        ),
+        (
+            ObjectiveConfig(name="parm", labels=3),
+            {},
+            "--data.train: parm needs pairs with 3 labels, but the demo's have none; give a file whose rows have prompt, "
+            "chosen, rejected and labels",
+        ),
+        (
+            ObjectiveConfig(name="ctl", samples=4),
+            {},
+            "--data.train: ctl needs 4 scored answers to each prompt, but the demo has one; write some (decode.py "
+            "--method top_p --top-p 1 --n 4 --rm ... --out F.jsonl)",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_a_folder_is_made(objective, changes, expected, tmp_path):
+    with pytest.raises(InputError) as refused:
+        command.train(TrainConfig(objective=objective, out=str(tmp_path / "run"), **changes))
+    assert str(refused.value) == expected and not (tmp_path / "run").exists()
