@@ -255,14 +255,14 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
         (
             ObjectiveConfig(name="parm"),
             {"data": DataConfig(train="f.jsonl"), "lora": LoraConfig(rank=4)},
-            "--lora.rank: got 4, but parm trains low-rank additions of its own; leave it out (--objective.rank is their "
-            "rank)",
+            "--lora.rank: got 4, but parm trains low-rank additions of its own; leave it out (--objective.rank is "
+            "their rank)",
         ),
         (
             ObjectiveConfig(name="parm", labels=3),
             {},
-            "--data.train: parm needs pairs with 3 labels, but the demo's have none; give a file whose rows have prompt, "
-            "chosen, rejected and labels",
+            "--data.train: parm needs pairs with 3 labels, but the demo's have none; give a file whose rows have "
+            "prompt, chosen, rejected and labels",
         ),
         (
             ObjectiveConfig(name="ctl", samples=4),
