@@ -71,9 +71,9 @@ def judge(speaker, tmp_path_factory):
     return f"{config.out}/model"
 
 
-def train(config):
+def train(config, printed=None):
     """Runs it, and returns the losses of its steps and what was last evaluated."""
-    command.train(config, Console(file=io.StringIO()))
+    command.train(config, Console(file=printed or io.StringIO(), width=999))
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["split"] == "train"], lines[-1]
 
@@ -209,13 +209,8 @@ def test_a_table_learns_from_a_reward_model_and_guides(speaker, judge, decode, t
     config = make_config(tmp_path, speaker, answers(), objective=objective, steps=60)
     losses, evaluation = train(config)
     assert np.mean(losses[-5:]) < losses[0] / 10 and evaluation["accuracy"] > 0.6
-    alone = ObjectiveConfig(name="distill", teacher=judge, k=0)
-    on_data = dataclasses.replace(config, objective=alone, lora=LoraConfig(rank=4), out=str(tmp_path / "data"))
-    losses_of_data, _ = train(on_data)
-    assert np.mean(losses_of_data[-5:]) < losses_of_data[0] / 2
     guided, unguided = (decode("farma", config.out, "--weight", w, "--k", 4, lm=speaker) for w in (2, 0))
     assert share_of_good(guided) > 0.9 > share_of_good(unguided)
-    check_that_it_resumes(config, losses)
 
     def refused(source, message, **changes):
         objective = ObjectiveConfig(name="distill", teacher=str(source))
@@ -233,20 +228,14 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
     objective = ObjectiveConfig(name="ctl", samples=4)
     config = make_config(tmp_path, speaker, samples, objective=objective, lora=LoraConfig(rank=4), steps=60)
     printed = io.StringIO()
-    command.train(dataclasses.replace(config, steps=1, out=str(tmp_path / "first")), Console(file=printed, width=999))
+    losses, evaluation = train(config, printed)
     assert "8 left out because their prompts have too few others" in printed.getvalue()
-    losses, evaluation = train(config)
     assert np.mean(losses[-5:]) < losses[0] and evaluation["effective_samples"] < 4
     guided = decode("smc", config.out, "--search.particles", 4, lm=speaker)
     assert share_of_good(guided) > 0.9
-    check_that_it_resumes(config, losses)
-    if not rank:
-        with pytest.raises(
-            InputError, match=r"no prompt has 10 scored answers \(--objective.samples\), the most are 9"
-        ):
-            train(
-                dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=10), out=f"{config.out}-10")
-            )
+    more = dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=10), out=f"{config.out}-10")
+    with pytest.raises(InputError, match=r"no prompt has 10 scored answers \(--objective.samples\), the most are 9"):
+        train(more)
 
 
 @pytest.mark.parametrize(
