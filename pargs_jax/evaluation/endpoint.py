@@ -12,11 +12,11 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_errors_named_after
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.evaluation.answers import System
 from pargs_jax.evaluation.config import EndpointConfig
@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
         return None in (self.first, self.second)
 
 
-class PairwiseJudge:
+class PairwiseJudge(AbstractContextManager):
     """Asks an endpoint about pairs of answers."""
 
     def __init__(self, config: EndpointConfig, cache: Path, post: "Callable[..., str] | None" = None) -> None:
@@ -90,12 +90,7 @@ class PairwiseJudge:
         """Why asking was given up, if it was; else the last request that failed."""
         self.asked = 0
 
-    def __enter__(self) -> "PairwiseJudge":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._replies.close()
 
     def compare(
@@ -237,19 +232,12 @@ class Replies:
     def __init__(self, path: Path) -> None:
         """Opens or makes the file; a last line that was cut off is dropped. Raises InputError if it cannot be used."""
         advice = "give another --endpoint.cache"
-        with write_errors_named_after(path, advice):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        try:
-            hold(self._file, f"{path}: another evaluate.py is writing it; wait for it to end, or {advice}")
+        with opened_to_append(path, "evaluate.py", advice) as self._file:
             lines = path.read_bytes().split(b"\n")
             cut_off = lines.pop()
             self._replies = dict(_reply(path, number, line) for number, line in enumerate(lines, start=1))
             if cut_off:
                 self._file.truncate(path.stat().st_size - len(cut_off))
-        except InputError:
-            self._file.close()
-            raise
         self._path = path
         self._lock = threading.Lock()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_errors_named_after
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
 from pargs_jax.errors import InputError
 
 
@@ -152,13 +152,7 @@ class TracesFile:
                 traces.
         """
         self._path = path
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder, must be a file")
-        with write_errors_named_after(path, "use another file"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        try:
-            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or use another file")
+        with opened_to_append(path, "decode.py", "use another file") as self._file:
             lines = path.read_bytes().splitlines(keepends=True)
             for number, (prompt_id, sample) in enumerate(answered, start=1):
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
@@ -173,9 +167,6 @@ class TracesFile:
                 if is_whole and (found is None or found[2] != options):
                     raise InputError(f"{path}: line {number} is not a trace of these answers; use another file")
             self._file.truncate(sum(map(len, lines[: len(answered)])))
-        except InputError:
-            self._file.close()
-            raise
 
     def close(self) -> None:
         """Closes the file, which releases its lock."""

@@ -13,11 +13,10 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ CHECKSUMS = "checksums.json"
 MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """The newest `keep` checkpoints in a folder, and the `keep_best` with the best held-out metric.
 
     Saves run in the background. A checkpoint is written under a temporary name and renamed when it is complete. What a
@@ -76,19 +75,14 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         try:
             self.wait()
             self._finisher.shutdown()
             self._writer.close()
         except Exception:
             # Orbax raises a failed save's error again at every later call; it has been reported already.
-            if error is None:
+            if kind is None:
                 raise
 
     @property
@@ -98,7 +92,7 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     @property
-    def kept(self) -> str:
+    def safe_state(self) -> str:
         """Names the checkpoint to continue from, for an error message; waits for the save in progress."""
         self.wait()
         if self.latest_step is None:
@@ -223,7 +217,7 @@ class Checkpoints:
             if reason is None:
                 raise
             raise InputError(
-                f"{place}: cannot be written ({reason}); {self.kept}; fix that, then resume the run"
+                f"{place}: cannot be written ({reason}); {self.safe_state}; fix that, then resume the run"
             ) from error
 
 

@@ -174,7 +174,7 @@ class Trainer:
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
-            f"step {step}: {what}; {self.checkpoints.kept}; "
+            f"step {step}: {what}; {self.checkpoints.safe_state}; "
             "try a lower optim.lr, a lower optim.clip or a longer optim.warmup"
         )
 
