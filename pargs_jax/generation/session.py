@@ -19,9 +19,9 @@ from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
-from pargs_jax.generation.guidance import check_roles, make_guides, roles_of
+from pargs_jax.generation.guidance import check_roles, roles_of
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
-from pargs_jax.generation.program import DecodingProgram, SearchProgram
+from pargs_jax.generation.program import DecodingProgram, make_guides
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.models.hf import load_model, resolve
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
@@ -136,26 +136,9 @@ class Session:
         samples[: len(batch.prompts)] = batch.samples
         keys = _row_keys(settings.seed, numbers, samples)
         row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
-        preferences = settings.preferences_of(batch.prompts, rows)
-        if preferences is not None and preferences.shape[1] != (
-            objectives := self.reward_models[0].model.lora.objectives
-        ):
-            raise InputError(
-                f"a preference has {preferences.shape[1]} numbers, but {self.reward_models[0].source} was trained for "
-                f"{objectives} objectives"
-            )
         while True:
             guides, params, guide_prompts = make_guides(
-                settings.method,
-                (self._lm, self._lm_params),
-                self.reward_models,
-                batch.own_prompts,
-                batch.lm_prompts,
-                settings.max_new_tokens,
-                answer_widths,
-                settings.tokens_ahead,
-                preferences,
-                self.tokenizer.eos_ids,
+                (self._lm, self._lm_params), self.reward_models, batch, settings, answer_widths, self.tokenizer.eos_ids
             )
             arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
             program = DecodingProgram.assemble(
@@ -168,10 +151,8 @@ class Session:
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
                 keeps_candidates=settings.trace == "candidates",
+                search_options=dict(settings.search),
             )
-            if settings.method.search is not None:
-                search = settings.method.make_search(dict(settings.search))
-                program = SearchProgram.assemble(program, settings.method, search)
             run = self._compile(program, arguments)
             began = time.perf_counter()
             with input_errors_of_callbacks():
@@ -188,7 +169,7 @@ class Session:
                 return jax.device_get(decoded), seconds
 
     def _compile(
-        self, program: DecodingProgram | SearchProgram, arguments: tuple[Any, ...]
+        self, program: DecodingProgram, arguments: tuple[Any, ...]
     ) -> Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]:
         arrays, structure = jax.tree.flatten(arguments[1:])
         shape = (program, tuple(np.shape(x) for x in arrays), structure)
