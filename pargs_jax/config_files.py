@@ -140,6 +140,23 @@ def _as_scalar(option: Option, value: Any) -> Any:
         return value
 
 
+def from_text(option: Option, word: Any) -> Any:
+    """The value that YAML would have read for a word of a command line, or for each of a list; bools stay as they
+    are."""
+    if isinstance(word, list):
+        return [from_text(option, each) for each in word]
+    if not isinstance(word, str):
+        return word
+    if option.nullable and word.lower() in ("null", "none"):
+        return None
+    if option.scalar is bool:
+        return {"true": True, "false": False}.get(word, word)
+    try:
+        return int(word) if option.scalar is int else word
+    except ValueError:
+        return word
+
+
 def build(config_class: type[C], values: Mapping[str, Any], section: str = "") -> C:
     """A config with these option values, by dotted key, and defaults elsewhere. Nothing is checked."""
     hints = get_type_hints(config_class)

@@ -76,6 +76,7 @@ MAY_IMPORT = {
     "evaluation": {
         "generation",
         "decoding",
+        "objectives",
         "models",
         "data",
         "text",

@@ -20,6 +20,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
 from pargs_jax.demo import task as demo
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
@@ -200,12 +201,11 @@ def _print_examples(answers: dict[str, list[Answer]], prompt_ids: list[str], con
 
 
 def _write(path: Path, answers: dict[str, list[Answer]]) -> None:
-    try:
+    rows = (
+        {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
+        for name, found in answers.items()
+        for answer in found
+    )
+    with write_errors_named_after(path, "give another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for name, found in answers.items():
-                for answer in found:
-                    row = {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -146,18 +146,11 @@ def load_preferences(
 
 
 def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
-    """Writes bad rows as JSON lines of `line`, `reason` and `row`.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    try:
-        # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            for bad_row in bad_rows:
-                file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    """Writes bad rows as JSON lines of `line`, `reason` and `row`. Raises OSError if the file cannot be written."""
+    # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for bad_row in bad_rows:
+            file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
 
 
 def load_prompts(

@@ -1,7 +1,7 @@
 """The report as one HTML file that needs nothing else: no script, no request, light and dark."""
 
-import html
 from collections.abc import Sequence
+from html import escape
 
 from pargs_jax.evaluation.figures import Drawn
 from pargs_jax.evaluation.report import Report
@@ -32,10 +32,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def page(report: Report, figures: Sequence[Drawn], examples: int) -> str:
     """The page. All text is escaped; `examples` is how many prompts are shown with every system's first answer."""
     parts = [_opening(report)]
-    parts += [f'<p class="problem">{_escaped(line)}</p>' for line in report.problems]
+    parts += [f'<p class="problem">{escape(line)}</p>' for line in report.problems]
     if figures:
         parts.append("<h2>Figures</h2>")
-        parts += [f"<figure>{each.svg}<figcaption>{_escaped(each.caption)}</figcaption></figure>" for each in figures]
+        parts += [f"<figure>{each.svg}<figcaption>{escape(each.caption)}</figcaption></figure>" for each in figures]
     parts.append("<h2>Tables</h2>")
     parts += map(_table, tables(report))
     if report.systems and examples:
@@ -57,18 +57,18 @@ def _opening(report: Report) -> str:
     said = []
     if systems:
         prompts = len({i for system in report.systems for i in system.by_prompt})
-        said.append(f"{systems} systems on {prompts} prompts, compared with <b>{_escaped(report.baseline)}</b>.")
+        said.append(f"{systems} systems on {prompts} prompts, compared with <b>{escape(report.baseline)}</b>.")
     if report.reward_models:
         said.append(f"{len(report.reward_models)} reward models on preference pairs.")
     return f"<h1>Evaluation</h1>\n<p>{' '.join(said)}</p>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_escaped(heading)}</th>" for heading in table.headings)
-    body = "".join(f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
-    note = f'<p class="note">{_escaped(table.note)}</p>' if table.note else ""
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<h3>{_escaped(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{note}"
     )
 
@@ -78,12 +78,12 @@ def _examples(report: Report, count: int) -> list[str]:
     parts = []
     for prompt_id, answers in list(first.by_prompt.items())[:count]:
         rows = [
-            f'<tr><td>{_escaped(system.name)}</td><td class="text">{_escaped(found[0].response)}</td></tr>'
+            f'<tr><td>{escape(system.name)}</td><td class="text">{escape(found[0].response)}</td></tr>'
             for system in report.systems
             if (found := system.by_prompt.get(prompt_id))
         ]
         parts.append(
-            f"<details><summary><pre>{_escaped(answers[0].prompt)}</pre></summary>"
+            f"<details><summary><pre>{escape(answers[0].prompt)}</pre></summary>"
             f"<table><tbody>{''.join(rows)}</tbody></table></details>"
         )
     return parts
@@ -107,8 +107,4 @@ def _definitions(report: Report) -> str:
             "Spearman with final": "rank correlation between rewards of this share of an answer and of all of it",
             "calibration error": "expected calibration error of the confidence sigmoid(|difference of rewards|)",
         }
-    return f"<dl>{''.join(f'<dt>{_escaped(name)}</dt><dd>{_escaped(text)}</dd>' for name, text in told.items())}</dl>"
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text)
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in told.items())}</dl>"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pargs_jax.config import DecodeConfig
-from pargs_jax.config_files import from_mapping
+from pargs_jax.config_files import from_mapping, from_text
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.options import options, shown
@@ -57,8 +57,7 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
         unused = METHODS[method].unused if method in METHODS else {}
         chosen = {name: value for name, value in chosen.items() if name not in unused}
         changes = {
-            name: tuple(value.split()) if known[name].many else _plain(value, known[name].scalar)
-            for name, value in chosen.items()
+            name: from_text(known[name], value.split() if known[name].many else value) for name, value in chosen.items()
         }
         cleared = {name: getattr(DecodeConfig(), name) for name in unused if name in known}
         config = from_mapping(DecodeConfig, {**base, **cleared, **changes}, where)
@@ -71,17 +70,3 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
         if files.count(setting.file) > 1:
             raise InputError(f"--sweep: two settings would be written to {setting.file}; give values with other names")
     return list(found.values())
-
-
-def _plain(value: str, kind: type) -> object:
-    """A word as YAML would read it, as far as the option's kind needs."""
-    if value in ("null", "none"):
-        return None
-    if kind is bool:
-        return {"true": True, "false": False}.get(value, value)
-    if kind is int:
-        try:
-            return int(value)
-        except ValueError:
-            return value
-    return value
