@@ -78,10 +78,23 @@ class DebertaConfig:
             "vocab_size", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers",
             "num_attention_heads", "attention_head_size", "intermediate_size", "pooler_hidden_size",
         ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "max_position_embeddings",
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "feedforward": "intermediate_size",
+            "activation": "hidden_act",
+            "pooler_activation": "pooler_hidden_act",
+            "norm_epsilon": "layer_norm_eps",
+            "relative_attention": "relative_attention",
+            "absolute_positions": "position_biased_input",
+            "initializer_range": "initializer_range",
+        },
         read=(
-            "hidden_act", "pooler_hidden_act", "layer_norm_eps", "initializer_range", "type_vocab_size",
-            "relative_attention", "position_buckets", "max_relative_positions", "pos_att_type", "share_att_key",
-            "norm_rel_ebd", "position_biased_input", "conv_kernel_size", "conv_groups", "conv_act",
+            "type_vocab_size", "position_buckets", "max_relative_positions", "pos_att_type", "share_att_key",
+            "norm_rel_ebd", "conv_kernel_size", "conv_groups", "conv_act",
         ),
         harmless=(
             "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout",
@@ -116,55 +129,33 @@ class DebertaConfig:
             raise InputError(f"norm_rel_ebd is {norms!r}, must be 'layer_norm' or 'none'")
         convolution = max(0, whole_number(hf, "conv_kernel_size", 0))
         return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.max_position_embeddings,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            feedforward=hf.intermediate_size,
             embedding_width=getattr(hf, "embedding_size", None),
-            activation=activation(hf, "hidden_act"),
-            pooler_activation=activation(hf, "pooler_hidden_act"),
-            norm_epsilon=hf.layer_norm_eps,
-            relative_attention=hf.relative_attention,
             position_buckets=whole_number(hf, "position_buckets", -1),
             max_relative_positions=farthest if farthest > 0 else hf.max_position_embeddings,
             content_to_position="c2p" in types,
             position_to_content="p2c" in types,
             share_attention_key=bool(getattr(hf, "share_att_key", False)),
             normalise_positions="layer_norm" in [name.strip() for name in norms.lower().split("|")],
-            absolute_positions=hf.position_biased_input,
             segments=max(0, hf.type_vocab_size),
             convolution_width=convolution,
             convolution_groups=getattr(hf, "conv_groups", 1) if convolution else 1,
             convolution_activation=activation(hf, "conv_act", "tanh") if convolution else "tanh",
-            initializer_range=hf.initializer_range,
             attention=attention,
+            **cls.HF_FIELDS.read_named(hf),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.DebertaV2Config`."""
         fields = {
             "model_type": "deberta-v2",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.feedforward,
-            "hidden_act": self.activation,
-            "pooler_hidden_act": self.pooler_activation,
+            **self.HF_FIELDS.write_named(self),
             "pooler_hidden_size": self.width,
-            "layer_norm_eps": self.norm_epsilon,
-            "relative_attention": self.relative_attention,
             "position_buckets": self.position_buckets,
             "max_relative_positions": self.max_relative_positions,
             "pos_att_type": ["c2p"] * self.content_to_position + ["p2c"] * self.position_to_content,
             "share_att_key": self.share_attention_key,
             "norm_rel_ebd": "layer_norm" if self.normalise_positions else "none",
-            "position_biased_input": self.absolute_positions,
             "type_vocab_size": self.segments,
-            "initializer_range": self.initializer_range,
             "pargs_attention": self.attention,
         }
         if self.embedding_width is not None:
@@ -382,8 +373,8 @@ class Deberta(nnx.Module):
             return x, CachedLayer(kv, table) if keep else None
 
         config = self.config
-        x, kept = run_layers(self.layers, step, embedded, config.layers, key=layers_key, remat=config.remat)
-        return x if only is None or x.shape[1] == 1 else pick(x), kept
+        x, cached = run_layers(self.layers, step, embedded, config.layers, key=layers_key, remat=config.remat)
+        return x if only is None or x.shape[1] == 1 else pick(x), cached
 
     def extend(
         self,

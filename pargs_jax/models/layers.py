@@ -202,8 +202,8 @@ def run_layers(
         for index, block in enumerate(layers):
             x = constrain(x, ROWS, None, None)
             layer_cache = None if cache is None else cache[index]
-            x, kept = step(block, x, index, layer_cache, None if keys is None else keys[index])
-            new.append(kept)
+            x, output = step(block, x, index, layer_cache, None if keys is None else keys[index])
+            new.append(output)
         return x, tuple(new)
 
     definition, params = nnx.split(layers)
@@ -214,7 +214,7 @@ def run_layers(
         return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
 
     if remat != "none":
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
         # Inside a scan, XLA cannot merge the recomputation with the first computation, so no barriers are needed.
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -64,10 +64,22 @@ class OPTConfig:
             "vocab_size", "max_position_embeddings", "hidden_size", "word_embed_proj_dim", "num_hidden_layers",
             "num_attention_heads", "ffn_dim",
         ),
-        read=(
-            "activation_function", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
-            "layer_norm_elementwise_affine", "tie_word_embeddings", "init_std",
-        ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "max_position_embeddings",
+            "width": "hidden_size",
+            "embedding_width": "word_embed_proj_dim",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "feedforward": "ffn_dim",
+            "activation": "activation_function",
+            "norm_first": "do_layer_norm_before",
+            "biases": "enable_bias",
+            "learned_norms": "layer_norm_elementwise_affine",
+            "tied_embeddings": "tie_word_embeddings",
+            "initializer_range": "init_std",
+        },
+        read=("_remove_final_layer_norm",),
         harmless=("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
         must=CAUSAL,
     )  # fmt: skip
@@ -92,42 +104,12 @@ class OPTConfig:
     def from_hf(cls, hf: Any) -> "OPTConfig":
         """Reads a `transformers.OPTConfig`. Raises InputError for one that is invalid or not supported."""
         check_divides(hf, "num_attention_heads", "hidden_size")
-        return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.max_position_embeddings,
-            width=hf.hidden_size,
-            embedding_width=hf.word_embed_proj_dim,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            feedforward=hf.ffn_dim,
-            activation=activation(hf, "activation_function"),
-            norm_first=hf.do_layer_norm_before,
-            final_norm=not hf._remove_final_layer_norm,
-            biases=hf.enable_bias,
-            learned_norms=hf.layer_norm_elementwise_affine,
-            tied_embeddings=hf.tie_word_embeddings,
-            initializer_range=hf.init_std,
-        )
+        return cls(final_norm=not hf._remove_final_layer_norm, **cls.HF_FIELDS.read_named(hf))
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.OPTConfig`."""
-        return {
-            "model_type": "opt",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "hidden_size": self.width,
-            "word_embed_proj_dim": self.embedding_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "ffn_dim": self.feedforward,
-            "activation_function": self.activation,
-            "do_layer_norm_before": self.norm_first,
-            "_remove_final_layer_norm": not self.final_norm,
-            "enable_bias": self.biases,
-            "layer_norm_elementwise_affine": self.learned_norms,
-            "tie_word_embeddings": self.tied_embeddings,
-            "init_std": self.initializer_range,
-        }
+        named = self.HF_FIELDS.write_named(self)
+        return {"model_type": "opt", "_remove_final_layer_norm": not self.final_norm, **named}
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "OPT":
         return OPT(self, unrolled=unrolled, rngs=rngs)
@@ -169,14 +151,14 @@ class Block(nnx.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         seen = self.norm1(x) if config.norm_first else x
         q, k, v = (split_heads(project(seen), config.heads) for project in (self.query, self.key, self.value))
-        mixed, kept = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
+        mixed, kv = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         if not config.norm_first:
             x = self.norm1(x)
         seen = self.norm2(x) if config.norm_first else x
         hidden = ACTIVATIONS[config.activation](self.up(seen))
         x = x + dropout(self.down(hidden), config.dropout, mlp_key)
-        return x if config.norm_first else self.norm2(x), kept
+        return x if config.norm_first else self.norm2(x), kv
 
 
 class OPT(nnx.Module):
