@@ -24,6 +24,8 @@ class NextTokenState(NamedTuple):
     cache: Cache
     prompt_end: Int[Array, "B"]
     """The prompt's last token in the guide model's version of the prompt."""
+    preferences: Float[Array, "B M"] | None = None
+    """Each row's preference vector, for a `PreferenceGuide`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +94,6 @@ class PreferredPrompts(NamedTuple):
     preferences: Float[Array, "B M"]
 
 
-class PreferenceState(NamedTuple):
-    reader: NextTokenState
-    preferences: Float[Array, "B M"]
-
-
 @dataclasses.dataclass(frozen=True)
 class PreferenceGuide(AutoregressiveGuide):
     """One autoregressive reward model for all weightings of several objectives: its low-rank additions depend on each
@@ -104,19 +101,13 @@ class PreferenceGuide(AutoregressiveGuide):
 
     def prefill(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: PreferredPrompts
-    ) -> PreferenceState:
+    ) -> NextTokenState:
         own, preferences = own_prompts
-        with_own = with_preferences(params, preferences)
-        return PreferenceState(super().prefill(with_own, prompts, capacity, own), preferences)
+        state = super().prefill(with_preferences(params, preferences), prompts, capacity, own)
+        return state._replace(preferences=preferences)
 
-    def score(self, params: Params, state: PreferenceState, text: Text) -> tuple[Float[Array, "B V"], Any]:
-        return super().score(with_preferences(params, state.preferences), state.reader, text)
-
-    def commit(self, params: Params, state: PreferenceState, pending: Any, chosen: Chosen) -> PreferenceState:
-        return state._replace(reader=super().commit(params, state.reader, pending, chosen))
-
-    def rewind(self, state: PreferenceState, text: Text, dropped: Int[Array, "B"]) -> PreferenceState:
-        return state._replace(reader=super().rewind(state.reader, text, dropped))
+    def score(self, params: Params, state: NextTokenState, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        return super().score(with_preferences(params, state.preferences), state, text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -217,15 +217,18 @@ class Searcher:
         decoded = self.decoder.read(rows.decode)
         return decoded._replace(rewards=rows.rewards) if self.judges else decoded
 
+    def scores(self, inputs: SearchInputs, rows: Rows) -> Float[Array, "B n"]:
+        """The scores of each prompt's rows: the weighted sums of the judges' rewards."""
+        return group_by_prompt(weighted(rows.rewards, inputs.judge_weights), len(inputs.lengths))
+
+    def require_judge(self, method: Any) -> None:
+        """Raises InputError if there is no judge."""
+        if not self.judges:
+            raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
+
     def _text(self, rows: Rows, answer_lengths: Int[Array, "R"] | None) -> Text:
         text = rows.decode.text
         return text if answer_lengths is None else text._replace(lengths=text.prompt_lengths + answer_lengths)
-
-
-def require_judge(method: Any, searcher: Searcher) -> None:
-    """Raises InputError if the searcher has no judge."""
-    if not searcher.judges:
-        raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
 
 
 def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
@@ -287,10 +290,11 @@ def weighted(rewards: Float[Array, "R *d J"], weights: Float[Array, "B J"]) -> F
     return (rewards * repeated.reshape(len(rewards), *[1] * (rewards.ndim - 2), -1)).sum(axis=-1)
 
 
-def drift(answers: Decoded) -> Float[Array, "B"]:
-    """sum_t log q(y_t) - log p(y_t), where q are the distributions that the tokens were drawn from. The KL of a search
-    over draws from q grows by this, because of the temperature, the choice of candidates and guidance."""
-    return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
+def kls_of_search(inputs: SearchInputs, kls: Float[Array, "*B"] | float, answers: Decoded) -> Float[Array, "B"]:
+    """KL from the language model of a search over draws from q: that of the search from q, plus sum_t log q(y_t) - log
+    p(y_t), because of the temperature, the choice of candidates and guidance. 0 for filler rows."""
+    drift = (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
+    return jnp.where(inputs.lengths > 0, kls + drift, 0.0)
 
 
 def _model_prompts(own: Any) -> tuple[Prompts | None, ...]:
