@@ -1,6 +1,5 @@
 """Turns preferences into batches of token ids: truncation, padding, and an order that can be resumed at any step."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -241,11 +240,6 @@ class Batches:
         self._answer_widths = self._widths_of_answers[np.searchsorted(self._widths_of_answers, answer_lengths)]
         self._window: tuple[range, list[Int[np.ndarray, "B"]]] = (range(0), [])
         self._orders: dict[int, Int[np.ndarray, "N"]] = {}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of batches that hold every row once, rounded up."""
-        return math.ceil(len(self._examples) / self._batch_size)
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step (from 0); it depends on the seed and the step only."""

@@ -273,7 +273,9 @@ class EncoderGuide:
         longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
         step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
-        return _at_least_width(partial(self._score_at, params, state, splits), longest, widths), splits.needed
+        at_widths = [partial(self._score_at, params, state, splits, width) for width in widths]
+        first = jnp.searchsorted(jnp.asarray(widths), longest)
+        return jax.lax.switch(first, at_widths), splits.needed
 
     def commit(self, params: Params, state: EncoderState, pending: Int[Array, "B"], chosen: Chosen) -> EncoderState:
         return state._replace(needed=jnp.maximum(state.needed, pending * chosen.live))
@@ -391,9 +393,3 @@ class _Tree(NamedTuple):
         same = (tokens[:, :, None] == tokens[:, None]) & real[:, None]
         first = jnp.argmax(jnp.cumprod(same, axis=-1, dtype=jnp.int8), axis=2)
         return cls(first, real & (first == jnp.arange(count)[:, None]))
-
-
-def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
-    """Calls `run(width=...)` with the first of the widths that is at least `needed`."""
-    branches = [partial(run, width=width) for width in widths]
-    return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), needed), branches)

@@ -17,19 +17,3 @@ SEARCHES: dict[str, type[SearchMethod]] = {
     "smc": TwistedSmc,
 }
 """The searches that a method's `search` can name."""
-
-__all__ = [
-    "SEARCHES",
-    "BestOfN",
-    "Cards",
-    "ChunkBeam",
-    "Found",
-    "SearchInputs",
-    "SearchMethod",
-    "Searcher",
-    "SpeculativeRejection",
-    "Tokens",
-    "TwistedSmc",
-    "best_of_n_curve",
-    "search",
-]

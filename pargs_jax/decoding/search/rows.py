@@ -103,18 +103,12 @@ class Searcher:
 
     def start(self, inputs: SearchInputs, max_new_tokens: int, width: int) -> tuple[Rows, Tokens]:
         """One row per prompt; reads the prompts. Judges will read at most `width` tokens at once."""
-        rows, tokens, _ = self._start(inputs, max_new_tokens, width, rewards=False)
-        return rows, tokens
+        return self.start_judged(inputs, max_new_tokens, width, rewards=False)[:2]
 
     def start_judged(
-        self, inputs: SearchInputs, max_new_tokens: int, width: int
+        self, inputs: SearchInputs, max_new_tokens: int, width: int, *, rewards: bool = True
     ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
-        """Like `start`, and returns the judges' rewards of the prompts alone."""
-        return self._start(inputs, max_new_tokens, width, rewards=True)
-
-    def _start(
-        self, inputs: SearchInputs, max_new_tokens: int, width: int, *, rewards: bool
-    ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
+        """Like `start`, and returns the judges' rewards of the prompts alone, or else 0."""
         lengths = inputs.lengths
         state = self.decoder.start(
             inputs.params, inputs.prompts, lengths, inputs.keys, inputs.settings, max_new_tokens, inputs.guide_prompts

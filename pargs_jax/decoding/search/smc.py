@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.rules import Greedy
 from pargs_jax.decoding.search.rows import (
@@ -80,7 +80,9 @@ class TwistedSmc:
                 carry.step + 1,
             )
 
-        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_is_unfinished, step, first)
+        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(
+            lambda carry: ~carry.rows.decode.done.all(), step, first
+        )
         log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
         samples = searcher.found(rows)
@@ -97,10 +99,6 @@ class _Carry(NamedTuple):
     log_z: Float[Array, "B"]
     """The sum over the resamplings so far."""
     step: Int[Array, ""]
-
-
-def _is_unfinished(carry: _Carry) -> Bool[Array, ""]:
-    return ~carry.rows.decode.done.all()
 
 
 def _log_twists(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
