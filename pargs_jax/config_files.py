@@ -31,9 +31,8 @@ C = TypeVar("C", bound=Config)
 def from_mapping(config_class: type[C], mapping: Mapping[str, Any], where: str) -> C:
     """The config that a nested mapping describes, such as one read from YAML, validated.
 
-    Raises:
-        InputError: an unknown key, a value of the wrong type or one that cannot be used; the message begins with
-            `where`, the file or place that the mapping comes from.
+    Raises InputError for an unknown key, a value of the wrong type or one that cannot be used; the message begins with
+    `where`, the file or place that the mapping comes from.
     """
     config = build(config_class, read_options(config_class, mapping, f"{where}: "))
     try:
@@ -51,8 +50,7 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises:
-        InputError: the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
+    Raises InputError if the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
     """
     try:
         content = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)

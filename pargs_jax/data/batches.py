@@ -127,8 +127,7 @@ def tokenise(
         prefix_tokenizer: the tokenizer of a language model; prefixes end at its tokens. By default they end at the
             tokens of the model that is trained.
 
-    Raises:
-        InputError: if `max_length` is below 2, or no row is left after truncation.
+    Raises InputError if `max_length` is below 2, or no row is left after truncation.
     """
     if max_length < 2:
         raise InputError(
@@ -219,8 +218,7 @@ class Batches:
             max_length: the length that the examples were cut to, in tokens.
             seed: together with the step, decides the order.
 
-        Raises:
-            InputError: if there are no examples, or the batch size or the seed is out of range.
+        Raises InputError if there are no examples, or the batch size or the seed is out of range.
         """
         if not examples:
             raise InputError("there are no examples to make batches of")

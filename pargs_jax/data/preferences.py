@@ -118,9 +118,8 @@ def load_preferences(
             the hub (see `Rows`).
         columns: the source's names for columns that it names differently, such as `{"prompt": "question"}`.
 
-    Raises:
-        InputError: if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
-            do not match the source.
+    Raises InputError if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
+    do not match the source.
     """
     preferences, bad_rows = [], []
     hint = ""
@@ -165,8 +164,7 @@ def load_prompts(
     A row holds `prompt` (a text or a list of turns), or else `chosen` and `rejected` that share one. It may hold an
     `id` (the default is its line number), and `weights` and `preference`, which are lists of numbers.
 
-    Raises:
-        InputError: if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
+    Raises InputError if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
     """
     prompts: dict[str, Prompt] = {}
     for row in list(Rows(source, columns=columns or {})):

@@ -140,8 +140,7 @@ def frontier(betas: Sequence[float]) -> list[tuple[float, float]]:
 def exchanges(n: int, seed: int = 0, split: str = "train") -> list[Exchange]:
     """`n` distinct prompts of a split, each with one answer of mixed quality.
 
-    Raises:
-        InputError: no such split, or it has fewer than `n` prompts. So do all functions here that take `n`.
+    Raises InputError if there is no such split, or it has fewer than `n` prompts. So do all functions here that take `n`.
     """
     rng = random.Random(f"exchanges {split} {seed}")
     return [
@@ -190,8 +189,7 @@ def train_tokenizer(folder: str | Path) -> None:
     640 SentencePiece BPE pieces with byte fallback, trained on 20,000 exchanges; the bytes written are always the same.
     No space is put before the text, so the tokens of a prompt and of its answer join to the tokens of both together.
 
-    Raises:
-        InputError: `folder` already has a `tokenizer.model`.
+    Raises InputError if `folder` already has a `tokenizer.model`.
     """
     import sentencepiece
 

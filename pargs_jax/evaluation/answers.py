@@ -82,9 +82,8 @@ def load_systems(
     The options of `decode.py` come from `FILE.config.yaml` where that is there; `guides_of` says which reward models
     they mean.
 
-    Raises:
-        InputError: a file that cannot be read, a row that lacks a field or has one of the wrong type, an answer that is
-            there twice, or two systems of one name.
+    Raises InputError for a file that cannot be read, a row that lacks a field or has one of the wrong type, an answer
+    that is there twice, or two systems of one name.
     """
     systems: list[System] = []
     for name, source in files:

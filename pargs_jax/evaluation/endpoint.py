@@ -71,8 +71,7 @@ class PairwiseJudge(AbstractContextManager):
             cache: JSONL file of the replies so far; made if it is not there.
             post: sends one request, as `OpenAIRequests` does.
 
-        Raises:
-            InputError: the file cannot be used, or the client library is not installed.
+        Raises InputError if the file cannot be used, or the client library is not installed.
         """
         self.name = config.model
         self._config = config

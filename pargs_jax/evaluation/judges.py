@@ -77,8 +77,7 @@ class FunctionJudge:
 def load_function(name: str) -> Callable[[str, str], float]:
     """The function that `module:function` or `file.py:function` names; modules are looked for here too.
 
-    Raises:
-        InputError: there is none, or its module cannot be imported.
+    Raises InputError if there is none, or its module cannot be imported.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
@@ -183,9 +182,8 @@ class RougeJudge:
 def load_references(source: str, columns: Mapping[str, str], systems: Sequence[System]) -> dict[str, list[str]]:
     """The reference answers by the id of their prompt, which is a row's `id`, or else its line, as in decoding.
 
-    Raises:
-        InputError: a row without a reference, one whose prompt is not that of the answers of its id, or no row for any
-            of the systems' prompts.
+    Raises InputError for a row without a reference, one whose prompt is not that of the answers of its id, or no row
+    for any of the systems' prompts.
     """
     prompts = {answer.id: answer.prompt for system in systems for answer in system.answers}
     found: dict[str, list[str]] = {}

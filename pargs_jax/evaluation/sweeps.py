@@ -29,9 +29,8 @@ def settings(words: Sequence[str], base: Mapping[str, Any], where: str = "--swee
     A list, such as a weight for each of two reward models, is written with spaces: `weight=1 2,2 1`. A number that
     means nothing to a method (the weight of an unguided one) is left out for it, and what is then the same comes once.
 
-    Raises:
-        InputError: a word of another shape, an option that `decode.py` does not have or that cannot be swept, a value
-            that it cannot use, or no method.
+    Raises InputError for a word of another shape, an option that `decode.py` does not have or that cannot be swept, a
+    value that it cannot use, or no method.
     """
     known = {option.key: option for option in options(DecodeConfig)}
     swept: dict[str, list[str]] = {}

@@ -40,8 +40,7 @@ class AnswersFile(AbstractContextManager):
     def __init__(self, path: Path, config: DecodeConfig) -> None:
         """Opens the file, or creates it.
 
-        Raises:
-            InputError: if it cannot be written, belongs to something else, or another process is writing it.
+        Raises InputError if it cannot be written, belongs to something else, or another process is writing it.
         """
         self._path = path
         self._options = options_digest(config)

@@ -104,8 +104,7 @@ class RewardModel:
             prompt: the prompt.
             lm_ids: its ids for the language model; they are returned if this model has the same tokens and template.
 
-        Raises:
-            InputError: if the model needs a chat template that it does not have, or turns that are not known.
+        Raises InputError if the model needs a chat template that it does not have, or turns that are not known.
         """
         if self.retokeniser is None and (prompt.turns is None or not self.has_own_template):
             return lm_ids

@@ -54,8 +54,7 @@ class Session:
             unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
                 `CausalModel`).
 
-        Raises:
-            InputError: if a model cannot be used.
+        Raises InputError if a model cannot be used.
         """
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
@@ -91,9 +90,8 @@ class Session:
         Guided methods use all of the session's reward models. With other methods, the reward models score the finished
         answers. Samples that are `answered` are left out.
 
-        Raises:
-            InputError: before any decoding, if a prompt does not fit or the settings do not match the models; and after
-                a batch in which a log-probability or a reward is not finite.
+        Raises InputError before any decoding, if a prompt does not fit or the settings do not match the models; and
+        after a batch in which a log-probability or a reward is not finite.
         """
         check_roles(settings.method, self.reward_models)
         if settings.measures_rewards:

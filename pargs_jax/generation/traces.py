@@ -107,8 +107,7 @@ def one_or_all(rewards: Sequence[float]) -> float | list[float] | None:
 def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
     """Yields the traces in a file that `decode.py` wrote.
 
-    Raises:
-        InputError: if the file cannot be read, or one of its lines is not a trace.
+    Raises InputError if the file cannot be read, or one of its lines is not a trace.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -147,9 +146,8 @@ class TracesFile:
             options: the digest of the options that they were made with.
             is_known: whether an earlier run wrote traces of these answers here.
 
-        Raises:
-            InputError: if it cannot be written, another process is writing it, or its lines are not the answers'
-                traces.
+        Raises InputError if it cannot be written, another process is writing it, or its lines are not the answers'
+        traces.
         """
         self._path = path
         with opened_to_append(path, "decode.py", "use another file") as self._file:

@@ -47,8 +47,7 @@ class Checkpoints(AbstractContextManager):
                 ones.
             metric: the held-out metric that ranks them; for `loss` lower is better, for others higher.
 
-        Raises:
-            InputError: if the folder cannot be created.
+        Raises InputError if the folder cannot be created.
         """
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1 as ocp

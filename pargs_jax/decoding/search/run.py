@@ -18,7 +18,6 @@ def search(method: SearchMethod, searcher: Searcher, inputs: SearchInputs, max_n
         inputs: parameters, prompts, keys and settings of the rows.
         max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
 
-    Raises:
-        InputError: if the method lacks something that it needs, such as a judge.
+    Raises InputError if the method lacks something that it needs, such as a judge.
     """
     return on_every_device(method(searcher, inputs, max_new_tokens))
