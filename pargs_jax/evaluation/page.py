@@ -2,30 +2,12 @@
 
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 
 from pargs_jax.evaluation.figures import Drawn
 from pargs_jax.evaluation.report import Report
 from pargs_jax.evaluation.tables import Table, tables
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #6b7280; --raised: #8881; }
-@media (prefers-color-scheme: dark) { :root { --dim: #9ca3af; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { white-space: pre-wrap; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption, .note { color: var(--dim); font-size: .85rem; }
-.problem { border-left: 3px solid #d55e00; padding-left: .7rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; } summary pre { display: inline; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 0; }
-dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0 0 .4rem 1rem; }
-"""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -43,11 +25,12 @@ def page(report: Report, figures: Sequence[Drawn], examples: int) -> str:
         parts += _examples(report, examples)
     parts.append("<h2>What the numbers are</h2>")
     parts.append(_definitions(report))
+    style = (files("pargs_jax") / "assets" / "report" / "page.css").read_text(encoding="utf-8")
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation</title><style>{_STYLE}</style></head><body>\n"
+        f"<title>Evaluation</title><style>\n{style}</style></head><body>\n"
     )
     return head + "\n".join(parts) + "\n</body></html>\n"
 

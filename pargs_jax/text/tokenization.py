@@ -84,10 +84,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, source: str | Path, extra_eos_ids: Iterable[int] = ()) -> "TextTokenizer":
-        """Loads from a local folder or else from the hub. Code that comes with a tokenizer is never run.
-
-        Raises InputError if `source` is neither, or holds no readable tokenizer with its whole vocabulary.
-        """
+        """Loads a tokenizer as `load_tokenizer` does, and raises InputError as it does."""
         return cls(load_tokenizer(source), extra_eos_ids)
 
     def save(self, folder: str | Path) -> None:
