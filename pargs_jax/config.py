@@ -348,7 +348,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The options of `decode.py`. The defaults compare all methods on the demo task's unseen prompts."""
+    """The options of `decode.py`. The defaults compare seven methods on the demo task's unseen prompts."""
 
     lm: str = option(
         DEMO,
@@ -359,7 +359,7 @@ class DecodeConfig:
         (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
     )
     method: MethodName | None = option(
-        None, "how to choose the next token: see the list below", unset="compare all, on the demo only"
+        None, "how to choose the next token: see the list below", unset="compare seven, on the demo only"
     )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(

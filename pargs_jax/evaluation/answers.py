@@ -1,4 +1,4 @@
-"""Answers to evaluate: JSONL files as `decode.py --out` writes them, or as anything else does that has their fields."""
+"""Answers to evaluate: JSONL files as `decode.py` writes them, or as anything else does that has their fields."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +69,7 @@ def name_and_file(word: str) -> tuple[str, str]:
     if not equals or Path(word).exists():
         return "", word
     if not name or not file:
-        raise InputError(f"--answers: got {word!r}, must be FILE or NAME=FILE")
+        raise InputError(f"answers: got {word!r}, must be FILE or NAME=FILE")
     return name, file
 
 
@@ -98,7 +98,7 @@ def load_systems(
     for system in systems:
         if names.count(system.name) > 1:
             raise InputError(
-                f"--answers: two systems are called {system.name!r}; give one another name, as in NAME={system.source}"
+                f"answers: two systems are called {system.name!r}; give one another name, as in NAME={system.source}"
             )
     return systems
 

@@ -80,7 +80,7 @@ class PairwiseJudge(AbstractContextManager):
             try:
                 self._instruction = Path(config.instruction).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"--endpoint.instruction {config.instruction}: cannot be read ({error})") from error
+                raise InputError(f"endpoint.instruction {config.instruction}: cannot be read ({error})") from error
         self._post = OpenAIRequests(config) if post is None else post
         self._replies = Replies(cache)
         self._lock = threading.Lock()
@@ -195,7 +195,7 @@ class OpenAIRequests:
         try:
             import openai
         except ImportError as error:
-            raise InputError("--endpoint: needs OpenAI's client; pip install 'pargs-jax[judge]'") from error
+            raise InputError("endpoint: needs OpenAI's client; pip install 'pargs-jax[judge]'") from error
         self._errors = openai
         self._url = config.url
         # Servers of one's own take any key, and the client wants one.
@@ -230,7 +230,7 @@ class Replies:
 
     def __init__(self, path: Path) -> None:
         """Opens or makes the file; a last line that was cut off is dropped. Raises InputError if it cannot be used."""
-        advice = "give another --endpoint.cache"
+        advice = "use another file as endpoint.cache"
         with opened_to_append(path, "evaluate.py", advice) as self._file:
             lines = path.read_bytes().split(b"\n")
             cut_off = lines.pop()
@@ -266,7 +266,7 @@ def _reply(path: Path, number: int, line: bytes) -> tuple[str, str]:
         if not isinstance(key, str) or not isinstance(reply, str):
             raise TypeError("no texts")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: line {number} is not a judge's reply; give another --endpoint.cache") from error
+        raise InputError(f"{path}: line {number} is not a judge's reply; use another file as endpoint.cache") from error
     return key, reply
 
 

@@ -45,7 +45,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "figures need matplotlib: run pip install 'pargs-jax[report]', or give --no-figures"
+            "figures need matplotlib: run pip install 'pargs-jax[report]', or leave figures out"
         ) from error
 
 
@@ -66,7 +66,7 @@ def draw(report: Report, folder: Path) -> list[Drawn]:
     }
     judges = [metric for metric in report.metrics if metric.kind == "judge"]
     found = []
-    with matplotlib.rc_context(style), write_errors_named_after(folder, "give another --out"):
+    with matplotlib.rc_context(style), write_errors_named_after(folder, "use another output folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if judges and len(report.systems) > 1:
             caption = "Mean score by each judge, with 95 % intervals over prompts."

@@ -81,11 +81,11 @@ def load_function(name: str) -> Callable[[str, str], float]:
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
-        raise InputError(f"--function: got {name!r}, must be module:function or file.py:function")
+        raise InputError(f"function: got {name!r}, must be module:function or file.py:function")
     try:
         if place.endswith(".py"):
             if not Path(place).is_file():
-                raise InputError(f"--function {name}: {place} is not a file")
+                raise InputError(f"function {name}: {place} is not a file")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -97,11 +97,11 @@ def load_function(name: str) -> Callable[[str, str], float]:
         raise
     except Exception as error:
         raise InputError(
-            f"--function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})"
+            f"function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"--function {name}: {place} has no function {attribute!r}")
+        raise InputError(f"function {name}: {place} has no function {attribute!r}")
     return function
 
 
@@ -195,7 +195,7 @@ def load_references(source: str, columns: Mapping[str, str], systems: Sequence[S
         if name is None:
             raise InputError(
                 f"{where}: no reference; its column must be called {', '.join(REFERENCE_COLUMNS)}, or be named with "
-                "--references.columns, such as reference=summary"
+                "the option references.columns, such as reference=summary"
             )
         value = row.content[name]
         texts = value if isinstance(value, list) else [value]
