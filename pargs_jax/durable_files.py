@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -76,12 +76,14 @@ def write_error_reason(error: BaseException) -> str | None:
 
 
 @contextmanager
-def write_errors_named_after(place: Path, advice: str) -> Iterator[None]:
-    """Turns a failed write inside into an InputError that names the place, the reason, and `advice`."""
+def write_errors_named_after(place: Path, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turns a failed write inside into an InputError that names the place, the reason, and `advice`, which may be asked
+    for only then."""
     try:
         yield
     except Exception as error:
         reason = write_error_reason(error)
         if reason is None:
             raise
-        raise InputError(f"{place}: cannot be written ({reason}); {advice}") from error
+        words = advice if isinstance(advice, str) else advice()
+        raise InputError(f"{place}: cannot be written ({reason}); {words}") from error

@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import answer_rewards, left_pad, padded_width
+from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_with_tokenizer, padded_width
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.hf import Pretrained, load_model, resolve
 from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.one_pass import OnePass
 from pargs_jax.objectives.likelihood import prefix_log_probs
@@ -47,12 +46,7 @@ class ScoringModel:
     def load(cls, source: str, head: HeadName, *, dtype: str = "float32", batch_size: int = 16) -> "ScoringModel":
         """Loads a reward model or a language model. Raises InputError if it is not one or does not suit its
         tokenizer."""
-        folder = resolve(source)
-        loaded: Pretrained = load_model(folder, head, dtype=dtype)
-        if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
-        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
+        loaded, tokenizer = load_with_tokenizer(source, head, dtype)
         return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
 
     def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:

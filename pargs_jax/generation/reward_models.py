@@ -22,8 +22,8 @@ from pargs_jax.decoding.guides import (
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError
-from pargs_jax.models.hf import load_model, resolve
-from pargs_jax.models.model import AnyRewardModel, Params, unstack_layers
+from pargs_jax.models.hf import Pretrained, load_model, resolve
+from pargs_jax.models.model import AnyRewardModel, HeadName, Params, unstack_layers
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
@@ -39,6 +39,17 @@ _NEXT_TOKEN_GUIDES = {"table": NextTokenGuide, "log_probs": AutoregressiveGuide,
 
 SMALLEST_WIDTH = 16
 WIDTH_STEP = 64
+
+
+def load_with_tokenizer(source: str, head: HeadName, dtype: str) -> tuple[Pretrained, TextTokenizer]:
+    """A model and its tokenizer. Raises InputError if it is not a model with this head, or if they do not fit."""
+    folder = resolve(source)
+    loaded = load_model(folder, head, dtype=dtype)
+    if loaded.new_head:
+        raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
+    tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+    tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
+    return loaded, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +84,19 @@ class RewardModel:
     ) -> "RewardModel":
         """Loads from a folder or the hub. Raises InputError if it is not a reward model of this role, or does not fit
         its tokenizer or the language model's."""
-        folder = resolve(source)
-        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(folder)):
+        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
-        loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
+        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
                 f"{source}: needs a preference vector, which only the method parm provides"
                 if loaded.model.lora
                 else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
             )
-        if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
-        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        tokenizer.check_embeddings(model.config.vocab_size, source)
         shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
         retokeniser = None if shares else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)

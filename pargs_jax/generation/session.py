@@ -22,11 +22,9 @@ from pargs_jax.generation.answers import Answer, AnswerReader
 from pargs_jax.generation.guidance import check_roles, roles_of
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
 from pargs_jax.generation.program import DecodingProgram, make_guides
-from pargs_jax.generation.reward_models import RewardModel
-from pargs_jax.models.hf import load_model, resolve
+from pargs_jax.generation.reward_models import RewardModel, load_with_tokenizer
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import on_every_device
-from pargs_jax.text.tokenization import TextTokenizer
 
 SCALE_ANSWERS = 64
 """The number of answers from which the scale of rewards is measured."""
@@ -58,8 +56,7 @@ class Session:
         """
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
-        folder = resolve(lm)
-        loaded = load_model(folder, "vocabulary", dtype=dtype)
+        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype)
         if loaded.model.lora is not None:
             raise InputError(
                 f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
@@ -67,8 +64,6 @@ class Session:
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
-        self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        self.tokenizer.check_embeddings(self._lm.config.vocab_size, lm)
         self.reward_models = [
             RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
             for path, role in zip(reward_models, roles, strict=True)

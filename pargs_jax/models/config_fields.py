@@ -118,6 +118,28 @@ class ConfigFields:
         return {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
 
 
+class EvenHeads:
+    """What holds of most configs: heads share the width evenly, each has its own keys and values, and the positions are
+    those of the context."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def head_width(self) -> int:
+        """The width of the hidden states that heads see."""
+        return self.width
+
+    @property
+    def max_positions(self) -> int:
+        return self.context_length
+
+
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
-from pargs_jax.models.config_fields import ConfigFields, activation, check_divides, whole_number
+from pargs_jax.models.config_fields import ConfigFields, EvenHeads, activation, check_divides, whole_number
 from pargs_jax.models.disentangled import (
     MINIMUM,
     CachedLayer,
@@ -39,7 +39,7 @@ from pargs_jax.models.tables import Row, layer_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
-class DebertaConfig:
+class DebertaConfig(EvenHeads):
     """The shape of a DeBERTa v2 or v3 model; the defaults are those of v3-base.
 
     `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training (see
@@ -101,14 +101,6 @@ class DebertaConfig:
             "legacy", "tie_word_embeddings", "padding_idx",
         ),
     )  # fmt: skip
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
 
     @property
     def span(self) -> int:

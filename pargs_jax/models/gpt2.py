@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, check_divides
+from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, EvenHeads, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -28,7 +28,7 @@ from pargs_jax.models.tables import Row, layer_norm, linear
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(EvenHeads):
     """The shape of a GPT-2 model.
 
     `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training: see
@@ -76,22 +76,6 @@ class GPT2Config:
         ),
         must={**CAUSAL, "add_cross_attention": FALSE},
     )  # fmt: skip
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def head_width(self) -> int:
-        return self.width
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
 
     @classmethod
     def from_hf(cls, hf: Any) -> "GPT2Config":

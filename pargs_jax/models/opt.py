@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, ConfigFields, check_divides
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, EvenHeads, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -30,7 +30,7 @@ POSITION_OFFSET = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class OPTConfig:
+class OPTConfig(EvenHeads):
     """The shape of an OPT model.
 
     `dropout` acts on residual branches, and only when a key is given. `remat` is for training: see `run_layers`.
@@ -85,20 +85,8 @@ class OPTConfig:
     )  # fmt: skip
 
     @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
     def head_width(self) -> int:
         return self.embedding_width
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
 
     @classmethod
     def from_hf(cls, hf: Any) -> "OPTConfig":

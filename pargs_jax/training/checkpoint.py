@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from pargs_jax.durable_files import write_error_reason, write_errors_named_after, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
@@ -98,6 +98,9 @@ class Checkpoints(AbstractContextManager):
             return "no checkpoint has been written yet"
         return f"the checkpoint of step {self.latest_step} is safe"
 
+    def _advice(self) -> str:
+        return f"{self.safe_state}; fix that, then resume the run"
+
     def is_best(self, held_out: dict[str, float]) -> bool:
         """Whether a checkpoint with these held-out metrics would be among the best ones that are kept."""
         sign = 1 if self._metric == "loss" else -1
@@ -119,7 +122,7 @@ class Checkpoints(AbstractContextManager):
         step = int(state.step)
         if step == self.latest_step:
             return
-        with self._write_errors_named_after(self.folder / str(step)):
+        with write_errors_named_after(self.folder / str(step), self._advice):
             response = self._writer.save_async(step, state._asdict(), metrics=held_out)
             self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
 
@@ -128,7 +131,7 @@ class Checkpoints(AbstractContextManager):
         if self._save_in_progress is None:
             return
         (step, saving), self._save_in_progress = self._save_in_progress, None
-        with self._write_errors_named_after(self.folder / str(step)):
+        with write_errors_named_after(self.folder / str(step), self._advice):
             saving.result()
 
     def _finish(self, step: int, response: Any) -> None:
@@ -203,21 +206,9 @@ class Checkpoints(AbstractContextManager):
     def _put_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, which keeps its files for inspection and frees its step's name."""
         aside = self.folder / f"damaged-{step}"
-        with self._write_errors_named_after(aside):
+        with write_errors_named_after(aside, self._advice):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-
-    @contextmanager
-    def _write_errors_named_after(self, place: Path) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            reason = write_error_reason(error)
-            if reason is None:
-                raise
-            raise InputError(
-                f"{place}: cannot be written ({reason}); {self.safe_state}; fix that, then resume the run"
-            ) from error
 
 
 def _checksums(folder: Path) -> dict[str, int]:

@@ -51,16 +51,8 @@ class Splits(NamedTuple):
 class Retokeniser(Protocol):
     """The host's part, in numpy; hashable. See `pargs_jax.text.retokenisation`."""
 
-    def candidates(
-        self,
-        tokens: np.ndarray,
-        prompt_lengths: np.ndarray,
-        lengths: np.ndarray,
-        candidates: np.ndarray,
-        settled: np.ndarray,
-        tail_width: int,
-        fresh_width: int,
-    ) -> Any: ...
+    candidates: Callable[..., Any]
+    """Takes a `Text`, candidates, settled lengths and two widths; returns what `Splits` holds."""
 
 
 class CachedState(NamedTuple):
@@ -124,15 +116,9 @@ class RetokenisedGuide:
     def read(
         self, params: Params, state: CachedState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], CachedState]:
-        # The text's last token is the only candidate. Tokens that earlier ones settled may wait for later steps.
-        before, last = _without_last(text)
-        rewards, pending = self.score(params, state, before, last[:, None])
-        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
-        return (
-            rewards[:, 0],
-            (pending.needed - state.settled) * chosen.live,
-            self.commit(params, state, pending, chosen),
-        )
+        # Tokens that earlier ones settled may wait for later steps.
+        rewards, pending, after = _read_last(self, params, state, text, new)
+        return rewards, (pending.needed - state.settled) * (new > 0), after
 
     def score(
         self, params: Params, state: CachedState, text: Text, candidates: Int[Array, "B K"]
@@ -260,11 +246,8 @@ class EncoderGuide:
     def read(
         self, params: Params, state: EncoderState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], EncoderState]:
-        before, last = _without_last(text)
-        rewards, needed = self.score(params, state, before, last[:, None])
-        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
-        tokens = (state.prompts.lengths + needed) * chosen.live
-        return rewards[:, 0], tokens, self.commit(params, state, needed, chosen)
+        rewards, needed, after = _read_last(self, params, state, text, new)
+        return rewards, (state.prompts.lengths + needed) * (new > 0), after
 
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
@@ -306,11 +289,17 @@ def _require(own_prompts: Prompts | None) -> Prompts:
     return own_prompts
 
 
-def _without_last(text: Text) -> tuple[Text, Int[Array, "B"]]:
-    """Each text without its answer's last token, and that token; an empty answer does not change."""
+def _read_last(
+    guide: RetokenisedGuide | EncoderGuide, params: Params, state: Any, text: Text, new: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Any, Any]:
+    """Reads each text with its answer's last token as the only candidate: its reward, what the score left for `commit`,
+    and the state. An empty answer does not change."""
     at = jnp.maximum(text.lengths - 1, 0)[:, None]
+    last = jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
     before = text._replace(lengths=jnp.maximum(text.lengths - 1, text.prompt_lengths))
-    return before, jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
+    rewards, pending = guide.score(params, state, before, last[:, None])
+    after = guide.commit(params, state, pending, Chosen(last, jnp.zeros_like(last), new > 0))
+    return rewards[:, 0], pending, after
 
 
 def _split(

@@ -63,9 +63,9 @@ class ChunkBeam:
             rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
             scores = jnp.where(is_duplicate, -jnp.inf, searcher.scores(inputs, rows))
-            best, kept = jax.lax.top_k(scores, self.beams)
-            counts = jax.nn.one_hot(kept, count, dtype=jnp.int32).sum(axis=1) * self.successors
-            return _Carry(rows, tokens, counts, best[:, 0], kept[:, 0])
+            best, survivors = jax.lax.top_k(scores, self.beams)
+            counts = jax.nn.one_hot(survivors, count, dtype=jnp.int32).sum(axis=1) * self.successors
+            return _Carry(rows, tokens, counts, best[:, 0], survivors[:, 0])
 
         # At first every row is a successor of the prompt.
         ones, zeros = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)

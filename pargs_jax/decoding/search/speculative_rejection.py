@@ -59,8 +59,8 @@ class SpeculativeRejection:
             scores = searcher.scores(inputs, rows)
             # Only finished answers can win, so those that are dropped are remembered.
             ended.append((searcher.found(rows), jnp.where(group_by_prompt(rows.decode.done, batch), scores, -jnp.inf)))
-            kept = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
-            rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + kept).ravel())
+            survivors = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
+            rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + survivors).ravel())
         rows, tokens = searcher.draw(inputs, rows, tokens, rest)
         rows, tokens = searcher.judge(inputs, rows, tokens, rest)
         ended.append((searcher.found(rows), searcher.scores(inputs, rows)))
