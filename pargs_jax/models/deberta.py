@@ -29,13 +29,14 @@ from pargs_jax.models.layers import (
     Linear,
     Remat,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
 from pargs_jax.models.model import HeadName
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,18 +216,15 @@ class Block(nnx.Module):
         def linear(inputs: int, outputs: int) -> Linear:
             return Linear(inputs, outputs, kernel_init=init, rngs=rngs)
 
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-
         self.query, self.key, self.value = (linear(width, width) for _ in range(3))
         own_positions = config.relative_attention and not config.share_attention_key
         self.position_key = linear(width, width) if own_positions and config.content_to_position else None
         self.position_query = linear(width, width) if own_positions and config.position_to_content else None
         self.out = linear(width, width)
-        self.norm1 = norm()
+        self.norm1 = layer_norm(width, config.norm_epsilon, rngs)
         self.up = linear(width, config.feedforward)
         self.down = linear(config.feedforward, width)
-        self.norm2 = norm()
+        self.norm2 = layer_norm(width, config.norm_epsilon, rngs)
 
     def positions(self, embedded: Float[Array, "N D"] | None) -> PositionTable:
         """Projects embedded relative positions into the form that this layer's attention needs."""
@@ -278,7 +276,7 @@ class Convolution(nnx.Module):
             feature_group_count=config.convolution_groups,
             rngs=rngs,
         )
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs)
 
     def __call__(
         self, embedded: Float[Array, "B T D"], x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
@@ -295,9 +293,6 @@ class Deberta(nnx.Module):
         width, std = config.width, config.initializer_range
         inner = config.embedding_width or width
 
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-
         def embedding(count: int, size: int) -> Embedding | None:
             return Embedding(count, size, std, rngs=rngs) if count else None
 
@@ -307,9 +302,9 @@ class Deberta(nnx.Module):
         init = nnx.initializers.normal(std)
         projects = inner != width
         self.embed_out = Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
-        self.embed_norm = norm()
+        self.embed_norm = layer_norm(width, config.norm_epsilon, rngs)
         self.relative = embedding(2 * config.span * config.relative_attention, width)
-        self.relative_norm = norm() if config.normalise_positions else None
+        self.relative_norm = layer_norm(width, config.norm_epsilon, rngs) if config.normalise_positions else None
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
         self.convolution = Convolution(config, rngs=rngs) if config.convolution_width else None
 
@@ -439,21 +434,21 @@ FAMILY = Family(
         Row("embeddings.position_embeddings.weight", "positions.embedding", (None, "width")),
         Row("embeddings.token_type_embeddings.weight", "segments.embedding", (None, "width")),
         Row("embeddings.embed_proj.weight", "embed_out.kernel", (None, "width"), transpose=True),
-        *layer_norm("embeddings.LayerNorm", "embed_norm"),
+        *norm("embeddings.LayerNorm", "embed_norm"),
         Row("encoder.rel_embeddings.weight", "relative.embedding", (None, "width")),
-        *layer_norm("encoder.LayerNorm", "relative_norm"),
+        *norm("encoder.LayerNorm", "relative_norm"),
         *linear("encoder.conv.conv", "convolution.conv", (None, None, "width")),
-        *layer_norm("encoder.conv.LayerNorm", "convolution.norm"),
+        *norm("encoder.conv.LayerNorm", "convolution.norm"),
         *linear("encoder.layer.{}.attention.self.query_proj", "layers.{}.query", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.key_proj", "layers.{}.key", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.value_proj", "layers.{}.value", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.pos_key_proj", "layers.{}.position_key", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.pos_query_proj", "layers.{}.position_query", ("width", "heads")),
         *linear("encoder.layer.{}.attention.output.dense", "layers.{}.out", ("heads", "width")),
-        *layer_norm("encoder.layer.{}.attention.output.LayerNorm", "layers.{}.norm1"),
+        *norm("encoder.layer.{}.attention.output.LayerNorm", "layers.{}.norm1"),
         *linear("encoder.layer.{}.intermediate.dense", "layers.{}.up", ("width", "feedforward")),
         *linear("encoder.layer.{}.output.dense", "layers.{}.down", ("feedforward", "width")),
-        *layer_norm("encoder.layer.{}.output.LayerNorm", "layers.{}.norm2"),
+        *norm("encoder.layer.{}.output.LayerNorm", "layers.{}.norm2"),
     ),
     class_prefix="DebertaV2",
     ignored=r"embeddings\.(position_ids|position_embeddings\.weight)|(lm_predictions|mask_predictions|cls)\..*",

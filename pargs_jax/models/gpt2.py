@@ -20,11 +20,12 @@ from pargs_jax.models.layers import (
     Sight,
     attend,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Block(nnx.Module):
         normal = nnx.initializers.normal(std)
         # Residual projections start smaller, so that the residual stream's variance does not grow with depth.
         residual = nnx.initializers.normal(std / math.sqrt(2 * config.layers))
-        self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm1 = layer_norm(width, config.norm_epsilon, rngs)
         self.query, self.key, self.value = (Linear(width, width, kernel_init=normal, rngs=rngs) for _ in range(3))
         self.out = Linear(width, width, kernel_init=residual, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm2 = layer_norm(width, config.norm_epsilon, rngs)
         self.up = Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
         self.down = Linear(config.feedforward, width, kernel_init=residual, rngs=rngs)
 
@@ -135,7 +136,7 @@ class GPT2(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.width, config.initializer_range, rngs=rngs)
         self.positions = Embedding(config.context_length, config.width, config.initializer_range, rngs=rngs)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs)
 
     def __call__(
         self,
@@ -163,16 +164,16 @@ FAMILY = Family(
     (
         Row("wte.weight", "embed.embedding", ("vocabulary", "width")),
         Row("wpe.weight", "positions.embedding", (None, "width")),
-        *layer_norm("h.{}.ln_1", "layers.{}.norm1"),
+        *norm("h.{}.ln_1", "layers.{}.norm1"),
         # GPT-2 keeps its linear layers as [in, out], which is our order already.
         *linear("h.{}.attn.c_attn", "layers.{}.query", ("width", "heads"), transpose=False, part=(0, 3)),
         *linear("h.{}.attn.c_attn", "layers.{}.key", ("width", "heads"), transpose=False, part=(1, 3)),
         *linear("h.{}.attn.c_attn", "layers.{}.value", ("width", "heads"), transpose=False, part=(2, 3)),
         *linear("h.{}.attn.c_proj", "layers.{}.out", ("heads", "width"), transpose=False),
-        *layer_norm("h.{}.ln_2", "layers.{}.norm2"),
+        *norm("h.{}.ln_2", "layers.{}.norm2"),
         *linear("h.{}.mlp.c_fc", "layers.{}.up", ("width", "feedforward"), transpose=False),
         *linear("h.{}.mlp.c_proj", "layers.{}.down", ("feedforward", "width"), transpose=False),
-        *layer_norm("ln_f", "norm"),
+        *norm("ln_f", "norm"),
     ),
     class_prefix="GPT2",
     class_names={"vocabulary": "GPT2LMHeadModel", "table": "GPT2LMHeadModel"},

@@ -19,11 +19,12 @@ from pargs_jax.models.layers import (
     Sight,
     attend,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 POSITION_OFFSET = 2
 """The number of rows that checkpoints keep before the first position; no text uses them."""
@@ -103,13 +104,6 @@ class OPTConfig(EvenHeads):
         return OPT(self, unrolled=unrolled, rngs=rngs)
 
 
-def _layer_norm(config: OPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    learned = config.learned_norms
-    return nnx.LayerNorm(
-        config.width, epsilon=1e-5, use_scale=learned, use_bias=learned, use_fast_variance=False, rngs=rngs
-    )
-
-
 class Block(nnx.Module):
     def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -119,12 +113,12 @@ class Block(nnx.Module):
         def linear(inputs: int, outputs: int) -> Linear:
             return Linear(inputs, outputs, use_bias=config.biases, kernel_init=normal, rngs=rngs)
 
-        self.norm1 = _layer_norm(config, rngs)
+        self.norm1 = layer_norm(config.width, 1e-5, rngs, learned=config.learned_norms)
         self.query = linear(width, width)
         self.key = linear(width, width)
         self.value = linear(width, width)
         self.out = linear(width, width)
-        self.norm2 = _layer_norm(config, rngs)
+        self.norm2 = layer_norm(config.width, 1e-5, rngs, learned=config.learned_norms)
         self.up = linear(width, config.feedforward)
         self.down = linear(config.feedforward, width)
 
@@ -164,7 +158,8 @@ class OPT(nnx.Module):
         self.positions = Embedding(POSITION_OFFSET + config.context_length, width, std, rngs=rngs)
         self.project_in = project(outer, width)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
-        self.norm = _layer_norm(config, rngs) if config.norm_first and config.final_norm else None
+        has_norm = config.norm_first and config.final_norm
+        self.norm = layer_norm(width, 1e-5, rngs, learned=config.learned_norms) if has_norm else None
         self.project_out = project(width, outer)
 
     def __call__(
@@ -204,11 +199,11 @@ FAMILY = Family(
         *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
         *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
         *linear("layers.{}.self_attn.out_proj", "layers.{}.out", ("heads", "width")),
-        *layer_norm("layers.{}.self_attn_layer_norm", "layers.{}.norm1"),
+        *norm("layers.{}.self_attn_layer_norm", "layers.{}.norm1"),
         *linear("layers.{}.fc1", "layers.{}.up", ("width", "feedforward")),
         *linear("layers.{}.fc2", "layers.{}.down", ("feedforward", "width")),
-        *layer_norm("layers.{}.final_layer_norm", "layers.{}.norm2"),
-        *layer_norm("final_layer_norm", "norm"),
+        *norm("layers.{}.final_layer_norm", "layers.{}.norm2"),
+        *norm("final_layer_norm", "norm"),
         Row("project_out.weight", "project_out.kernel", ("width", None), transpose=True),
     ),
     class_prefix="OPT",

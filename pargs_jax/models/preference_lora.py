@@ -91,19 +91,6 @@ def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
     }
 
 
-def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array, "M"]) -> Any:
-    """Ordinary params: for one preference vector, every addition is merged into its matrix. Computed in fp32."""
-    if not isinstance(params, dict):
-        return params
-    if "addition" not in params:
-        return {name: merge_preference(lora, part, preference) for name, part in params.items()}
-    rest, own = {name: part for name, part in params.items() if name != "addition"}, params["addition"]
-    mix = jnp.einsum("m,...mrs->...rs", preference, own["own_mix"])
-    added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
-    kernel = params["kernel"]
-    return rest | {"kernel": (kernel.astype(jnp.float32) + lora.alpha / lora.rank * added).astype(kernel.dtype)}
-
-
 def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:
     """All arrays of the additions, by their dotted paths, and the params without them. All processes must call this."""
     found: dict[str, np.ndarray] = {}

@@ -305,49 +305,33 @@ def _read_last(
 def _split(
     retokeniser: Retokeniser, text: Text, candidates: Int[Array, "B K"], settled: Int[Array, "B"], width: int
 ) -> Splits:
-    """One host call: the tokens that the reward model reads after its settled ones, for every candidate."""
-    options = candidates.shape[1]
+    """The tokens that the reward model reads after its settled ones, for every candidate. One call of the host; on a
+    mesh, one for each device's rows.
 
-    def shapes(batch: int) -> Splits:
-        fresh, tails = _int_shape(batch, FRESH), _int_shape(batch, options, width)
-        return Splits(fresh, _int_shape(batch), tails, _int_shape(batch, options), _int_shape(batch))
-
-    def call(tokens, prompt_lengths, lengths, candidates, settled):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
-        return retokeniser.candidates(tokens, prompt_lengths, lengths, candidates, settled, width, FRESH)
-
-    return _on_host(call, shapes, *text, candidates, settled)
-
-
-def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Array) -> Any:
-    """Runs a numpy function of batched arrays on the host. On a mesh, each device's rows are a separate call.
-
-    The results are int32 with a leading B and are returned as one array, because programs that return several arrays of
-    different ranks do not compile for TPUs.
+    The results are returned as one array, because programs that return several arrays of different ranks do not compile
+    for TPUs.
     """
+    options = candidates.shape[1]
+    shapes = Splits((FRESH,), (), (options, width), (options,), ())
+    widths = [math.prod(shape) for shape in shapes]
 
-    def local(*arrays: Array) -> Any:
+    def local(*arrays: Array) -> Splits:
         batch = arrays[0].shape[0]
-        wanted = jax.tree.leaves(shapes(batch))
-        widths = [math.prod(leaf.shape[1:]) for leaf in wanted]
 
         def packed(*args: Array) -> np.ndarray:
             # The arrays are JAX's. Using JAX inside a callback can deadlock, so they are converted to numpy first.
-            results = call(*map(np.asarray, args))
+            results = retokeniser.candidates(*map(np.asarray, args), width, FRESH)
             return np.concatenate([x.reshape(batch, -1).astype(np.int32) for x in results], axis=1)
 
-        row = jax.pure_callback(packed, _int_shape(batch, sum(widths)), *arrays, vmap_method="sequential")
+        shape = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.int32)
+        row = jax.pure_callback(packed, shape, *arrays, vmap_method="sequential")
         parts = jnp.split(row, np.cumsum(widths)[:-1], axis=1)
-        leaves = [part.reshape(leaf.shape) for part, leaf in zip(parts, wanted, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(shapes(batch)), leaves)
+        return Splits(*(part.reshape(batch, *shape) for part, shape in zip(parts, shapes, strict=True)))
 
-    mesh = jax.sharding.get_abstract_mesh()
+    arrays, mesh = (*text, candidates, settled), jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(*arrays)
-    rows = row_spec(mesh, arrays[0].shape[0])
+    rows = row_spec(mesh, len(settled))
     return jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
