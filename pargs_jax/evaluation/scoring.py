@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_with_tokenizer, padded_width
+from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_with_tokenizer, padded_width, right_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.one_pass import OnePass
@@ -102,11 +102,8 @@ class ScoringModel:
     def _batch(self, texts: list[TokenisedAnswer]) -> Batch:
         longest = max(len(text.prompt) for text in texts)
         prompts = left_pad([text.prompt for text in texts], len(texts), padded_width(longest))
-        counts = np.array([[len(text.answer)] for text in texts], np.int32)
-        answers = np.zeros((len(texts), 1, padded_width(max(1, counts.max()))), np.int32)
-        for row, text in enumerate(texts):
-            answers[row, 0, : counts[row, 0]] = text.answer
-        return Batch(*prompts, answers, counts, np.ones(len(texts), np.float32))
+        answers, counts = right_pad([text.answer for text in texts])
+        return Batch(*prompts, answers[:, None], counts[:, None], np.ones(len(texts), np.float32))
 
     def _rewards_in_one_pass(self, texts: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
         prefixes = np.array([text.prefixes for text in texts], np.int32)

@@ -200,16 +200,12 @@ class RewardModel:
         """
         if self.retokeniser is None:
             return self._answer_rewards(prompts, tokens, counts)
-        answers = [[] for _ in prompts.lengths]
+        answers: list[list[int]] = [[] for _ in prompts.lengths]
         for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
             prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
             ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
             answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
-        counts = np.array(list(map(len, answers)), np.int32)
-        padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
-        for row, ids in enumerate(answers):
-            padded[row, : len(ids)] = ids
-        return self._answer_rewards(prompts, padded, counts)
+        return self._answer_rewards(prompts, *right_pad(answers))
 
     def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
         return np.asarray(answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))
@@ -283,6 +279,15 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts
         ids[row, width - len(prompt) :] = prompt
         lengths[row] = len(prompt)
     return Prompts(ids, lengths)
+
+
+def right_pad(answers: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B R"], Int[np.ndarray, "B"]]:
+    """Right-padded token ids and lengths."""
+    lengths = np.array(list(map(len, answers)), np.int32)
+    ids = np.zeros((len(answers), padded_width(lengths.max())), np.int32)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = answer
+    return ids, lengths
 
 
 def padded_width(length: int) -> int:

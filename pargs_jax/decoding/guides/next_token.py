@@ -134,10 +134,8 @@ class RatioGuide:
         return tuned - reference, (tuned_pending, reference_pending)
 
     def commit(self, params: Any, state: Any, pending: Any, chosen: Chosen) -> Any:
-        return (
-            self.tuned.commit(params[0], state[0], pending[0], chosen),
-            self.reference.commit(params[1], state[1], pending[1], chosen),
-        )
+        parts = zip((self.tuned, self.reference), params, state, pending, strict=True)
+        return tuple(guide.commit(*each, chosen) for guide, *each in parts)
 
     def rewind(self, state: Any, text: Text, dropped: Int[Array, "B"]) -> Any:
         return self.tuned.rewind(state[0], text, dropped), self.reference.rewind(state[1], text, dropped)

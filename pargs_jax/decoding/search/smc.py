@@ -86,7 +86,7 @@ class TwistedSmc:
         log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
         samples = searcher.found(rows)
-        scores = group_by_prompt(_log_twists(searcher, rows), batch)
+        scores = group_by_prompt((samples.rewards * rows.decode.settings.weights).sum(axis=-1), batch)  # log psi
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         return Found(
             pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
@@ -99,12 +99,6 @@ class _Carry(NamedTuple):
     log_z: Float[Array, "B"]
     """The sum over the resamplings so far."""
     step: Int[Array, ""]
-
-
-def _log_twists(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
-    """log psi of each row's text."""
-    rewards = searcher.decoder.read(rows.decode).rewards
-    return (rewards * rows.decode.settings.weights).sum(axis=-1)
 
 
 def _increments(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
