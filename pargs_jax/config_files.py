@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.options import Option, options, sections, shown
 
 
@@ -35,10 +35,8 @@ def from_mapping(config_class: type[C], mapping: Mapping[str, Any], where: str) 
     `where`, the file or place that the mapping comes from.
     """
     config = build(config_class, read_options(config_class, mapping, f"{where}: "))
-    try:
+    with input_errors_named_after(where):
         config.validate()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
     return config
 
 

@@ -87,12 +87,12 @@ def load_systems(
     """
     systems: list[System] = []
     for name, source in files:
-        options = _options(source)
+        settings = Path(f"{source}.config.yaml")
+        options = read_yaml(settings) if settings.exists() else {}
         for method, answers in _read(source).items():
-            label = " ".join(filter(None, (name, method)))
+            label = " ".join(filter(None, (name, method))) or Path(source).name.split(".jsonl")[0]
             made_with = options | ({"method": method} if method else {})
             guides = guides_of(made_with) if options else None
-            label = label or _stem(source)
             systems.append(System(label, source, tuple(answers), made_with, guides))
     names = [system.name for system in systems]
     for system in systems:
@@ -119,15 +119,6 @@ def check_prompts(systems: Sequence[System], baseline: System) -> None:
                     f"{system.source}: the id {prompt_id!r} belongs to a different prompt in {baseline.source}; "
                     "decode both from the same prompts"
                 )
-
-
-def _stem(source: str) -> str:
-    return Path(source).name.split(".jsonl")[0]
-
-
-def _options(source: str) -> dict[str, Any]:
-    settings = Path(f"{source}.config.yaml")
-    return read_yaml(settings) if settings.exists() else {}
 
 
 def _read(source: str) -> dict[str, list[GivenAnswer]]:

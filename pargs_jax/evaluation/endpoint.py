@@ -127,8 +127,8 @@ class PairwiseJudge(AbstractContextManager):
     def _compare(self, prompt: str, mine: str, other: str) -> Comparison:
         if mine == other:
             return Comparison(0.5, "tie", "tie")
-        first, second = self._ask(prompt, mine, other), self._ask(prompt, other, mine)
-        verdicts = (None if first is None else parse_verdict(first), None if second is None else parse_verdict(second))
+        replies = self._ask(prompt, mine, other), self._ask(prompt, other, mine)
+        verdicts = [None if reply is None else parse_verdict(reply) for reply in replies]
         return Comparison(_score(*verdicts), *verdicts)
 
     def _ask(self, prompt: str, a: str, b: str) -> str | None:

@@ -21,7 +21,7 @@ from pargs_jax.decoding.guides import (
     RetokenisedGuide,
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.models.hf import Pretrained, load_model, resolve
 from pargs_jax.models.model import AnyRewardModel, HeadName, Params, unstack_layers
 from pargs_jax.sharding import on_every_device
@@ -121,10 +121,8 @@ class RewardModel:
                 f"prompt {prompt.id!r} is already written in the language model's chat template, but {self.source} has "
                 "another one; give the plain question or a list of turns"
             )
-        try:
+        with input_errors_named_after(f"prompt {prompt.id!r} for {self.source}"):
             return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
-        except InputError as error:
-            raise InputError(f"prompt {prompt.id!r} for {self.source}: {error}") from error
 
     def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, look_ahead: int = 0) -> None:
         """Raises InputError if a prompt, in this model's tokens, may not fit this model together with its answer and

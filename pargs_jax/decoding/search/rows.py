@@ -4,6 +4,7 @@ The R = B * n rows of a search belong to B prompts; those of prompt b are rows b
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -15,6 +16,7 @@ from pargs_jax.decoding.loop import AllParams, Decoded, Decoder
 from pargs_jax.decoding.state import DecodeState, RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import copy_rows, repeat_rows
+from pargs_jax.sharding import on_every_device
 
 EVENTS = 1 << 31
 """A row's key is folded with the numbers of its tokens, which are small. Draws that are not tokens use numbers from
@@ -223,6 +225,21 @@ class Searcher:
     def _text(self, rows: Rows, answer_lengths: Int[Array, "R"] | None) -> Text:
         text = rows.decode.text
         return text if answer_lengths is None else text._replace(lengths=text.prompt_lengths + answer_lengths)
+
+
+@partial(jax.jit, static_argnames=("method", "searcher", "max_new_tokens"))
+def search(method: SearchMethod, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+    """Answers a batch of prompts by a search method in one compiled call.
+
+    Args:
+        method: `BestOfN`, `ChunkBeam`, `Cards`, `SpeculativeRejection` or `TwistedSmc`.
+        searcher: draws tokens and judges texts.
+        inputs: parameters, prompts, keys and settings of the rows.
+        max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
+
+    Raises InputError if the method lacks something that it needs, such as a judge.
+    """
+    return on_every_device(method(searcher, inputs, max_new_tokens))
 
 
 def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
