@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -122,8 +123,9 @@ class ScoringModel:
 def _rewards_of_prefixes(
     model: OnePass, params: Params, batch: Batch, prefixes: Int[Array, "B F"]
 ) -> Float[Array, "B F"]:
-    """Rewards of the answers' first so many tokens, all in one pass."""
-    return on_every_device(model.read_answers(params, batch).rewards_at(prefixes)[..., 0])
+    """Rewards of the answers' first so many tokens, which may be none, all in one pass."""
+    hidden = model.read_answers(params, batch).hidden[:, 0]  # from the prompt's last token on
+    return on_every_device(model.rewards(params, jnp.take_along_axis(hidden, prefixes[..., None], axis=1)))
 
 
 @partial(jax.jit, static_argnums=0)
