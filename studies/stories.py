@@ -91,7 +91,9 @@ def study_from(arguments: Sequence[str] | None, description: str, name: str) -> 
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=100, help="rows that are decoded together")
     parser.add_argument("--mesh", default="auto", help="as in train.py and decode.py")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the prompts; 0.02 checks that all of it runs")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the prompts; 0.02 checks that all of it runs"
+    )
     parser.add_argument("--train", nargs="*", default=[], metavar="NAME=VALUE", help="more options of train.py")
     found = parser.parse_args(arguments)
     study = Study(found.lm, found.out, found.seeds, found.dtype, found.batch_size, found.scale, tuple(found.train))
@@ -192,7 +194,7 @@ def train_reward_models(study: Study, settings: dict[str, dict]) -> None:
                 resume=folder.exists(),
                 batch_size=16,
                 max_length=128,
-                epochs=2.0,
+                epochs=1.0,
                 save_every=0,
                 log_every=50,
                 model=ModelConfig(init=study.lm),
