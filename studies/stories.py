@@ -43,11 +43,19 @@ SPLITS = {"train": 1500, "eval": 100, "test": 200}
 PAIRS = {"train": "pairs.train.jsonl", "test": "pairs.test.jsonl"}
 OBJECTIVES = ("partial_bt", "bt", "arm")
 
-_NAMES = ("Lily Tom Ben Sara Tim Nora Max Anna Sam Lucy Jack Amy Leo Emma Bob Jane Spot Kim Dan Sue Molly Jim Ella Nick "
-          "Zoe Fred Rose Paul Ruby Finn").split()  # fmt: skip
-_WHO = "boy girl dog cat bear bird rabbit mouse frog duck fish pig cow fox".split()
+_NAMES = (
+    "Lily", "Tom", "Ben", "Sara", "Tim", "Nora", "Max", "Anna", "Sam", "Lucy", "Jack", "Amy", "Leo", "Emma", "Bob",
+    "Jane", "Spot", "Kim", "Dan", "Sue", "Molly", "Jim", "Ella", "Nick", "Zoe", "Fred", "Rose", "Paul", "Ruby",
+    "Finn",
+)  # fmt: skip
+_WHO = (
+    "boy", "girl", "dog", "cat", "bear", "bird", "rabbit", "mouse", "frog", "duck", "fish", "pig", "cow", "fox",
+)  # fmt: skip
 _SIZES = ("", "little ", "small ", "big ", "tall ", "young ")
-_THINGS = "box ball tree door stone bag hat book cup boat car drum leaf log rope".split()
+_THINGS = (
+    "box", "ball", "tree", "door", "stone", "bag", "hat", "book", "cup", "boat", "car", "drum", "leaf", "log",
+    "rope",
+)  # fmt: skip
 _EVENTS = ("saw a {}", "found a {}", "looked at a {}", "sat near a {}", "had a {}")
 
 

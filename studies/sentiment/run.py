@@ -209,8 +209,8 @@ def report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path
 
 def _about(about: dict[str, Any]) -> str:
     return (
-        f"{about['train_pairs']:,} pairs, whose continuations differ by {about['train_mean_difference']:.2f} on average; "
-        f"the noise turned {100 * about['train_labels_against_the_valence']:.0f} % of the labels around.\n"
+        f"{about['train_pairs']:,} pairs, whose continuations differ by {about['train_mean_difference']:.2f} on "
+        f"average; the noise turned {100 * about['train_labels_against_the_valence']:.0f} % of the labels around.\n"
     )
 
 
