@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from pargs_jax.commands.generate import generate, open_session
 from pargs_jax.commands.train import train
 from pargs_jax.config import DecodeConfig, ModelConfig, OptimConfig, TrainConfig
@@ -29,6 +31,7 @@ from pargs_jax.decoding.methods import Method
 from pargs_jax.durable_files import write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.answers import System, load_systems
+from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.guidance import roles_of
 from pargs_jax.generation.session import Session
 from pargs_jax.mesh import start
@@ -40,8 +43,6 @@ SAMPLES = 8
 """Continuations of each prompt that pairs are made of: half as many pairs."""
 SPLITS = {"train": 1500, "eval": 100, "test": 200}
 """Prompts of each split. No prompt is in two of them."""
-PAIRS = {"train": "pairs.train.jsonl", "test": "pairs.test.jsonl"}
-OBJECTIVES = ("partial_bt", "bt", "arm")
 
 _NAMES = (
     "Lily", "Tom", "Ben", "Sara", "Tim", "Nora", "Max", "Anna", "Sam", "Lucy", "Jack", "Amy", "Leo", "Emma", "Bob",
@@ -164,7 +165,7 @@ def make_prompts(study: Study) -> None:
 def make_pairs(study: Study) -> dict[str, float]:
     """Samples continuations and makes the pairs of them; returns what is to be said of them."""
     said = {}
-    for number, split in enumerate(PAIRS):
+    for number, split in enumerate(("train", "test")):
         samples = decode(
             study, split, {"method": "top_k", "k": K, "n": SAMPLES, "seed": 100 + number}, f"samples.{split}.jsonl"
         )
@@ -264,6 +265,14 @@ def means_by_prompt(system: System, score: Callable[[str, str], float]) -> dict[
         prompt: sum(score(answer.prompt, answer.response) for answer in answers) / len(answers)
         for prompt, answers in system.by_prompt.items()
     }
+
+
+def estimate(values: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of values `[seeds][prompts]`. Its variance is that over prompts, of means over seeds, plus that over
+    seeds, of means over prompts: the sum is at least the variance that both cause."""
+    table = np.array(values, float)
+    mean, error = Estimate.of(table.mean(axis=0))
+    return Estimate(mean, float(np.hypot(error, Estimate.of(table.mean(axis=1))[1])) if len(table) > 1 else error)
 
 
 def print_table(rows: Iterable[Sequence[str]], headings: Sequence[str]) -> str:

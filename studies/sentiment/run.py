@@ -26,6 +26,7 @@ from studies.stories import (
     K,
     Study,
     decode,
+    estimate,
     fill_page,
     make_pairs,
     make_prompts,
@@ -138,14 +139,6 @@ def _measure_one(
         for metric in METRICS if split == "test" else ("valence",):
             values = METRICS[metric](system)
             setting.setdefault(f"{split} {metric}", []).append([values[prompt] for prompt in sorted(values)])
-
-
-def estimate(values: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of values `[seeds][prompts]`. Its variance is that over prompts, of means over seeds, plus that over
-    seeds, of means over prompts: the sum is at least the variance that both cause."""
-    table = np.array(values, float)
-    mean, error = Estimate.of(table.mean(axis=0))
-    return Estimate(mean, float(np.hypot(error, Estimate.of(table.mean(axis=1))[1])) if len(table) > 1 else error)
 
 
 def picked(found: dict[str, dict[str, Any]]) -> dict[str, str]:
