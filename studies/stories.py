@@ -41,7 +41,7 @@ MAX_NEW_TOKENS = 64
 K = 10
 SAMPLES = 8
 """Continuations of each prompt that pairs are made of: half as many pairs."""
-SPLITS = {"train": 1500, "eval": 100, "test": 200}
+SPLITS = {"train": 1000, "eval": 100, "test": 200}
 """Prompts of each split. No prompt is in two of them."""
 
 _NAMES = (
