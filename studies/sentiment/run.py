@@ -56,14 +56,14 @@ class Entry(NamedTuple):
 ENTRIES = (
     Entry("greedy"),
     Entry("contrastive"),
-    Entry("args", "bt", (0.25, 0.5, 1.0, 2.0, 4.0)),
-    Entry("pargs_greedy", "partial_bt", (1.0, 2.0, 4.0, 8.0, 16.0)),
+    Entry("args", "bt", (0.5, 1.0, 2.0, 4.0)),
+    Entry("pargs_greedy", "partial_bt", (1.0, 2.0, 4.0, 8.0)),
     Entry("top_k", options={"k": K}),
     Entry("top_p"),
-    Entry("args_stochastic", "bt", (0.25, 0.5, 1.0, 2.0, 4.0), {"temperature": 1.0}),
-    Entry("vas", "partial_bt", (1.0, 2.0, 4.0, 8.0), {"k": K}),
+    Entry("args_stochastic", "bt", (0.5, 1.0, 2.0, 4.0), {"temperature": 1.0}),
+    Entry("vas", "partial_bt", (2.0, 4.0, 8.0), {"k": K}),
     Entry("genarm", "arm", (0.5, 1.0, 2.0, 4.0)),
-    Entry("pargs", "partial_bt", (1.0, 2.0, 4.0, 8.0, 16.0)),
+    Entry("pargs", "partial_bt", (1.0, 2.0, 4.0, 8.0)),
     Entry("best_of_n", "bt", (), {"k": K, "search": {"samples": 10}}),
     Entry("speculative_rejection", "partial_bt", (), {"k": K, "search": {"samples": 10, "chunk": 16}}),
     Entry("blockwise", "partial_bt", (), {"k": K, "search": {"successors": 10, "chunk": 16}}),
@@ -80,7 +80,7 @@ CURVES = {
     "pargs_greedy": "PARGS-G",
     "args": "ARGS, greedy",
 }
-KS = (2, 5, 10, 20, 40)
+KS = (2, 5, 10, 40)
 K_CURVES = (Entry("pargs", "partial_bt", (4.0,)), Entry("args_stochastic", "bt", (1.0,), {"temperature": 1.0}))
 METRICS: dict[str, Callable[[System], dict[str, float]]] = {
     "valence": lambda system: means_by_prompt(system, valence),
