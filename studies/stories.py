@@ -195,7 +195,7 @@ def train_reward_models(study: Study, settings: dict[str, dict]) -> None:
     for seed in range(study.seeds):
         for objective, own in settings.items():
             folder = study.reward_model(objective, seed)
-            if (folder / "model.safetensors").exists():
+            if (folder / "model" / "model.safetensors").exists():
                 continue
             config = TrainConfig(
                 out=str(folder),
