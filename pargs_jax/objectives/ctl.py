@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pargs_jax.objectives.contract import Loss, LossResult, Outputs
+from pargs_jax.objectives.contract import LossResult, Outputs, ScoredLoss
 from pargs_jax.options import option
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ContrastiveTwist(Loss):
+class ContrastiveTwist(ScoredLoss):
     """`contrastive_twist_loss`: the table is log psi_t of a text with each next token, and the target of the particles
     is p(y) exp(w r(y)) (arXiv 2404.17546).
 
@@ -28,16 +27,10 @@ class ContrastiveTwist(Loss):
     name = "ctl"
     meaning = "scored samples of the language model: twists of sequential Monte Carlo (smc)"
     head = "table"
-    answers = 1
-    reward_range = (-math.inf, math.inf)
-    has_accuracy = False
     frozen = ("reference",)
 
     samples: int = option(8, "scored answers to one prompt that a row holds; --batch-size counts rows", at_least=2)
     reward_weight: float = option(1.0, "w in the target p(y) exp(w r(y)) of the particles", above=0)
-
-    def chance(self, vocab_size: int) -> float:
-        return math.inf  # a table starts as logits, whose scale decides the loss
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs

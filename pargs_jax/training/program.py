@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pargs_jax.config import TrainConfig
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
-from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.model import Model, Params
 from pargs_jax.models.preference_lora import NAMES as PREFERENCE_LORA_NAMES
 from pargs_jax.models.preference_lora import PreferenceLora, draw_additions
 from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
@@ -22,11 +22,6 @@ from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, ma
 
 REFERENCE = "reference"
 """In `Loss.frozen`: the model that training starts from, as it was."""
-
-
-def head_to_train(config: TrainConfig) -> HeadName:
-    """The head that the objective trains."""
-    return config.objective.loss.head
 
 
 def lora_of(config: TrainConfig) -> Lora | PreferenceLora | None:
