@@ -10,7 +10,7 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.lora import join_params, split_params
-from pargs_jax.models.preference_lora import NAMES, PreferenceLora, draw_additions, merge_preference
+from pargs_jax.models.preference_lora import NAMES, PreferenceLora, draw_additions
 from pargs_jax.models.weights import export_tensors
 from pargs_jax.objectives.arm import AutoregressiveReward
 from pargs_jax.objectives.bradley_terry import labelled_bradley_terry
@@ -99,6 +99,17 @@ def conditioned():
     return adapted, model, params, drawn
 
 
+def merged(params, additions, vector):
+    """The ordinary parameters of the model for one preference vector."""
+    layers = dict(params["backbone"]["layers"])
+    for name in ("query", "key", "value"):
+        own = additions["backbone"]["layers"][name]["addition"]
+        mix = sum(a * own["own_mix"][:, i] for i, a in enumerate(vector))
+        added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
+        layers[name] = {**layers[name], "kernel": layers[name]["kernel"] + 8 / 4 * added}
+    return {**params, "backbone": {**params["backbone"], "layers": layers}}
+
+
 def test_the_loss_is_the_weighted_sum_of_each_objectives_bradley_terry():
     rng = np.random.default_rng(0)
     differences = rng.normal(size=3).astype(np.float32)
@@ -131,8 +142,7 @@ def test_loss_and_gradient_are_those_of_torch_models_merged_for_each_row(tmp_pat
 
     expected, merged_gradients = 0.0, []
     for row in (0, 1):
-        merged = merge_preference(adapted.lora, join_params(params, drawn), vectors[row])
-        save_model(tmp_path / str(row), plain, merged)
+        save_model(tmp_path / str(row), plain, merged(params, drawn, vectors[row]))
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / str(row), attn_implementation="eager"
         ).eval()
@@ -157,9 +167,9 @@ def test_loss_and_gradient_are_those_of_torch_models_merged_for_each_row(tmp_pat
         """By the chain rule, its gradient is that of the loss: each row's merged matrices times their gradients."""
         total = 0.0
         for row, slopes in enumerate(merged_gradients):
-            merged = merge_preference(adapted.lora, join_params(frozen, own), vectors[row])
+            layers = merged(params, own, vectors[row])["backbone"]["layers"]
             for name in ("query", "key", "value"):
-                kernels = merged["backbone"]["layers"][name]["kernel"]
+                kernels = layers[name]["kernel"]
                 for layer in range(2):
                     total += (kernels[layer] * slopes[f"model.layers.{layer}.self_attn.{name[0]}_proj.weight"].T).sum()
         return total
