@@ -60,7 +60,7 @@ def accuracies(study: Study) -> tuple[dict[str, list[Any]], float]:
     """Which pairs of the test split each model ranks as they are labelled, `[seeds][percents][pairs]`; and how often
     the true reward does, of the labels with their noise."""
     rows = [json.loads(line) for line in study.pairs("test").read_text(encoding="utf-8").splitlines()]
-    pairs = [Preference(**row) for row in rows]
+    pairs = [Preference(id=str(number), **row) for number, row in enumerate(rows)]
     true = [valence(p.prompt, p.chosen) > valence(p.prompt, p.rejected) for p in pairs]
     found: dict[str, list[Any]] = {objective: [] for objective in OBJECTIVES}
     for objective in OBJECTIVES:
