@@ -204,7 +204,11 @@ def compare(rows: Sequence[Row]) -> list[Compared]:
 def report(rows: Sequence[Row], folder: Path, page: Path | None) -> None:
     """Writes `results.json`, the tables and the figure; into the page too, if there is one."""
     compared = compare(rows)
-    tables = {"differences": difference_table(compared), "pairs": pairs_table(compared)}
+    tables = {
+        "verdict": verdict(compared),
+        "differences": difference_table(compared),
+        "pairs": pairs_table(compared),
+    }
     for name, text in tables.items():
         write_whole(folder / f"{name}.md", text)
         print(text)
@@ -231,6 +235,21 @@ def plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         return {name: plain(each) for name, each in value._asdict().items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def verdict(compared: Sequence[Compared]) -> str:
+    """What the differences tell, in words."""
+    adjusted = holm([each.effect.overall.p for each in compared])
+    means = [each.effect.overall.mean for each in compared]
+    clear = [each for each, p in zip(compared, adjusted, strict=True) if p < 0.05]
+    named = ", ".join(f"{each.set} at {each.share} % ({points(each.effect.overall.mean)})" for each in clear)
+    enough = sum(each.effect.needed <= SETS[each.set] for each in compared)
+    return (
+        f"Models of all prefixes are ahead in {sum(mean > 0 for mean in means)} of {len(means)} comparisons, by "
+        f"{points(min(means))} to {points(max(means))} points. After Holm's correction, "
+        f"{named or 'none of them'} can be told from chance. In {enough} of {len(means)}, the published test split has "
+        "the pairs that a difference of the measured size needs.\n"
+    )
 
 
 def difference_table(compared: Sequence[Compared]) -> str:
