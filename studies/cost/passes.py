@@ -54,7 +54,8 @@ def passes(
     batch: int,
     prompt: int,
     tokens: int,
-    drawn: int | None = None,
+    drawn: int = 0,
+    judged: int = 0,
 ) -> Iterator[Pass]:
     """The passes that a batch of answers needs, one after another: caches are kept, rows of a prompt share its keys and
     values, and the candidates of a step are read together.
@@ -66,8 +67,8 @@ def passes(
         batch: prompts.
         prompt: tokens of each prompt.
         tokens: tokens of each answer.
-        drawn: tokens that were drawn for the batch, rejected ones included, for a method that does not say how many
-            (`cards`). Its judge is taken to read all of them once.
+        drawn, judged: tokens of answers that both models read for the batch, for a method whose options do not say how
+            many (`cards`).
     """
     options = dict(method.search_options)
     roles = roles_of(method)
@@ -119,8 +120,9 @@ def passes(
         elif method.judged:
             unread += 1
             if unread == chunk or t == len(per_prompt) - 1:
+                each = unread * judged // drawn if method.search == "cards" else unread
                 for role in roles:
-                    yield read(role, rows, answer + 1 - unread, unread, logits=role != "rm")
+                    yield read(role, rows, answer + 1 - unread, each, logits=role != "rm")
                 unread = 0
         else:
             for role in roles:

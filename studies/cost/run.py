@@ -225,9 +225,9 @@ class Measurement:
             self.leave_out(entry, batch, f"a run takes at least {least:.0f} s")
         return least <= self.args.longest
 
-    def passes(self, entry: Entry, batch: int, drawn: int | None = None) -> list[Pass]:
+    def passes(self, entry: Entry, batch: int, drawn: int = 0, judged: int = 0) -> list[Pass]:
         itemsize, sizes = jnp.dtype(self.args.dtype).itemsize, {"prompt": self.args.prompt, "tokens": self.args.tokens}
-        return list(passes(entry.method, self.models, itemsize, batch=batch, drawn=drawn, **sizes))
+        return list(passes(entry.method, self.models, itemsize, batch=batch, drawn=drawn, judged=judged, **sizes))
 
     def leave_out(self, entry: Entry, batch: int, reason: str) -> None:
         if not any(row.get("left_out") and (row["name"], row["batch"]) == (entry.name, batch) for row in self.rows):
@@ -268,15 +268,13 @@ class Measurement:
 
     def work_of(self, entry: Entry, batch: int, answers: Sequence[Answer]) -> Row:
         """The tokens that a run read, as its answers record them, and what it takes at least."""
-        read, of_prompts = [], batch * (self.args.prompt - 1)
-        lm_tokens = sum(answer.lm_tokens for answer in answers)
-        found = self.passes(entry, batch, drawn=lm_tokens - of_prompts)
-        for is_guide, total in ((False, lm_tokens), (True, sum(answer.rm_tokens for answer in answers))):
-            read.append(total - queries(found, guide=is_guide, prompts=True))
+        prompts = self.args.prompt * batch
+        lm_tokens, rm_tokens = (sum(getattr(each, name) for each in answers) for name in ("lm_tokens", "rm_tokens"))
+        found = self.passes(entry, batch, drawn=lm_tokens - prompts + batch, judged=rm_tokens - prompts)
         return {
             "tokens": sum(answer.tokens for answer in answers),
-            "lm_tokens": read[0],
-            "rm_tokens": read[1],
+            "lm_tokens": lm_tokens - queries(found, guide=False, prompts=True),
+            "rm_tokens": rm_tokens - queries(found, guide=True, prompts=True),
             "operations": operations(found),
             "least_seconds": least_seconds(found, self.ceilings),
         }

@@ -98,8 +98,8 @@ def pairs_needed(difference: float, discordant: float) -> float:
     """
     if difference == 0 or not np.isfinite(difference):
         return np.inf
-    square = difference**2
-    discordant = max(discordant, abs(difference))  # the models differ at least that often
+    difference = min(abs(difference), 1.0)
+    square, discordant = difference**2, max(discordant, difference)  # the models differ at least that often
     return (_Z * np.sqrt(discordant) + _Z_POWER * np.sqrt(discordant - square)) ** 2 / square
 
 

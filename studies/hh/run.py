@@ -57,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args, options = parse_arguments(arguments)
     results = args.results / "models.jsonl"
     if not args.report:
-        configs = list(planned(args, options))
-        with jax.set_mesh(start(configs[0][2])):
-            for set_name, kind, config in configs:
-                if (set_name, kind, config.seed) not in done(results, settings_of(config, args.limit)):
-                    print(f"{set_name}, {kind}, seed {config.seed}", flush=True)
-                    row = {"set": set_name, "kind": kind, "seed": config.seed} | score(
-                        train(config), config, args.limit
-                    )
-                    add(results, row | {"settings": settings_of(config, args.limit)})
+        models = list(planned(args, options))
+        with jax.set_mesh(start(models[0].config)):
+            for model in models:
+                settings, name = settings_of(model.config, args.limit), (model.set, model.kind, model.config.seed)
+                if name not in done(results, settings):
+                    print(*name, flush=True)
+                    train(model.config)
+                    row = dict(zip(("set", "kind", "seed"), name, strict=True)) | {"settings": settings}
+                    add(results, row | score(model, args.limit))
     if not results.exists():
         raise InputError(f"{results}: is missing; run this without --report first")
     report(read(results), args.results, args.page)

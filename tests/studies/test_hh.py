@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from pargs_jax.errors import InputError
+from pargs_jax.models.hf import save_model
+from pargs_jax.testing import tiny_model, tiny_tokenizer
 from studies.hh import run
 from studies.hh.effects import crossed_difference, detectable, effect, pairs_needed
 from studies.page import fill_page
@@ -69,9 +71,18 @@ def shared(tmp_path_factory):
     return folder
 
 
-def test_a_small_study_runs_reports_and_is_not_done_again(shared, tmp_path, monkeypatch, capsys):
-    words = ["--shared", str(shared), "--init", "demo", "--sets", "helpful", "--seeds", "2", "--steps", "1"]
-    words += ["--batch-size", "4", "--max-length", "32", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+def train(config):
+    """Stands for training: another random reward model for every seed and objective."""
+    seed = 2 * config.seed + (config.objective.name == "bt")
+    model, params = tiny_model("llama", "reward", seed=seed, vocab_size=tiny_tokenizer().vocab_size)
+    save_model(config.output_folder / "model", model, params, special_tokens={"eos_token_id": 2})
+    tiny_tokenizer().save(config.output_folder / "model")
+
+
+def test_a_small_study_runs_reports_and_is_not_done_again(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "train", train)
+    words = ["--shared", str(shared), "--init", "demo", "--sets", "helpful", "--seeds", "2", "--max-length", "48"]
+    words += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
     run.main(words)
     assert len(run.read(tmp_path / "models.jsonl")) == 4
     found = json.loads((tmp_path / "results.json").read_text())["compared"]
@@ -79,10 +90,10 @@ def test_a_small_study_runs_reports_and_is_not_done_again(shared, tmp_path, monk
     assert {(row["pairs"], row["prompts"]) for row in found} == {(6, 5)}
     assert (tmp_path / "differences.png").exists() and "pairs needed" in (tmp_path / "pairs.md").read_text()
 
-    def train(config):
+    def not_again(config):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "train", not_again)
     run.main(words)
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("verdict", "differences", "pairs")))
