@@ -116,7 +116,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="measure only these (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="most runs of a method")
     parser.add_argument("--enough", type=float, default=9.0, help="seconds after which a method is not run again")
-    parser.add_argument("--longest", type=float, default=60.0, help="least seconds of a run that is left out")
+    parser.add_argument(
+        "--longest", type=float, default=60.0, help="leave out what takes longer even at best, in seconds"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/studies/cost"), help="folder for random weights")
     parser.add_argument("--results", type=Path, default=Path("studies/cost/results"), help="folder for the results")
     parser.add_argument("--report", action="store_true", help=f"only report, and write the tables into {PAGE}")
@@ -146,8 +148,9 @@ def model_sources(args: argparse.Namespace) -> dict[Role, str]:
             head = {"rm": "reward", "table": "table"}.get(role, "vocabulary")
             model = CausalModel(config, head, lora=PreferenceLora(2) if role == "parm" else None)
             params = random_params(model, seed, args.dtype)
-            save_model(path, model, params, special_tokens={"eos_token_id": tokenizer.eos_id})
-            tokenizer.save(path)
+            tokenizer.save(path)  # first: a folder with a config.json is complete
+            special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            save_model(path, model, params, special_tokens=special)
         sources[role] = str(path)
     return sources
 
@@ -214,12 +217,8 @@ class Measurement:
     def is_left(self, entry: Entry, batch: int) -> bool:
         """Whether a method still has to be timed. Notes those that would take too long."""
         runs = self.runs_of(entry, batch)
-        if runs or any(
-            row.get("left_out") and row["name"] == entry.name and row["batch"] == batch for row in self.rows
-        ):
-            return bool(runs) and not self.has_enough(runs)
-        if entry.method.search == "cards":
-            return True
+        if runs or entry.method.search == "cards":  # whose work is not known beforehand
+            return not self.has_enough(runs)
         least = least_seconds(self.passes(entry, batch), self.ceilings)
         if least > self.args.longest:
             self.leave_out(entry, batch, f"a run takes at least {least:.0f} s")
