@@ -403,9 +403,9 @@ def cost_table(summaries: Sequence[Summary], rows: Sequence[Row], batch: int) ->
         if each.batch == batch
     ]
     headings = ["method", "LM tokens", "RM tokens", "operations", "ms", "least ms", "times unguided", "runs"]
-    left_out = [
-        f"{row['name']} ({row['left_out']})" for row in rows if "left_out" in row and row["batch"] in (0, batch)
-    ]
+    timed = {each.name for each in summaries if each.batch == batch}
+    reasons = {row["name"]: row["left_out"] for row in rows if "left_out" in row and row["batch"] in (0, batch)}
+    left_out = [f"{name} ({reason})" for name, reason in reasons.items() if name not in timed]
     note = f"\nLeft out: {'; '.join(left_out)}.\n" if left_out else ""
     return f"Batch {batch}:\n\n{table(headings, lines)}{note}"
 
