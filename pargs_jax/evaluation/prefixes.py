@@ -118,8 +118,8 @@ def model_prefix_rewards(
 ) -> PrefixRewards:
     """Rewards by a model, whose own tokens prefixes are counted in; the end-of-sequence token is an answer's last.
 
-    Pairs are cut to `max_length` tokens or what the model has room for (`pargs_jax.data.batches.tokenise`). `percents`
-    are how much of the answers is seen, F of them. Raises InputError if no pair is left.
+    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.batches.tokenise`). `percents` are
+    how much of the answers is seen, F of them. Raises InputError if no pair is left.
     """
     positions = model.model.config.max_positions - (not model.model.one_pass)
     examples, cut = tokenise(pairs, model.tokenizer, min(max_length, positions))
