@@ -310,7 +310,7 @@ def draw(compared: Sequence[Compared], path: Path) -> None:
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(each.set for each in compared))
-    figure = Figure(figsize=(4.4 * len(sets), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(sets), 4.2), layout="constrained")
     for axis, set_name in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets, strict=True):
         here = [each for each in compared if each.set == set_name]
         places = range(len(here))
@@ -322,7 +322,7 @@ def draw(compared: Sequence[Compared], path: Path) -> None:
             label = f"too small to detect with\n{word} ({pairs[0]:,})"
             axis.fill_between(places, [-x for x in least], least, color=colour, label=label, linewidth=0)
         for place, each in zip(places, here, strict=True):
-            axis.plot([place] * len(each.effect.by_seed), 100 * np.array(each.effect.by_seed), "o", color="#56b4e9",
+            axis.plot([place + 0.15] * len(each.effect.by_seed), 100 * np.array(each.effect.by_seed), "o", color="#56b4e9",
                       markersize=3, label="a training run" if not place else None)  # fmt: skip
             mean = 100 * each.effect.overall.mean
             for found, width, label in (
@@ -337,9 +337,9 @@ def draw(compared: Sequence[Compared], path: Path) -> None:
         axis.set_xlabel("of the longer answer seen")
         axis.set_title(set_name, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("accuracy, all prefixes - full answers, points")
+    figure.axes[0].set_ylabel("accuracy of all prefixes\nless that of full answers, points")
     figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7
     )
     figure.savefig(path, dpi=150)
 
