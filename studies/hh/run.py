@@ -322,8 +322,9 @@ def draw(compared: Sequence[Compared], path: Path) -> None:
             label = f"too small to detect with\n{word} ({pairs[0]:,})"
             axis.fill_between(places, [-x for x in least], least, color=colour, label=label, linewidth=0)
         for place, each in zip(places, here, strict=True):
-            axis.plot([place + 0.15] * len(each.effect.by_seed), 100 * np.array(each.effect.by_seed), "o", color="#56b4e9",
-                      markersize=3, label="a training run" if not place else None)  # fmt: skip
+            runs = 100 * np.array(each.effect.by_seed)
+            label = None if place else "a training run"
+            axis.plot([place + 0.15] * len(runs), runs, "o", color="#56b4e9", markersize=3, label=label)
             mean = 100 * each.effect.overall.mean
             for found, width, label in (
                 (each.effect.overall, 1.2, None),
