@@ -255,7 +255,9 @@ def draw(found: dict[str, dict[str, Any]], chosen: dict[str, str], path: Path) -
             x, y = np.mean(setting["test kl"]), np.mean(setting[f"test {metric}"])
             axis.plot(x, y, marker, color="black", markersize=6, label=method)
         axis.set(xlabel="KL from the language model, nats an answer", ylabel=f"{metric} ± standard error")
-        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks := (2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.25)
     for entry, colour in zip(K_CURVES, COLOURS, strict=False):
         points = [s for s in found.values() if s["method"] == entry.method and s["weight"] == entry.weights[0]]
