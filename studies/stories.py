@@ -17,7 +17,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -273,21 +273,3 @@ def estimate(values: Sequence[Sequence[float]]) -> Estimate:
     table = np.array(values, float)
     mean, error = Estimate.of(table.mean(axis=0))
     return Estimate(mean, float(np.hypot(error, Estimate.of(table.mean(axis=1))[1])) if len(table) > 1 else error)
-
-
-def print_table(rows: Iterable[Sequence[str]], headings: Sequence[str]) -> str:
-    """A table in Markdown, its numbers right-aligned."""
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def fill_page(page: Path, parts: dict[str, str]) -> None:
-    """Replaces what stands between the comments `<!-- NAME -->` and `<!-- end -->` of a page."""
-    text = page.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        start, found, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not (found and end):
-            raise InputError(f"{page}: has no part '<!-- {name} -->' ... '<!-- end -->'")
-        text = f"{start}{found}\n{content}\n{end}{after}"
-    write_whole(page, text)

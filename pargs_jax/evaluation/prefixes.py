@@ -113,22 +113,33 @@ def report_on(name: str, rewards: PrefixRewards, seed: int = 0) -> RewardModelRe
     )
 
 
-def model_prefix_rewards(model: ScoringModel, pairs: Sequence[Preference], max_length: int) -> PrefixRewards:
+def model_prefix_rewards(
+    model: ScoringModel, pairs: Sequence[Preference], max_length: int, percents: Sequence[int] = PERCENTS
+) -> PrefixRewards:
     """Rewards by a model, whose own tokens prefixes are counted in; the end-of-sequence token is an answer's last.
 
-    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.batches.tokenise`). Raises
-    InputError if none is left.
+    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.batches.tokenise`). `percents` are
+    how much of the answers is seen, F of them. Raises InputError if no pair is left.
     """
     positions = model.model.config.max_positions - (not model.model.one_pass)
     examples, cut = tokenise(pairs, model.tokenizer, min(max_length, positions))
     texts = [
         TokenisedAnswer(example.prompt.tolist(), answer.tolist(), (*same, *own))
         for example in examples
-        for answer, same, own in zip(example.answers, *_prefix_counts(example.prefix_counts), strict=True)
+        for answer, same, own in zip(example.answers, *_prefix_counts(example.prefix_counts, percents), strict=True)
     ]
-    rewards = np.stack(model.rewards(texts)).reshape(len(examples), 2, 2, len(PERCENTS)).transpose(2, 0, 3, 1)
+
+    def by_kind(of_texts: Sequence[Sequence[float]]) -> np.ndarray:
+        return np.stack(of_texts).reshape(len(examples), 2, 2, len(percents)).transpose(2, 0, 3, 1)
+
+    same_length, own_length = by_kind(model.rewards(texts))
+    # Answers that begin alike have equal rewards until they part, which rounding in different batches must not hide.
+    counts, _ = by_kind([text.prefixes for text in texts])
+    shared = np.array([_shared_tokens(*example.answers) for example in examples])[:, None]
+    is_alike = (counts[..., 0] == counts[..., 1]) & (counts[..., 0] <= shared)
+    same_length[..., 1] = np.where(is_alike, same_length[..., 0], same_length[..., 1])
     prompts = [example.prompt.tobytes() for example in examples]
-    return PrefixRewards(*rewards, _groups(prompts), str(cut))
+    return PrefixRewards(same_length, own_length, _groups(prompts), str(cut))
 
 
 def function_prefix_rewards(
@@ -154,11 +165,19 @@ def function_prefix_rewards(
     return PrefixRewards(*np.stack(found).transpose(2, 0, 3, 1), _groups(prompts), note)
 
 
-def _prefix_counts(lengths: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+def _prefix_counts(
+    lengths: Sequence[int], percents: Sequence[int] = PERCENTS
+) -> tuple[list[list[int]], list[list[int]]]:
     """The prefixes of both answers, in tokens: at percentages of the longer one, and each at those of its own."""
     longest = max(lengths)
-    same = [[min(_share(longest, percent), length) for percent in PERCENTS] for length in lengths]
-    return same, [[_share(length, percent) for percent in PERCENTS] for length in lengths]
+    same = [[min(_share(longest, percent), length) for percent in percents] for length in lengths]
+    return same, [[_share(length, percent) for percent in percents] for length in lengths]
+
+
+def _shared_tokens(first: Int[np.ndarray, "R"], second: Int[np.ndarray, "S"]) -> int:
+    """The number of tokens that both begin with."""
+    shortest = min(len(first), len(second))
+    return int(np.cumprod(first[:shortest] == second[:shortest]).sum())
 
 
 def _share(length: int, percent: int) -> int:

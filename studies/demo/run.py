@@ -17,7 +17,8 @@ import numpy as np
 
 from pargs_jax.commands.comparison import COMPARED
 from pargs_jax.durable_files import write_whole
-from studies.stories import estimate, fill_page, print_table
+from studies.page import fill_page, table
+from studies.stories import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("studies/demo/results")
@@ -67,18 +68,14 @@ def report(runs: list[dict[str, dict[str, np.ndarray]]], folder: Path) -> None:
     """Writes the numbers and the tables, and fills the documentation's page where these are the study's own."""
     rewards = {method: np.array([run[method]["true_reward"] for run in runs]) for method in COMPARED}
     kls = {method: np.array([run[method]["kl"] for run in runs]) for method in COMPARED}
-    methods = print_table(
-        [
-            (method, "-" if weight is None else f"{weight:g}", str(estimate(rewards[method])),
-             f"{estimate(kls[method]).mean:.1f}", *(f"{each:.2f}" for each in rewards[method].mean(axis=1)))
-            for method, weight in COMPARED.items()
-        ],
+    methods = table(
         ("method", "weight", "true reward", "KL, nats", *(f"run {number + 1}" for number in range(len(runs)))),
-    )  # fmt: skip
+        [_row(method, weight, rewards[method], kls[method]) for method, weight in COMPARED.items()],
+    )
     found = {(a, b): estimate(rewards[a] - rewards[b]) for a, b in ORDERS}
-    orders = print_table(
-        [(f"{a} - {b}", str(each), f"{each.mean / each.standard_error:.0f}") for (a, b), each in found.items()],
+    orders = table(
         ("difference", "true reward", "in standard errors"),
+        [(f"{a} - {b}", str(each), f"{each.mean / each.standard_error:.0f}") for (a, b), each in found.items()],
     )
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
@@ -94,6 +91,11 @@ def report(runs: list[dict[str, dict[str, np.ndarray]]], folder: Path) -> None:
     if folder == RESULTS:
         fill_page(PAGE, {"methods": methods, "orders": orders})
     print(methods, orders, sep="\n")
+
+
+def _row(method: str, weight: float | None, rewards: np.ndarray, kls: np.ndarray) -> tuple[str, ...]:
+    by_run = (f"{each:.2f}" for each in rewards.mean(axis=1))
+    return method, "-" if weight is None else f"{weight:g}", str(estimate(rewards)), f"{kls.mean():.1f}", *by_run
 
 
 if __name__ == "__main__":

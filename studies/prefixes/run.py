@@ -22,17 +22,16 @@ from pargs_jax.data.preferences import Preference
 from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.prefixes import PERCENTS, model_prefix_rewards
 from pargs_jax.evaluation.scoring import ScoringModel
+from studies.page import fill_page, table
 from studies.stories import (
     MAX_NEW_TOKENS,
     K,
     Study,
     decode,
     estimate,
-    fill_page,
     make_pairs,
     make_prompts,
     means_by_prompt,
-    print_table,
     study_from,
     train_reward_models,
     valence,
@@ -60,7 +59,7 @@ def accuracies(study: Study) -> tuple[dict[str, list[Any]], float]:
     """Which pairs of the test split each model ranks as they are labelled, `[seeds][percents][pairs]`; and how often
     the true reward does, of the labels with their noise."""
     rows = [json.loads(line) for line in study.pairs("test").read_text(encoding="utf-8").splitlines()]
-    pairs = [Preference(**row) for row in rows]
+    pairs = [Preference(id=str(number), **row) for number, row in enumerate(rows)]
     true = [valence(p.prompt, p.chosen) > valence(p.prompt, p.rejected) for p in pairs]
     found: dict[str, list[Any]] = {objective: [] for objective in OBJECTIVES}
     for objective in OBJECTIVES:
@@ -118,7 +117,8 @@ def report(
         estimate(np.array(correct["partial_bt"])[:, f] - np.array(correct["bt"])[:, f]) for f in range(len(PERCENTS))
     ]
     shown = [PERCENTS.index(percent) for percent in (10, 20, 30, 50, 70, 90, 100)]
-    accuracy = print_table(
+    accuracy = table(
+        ("trained on", *(f"{PERCENTS[f]} %" for f in shown)),
         [
             *(
                 (OBJECTIVES[name], *("{:.3f} ± {:.3f}".format(*each[f]) for f in shown))
@@ -126,12 +126,11 @@ def report(
             ),
             ("difference", *("{:.3f} ± {:.3f}".format(*gaps[f]) for f in shown)),
         ],
-        ("trained on", *(f"{PERCENTS[f]} %" for f in shown)),
     )
     names = {"sampled": "the language model, sampled", **{k: f"reward, {v}" for k, v in OBJECTIVES.items()}}
-    search = print_table(
-        [(label, *(str(estimate(found[name][str(s)])) for s in STARTS)) for name, label in names.items()],
+    search = table(
         ("who goes on", *(f"after {start}" for start in STARTS)),
+        [(label, *(str(estimate(found[name][str(s)])) for s in STARTS)) for name, label in names.items()],
     )
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {

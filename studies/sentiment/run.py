@@ -22,17 +22,16 @@ from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.answers import System
 from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.evaluation.text_metrics import repetition
+from studies.page import fill_page, table
 from studies.stories import (
     K,
     Study,
     decode,
     estimate,
-    fill_page,
     make_pairs,
     make_prompts,
     means_by_prompt,
     polarity,
-    print_table,
     study_from,
     train_reward_models,
     valence,
@@ -161,26 +160,27 @@ def report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path
     """Writes the numbers, the tables and the figure, and with `page` the documentation's page and figure."""
     chosen = picked(found)
     folder.mkdir(parents=True, exist_ok=True)
-    table = print_table(
-        [_row(name, found[name], about["training_runs"]) for name in chosen.values()],
+    results = table(
         ("method", "guided by", "weight", "valence", "polarity", "KL", "log p", "rep-4", "LM tokens", "RM tokens"),
+        [_row(found[name]) for name in chosen.values()],
+        texts=2,
     )
     orders = [
         ("args_stochastic", "top_k"), ("pargs", "args_stochastic"), ("pargs", "top_k"), ("args", "greedy"),
         ("pargs_greedy", "greedy"), ("pargs_greedy", "args"), ("genarm", "top_k"), ("pargs", "genarm"),
         ("best_of_n", "top_k"), ("pargs", "best_of_n"),
     ]  # fmt: skip
-    differences = print_table(
-        [_difference(found[chosen[a]], found[chosen[b]], a, b) for a, b in orders],
+    differences = table(
         ("difference", "valence", "standard errors", "polarity", "log p"),
+        [_difference(found[chosen[a]], found[chosen[b]], a, b) for a, b in orders],
     )
-    spread = print_table(
+    spread = table(
+        ("method and weight", *(f"run {seed + 1}" for seed in range(about["training_runs"]))),
         [
             (name, *(f"{np.mean(each):.2f}" for each in found[name]["test valence"]))
             for name in chosen.values()
             if found[name]["objective"]
         ],
-        ("method and weight", *(f"run {seed + 1}" for seed in range(about["training_runs"]))),
     )
     numbers = {
         name: {
@@ -193,11 +193,11 @@ def report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path
         for name, setting in found.items()
     }
     write_whole(folder / "results.json", json.dumps({"about": about, "picked": chosen, "settings": numbers}, indent=1))
-    write_whole(folder / "tables.md", "\n".join([table, differences, spread]))
+    write_whole(folder / "tables.md", "\n".join([results, differences, spread]))
     draw(found, chosen, FIGURE if page else folder / "figure.png")
     if page:
-        fill_page(PAGE, {"table": table, "differences": differences, "runs": spread, "about": _about(about)})
-    print(table, differences, spread, sep="\n")
+        fill_page(PAGE, {"table": results, "differences": differences, "runs": spread, "about": _about(about)})
+    print(results, differences, spread, sep="\n")
 
 
 def _about(about: dict[str, Any]) -> str:
@@ -207,7 +207,7 @@ def _about(about: dict[str, Any]) -> str:
     )
 
 
-def _row(name: str, setting: dict[str, Any], runs: int) -> tuple[str, ...]:
+def _row(setting: dict[str, Any]) -> tuple[str, ...]:
     def of(metric: str, form: str = "{:.2f} ± {:.2f}") -> str:
         return form.format(*estimate(setting[f"test {metric}"]))
 
@@ -255,7 +255,9 @@ def draw(found: dict[str, dict[str, Any]], chosen: dict[str, str], path: Path) -
             x, y = np.mean(setting["test kl"]), np.mean(setting[f"test {metric}"])
             axis.plot(x, y, marker, color="black", markersize=6, label=method)
         axis.set(xlabel="KL from the language model, nats an answer", ylabel=f"{metric} ± standard error")
-        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks := (2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.25)
     for entry, colour in zip(K_CURVES, COLOURS, strict=False):
         points = [s for s in found.values() if s["method"] == entry.method and s["weight"] == entry.weights[0]]

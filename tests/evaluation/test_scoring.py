@@ -120,3 +120,18 @@ def test_the_report_of_a_perfect_and_of_a_random_model():
     agreements = [row.spearman_interval for row in random.rows[:-1]]
     assert sum(low < 0.5 < high for low, high in accuracies) >= 7
     assert sum(low < 0 < high for low, high in agreements) >= 7
+
+
+def test_answers_that_begin_alike_are_ties_until_they_part(rm, monkeypatch):
+    model, draws = ScoringModel.load(rm, "reward"), np.random.default_rng(0)
+    # Rewards of one text may differ by rounding between batches; here they differ as much as those of other texts.
+    monkeypatch.setattr(
+        ScoringModel, "rewards", lambda self, texts: [draws.normal(size=len(t.prefixes)) for t in texts]
+    )
+    pair = Preference("1", "Hi", " We will send you a new lamp.", " We will not send you a new lamp.")
+    answers = [model.tokenizer.encode_answer(text) for text in (pair.chosen, pair.rejected)]
+    shared = next(n for n, (one, other) in enumerate(zip(*answers, strict=False)) if one != other)
+    margins = np.diff(model_prefix_rewards(model, [pair], 64, (1, 10, 50, 100)).same_length[0])[:, 0]
+    seen = [int(np.ceil(percent * (max(map(len, answers)) + 1) / 100)) for percent in (1, 10, 50, 100)]
+    assert [margin == 0 for margin in margins] == [n <= shared for n in seen]
+    assert 0 < sum(margins == 0) < 4
