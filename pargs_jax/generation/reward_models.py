@@ -192,6 +192,9 @@ class RewardModel:
             tokens, counts: the answers, `tokens[b, :counts[b]]`, in the language model's tokens.
             texts: their texts.
             finished: whether each ended with an end-of-sequence token.
+
+        Raises:
+            InputError: if a text has more of the model's own tokens than its table of positions.
         """
         if self.retokeniser is None:
             return self._answer_rewards(prompts, tokens, counts)
@@ -201,6 +204,12 @@ class RewardModel:
             ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
             answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
         counts = np.array(list(map(len, answers)), np.int32)
+        longest = int((prompts.lengths + counts).max()) + (not self.model.one_pass)
+        if (positions := table_of_positions(self.model)) is not None and longest > positions:
+            raise InputError(
+                f"{self.source}: a prompt with its answer has {longest} of its tokens, but its context is {positions}; "
+                "ask for fewer new tokens"
+            )
         padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
         for row, ids in enumerate(answers):
             padded[row, : len(ids)] = ids

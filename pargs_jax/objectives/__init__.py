@@ -7,7 +7,9 @@ from pargs_jax.objectives.contract import Loss
 from pargs_jax.objectives.dpo import DirectPreference
 from pargs_jax.objectives.fudge import PrefixRegression
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.ppo import ProximalPolicy
 from pargs_jax.objectives.rad import RewardAugmented
+from pargs_jax.objectives.rloo import LeaveOneOut
 from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.objectives.td_lambda import TemporalDifference
 
@@ -23,6 +25,8 @@ OBJECTIVES: dict[str, type[Loss]] = {
         PrefixRegression,
         TemporalDifference,
         ControlledDecoding,
+        ProximalPolicy,
+        LeaveOneOut,
     )
 }
 """Every objective by its name. Add a new one here."""

@@ -10,7 +10,7 @@ Help texts list the options of all objectives and must appear quickly, so no obj
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -71,13 +71,18 @@ class Loss:
         name: its name in the option `objective.name`.
         meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
-        answers: how many answers of a row it reads: 2 (chosen and rejected) or 1 (chosen).
+        answers: how many answers of a row it reads: 2 (chosen and rejected), 1 (chosen), or 0 if the model samples them
+            (`on_policy`).
         reward_range: the lowest and the highest reward of an answer that it can learn from; None if it does not read
             rewards. An objective that does reads scored answers (`answers = 1`), and batches have `rewards`.
         has_accuracy: whether `accuracy` is among its metrics.
         scores_prefixes: whether it compares prefixes of answers, which may then end at another tokenizer's tokens.
         frozen: names of other models that it reads but does not train; the loss gets their outputs as keyword arguments
             with these names. The training program provides one, `reference`: the model that training starts from.
+        on_policy: whether it learns from answers that the trained model samples (`objectives.on_policy`).
+        critic: whether a value head is trained beside the model; the loss gets its values of the text before each
+            token, `[B A R]`, as the keyword argument `values`.
+        answers_per_prompt, updates_per_step: answers to each prompt of a step, and optimizer updates on them.
     """
 
     name: ClassVar[str]
@@ -88,6 +93,10 @@ class Loss:
     has_accuracy: ClassVar[bool] = True
     scores_prefixes: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
+    on_policy: ClassVar[bool] = False
+    critic: ClassVar[bool] = False
+    answers_per_prompt: ClassVar[int] = 1
+    updates_per_step: ClassVar[int] = 1
 
     def validate(self, max_length: int) -> None:
         """Raises InputError for options that contradict each other, or do not fit texts of up to `max_length`
@@ -98,15 +107,13 @@ class Loss:
         this loss depends on the data; then there is no limit."""
         raise NotImplementedError
 
-    def __call__(
-        self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **frozen: Outputs
-    ) -> LossResult:
+    def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **more: Any) -> LossResult:
         """The loss of a batch.
 
         Args:
             outputs: the trained model's outputs.
             batch: token ids, lengths and weights; a row of weight 0 is filler and does not count.
             key: randomness of a training step; None in an evaluation, which must be deterministic.
-            frozen: the outputs of the models named in `frozen`.
+            more: the outputs of the models named in `frozen`, and `values` with a critic.
         """
         raise NotImplementedError

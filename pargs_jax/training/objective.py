@@ -11,6 +11,7 @@ from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.training.critic import CRITIC, values_of
 
 Metrics = dict[str, Array]
 
@@ -42,14 +43,23 @@ class Objective:
     ) -> tuple[Float[Array, ""], tuple[Metrics, Float[Array, ""]]]:
         """The loss, its metrics, and the weight of the batch in a mean over batches (pairs, or answer tokens)."""
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
+        outputs, more = self.read(params, batch, dropout_key)
+        loss, metrics, weight = self.loss(outputs, batch, loss_key, **more)
+        return loss, (metrics, weight)
+
+    def read(self, params: Params, batch: Batch, key: PRNGKeyArray | None = None) -> tuple[Any, dict[str, Any]]:
+        """The trained model's outputs for a batch, and what the loss gets besides: the frozen models' by their names,
+        and the critic's `values`. A key turns dropout on."""
         params = self.cast(params)
+        critic = params.pop(CRITIC, None)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
         others = {name: params.pop(name) for name, _ in self.frozen if name in params}
         base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
-        frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
-        outputs = self.model.read_answers(params, batch, dropout_key, **options)
-        loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen)
-        return loss, (metrics, weight)
+        more = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
+        outputs = self.model.read_answers(params, batch, key, **options)
+        if critic is not None:
+            more["values"] = values_of(critic, outputs.states(before=1))
+        return outputs, more
 
     @property
     def loss_of_chance(self) -> float:
@@ -57,7 +67,8 @@ class Objective:
         return self.loss.chance(self.model.config.vocab_size)
 
     def cast(self, params: Params) -> Params:
-        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, are not cast."""
+        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, and the critic are
+        not cast."""
         others = {name: self._cast(model, params[name]) for name, model in self.frozen if name in params}
         own = {name: part for name, part in params.items() if name not in others}
         return self._cast(self.model, own) | others
@@ -65,7 +76,7 @@ class Objective:
     def _cast(self, model: Any, params: Params) -> Params:
         return {
             name: part
-            if name == "head" and model.head_kind.is_fp32
+            if name == CRITIC or (name == "head" and model.head_kind.is_fp32)
             else jax.tree.map(lambda x: x.astype(self.dtype), part)
             for name, part in params.items()
         }

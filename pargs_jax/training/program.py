@@ -14,6 +14,7 @@ from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
 from pargs_jax.models.model import HeadName, Model, Params
 from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
+from pargs_jax.training.critic import CRITIC, new_critic
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, make_train_step
 
@@ -73,20 +74,22 @@ class TrainingProgram:
 
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
         """Splits a model's parameters into trained ones, including newly drawn additions, and frozen ones. A reference
-        gets a copy of them if it needs one, because trained parameters are donated to the step."""
+        gets a copy of them if it needs one, because trained parameters are donated to the step. A critic is trained."""
+        critic = new_critic(self.model.config.head_width) if self.objective.loss.critic else {}
         reference = {}
         if self.copies_reference:
             reference = {REFERENCE: jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)}
         if self.trained_names is None:
-            return params, reference
+            return params | critic, reference
         heads, frozen = split_params(params, self.trained_names)
         frozen |= reference
         additions = place_computed(lambda key: draw_lora(self.model.abstract_params(), key), seed)
-        return join_params(additions, jax.tree.map(lambda x: x.astype("float32"), heads)), frozen
+        return join_params(additions, jax.tree.map(lambda x: x.astype("float32"), heads)) | critic, frozen
 
     def model_params(self, trained: Params, frozen: Params) -> Params:
         """The parameters of the model alone, of what `begin_params` gives."""
-        return join_params(trained, {name: part for name, part in frozen.items() if name != REFERENCE})
+        params = join_params(trained, frozen)
+        return {name: part for name, part in params.items() if name not in (REFERENCE, CRITIC)}
 
     def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
         """Describes the results of `begin_params` and `begin` as `jax.ShapeDtypeStruct`s on a mesh that may not be
@@ -110,6 +113,9 @@ class TrainingProgram:
         return make_optimizer(self.config.optim, steps)
 
     def make_step(self, optimizer: optax.GradientTransformation, state: TrainState) -> StepFunction:
-        """The jitted step for states like this one (`make_train_step`)."""
-        accumulation = self.config.optim.accumulation
-        return make_train_step(self.objective, optimizer, accumulation=accumulation, places=shardings_of(state))
+        """The jitted step for states like this one (`make_train_step`). On-policy losses read the reference before it
+        (`training.on_policy`)."""
+        accumulation, objective = self.config.optim.accumulation, self.objective
+        if objective.loss.on_policy:
+            objective = dataclasses.replace(objective, frozen=())
+        return make_train_step(objective, optimizer, accumulation=accumulation, places=shardings_of(state))
