@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProximalPolicy(OnPolicyLoss):
-    """`ppo_loss` of every token, with advantages by GAE (Schulman et al., 2016, arXiv 1506.02438) that are whitened over
-    the rollout. The critic is one linear layer on the policy's hidden states."""
+    """`ppo_loss` of every token, with advantages by GAE (Schulman et al., 2016, arXiv 1506.02438), whitened over the
+    answers of a step. The critic is one linear layer on the policy's hidden states."""
 
     name = "ppo"
     meaning = "PPO: the language model itself, on its own answers, against a reward model, with a value head"

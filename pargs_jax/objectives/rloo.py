@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LeaveOneOut(OnPolicyLoss):
-    """`rloo_loss` of whole answers with the rewards `R(y) = r(y) - beta log(pi(y | x) / rho(y | x))`, from each of which
-    the mean over the other answers to the prompt is subtracted (`leave_one_out`)."""
+    """`rloo_loss` of whole answers. Their rewards are `R(y) = r(y) - beta log(pi(y | x) / rho(y | x))`, each less the
+    mean over the other answers to the prompt (`leave_one_out`)."""
 
     name = "rloo"
     meaning = "RLOO: as ppo without a value head; the other answers to a prompt are the baseline"

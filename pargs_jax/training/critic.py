@@ -1,4 +1,4 @@
-"""The critic of PPO: a linear layer from the policy's hidden states to one number, which is trained beside the policy and
+"""The critic of PPO: a linear layer from the policy's hidden states to one number. It is trained beside the policy, and
 not exported with it."""
 
 import jax.numpy as jnp

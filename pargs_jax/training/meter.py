@@ -11,7 +11,6 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.training.objective import Metrics
 from pargs_jax.training.step import merge_metrics
 
-
 SAMPLED = "sampled_tokens"
 """The metric of a step that counts the tokens it has sampled itself."""
 
@@ -29,9 +28,10 @@ def stack_metrics(parts: list[Metrics]) -> dict[str, np.ndarray]:
 class Meter:
     """Collects the metrics of steps; only reading them waits for the device.
 
-    Besides the metrics' means, a reading has `tokens_per_second` (those of the batches, and those that steps sampled) and `data_wait_share`, over the time since the last
-    reading without pauses. `data_wait_share` is the share of that time (0 to 1) that the loop waited for batches. Steps
-    are dispatched asynchronously, so it is an upper bound on the share that the device was idle for lack of data.
+    Besides the metrics' means, a reading has `tokens_per_second` (those of the batches, and those that steps sampled)
+    and `data_wait_share`, over the time since the last reading without pauses. `data_wait_share` is the share of that
+    time (0 to 1) that the loop waited for batches. Steps are dispatched asynchronously, so it is an upper bound on the
+    share that the device was idle for lack of data.
     """
 
     def __init__(self, waited: Callable[[], float]) -> None:
@@ -54,7 +54,7 @@ class Meter:
         steps = jax.device_get(self._steps)
         means = merge_metrics(stack_metrics(steps), np.ones(len(steps)))
         seconds = time.perf_counter() - self._since
-        tokens = self._tokens + sum(step.get(SAMPLED, 0) for step in steps)
+        tokens = self._tokens + sum(int(step.get(SAMPLED, 0)) for step in steps)
         rates = {
             "tokens_per_second": tokens / seconds,
             "data_wait_share": (self._waited_in_all() - self._waited) / seconds,
