@@ -23,7 +23,7 @@ def check_on_policy(config: TrainConfig) -> None:
     if config.batch_size % loss.answers_per_prompt:
         raise InputError(
             f"--batch-size: got {config.batch_size}, must be a multiple of the {loss.answers_per_prompt} answers to a "
-            "prompt (--objective.samples)"
+            "prompt (--objective.n)"
         )
     if config.model.dropout:
         raise InputError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnPolicyLoss(Loss):
-    """An objective on answers that the trained model, the policy, samples itself. A step samples `samples` answers to
+    """An objective on answers that the trained model, the policy, samples itself. A step samples `n` answers to
     each prompt, has them scored, and makes `updates` optimizer updates on all of them.
 
     Its loss gets batches with a `rollout`, which `learn_from` makes once a step. It does not read the reference again;
@@ -30,7 +30,7 @@ class OnPolicyLoss(Loss):
     on_policy = True
     has_accuracy = False
     frozen = ("reference",)
-    usual_samples: ClassVar[int]
+    usual_n: ClassVar[int]
     usual_updates: ClassVar[int]
 
     rm: str | None = option(
@@ -45,7 +45,7 @@ class OnPolicyLoss(Loss):
         at_least=0,
     )
     clip: float = option(0.2, "by how much the ratio of new to old probability may leave 1 and still gain", above=0)
-    samples: int | None = option(None, "answers to each prompt of a step", unset="1 in ppo and 4 in rloo", at_least=1)
+    n: int | None = option(None, "answers to each prompt of a step", unset="1 in ppo and 4 in rloo", at_least=1)
     updates: int | None = option(
         None, "optimizer updates on the answers of a step", unset="4 in ppo and 1 in rloo", at_least=1
     )
@@ -57,7 +57,7 @@ class OnPolicyLoss(Loss):
 
     @property
     def answers_per_prompt(self) -> int:
-        return self.usual_samples if self.samples is None else self.samples
+        return self.usual_n if self.n is None else self.n
 
     @property
     def updates_per_step(self) -> int:

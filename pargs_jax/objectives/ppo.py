@@ -24,7 +24,7 @@ class ProximalPolicy(OnPolicyLoss):
     name = "ppo"
     meaning = "PPO: the language model itself, on its own answers, against a reward model, with a value head"
     critic = True
-    usual_samples = 1
+    usual_n = 1
     usual_updates = 4
 
     gamma: float = option(1.0, "discount of later rewards, per token", above=0, at_most=1)

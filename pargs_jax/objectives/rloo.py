@@ -23,13 +23,13 @@ class LeaveOneOut(OnPolicyLoss):
 
     name = "rloo"
     meaning = "RLOO: as ppo without a value head; the other answers to a prompt are the baseline"
-    usual_samples = 4
+    usual_n = 4
     usual_updates = 1
 
     def validate(self, max_length: int) -> None:
         super().validate(max_length)
         if self.answers_per_prompt < 2:
-            raise InputError("objective.samples: got 1, must be at least 2 for rloo, which compares a prompt's answers")
+            raise InputError("objective.n: got 1, must be at least 2 for rloo, which compares a prompt's answers")
 
     def learn_from(
         self,

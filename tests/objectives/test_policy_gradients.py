@@ -72,7 +72,7 @@ def test_what_ppo_learns_from_by_hand():
 
 def test_what_rloo_learns_from_by_hand():
     ratios = jnp.array([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0], [0.0, -2.0]])
-    rollout = LeaveOneOut(kl_weight=0.5, samples=2).learn_from(
+    rollout = LeaveOneOut(kl_weight=0.5, n=2).learn_from(
         jnp.array([3.0, 1.0, 0.0, 0.0]), ratios, ratios, jnp.full(4, 2), None
     )
     np.testing.assert_allclose(rollout.advantages, [1.0, -1.0, -2.0, 2.0], atol=1e-6)  # of 2, 1, -1 and 1
@@ -160,7 +160,7 @@ def test_rloo_equals_torch(arrays, first_update):
 
 def test_losses_read_batches_and_leave_filler_out(arrays):
     """Through the classes: filler rows and slots beyond the end change nothing."""
-    logits, answers, lengths, weights, real, old, advantages, returns, values = arrays
+    logits, answers, lengths, weights, real, old, _, returns, values = arrays
 
     class Outputs:
         def __init__(self, logits):
