@@ -85,7 +85,7 @@ class DataConfig:
 
     train: str = option(
         DEMO,
-        "pairs to train on, or what the objective reads (prompts; scored answers: rows of prompt, response, reward, or a "
+        "pairs to train on, or what the objective reads (prompts; scored answers: prompt, response, reward, or a "
         "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
         "file, or a hub id",
         metavar="FILE_OR_HUB_ID",
