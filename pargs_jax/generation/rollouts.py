@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.decoding.loop import Decoder
@@ -49,8 +49,8 @@ class Rollouts:
         """The batch with answers (R is `max_new_tokens`) and rewards, and which answers ended. Raises InputError for a
         reward that is not finite."""
         options = self.tokenizer.eos_ids, self.dtype, self.temperature, self.max_new_tokens
-        sampled = sample(model, *options, params, prompts.prompts, prompts.prompt_lengths, key)
-        answers, lengths, finished, *padded, weights = jax.device_get((*sampled, on_host(prompts.weights)))
+        sampled = sample(model, *options, params, prompts, key)
+        answers, lengths, finished, *padded, weights = jax.device_get(sampled)
         lm_ids = [ids[len(ids) - length :] for ids, length in zip(*padded, strict=True)]
         own = self.reward_model.pad_prompts([self.own_prompts[ids.tobytes()] for ids in lm_ids], len(lm_ids))
         texts = [
@@ -64,9 +64,6 @@ class Rollouts:
         return answered, finished
 
 
-on_host = jax.jit(on_every_device)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def sample(
     model: CausalModel,
@@ -75,24 +72,24 @@ def sample(
     temperature: float,
     max_new_tokens: int,
     params: Params,
-    prompts: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    prompts: Batch,
     key: PRNGKeyArray,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Samples an answer to each left-padded prompt from softmax(logits / temperature); row b's key is `key` with b
-    folded in. Returns answers `[B N]`, their lengths, which of them ended, and the prompts and their lengths again, all
-    whole on every device."""
+) -> tuple[Array, ...]:
+    """Samples an answer to each prompt from softmax(logits / temperature); row b's key is `key` with b folded in.
+    Returns answers `[B N]`, their lengths, which of them ended, and the batch's prompts, lengths and weights, all whole
+    on every device."""
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, dropout=0.0, remat="none"))
     if unrolls_by_default(jax.default_backend()):
         model, params = unstack_layers(model, params)
     decoder = Decoder(model, proposer=AllTokens(), eos_ids=eos_ids, pad_id=eos_ids[0])
-    rows = len(prompts)
+    rows = len(prompts.weights)
     settings = RowSettings.alike(
         rows, temperature=temperature, candidates=model.config.vocab_size, max_new_tokens=max_new_tokens
     )
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     everything: Any = (params, ())
-    state = decoder.start(everything, prompts, lengths, keys, settings, max_new_tokens)
+    texts = prompts.prompts, prompts.prompt_lengths
+    state = decoder.start(everything, *texts, keys, settings, max_new_tokens)
     answers = decoder.read(decoder.advance(everything, state, max_new_tokens))
-    return on_every_device((answers.tokens, answers.lengths, answers.finished, prompts, lengths))
+    return on_every_device((answers.tokens, answers.lengths, answers.finished, *texts, prompts.weights))

@@ -152,7 +152,7 @@ def test_sampled_log_probabilities_are_those_of_a_full_pass(temperature):
     params = join_params(additions, params)
     batch, key = prompt_batch(tiny_tokenizer()), jax.random.key(3)
     options = (2,), "float32", temperature, NEW_TOKENS
-    answers, lengths, *_ = sample(model, *options, params, batch.prompts, batch.prompt_lengths, key)
+    answers, lengths, *_ = sample(model, *options, params, batch, key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
     rows = RowSettings.alike(4, temperature=temperature, candidates=640, max_new_tokens=NEW_TOKENS)
     decoder = Decoder(model, proposer=AllTokens(), eos_ids=(2,), pad_id=2)
@@ -165,7 +165,7 @@ def test_sampled_log_probabilities_are_those_of_a_full_pass(temperature):
     numbers = policy_numbers(logits, logits, answers, lengths, temperature)
     np.testing.assert_allclose(numbers.log_probs, drawn.trace.guided_log_probs, atol=2e-5)
     assert not np.any(numbers.log_ratios) and float(numbers.log_probs.sum()) < -20
-    others, *_ = sample(model, *options, params, batch.prompts, batch.prompt_lengths, jax.random.key(4))
+    others, *_ = sample(model, *options, params, batch, jax.random.key(4))
     assert not np.array_equal(others, answers)
 
 
