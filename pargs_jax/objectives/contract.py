@@ -107,13 +107,13 @@ class Loss:
         this loss depends on the data; then there is no limit."""
         raise NotImplementedError
 
-    def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **more: Any) -> LossResult:
+    def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, **others: Any) -> LossResult:
         """The loss of a batch.
 
         Args:
             outputs: the trained model's outputs.
             batch: token ids, lengths and weights; a row of weight 0 is filler and does not count.
             key: randomness of a training step; None in an evaluation, which must be deterministic.
-            more: the outputs of the models named in `frozen`, and `values` with a critic.
+            others: the outputs of the models named in `frozen`, and `values` with a critic.
         """
         raise NotImplementedError

@@ -52,7 +52,7 @@ class OnPolicy:
 
         def step(state: TrainState, prompts: Batch, key: PRNGKeyArray, frozen: Params) -> tuple[TrainState, Metrics]:
             sampling = _folded(key, state.step)
-            answered, metrics = self._roll_out({**state.params}, frozen, prompts, sampling)
+            answered, metrics = self._roll_out(state.params, frozen, prompts, sampling)
             others = {name: part for name, part in frozen.items() if name != REFERENCE}
             parts = []
             for _ in range(updates):
