@@ -13,8 +13,9 @@ Python.
 import re
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.objectives.contract import Loss
@@ -24,18 +25,14 @@ from pargs_jax.search_config import SearchConfig
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
-MethodName = Literal[
-    "greedy", "top_k", "top_p", "contrastive", "args", "args_stochastic", "pargs_greedy", "pargs", "rad", "farma", "cd",
-    "vas", "genarm", "parm", "expert_ratio", "transfer_q", "best_of_n", "blockwise", "chunk_beam",
-    "weak_to_strong", "cards", "speculative_rejection", "smc",
-]  # fmt: skip
+MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 DtypeName = Literal["float32", "bfloat16"]
 
 COLUMNS = ("id", "prompt", "chosen", "rejected", "response", "completion", "messages", "text", "reward", "split")
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-GROUPED_METHODS = ("expert_ratio", "transfer_q", "weak_to_strong")
+GROUPED_METHODS = tuple(name for name, method in METHODS.items() if method.reward_model in ("ratio", "look_ahead"))
 """Those whose reward models guide together, several for one weight."""
-UNGUIDED_METHODS = ("greedy", "top_k", "top_p", "contrastive")
+UNGUIDED_METHODS = tuple(name for name, method in METHODS.items() if not method.guided)
 LARGEST_SEED = 2**32 - 1
 
 
@@ -351,7 +348,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The options of `decode.py`. The defaults compare all methods on the demo task's unseen prompts."""
+    """The options of `decode.py`. The defaults compare seven methods on the demo task's unseen prompts."""
 
     lm: str = option(
         DEMO,
@@ -362,7 +359,7 @@ class DecodeConfig:
         (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
     )
     method: MethodName | None = option(
-        None, "how to choose the next token: see the list below", unset="compare all, on the demo only"
+        None, "how to choose the next token: see the list below", unset="compare seven, on the demo only"
     )
     prompt: str | None = option(None, "one prompt to answer", metavar="TEXT", may_be_empty=True)
     prompts: str | None = option(
@@ -475,7 +472,7 @@ class DecodeConfig:
         named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
         if self.method is None and not self.compile_only and any(named.values()):
             flag = next(flag for flag, is_given in named.items() if is_given)
-            raise InputError(f"{flag}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+            raise InputError(f"{flag}: needs --method NAME, one of {', '.join(METHODS)}")
         if self.method is None and self.search.given:
             flag = next(iter(self.search.given)).replace("_", "-")
             raise InputError(f"--search.{flag}: needs --method NAME, one that searches")
@@ -492,7 +489,7 @@ class DecodeConfig:
         if self.prompt is None and self.prompts is None and not self.compile_only:
             raise InputError(f"--lm {self.lm}: needs prompts to answer; give --prompt TEXT or --prompts FILE")
         if self.method is None and not self.compile_only:
-            raise InputError(f"--lm {self.lm}: needs --method NAME, one of {', '.join(get_args(MethodName))}")
+            raise InputError(f"--lm {self.lm}: needs --method NAME, one of {', '.join(METHODS)}")
         if self.method not in UNGUIDED_METHODS and not self.rm and not self.compile_only:
             raise InputError(
                 f"--method {self.method}: needs a reward model; give --rm PATH, "

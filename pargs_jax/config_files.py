@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.options import Option, options, sections, shown
 
 
@@ -31,15 +31,12 @@ C = TypeVar("C", bound=Config)
 def from_mapping(config_class: type[C], mapping: Mapping[str, Any], where: str) -> C:
     """The config that a nested mapping describes, such as one read from YAML, validated.
 
-    Raises:
-        InputError: an unknown key, a value of the wrong type or one that cannot be used; the message begins with
-            `where`, the file or place that the mapping comes from.
+    Raises InputError for an unknown key, a value of the wrong type or one that cannot be used; the message begins with
+    `where`, the file or place that the mapping comes from.
     """
     config = build(config_class, read_options(config_class, mapping, f"{where}: "))
-    try:
+    with input_errors_named_after(where):
         config.validate()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
     return config
 
 
@@ -51,8 +48,7 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises:
-        InputError: the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
+    Raises InputError if the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
     """
     try:
         content = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
@@ -138,6 +134,23 @@ def _as_scalar(option: Option, value: Any) -> Any:
         return float(value)
     except (ValueError, OverflowError):
         return value
+
+
+def from_text(option: Option, word: Any) -> Any:
+    """The value that YAML would have read for a word of a command line, or for each of a list; bools stay as they
+    are."""
+    if isinstance(word, list):
+        return [from_text(option, each) for each in word]
+    if not isinstance(word, str):
+        return word
+    if option.nullable and word.lower() in ("null", "none"):
+        return None
+    if option.scalar is bool:
+        return {"true": True, "false": False}.get(word, word)
+    try:
+        return int(word) if option.scalar is int else word
+    except ValueError:
+        return word
 
 
 def build(config_class: type[C], values: Mapping[str, Any], section: str = "") -> C:

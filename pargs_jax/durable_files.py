@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -48,6 +48,24 @@ def hold(file: IO[bytes], busy: str) -> None:
             raise
 
 
+@contextmanager
+def opened_to_append(path: Path, command: str, advice: str) -> Iterator[IO[bytes]]:
+    """Opens a file without a buffer, makes its folder if it is missing, and locks it. Closes it again only if the block
+    raises an error. Raises InputError, which ends in `advice`, for a file that cannot be written, or that another
+    process of `command` is writing."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, must be a file")
+    with write_errors_named_after(path, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    try:
+        hold(file, f"{path}: another {command} is writing it; wait for it to end, or {advice}")
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
 def write_error_reason(error: BaseException) -> str | None:
     """The operating system's reason for a failed write, such as `No space left on device`; None for errors of another
     kind."""
@@ -58,12 +76,14 @@ def write_error_reason(error: BaseException) -> str | None:
 
 
 @contextmanager
-def write_errors_named_after(place: Path, advice: str) -> Iterator[None]:
-    """Turns a failed write inside into an InputError that names the place, the reason, and `advice`."""
+def write_errors_named_after(place: Path, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Turns a failed write inside into an InputError that names the place, the reason, and `advice`, which may be asked
+    for only then."""
     try:
         yield
     except Exception as error:
         reason = write_error_reason(error)
         if reason is None:
             raise
-        raise InputError(f"{place}: cannot be written ({reason}); {advice}") from error
+        words = advice if isinstance(advice, str) else advice()
+        raise InputError(f"{place}: cannot be written ({reason}); {words}") from error

@@ -1,6 +1,8 @@
 """The exception for a user's mistake, the warning of a possible one, and the exception that ends a run on request."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -22,6 +24,15 @@ def warn(message: str) -> None:
 
 class Terminated(KeyboardInterrupt):
     """Raised after SIGTERM, once the run's state is saved. Like Ctrl-C, it is not an error to recover from."""
+
+
+@contextmanager
+def input_errors_named_after(place: object) -> Iterator[None]:
+    """Prefixes an InputError with the file or the place that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def first_line(error: Exception) -> str:

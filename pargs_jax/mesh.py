@@ -13,13 +13,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from pargs_jax.aot.gpu import describe_h100
-from pargs_jax.config import DecodeConfig, TrainConfig
+from pargs_jax.config import TrainConfig
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.processes import start_processes
 
@@ -127,19 +127,13 @@ def parse_mesh(text: str) -> MeshRequest:
     raise InputError(f"mesh {text}: {name!r} is not known; did you mean {nearest}? (or auto, cpu-N, gpu-N, or axes)")
 
 
-class MachineConfig(Protocol):
-    """The options of a command that runs in one process, such as `evaluate.py`."""
-
-    mesh: str
-    compile_cache: str | None
-
-
-def start(config: TrainConfig | DecodeConfig | MachineConfig) -> Mesh:
-    """The mesh that a command's config asks for. Connects with the other processes, if there are any, and opens the
-    cache of compiled programs."""
+def start(config: Any) -> Mesh:
+    """The mesh that a command's config asks for by its `mesh`, `compile_cache` and, if it can have several processes,
+    `distributed` and `processes`. Connects with the other processes, if there are any, and opens the cache of compiled
+    programs."""
     open_compile_cache(config.compile_cache)
     processes: int | None = 1
-    if isinstance(config, TrainConfig | DecodeConfig) and config.distributed:
+    if getattr(config, "distributed", False):
         start_processes(config.processes)
         processes = config.processes.count
     return make_mesh(config.mesh, "train" if isinstance(config, TrainConfig) else "decode", processes=processes)

@@ -53,8 +53,7 @@ def collective_bytes(hlo_text: str, choice: Choice = max) -> CollectiveTraffic:
         choice: `max` or `min`: which branch of a conditional with three or more branches counts, by its bytes. Of two
             branches, the more expensive one counts.
 
-    Raises:
-        ValueError: if the text is not a module, or a collective's groups are written in an unknown form.
+    Raises ValueError if the text is not a module, or a collective's groups are written in an unknown form.
     """
     return _Count(parse_module(hlo_text), choice).traffic()
 

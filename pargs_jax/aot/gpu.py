@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,34 +20,6 @@ if TYPE_CHECKING:
     import jax
 
 NEEDS_EXTRA = "compiling for a GPU needs NVIDIA's compiler; install it with pip install 'pargs-jax[compile-gpu]'"
-
-# XLA's description of the chip, from its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
-H100_SXM = """
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-runtime_version { major: 13 }
-dnn_version_info { major: 9 minor: 10 }
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-}
-"""
 
 
 def prepare_compiler() -> None:
@@ -71,10 +44,12 @@ def describe_h100() -> list[Any]:
 
     if not is_installed():
         raise InputError(NEEDS_EXTRA)
+    # XLA's description of it, from its `xla/backends/gpu/target_config/specs/h100_sxm.txtpb`.
+    chip = (files("pargs_jax") / "assets" / "h100_sxm.txtpb").read_text()
     with _replaced("xla_bridge", "canonicalize_platform", _know_cuda):
         try:
             topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="h100", target_config=H100_SXM, topology="1x1x1"
+                platform="cuda", topology_name="h100", target_config=chip, topology="1x1x1"
             )
         except Exception as error:
             raise _other_jax(first_line(error)) from error

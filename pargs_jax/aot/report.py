@@ -175,8 +175,7 @@ def compile_report(
         argument_reads: how often a run reads its arguments.
         step: describes a step of the program; on a GPU its kernels and bytes are counted.
 
-    Raises:
-        jax.errors.JaxRuntimeError: for all compiler errors except a lack of device memory, which is reported.
+    Raises jax.errors.JaxRuntimeError for all compiler errors except a lack of device memory, which is reported.
     """
     start = time.perf_counter()
     try:

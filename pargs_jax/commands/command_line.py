@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from pargs_jax.config_files import C, build, converted, nearest, read_options, read_yaml
+from pargs_jax.config_files import C, build, converted, from_text, nearest, read_options, read_yaml
 from pargs_jax.errors import InputError
 from pargs_jax.options import Option, options, sections, shown
 
@@ -45,7 +45,7 @@ def parse(
     config_file = words.pop("config", None)
     values = {} if config_file is None else read_options(config_class, read_yaml(config_file), f"{config_file}: ")
     for key, word in words.items():
-        values[key] = converted(known[key], _from_text(known[key], word), known[key].flag)
+        values[key] = converted(known[key], from_text(known[key], word), known[key].flag)
     config = build(config_class, values)
     config.validate()
     return config
@@ -122,17 +122,3 @@ def _unknown_word(word: str, known: Iterable[Option]) -> InputError:
     names = [option.flag.removeprefix("--") for option in known]
     match = nearest(flag.lstrip("-"), [*names, "config", "help"])
     return InputError(f"{flag}: unknown option; " + (f"did you mean --{match}?" if match else "see --help"))
-
-
-def _from_text(option: Option, word: Any) -> Any:
-    """The value that YAML would have read for a word of the command line; switches are bools already."""
-    if isinstance(word, list):
-        return [_from_text(option, each) for each in word]
-    if option.nullable and isinstance(word, str) and word.lower() in ("null", "none"):
-        return None
-    if option.scalar is int:
-        try:
-            return int(word)
-        except ValueError:
-            return word
-    return word

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
 from pargs_jax.demo import task as demo
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.generation.output import answer_row
@@ -33,11 +35,12 @@ COMPARED: dict[str, float | None] = {
     "top_k": None,
     "args_stochastic": 0.5,
     "best_of_n": None,
+    "genarm": 0.5,
     "pargs": 8.0,
 }
 """The methods of the table, greedy ones first, with their reward weights: of `CURVE_WEIGHTS` those with the highest
 true reward on prompts of the evaluation split."""
-CURVES = {"pargs": "PARGS", "args_stochastic": "ARGS, sampled"}
+CURVES = {"pargs": "PARGS", "args_stochastic": "ARGS, sampled", "genarm": "GenARM"}
 CURVE_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 CURVE_PROMPTS = 100
 BEST_OF = 10
@@ -63,7 +66,8 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     true reward against KL for all weights.
 
     ARGS is guided by the reward model trained on full answers where there is one (`runs/bt`), as it was published, and
-    by the partial one where not; the table says which. With `--rm`, all guided methods use those. With `--out`, every
+    by the partial one where not; the table says which. GenARM is left out where its reward model (`runs/arm`) is
+    missing. With `--rm`, all guided methods use those, and GenARM is left out. With `--out`, every
     answer of the table is written there with its method and true reward, and the figure lies beside it. Returns the
     table's rows.
     """
@@ -75,19 +79,20 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     if config.out is not None and Path(config.out).exists():
         raise InputError(f"{config.out}: already exists; give another --out")
     comparison = _Comparison(config, demo_prompts(config), console)
-    answers = {name: comparison.answers(name, weight) for name, weight in COMPARED.items()}
+    compared = comparison.methods()
+    answers = {name: comparison.answers(name, COMPARED[name]) for name in compared}
     rows = [comparison.row(name, found) for name, found in answers.items()]
     console.print(_table(rows, len(comparison.prompts)))
     _print_examples(answers, [prompt.id for prompt in comparison.prompts[:SHOWN_EXAMPLES]], console)
     if config.out is not None:
         on_first(partial(_write, Path(config.out), answers))
         console.print(f"all answers are in {config.out}", highlight=False)
-    curves = [comparison.curve(name, label) for name, label in CURVES.items()]
+    curves = [comparison.curve(name, label) for name, label in CURVES.items() if name in compared]
     curves.append(comparison.best_of_n_curve())
     points = {row.method: (row.kl.mean, row.true_reward) for row in rows}
     figure = FIGURE if config.out is None else Path(config.out).with_suffix(".png")
     on_first(lambda: console.print(draw_comparison(figure, curves, points), highlight=False))
-    console.print("next: python decode.py --method pargs --limit 1 --explain runs/demo.html", highlight=False)
+    console.print(f"next: {_python()} decode.py --method pargs --limit 1 --explain runs/demo.html", highlight=False)
     return rows
 
 
@@ -97,6 +102,16 @@ class _Comparison:
     def __init__(self, config: DecodeConfig, prompts: list[Prompt], console: Console) -> None:
         self.config, self.prompts, self.console = config, prompts, console
         self._sessions: dict[str, Session] = {}
+
+    def methods(self) -> list[str]:
+        """The methods of the table: those of `COMPARED` whose reward models are there."""
+        arm = REWARD_MODELS["autoregressive"]
+        if self.config.rm or arm.exists():
+            return [name for name in COMPARED if name != "genarm" or not self.config.rm]
+        self.console.print(
+            f"{arm} is not there (python train.py --objective.name arm): genarm is left out", style="yellow"
+        )
+        return [name for name in COMPARED if name != "genarm"]
 
     def answers(self, name: str, weight: float | None, prompts: list[Prompt] | None = None) -> list[Answer]:
         """The answers of a method at a weight; `--weight` wins over it."""
@@ -150,13 +165,16 @@ class _Comparison:
     def _decode(self, name: str, settings: Settings, prompts: list[Prompt] | None) -> list[Answer]:
         guide = self._guide(METHODS[name])
         if guide not in self._sessions:
-            self._sessions[guide] = open_session(self.config, self.config.rm or (guide,), METHODS["pargs"])
+            method = METHODS["genarm" if name == "genarm" else "pargs"]
+            self._sessions[guide] = open_session(self.config, self.config.rm or (guide,), method)
         return decode_all(self._sessions[guide], prompts or self.prompts, settings, name, self.console)
 
     def _guide(self, method: Method) -> str:
         """The reward models that guide a method, or score the answers of one without guidance: the partial one."""
         if self.config.rm:
             return " ".join(self.config.rm)
+        if method is METHODS["genarm"]:
+            return str(demo_reward_model(method))
         is_args = method is METHODS["args"] or method is METHODS["args_stochastic"]
         if is_args and not REWARD_MODELS["full"].exists():
             self.console.print(
@@ -166,6 +184,12 @@ class _Comparison:
             )
             is_args = False
         return str(demo_reward_model(METHODS["args" if is_args else "pargs"]))
+
+
+def _python() -> str:
+    """This interpreter as one would type it here: one in a folder below, such as `.venv`, need not be activated."""
+    here, running = Path.cwd(), Path(sys.executable)
+    return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
 
 
 def _true_reward(answer: Answer) -> float:
@@ -200,12 +224,11 @@ def _print_examples(answers: dict[str, list[Answer]], prompt_ids: list[str], con
 
 
 def _write(path: Path, answers: dict[str, list[Answer]]) -> None:
-    try:
+    rows = (
+        {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
+        for name, found in answers.items()
+        for answer in found
+    )
+    with write_errors_named_after(path, "give another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for name, found in answers.items():
-                for answer in found:
-                    row = {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""`decode.py`: answers by one method, the demo's comparison of all methods, or only the program, compiled."""
+"""`decode.py`: answers by one method, the demo's comparison of methods, or only the program, compiled."""
 
 import dataclasses
 from typing import Any

@@ -8,7 +8,8 @@ import numpy as np
 from pargs_jax.demo.task import frontier
 from pargs_jax.evaluation.statistics import Estimate
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # blue, vermilion, green: told apart by colour-blind readers too
+_COLOURS = {"PARGS": "#0072b2", "ARGS, sampled": "#d55e00", "GenARM": "#cc79a7", "best of n": "#009e73"}
+"""Told apart by colour-blind readers too."""
 _LEAST_REWARD, _MOST_KL = -3.0, 40.0
 
 
@@ -32,7 +33,8 @@ def draw_comparison(path: Path, curves: list[Curve], points: dict[str, tuple[flo
     axis = figure.add_subplot()
     ceiling = np.array(frontier(np.geomspace(0.2, 50, 60).tolist()))
     axis.plot(*ceiling.T, color="black", linestyle="--", linewidth=1, label="best possible (exact)")
-    for curve, colour in zip(curves, _COLOURS, strict=True):
+    for curve in curves:
+        colour = _COLOURS[curve.name]
         kls = [kl for kl, _, _ in curve.points]
         rewards = [reward.mean for _, reward, _ in curve.points]
         errors = [reward.standard_error for _, reward, _ in curve.points]

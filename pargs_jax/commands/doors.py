@@ -87,9 +87,9 @@ decode = Door(
     "decode",
     "DecodeConfig",
     "Answer prompts with a frozen language model, guided by reward models at every token. Without arguments, answer "
-    "the demo task's unseen prompts with every method and print a table.",
+    "the demo task's unseen prompts with seven methods and print a table.",
     """\
-  {prog}                                         the demo task, all methods compared
+  {prog}                                         the demo task, seven methods compared
   {prog} --method pargs --weight 2 --k 10        one method on it
   {prog} --method pargs --limit 5 --explain F.html   five of its answers, explained token by token
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"

@@ -86,13 +86,19 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     problems: list[str] = []
     metrics, comparisons = [], {}
     with ExitStack() as stack:
-        asked = _open_endpoint(config, folder, stack)
+        asked = None
+        if config.endpoint.url is not None:
+            cache = Path(config.endpoint.cache or folder / "replies.jsonl")
+            asked = stack.enter_context(PairwiseJudge(config.endpoint, cache))
         files = [*given, *_decode_missing(swept, folder, config.mesh)]
         systems = load_systems(files, guides_of=guides_of)
         baseline = _baseline(config, systems)
         _refuse_guides(config, systems)
         if baseline is not None:
-            references = _references(config, systems)
+            references = {}
+            if config.references.file is not None:
+                columns = column_names(config.references.columns, "--references.columns", REFERENCE_NAMES)
+                references = load_references(config.references.file, columns, systems)
             check_prompts(systems, baseline)
             metrics = _judged(config, systems, functions, references, problems)
             metrics += [*given_metrics(systems), *_perplexity(config, systems, problems), *text_metrics(systems)]
@@ -215,13 +221,6 @@ def _same_model(source: str, other: str) -> bool:
     return resolve(source).resolve() == resolve(other).resolve()
 
 
-def _references(config: EvaluateConfig, systems: Sequence[System]) -> dict[str, list[str]]:
-    if config.references.file is None:
-        return {}
-    columns = column_names(config.references.columns, "--references.columns", REFERENCE_NAMES)
-    return load_references(config.references.file, columns, systems)
-
-
 def _judged(
     config: EvaluateConfig,
     systems: Sequence[System],
@@ -286,13 +285,6 @@ def _perplexity(config: EvaluateConfig, systems: Sequence[System], problems: lis
         "of their mean over prompts is the perplexity"
     )
     return [metric_of_answers("nats_per_token", meaning, "likelihood", systems, scores, problems=reasons)]
-
-
-def _open_endpoint(config: EvaluateConfig, folder: Path, stack: ExitStack) -> PairwiseJudge | None:
-    if config.endpoint.url is None:
-        return None
-    cache = Path(config.endpoint.cache) if config.endpoint.cache is not None else folder / "replies.jsonl"
-    return stack.enter_context(PairwiseJudge(config.endpoint, cache))
 
 
 def _compared(

@@ -28,7 +28,7 @@ from pargs_jax.text.prompts import choose_form, get_form
 from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 from pargs_jax.training.metrics_log import require_packages
-from pargs_jax.training.program import TrainingProgram, head_to_train
+from pargs_jax.training.program import TrainingProgram
 from pargs_jax.training.run import run as run_in_folder
 from pargs_jax.training.run_folder import claimed_folder, saved_prompt_form
 
@@ -73,7 +73,9 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "train")
     check_rows(config, mesh)
-    model = describe_model(model_source(config.model.init), head_to_train(config), attention=config.model.attention)
+    model = describe_model(
+        model_source(config.model.init), config.objective.loss.head, attention=config.model.attention
+    )
     program = training_program(config, model, closing_id=0)
     optimizer, _ = program.make_optimizer(SCHEDULED_STEPS)
     state, frozen = program.abstract_state(optimizer, mesh)
@@ -137,7 +139,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     source = resolve(model_source(config.model.init))
     pretrained = load_model(
         source,
-        head_to_train(config),
+        config.objective.loss.head,
         attention=config.model.attention,
         dtype=config.dtype if config.lora.rank else "float32",
         from_scratch=config.model.from_scratch,

@@ -1,6 +1,5 @@
 """Turns preferences into batches of token ids: truncation, padding, and an order that can be resumed at any step."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -145,8 +144,7 @@ def tokenise(
         prefix_tokenizer: the tokenizer of a language model; prefixes end at its tokens. By default they end at the
             tokens of the model that is trained.
 
-    Raises:
-        InputError: if `max_length` is below 2, or no row is left after truncation.
+    Raises InputError if `max_length` is below 2, or no row is left after truncation.
     """
     if max_length < 2:
         raise InputError(
@@ -241,8 +239,7 @@ class Batches:
             copies: how often each row is in its batch; a row's copies are consecutive, and `batch_size` counts them
                 once.
 
-        Raises:
-            InputError: if there are no examples, or the batch size or the seed is out of range.
+        Raises InputError if there are no examples, or the batch size or the seed is out of range.
         """
         if not examples:
             raise InputError("there are no examples to make batches of")
@@ -263,11 +260,6 @@ class Batches:
         self._answer_widths = self._widths_of_answers[np.searchsorted(self._widths_of_answers, answer_lengths)]
         self._window: tuple[range, list[Int[np.ndarray, "B"]]] = (range(0), [])
         self._orders: dict[int, Int[np.ndarray, "N"]] = {}
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of batches that hold every row once, rounded up."""
-        return math.ceil(len(self._examples) / self._batch_size)
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step (from 0); it depends on the seed and the step only."""

@@ -118,9 +118,8 @@ def load_preferences(
             the hub (see `Rows`).
         columns: the source's names for columns that it names differently, such as `{"prompt": "question"}`.
 
-    Raises:
-        InputError: if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
-            do not match the source.
+    Raises InputError if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
+    do not match the source.
     """
     preferences, bad_rows = [], []
     hint = ""
@@ -146,18 +145,11 @@ def load_preferences(
 
 
 def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
-    """Writes bad rows as JSON lines of `line`, `reason` and `row`.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    try:
-        # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            for bad_row in bad_rows:
-                file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    """Writes bad rows as JSON lines of `line`, `reason` and `row`. Raises OSError if the file cannot be written."""
+    # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for bad_row in bad_rows:
+            file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
 
 
 def load_prompts(
@@ -174,8 +166,7 @@ def load_prompts(
     `id` (the default is its line number), and `weights` and `preference`, which are lists of numbers. With a `split`,
     `train` or `eval`, only its rows are read (see `Rows`).
 
-    Raises:
-        InputError: if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
+    Raises InputError if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
     """
     prompts: dict[str, Prompt] = {}
     for row in list(Rows(source, split, columns or {})):

@@ -50,9 +50,8 @@ class Rows:
     def __iter__(self) -> Iterator[SourceRow]:
         """Yields the rows.
 
-        Raises:
-            InputError: if the source is missing, unreadable or empty, if no row has a column that `columns` names, or
-                if the source's splits are unknown or do not include `split`.
+        Raises InputError if the source is missing, unreadable or empty, if no row has a column that `columns` names, or
+        if the source's splits are unknown or do not include `split`.
         """
         names: set[str] = set()
         splits: Counter[Any] = Counter()

@@ -64,23 +64,33 @@ class TopK:
 
 
 @dataclasses.dataclass(frozen=True)
-class TopKOfSum:
+class TopKOfSum(TopK):
     """The k highest sums of log-probability and vocabulary rewards (FaRMA; Rashid et al., 2025). Candidate guides score
     only tokens that are already proposed, so with candidate guides alone this equals `TopK`."""
-
-    k: int
-
-    def size(self, vocab_size: int) -> int:
-        return self.k
 
     def __call__(
         self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
     ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
-        return TopK(self.k)(logits + vocabulary_rewards, vocabulary_rewards, counts)
+        return super().__call__(logits + vocabulary_rewards, vocabulary_rewards, counts)
 
 
 @dataclasses.dataclass(frozen=True)
-class TopP:
+class AllTokens:
+    """The whole vocabulary, in the order of its ids. Meant for vocabulary guides: a candidate guide would have to score
+    every token."""
+
+    def size(self, vocab_size: int) -> int:
+        return vocab_size
+
+    def __call__(
+        self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
+    ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
+        tokens = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
+        return tokens, jnp.ones(logits.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP(AllTokens):
     """The nucleus: the fewest tokens, likeliest first, with a total probability of at least `mass` under the language
     model at temperature 1 (Holtzman et al., 2020). Tokens as likely as the last of them are included too.
 
@@ -93,13 +103,10 @@ class TopP:
         if not 0 < self.mass <= 1:
             raise InputError(f"top_p: got {self.mass}, must be above 0 and at most 1")
 
-    def size(self, vocab_size: int) -> int:
-        return vocab_size
-
     def __call__(
         self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
     ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
-        tokens, every = AllTokens()(logits, vocabulary_rewards, counts)
+        tokens, every = super().__call__(logits, vocabulary_rewards, counts)
         if self.mass == 1:  # rounded sums may reach 1 too early
             return tokens, every
         # The least probability in the nucleus, by bisection over its bits, which order positive floats correctly. 30
@@ -116,21 +123,6 @@ class TopP:
         one = jnp.full((len(probs), 1), jnp.float32(1.0)).view(jnp.int32)
         _, least = jax.lax.fori_loop(0, 30, halve, (jnp.full_like(one, -1), one))
         return tokens, probs >= jax.lax.bitcast_convert_type(least, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class AllTokens:
-    """The whole vocabulary, in the order of its ids. Meant for vocabulary guides: a candidate guide would have to score
-    every token."""
-
-    def size(self, vocab_size: int) -> int:
-        return vocab_size
-
-    def __call__(
-        self, logits: Float[Array, "B V"], vocabulary_rewards: Float[Array, "B V"], counts: Int[Array, "B"]
-    ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
-        tokens = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
-        return tokens, jnp.ones(logits.shape, bool)
 
 
 RewardForm = Literal["plain", "clipped", "centred"]

@@ -155,8 +155,7 @@ _SENTENCE = re.compile(r"[^.?!]*[.?!]")
 def parse_prompt(prompt: str) -> Request:
     """Reads who asks about what out of a prompt of the demo task (surrounding white space is ignored).
 
-    Raises:
-        InputError: the text is not a prompt of the demo task, so its answers have no true reward.
+    Raises InputError if the text is not a prompt of the demo task, so its answers have no true reward.
     """
     for problem, pattern in _PROMPT_PATTERNS.items():
         if match := pattern.fullmatch(prompt.strip()):
@@ -179,8 +178,7 @@ def oracle_terms(prompt: str, answer: str) -> dict[str, float]:
     Returns:
         Every key of `WEIGHTS` with its weight times its count; the module's docstring says what is counted.
 
-    Raises:
-        InputError: `prompt` is not a prompt of the demo task.
+    Raises InputError if `prompt` is not a prompt of the demo task.
     """
     request = parse_prompt(prompt)
     counts = dict.fromkeys(WEIGHTS, 0)

@@ -26,22 +26,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from pargs_jax.demo import language
-from pargs_jax.demo.language import Request, oracle, oracle_terms, parse_prompt
+from pargs_jax.demo.language import Request, oracle, oracle_terms
 from pargs_jax.errors import InputError
-
-__all__ = [
-    "DEMO_LM",
-    "Exchange",
-    "exchanges",
-    "frontier",
-    "oracle",
-    "oracle_terms",
-    "parse_prompt",
-    "preferences",
-    "prompts",
-    "sft_rows",
-    "train_tokenizer",
-]
 
 DEMO_LM = Path(str(files("pargs_jax"))) / "assets" / "demo_lm"
 """The Hugging Face folder of the language model and tokenizer that come with the package."""
@@ -140,8 +126,8 @@ def frontier(betas: Sequence[float]) -> list[tuple[float, float]]:
 def exchanges(n: int, seed: int = 0, split: str = "train") -> list[Exchange]:
     """`n` distinct prompts of a split, each with one answer of mixed quality.
 
-    Raises:
-        InputError: no such split, or it has fewer than `n` prompts. So do all functions here that take `n`.
+    Raises InputError if there is no such split, or it has fewer than `n` prompts. So do all functions here that take
+    `n`.
     """
     rng = random.Random(f"exchanges {split} {seed}")
     return [
@@ -190,8 +176,7 @@ def train_tokenizer(folder: str | Path) -> None:
     640 SentencePiece BPE pieces with byte fallback, trained on 20,000 exchanges; the bytes written are always the same.
     No space is put before the text, so the tokens of a prompt and of its answer join to the tokens of both together.
 
-    Raises:
-        InputError: `folder` already has a `tokenizer.model`.
+    Raises InputError if `folder` already has a `tokenizer.model`.
     """
     import sentencepiece
 

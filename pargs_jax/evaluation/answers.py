@@ -1,4 +1,4 @@
-"""Answers to evaluate: JSONL files as `decode.py --out` writes them, or as anything else does that has their fields."""
+"""Answers to evaluate: JSONL files as `decode.py` writes them, or as anything else does that has their fields."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +69,7 @@ def name_and_file(word: str) -> tuple[str, str]:
     if not equals or Path(word).exists():
         return "", word
     if not name or not file:
-        raise InputError(f"--answers: got {word!r}, must be FILE or NAME=FILE")
+        raise InputError(f"answers: got {word!r}, must be FILE or NAME=FILE")
     return name, file
 
 
@@ -82,24 +82,23 @@ def load_systems(
     The options of `decode.py` come from `FILE.config.yaml` where that is there; `guides_of` says which reward models
     they mean.
 
-    Raises:
-        InputError: a file that cannot be read, a row that lacks a field or has one of the wrong type, an answer that is
-            there twice, or two systems of one name.
+    Raises InputError for a file that cannot be read, a row that lacks a field or has one of the wrong type, an answer
+    that is there twice, or two systems of one name.
     """
     systems: list[System] = []
     for name, source in files:
-        options = _options(source)
+        settings = Path(f"{source}.config.yaml")
+        options = read_yaml(settings) if settings.exists() else {}
         for method, answers in _read(source).items():
-            label = " ".join(filter(None, (name, method)))
+            label = " ".join(filter(None, (name, method))) or Path(source).name.split(".jsonl")[0]
             made_with = options | ({"method": method} if method else {})
             guides = guides_of(made_with) if options else None
-            label = label or _stem(source)
             systems.append(System(label, source, tuple(answers), made_with, guides))
     names = [system.name for system in systems]
     for system in systems:
         if names.count(system.name) > 1:
             raise InputError(
-                f"--answers: two systems are called {system.name!r}; give one another name, as in NAME={system.source}"
+                f"answers: two systems are called {system.name!r}; give one another name, as in NAME={system.source}"
             )
     return systems
 
@@ -120,15 +119,6 @@ def check_prompts(systems: Sequence[System], baseline: System) -> None:
                     f"{system.source}: the id {prompt_id!r} belongs to a different prompt in {baseline.source}; "
                     "decode both from the same prompts"
                 )
-
-
-def _stem(source: str) -> str:
-    return Path(source).name.split(".jsonl")[0]
-
-
-def _options(source: str) -> dict[str, Any]:
-    settings = Path(f"{source}.config.yaml")
-    return read_yaml(settings) if settings.exists() else {}
 
 
 def _read(source: str) -> dict[str, list[GivenAnswer]]:

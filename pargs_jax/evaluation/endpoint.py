@@ -12,11 +12,11 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_errors_named_after
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.evaluation.answers import System
 from pargs_jax.evaluation.config import EndpointConfig
@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
         return None in (self.first, self.second)
 
 
-class PairwiseJudge:
+class PairwiseJudge(AbstractContextManager):
     """Asks an endpoint about pairs of answers."""
 
     def __init__(self, config: EndpointConfig, cache: Path, post: "Callable[..., str] | None" = None) -> None:
@@ -71,8 +71,7 @@ class PairwiseJudge:
             cache: JSONL file of the replies so far; made if it is not there.
             post: sends one request, as `OpenAIRequests` does.
 
-        Raises:
-            InputError: the file cannot be used, or the client library is not installed.
+        Raises InputError if the file cannot be used, or the client library is not installed.
         """
         self.name = config.model
         self._config = config
@@ -81,7 +80,7 @@ class PairwiseJudge:
             try:
                 self._instruction = Path(config.instruction).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"--endpoint.instruction {config.instruction}: cannot be read ({error})") from error
+                raise InputError(f"endpoint.instruction {config.instruction}: cannot be read ({error})") from error
         self._post = OpenAIRequests(config) if post is None else post
         self._replies = Replies(cache)
         self._lock = threading.Lock()
@@ -90,12 +89,7 @@ class PairwiseJudge:
         """Why asking was given up, if it was; else the last request that failed."""
         self.asked = 0
 
-    def __enter__(self) -> "PairwiseJudge":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._replies.close()
 
     def compare(
@@ -133,8 +127,8 @@ class PairwiseJudge:
     def _compare(self, prompt: str, mine: str, other: str) -> Comparison:
         if mine == other:
             return Comparison(0.5, "tie", "tie")
-        first, second = self._ask(prompt, mine, other), self._ask(prompt, other, mine)
-        verdicts = (None if first is None else parse_verdict(first), None if second is None else parse_verdict(second))
+        replies = self._ask(prompt, mine, other), self._ask(prompt, other, mine)
+        verdicts = [None if reply is None else parse_verdict(reply) for reply in replies]
         return Comparison(_score(*verdicts), *verdicts)
 
     def _ask(self, prompt: str, a: str, b: str) -> str | None:
@@ -201,7 +195,7 @@ class OpenAIRequests:
         try:
             import openai
         except ImportError as error:
-            raise InputError("--endpoint: needs OpenAI's client; pip install 'pargs-jax[judge]'") from error
+            raise InputError("endpoint: needs OpenAI's client; pip install 'pargs-jax[judge]'") from error
         self._errors = openai
         self._url = config.url
         # Servers of one's own take any key, and the client wants one.
@@ -236,20 +230,13 @@ class Replies:
 
     def __init__(self, path: Path) -> None:
         """Opens or makes the file; a last line that was cut off is dropped. Raises InputError if it cannot be used."""
-        advice = "give another --endpoint.cache"
-        with write_errors_named_after(path, advice):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        try:
-            hold(self._file, f"{path}: another evaluate.py is writing it; wait for it to end, or {advice}")
+        advice = "use another file as endpoint.cache"
+        with opened_to_append(path, "evaluate.py", advice) as self._file:
             lines = path.read_bytes().split(b"\n")
             cut_off = lines.pop()
             self._replies = dict(_reply(path, number, line) for number, line in enumerate(lines, start=1))
             if cut_off:
                 self._file.truncate(path.stat().st_size - len(cut_off))
-        except InputError:
-            self._file.close()
-            raise
         self._path = path
         self._lock = threading.Lock()
 
@@ -279,7 +266,7 @@ def _reply(path: Path, number: int, line: bytes) -> tuple[str, str]:
         if not isinstance(key, str) or not isinstance(reply, str):
             raise TypeError("no texts")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: line {number} is not a judge's reply; give another --endpoint.cache") from error
+        raise InputError(f"{path}: line {number} is not a judge's reply; use another file as endpoint.cache") from error
     return key, reply
 
 

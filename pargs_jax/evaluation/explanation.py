@@ -32,9 +32,8 @@ def explanation_page(traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTra
         unguided: the unguided answers; each is shown beside the trace with its id and sample. Those without one are
             left out.
 
-    Raises:
-        InputError: there are no traces, an answer comes twice, or an unguided answer is to another prompt or by another
-            language model than the guided one.
+    Raises InputError if there are no traces, an answer comes twice, or an unguided answer is to another prompt or by
+    another language model than the guided one.
     """
     if not traces:
         raise InputError("the page needs at least one answer; the trace has none")

@@ -45,7 +45,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "figures need matplotlib: run pip install 'pargs-jax[report]', or give --no-figures"
+            "figures need matplotlib: run pip install 'pargs-jax[report]', or leave figures out"
         ) from error
 
 
@@ -66,7 +66,7 @@ def draw(report: Report, folder: Path) -> list[Drawn]:
     }
     judges = [metric for metric in report.metrics if metric.kind == "judge"]
     found = []
-    with matplotlib.rc_context(style), write_errors_named_after(folder, "give another --out"):
+    with matplotlib.rc_context(style), write_errors_named_after(folder, "use another output folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if judges and len(report.systems) > 1:
             caption = "Mean score by each judge, with 95 % intervals over prompts."
@@ -239,17 +239,14 @@ def _reward_models(report: Report) -> "Figure":
     for number, model in enumerate(report.reward_models):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         percents = [row.percent for row in model.rows]
-        accuracy.plot(percents, [100 * row.accuracy for row in model.rows], f"{marker}-", color=colour, markersize=4)
-        lows, highs = zip(
-            *((100 * low, 100 * high) for low, high in (row.accuracy_interval for row in model.rows)), strict=True
+        rows = np.array(
+            [(row.accuracy, *row.accuracy_interval, row.spearman, *row.spearman_interval) for row in model.rows]
         )
-        accuracy.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
         label = _literal(_short(model.name))
-        agreement.plot(
-            percents, [row.spearman for row in model.rows], f"{marker}-", color=colour, markersize=4, label=label
-        )
-        lows, highs = zip(*(row.spearman_interval for row in model.rows), strict=True)
-        agreement.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        for axis, (means, lows, highs) in ((accuracy, 100 * rows.T[:3]), (agreement, rows.T[3:])):
+            in_legend = {"label": label} if axis is agreement else {}
+            axis.plot(percents, means, f"{marker}-", color=colour, markersize=4, **in_legend)
+            axis.fill_between(percents, lows, highs, color=colour, alpha=0.18, linewidth=0)
         confidences, right = zip(*((100 * b.confidence, 100 * b.accuracy) for b in model.reliability), strict=True)
         reach = [
             [max(0.0, right[i] - 100 * b.interval.low) for i, b in enumerate(model.reliability)],

@@ -77,16 +77,15 @@ class FunctionJudge:
 def load_function(name: str) -> Callable[[str, str], float]:
     """The function that `module:function` or `file.py:function` names; modules are looked for here too.
 
-    Raises:
-        InputError: there is none, or its module cannot be imported.
+    Raises InputError if there is none, or its module cannot be imported.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
-        raise InputError(f"--function: got {name!r}, must be module:function or file.py:function")
+        raise InputError(f"function: got {name!r}, must be module:function or file.py:function")
     try:
         if place.endswith(".py"):
             if not Path(place).is_file():
-                raise InputError(f"--function {name}: {place} is not a file")
+                raise InputError(f"function {name}: {place} is not a file")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -98,11 +97,11 @@ def load_function(name: str) -> Callable[[str, str], float]:
         raise
     except Exception as error:
         raise InputError(
-            f"--function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})"
+            f"function {name}: cannot be imported ({type(error).__name__}: {first_line(error)})"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"--function {name}: {place} has no function {attribute!r}")
+        raise InputError(f"function {name}: {place} has no function {attribute!r}")
     return function
 
 
@@ -183,9 +182,8 @@ class RougeJudge:
 def load_references(source: str, columns: Mapping[str, str], systems: Sequence[System]) -> dict[str, list[str]]:
     """The reference answers by the id of their prompt, which is a row's `id`, or else its line, as in decoding.
 
-    Raises:
-        InputError: a row without a reference, one whose prompt is not that of the answers of its id, or no row for any
-            of the systems' prompts.
+    Raises InputError for a row without a reference, one whose prompt is not that of the answers of its id, or no row
+    for any of the systems' prompts.
     """
     prompts = {answer.id: answer.prompt for system in systems for answer in system.answers}
     found: dict[str, list[str]] = {}
@@ -197,7 +195,7 @@ def load_references(source: str, columns: Mapping[str, str], systems: Sequence[S
         if name is None:
             raise InputError(
                 f"{where}: no reference; its column must be called {', '.join(REFERENCE_COLUMNS)}, or be named with "
-                "--references.columns, such as reference=summary"
+                "the option references.columns, such as reference=summary"
             )
         value = row.content[name]
         texts = value if isinstance(value, list) else [value]

@@ -1,41 +1,23 @@
 """The report as one HTML file that needs nothing else: no script, no request, light and dark."""
 
-import html
 from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
 
 from pargs_jax.evaluation.figures import Drawn
 from pargs_jax.evaluation.report import Report
 from pargs_jax.evaluation.tables import Table, tables
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #6b7280; --raised: #8881; }
-@media (prefers-color-scheme: dark) { :root { --dim: #9ca3af; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text { white-space: pre-wrap; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-figcaption, .note { color: var(--dim); font-size: .85rem; }
-.problem { border-left: 3px solid #d55e00; padding-left: .7rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; } summary pre { display: inline; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 0; }
-dt { font-weight: 600; overflow-wrap: anywhere; } dd { margin: 0 0 .4rem 1rem; }
-"""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(report: Report, figures: Sequence[Drawn], examples: int) -> str:
     """The page. All text is escaped; `examples` is how many prompts are shown with every system's first answer."""
     parts = [_opening(report)]
-    parts += [f'<p class="problem">{_escaped(line)}</p>' for line in report.problems]
+    parts += [f'<p class="problem">{escape(line)}</p>' for line in report.problems]
     if figures:
         parts.append("<h2>Figures</h2>")
-        parts += [f"<figure>{each.svg}<figcaption>{_escaped(each.caption)}</figcaption></figure>" for each in figures]
+        parts += [f"<figure>{each.svg}<figcaption>{escape(each.caption)}</figcaption></figure>" for each in figures]
     parts.append("<h2>Tables</h2>")
     parts += map(_table, tables(report))
     if report.systems and examples:
@@ -43,11 +25,12 @@ def page(report: Report, figures: Sequence[Drawn], examples: int) -> str:
         parts += _examples(report, examples)
     parts.append("<h2>What the numbers are</h2>")
     parts.append(_definitions(report))
+    style = (files("pargs_jax") / "assets" / "report" / "page.css").read_text(encoding="utf-8")
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation</title><style>{_STYLE}</style></head><body>\n"
+        f"<title>Evaluation</title><style>\n{style}</style></head><body>\n"
     )
     return head + "\n".join(parts) + "\n</body></html>\n"
 
@@ -57,18 +40,18 @@ def _opening(report: Report) -> str:
     said = []
     if systems:
         prompts = len({i for system in report.systems for i in system.by_prompt})
-        said.append(f"{systems} systems on {prompts} prompts, compared with <b>{_escaped(report.baseline)}</b>.")
+        said.append(f"{systems} systems on {prompts} prompts, compared with <b>{escape(report.baseline)}</b>.")
     if report.reward_models:
         said.append(f"{len(report.reward_models)} reward models on preference pairs.")
     return f"<h1>Evaluation</h1>\n<p>{' '.join(said)}</p>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_escaped(heading)}</th>" for heading in table.headings)
-    body = "".join(f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
-    note = f'<p class="note">{_escaped(table.note)}</p>' if table.note else ""
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<h3>{_escaped(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{note}"
     )
 
@@ -78,12 +61,12 @@ def _examples(report: Report, count: int) -> list[str]:
     parts = []
     for prompt_id, answers in list(first.by_prompt.items())[:count]:
         rows = [
-            f'<tr><td>{_escaped(system.name)}</td><td class="text">{_escaped(found[0].response)}</td></tr>'
+            f'<tr><td>{escape(system.name)}</td><td class="text">{escape(found[0].response)}</td></tr>'
             for system in report.systems
             if (found := system.by_prompt.get(prompt_id))
         ]
         parts.append(
-            f"<details><summary><pre>{_escaped(answers[0].prompt)}</pre></summary>"
+            f"<details><summary><pre>{escape(answers[0].prompt)}</pre></summary>"
             f"<table><tbody>{''.join(rows)}</tbody></table></details>"
         )
     return parts
@@ -107,8 +90,4 @@ def _definitions(report: Report) -> str:
             "Spearman with final": "rank correlation between rewards of this share of an answer and of all of it",
             "calibration error": "expected calibration error of the confidence sigmoid(|difference of rewards|)",
         }
-    return f"<dl>{''.join(f'<dt>{_escaped(name)}</dt><dd>{_escaped(text)}</dd>' for name, text in told.items())}</dl>"
-
-
-def _escaped(text: str) -> str:
-    return html.escape(text)
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in told.items())}</dl>"

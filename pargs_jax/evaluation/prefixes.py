@@ -116,7 +116,7 @@ def report_on(name: str, rewards: PrefixRewards, seed: int = 0) -> RewardModelRe
 def model_prefix_rewards(model: ScoringModel, pairs: Sequence[Preference], max_length: int) -> PrefixRewards:
     """Rewards by a model, whose own tokens prefixes are counted in; the end-of-sequence token is an answer's last.
 
-    Pairs are cut to `max_length` tokens or what the model has room for (`pargs_jax.data.batches.tokenise`). Raises
+    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.batches.tokenise`). Raises
     InputError if none is left.
     """
     positions = model.model.config.max_positions - (not model.model.one_pass)

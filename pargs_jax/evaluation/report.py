@@ -129,25 +129,13 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON; numbers that are unknown are null."""
         systems = [
-            {
-                "name": system.name,
-                "source": system.source,
-                "answers": len(system.answers),
-                "prompts": len(system.by_prompt),
-                "guides": system.guides,
-                "options": system.options,
-            }
+            {name: getattr(system, name) for name in ("name", "source", "guides", "options")}
+            | {"answers": len(system.answers), "prompts": len(system.by_prompt)}
             for system in self.systems
         ]
         metrics = [
-            {
-                "name": metric.name,
-                "meaning": metric.meaning,
-                "kind": metric.kind,
-                "is_guide": metric.is_guide,
-                "problems": metric.problems,
-                "systems": {name: self._value(metric, name) for name in metric.values},
-            }
+            {name: getattr(metric, name) for name in ("name", "meaning", "kind", "is_guide", "problems")}
+            | {"systems": {name: self._value(metric, name) for name in metric.values}}
             for metric in self.metrics
         ]
         content = {
@@ -155,12 +143,12 @@ class Report:
             "baseline": self.baseline,
             "systems": systems,
             "metrics": metrics,
-            "versus_baseline": _plain(self.versus),
-            "pairwise": _plain(self.pairwise),
-            "reward_models": [_plain(report) for report in self.reward_models],
-            "problems": list(self.problems),
+            "versus_baseline": self.versus,
+            "pairwise": self.pairwise,
+            "reward_models": self.reward_models,
+            "problems": self.problems,
         }
-        return json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        return json.dumps(_plain(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
     def _value(self, metric: Metric, system: str) -> dict[str, Any]:
         found = self.estimate(metric, system)
@@ -168,10 +156,10 @@ class Report:
         if found is None:
             return count
         estimate, interval = found
-        value = {**estimate._asdict(), "interval": interval._asdict(), **count}
+        value = {**estimate._asdict(), "interval": interval, **count}
         if metric.name == "nats_per_token":
             value["perplexity"] = math.exp(estimate.mean)
-            value["perplexity_interval"] = {"low": math.exp(interval.low), "high": math.exp(interval.high)}
+            value["perplexity_interval"] = Interval(*map(math.exp, interval))
         return value
 
 
@@ -363,7 +351,9 @@ def text_metrics(systems: Sequence[System]) -> list[Metric]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and named tuples as dictionaries."""
+    """A value as JSON has it: dataclasses and named tuples are dictionaries, and unknown numbers None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
@@ -371,11 +361,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _without_nan(each) for name, each in value.items()}
-    return [_without_nan(each) for each in value] if isinstance(value, list | tuple) else value

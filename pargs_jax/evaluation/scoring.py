@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pargs_jax.data.batches import Batch
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import answer_rewards, left_pad, padded_width
+from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_with_tokenizer, padded_width, right_pad
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.hf import Pretrained, load_model, resolve
 from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.one_pass import OnePass
+from pargs_jax.objectives.likelihood import prefix_log_probs
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -46,12 +47,7 @@ class ScoringModel:
     def load(cls, source: str, head: HeadName, *, dtype: str = "float32", batch_size: int = 16) -> "ScoringModel":
         """Loads a reward model or a language model. Raises InputError if it is not one or does not suit its
         tokenizer."""
-        folder = resolve(source)
-        loaded: Pretrained = load_model(folder, head, dtype=dtype)
-        if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
-        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
+        loaded, tokenizer = load_with_tokenizer(source, head, dtype)
         return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
 
     def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:
@@ -104,57 +100,36 @@ class ScoringModel:
             self.read(f"{first + len(chosen)}/{len(order)} texts")
         return found
 
-    def _arrays(self, batch: list[TokenisedAnswer]) -> tuple[Any, Any, Any, Any]:
-        longest = max(len(text.prompt) for text in batch)
-        prompts = left_pad([text.prompt for text in batch], len(batch), padded_width(longest))
-        counts = np.array([len(text.answer) for text in batch], np.int32)
-        answers = np.zeros((len(batch), padded_width(max(1, counts.max()))), np.int32)
-        for row, text in enumerate(batch):
-            answers[row, : counts[row]] = text.answer
-        return *prompts, answers, counts
+    def _batch(self, texts: list[TokenisedAnswer]) -> Batch:
+        longest = max(len(text.prompt) for text in texts)
+        prompts = left_pad([text.prompt for text in texts], len(texts), padded_width(longest))
+        answers, counts = right_pad([text.answer for text in texts])
+        return Batch(*prompts, answers[:, None], counts[:, None], np.ones(len(texts), np.float32))
 
-    def _rewards_in_one_pass(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
-        prompts, lengths, answers, _ = self._arrays(batch)
-        prefixes = np.array([text.prefixes for text in batch], np.int32)
-        return np.asarray(_rewards_of_prefixes(self.model, self.params, prompts, lengths, answers, prefixes))
+    def _rewards_in_one_pass(self, texts: list[TokenisedAnswer]) -> Float[np.ndarray, "B F"]:
+        prefixes = np.array([text.prefixes for text in texts], np.int32)
+        return np.asarray(_rewards_of_prefixes(self.model, self.params, self._batch(texts), prefixes))
 
-    def _whole_rewards(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
-        return np.asarray(answer_rewards(self.model, self.params, *self._arrays(batch), self.tokenizer.eos_id))
+    def _whole_rewards(self, texts: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
+        batch = self._batch(texts)
+        answers = batch.prompts, batch.prompt_lengths, batch.answers[:, 0], batch.answer_lengths[:, 0]
+        return np.asarray(answer_rewards(self.model, self.params, *answers, self.tokenizer.eos_id))
 
-    def _log_likelihoods(self, batch: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
-        return np.asarray(_answer_log_likelihoods(self.model, self.params, *self._arrays(batch)))
+    def _log_likelihoods(self, texts: list[TokenisedAnswer]) -> Float[np.ndarray, "B"]:
+        return np.asarray(_answer_log_likelihoods(self.model, self.params, self._batch(texts)))
 
 
 @partial(jax.jit, static_argnums=0)
 def _rewards_of_prefixes(
-    model: OnePass,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    answers: Int[Array, "B R"],
-    prefixes: Int[Array, "B F"],
+    model: OnePass, params: Params, batch: Batch, prefixes: Int[Array, "B F"]
 ) -> Float[Array, "B F"]:
-    """Rewards of the answers' first so many tokens, all in one pass."""
-    width = prompts.shape[1]
-    texts = jnp.concatenate([prompts, answers], axis=1)
-    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
-    last = jnp.take_along_axis(hidden, (width + prefixes - 1)[..., None], axis=1)
-    return on_every_device(model.rewards(params, last))
+    """Rewards of the answers' first so many tokens, which may be none, all in one pass."""
+    hidden = model.read_answers(params, batch).hidden[:, 0]  # from the prompt's last token on
+    return on_every_device(model.rewards(params, jnp.take_along_axis(hidden, prefixes[..., None], axis=1)))
 
 
 @partial(jax.jit, static_argnums=0)
-def _answer_log_likelihoods(
-    model: CausalModel,
-    params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    answers: Int[Array, "B R"],
-    counts: Int[Array, "B"],
-) -> Float[Array, "B"]:
+def _answer_log_likelihoods(model: CausalModel, params: Params, batch: Batch) -> Float[Array, "B"]:
     """`sum_i log p(y_i | x, y_<i)` over each answer's tokens."""
-    width, length = prompts.shape[1], answers.shape[1]
-    texts = jnp.concatenate([prompts, answers], axis=1)
-    hidden = model.encode(params, texts, width - prompt_lengths, prompt_width=width)
-    logits = model.logits(params, hidden[:, width - 1 : width - 1 + length])
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), answers[..., None], axis=-1)[..., 0]
-    return on_every_device(jnp.where(jnp.arange(length) < counts[:, None], log_probs, 0.0).sum(axis=1))
+    logits = model.read_answers(params, batch).logits()
+    return on_every_device(prefix_log_probs(logits, batch.answers, batch.answer_lengths)[:, 0, -1])

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pargs_jax.decoding.loop import Decoded
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
-from pargs_jax.generation.guidance import TokensRead, guide_names, tokens_read
+from pargs_jax.generation.guidance import guide_names
 from pargs_jax.generation.plan import Batch, Settings
 from pargs_jax.generation.reward_models import RewardModel
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
@@ -48,6 +48,18 @@ class Answer:
     kl_is: Literal["exact", "bound", "estimate"] = "exact"
     log_z: float | None = None
     trace: AnswerTrace | None = None
+
+
+class TokensRead(NamedTuple):
+    """Tokens read for an answer and its prompt: by the language model, and by all reward models together. A step that
+    scores k candidates reads k. Nobody reads the last token of an answer.
+
+    Answer tokens are counted in the language model's tokens, even where a reward model has its own tokenizer. A reward
+    model without a cache reads the whole text again for every candidate.
+    """
+
+    lm: int
+    rm: int
 
 
 class AnswerReader:
@@ -107,16 +119,19 @@ class AnswerReader:
     def _tokens_read(self, batch: Batch, row: int, answer: int, settings: Settings, found: Found | None) -> TokensRead:
         if found is not None:
             return TokensRead(int(found.tokens.lm[row]), int(found.tokens.rm[row]))
-        own_lengths = [int(own.lengths[row]) for own in batch.own_prompts]
-        return tokens_read(
-            settings.method,
-            self._reward_models,
-            len(batch.lm_ids[row]),
-            own_lengths,
-            answer,
-            settings.candidates + settings.method.keeps_rest,
-            settings.tokens_ahead,
-        )
+        method, candidates = settings.method, settings.candidates + settings.method.keeps_rest
+        prompt, own_prompts = len(batch.lm_ids[row]), [int(own.lengths[row]) for own in batch.own_prompts]
+        lm = prompt - 1 + answer
+        if method.draws == "contrastive":
+            lm += prompt + candidates * answer
+        if not method.guided:
+            return TokensRead(lm, sum(own + answer for own in own_prompts))
+        if method.reward_model == "look_ahead":
+            aligned, *judges = own_prompts
+            tried, ahead = answer * candidates, settings.tokens_ahead
+            return TokensRead(lm, aligned + tried * ahead + sum(own + tried * (ahead + 1) for own in judges))
+        parts = zip(self._reward_models, own_prompts, strict=True)
+        return TokensRead(lm, sum(model.tokens_read(own, answer, candidates) for model, own in parts))
 
     def _check_finite(
         self, batch: Batch, decoded: Decoded, final_rewards: Float[np.ndarray, "B J"], settings: Settings

@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import from_mapping, read_yaml, to_yaml
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.durable_files import append_all, hold, write_errors_named_after, write_whole
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
@@ -27,7 +27,7 @@ def answer_row(answer: Answer) -> dict[str, Any]:
     return row
 
 
-class AnswersFile:
+class AnswersFile(AbstractContextManager):
     """Appends answers to a JSONL file, batch by batch. Only one process may do so at a time.
 
     Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
@@ -40,36 +40,22 @@ class AnswersFile:
     def __init__(self, path: Path, config: DecodeConfig) -> None:
         """Opens the file, or creates it.
 
-        Raises:
-            InputError: if it cannot be written, belongs to something else, or another process is writing it.
+        Raises InputError if it cannot be written, belongs to something else, or another process is writing it.
         """
         self._path = path
         self._options = options_digest(config)
         self._settings = path.with_name(path.name + ".config.yaml")
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder, must be a file")
-        with write_errors_named_after(path, "use another file"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        self._traces: TracesFile | None = None
-        try:
-            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or use another file")
+        with opened_to_append(path, "decode.py", "use another file") as self._file:
             before = self._earlier_config(config)
             self._done = self._read_done(config, before)
             self._traces = self._open_traces(config, before)
             with write_errors_named_after(self._settings, "use another file"):
                 write_whole(self._settings, to_yaml(config))
-        except InputError:
-            self._close()
-            raise
 
-    def __enter__(self) -> "AnswersFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def answered(self, prompts: Sequence[Prompt], n: int = 1) -> list[list[bool]]:
         """Which of the n samples of each prompt have a row. Raises InputError if a row with a prompt's id answers
@@ -93,11 +79,6 @@ class AnswersFile:
             self._path, "earlier answers are safe; fix that, then run the same command again"
         ):
             append_all(self._file, rows)
-
-    def _close(self) -> None:
-        self._file.close()
-        if self._traces is not None:
-            self._traces.close()
 
     def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
         """The config of the run that made the file; None if there is nothing to continue."""

@@ -201,8 +201,7 @@ def plan_batches(
         prompts, settings: the prompts to answer, and how.
         answered: the samples of each prompt that exist already; they are left out.
 
-    Raises:
-        InputError: before the first batch, if a prompt with its answer does not fit a model.
+    Raises InputError before the first batch, if a prompt with its answer does not fit a model.
     """
     encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
     own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]

@@ -21,9 +21,9 @@ from pargs_jax.decoding.guides import (
     RetokenisedGuide,
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
-from pargs_jax.errors import InputError
-from pargs_jax.models.hf import load_model, resolve
-from pargs_jax.models.model import AnyRewardModel, Params, unstack_layers
+from pargs_jax.errors import InputError, input_errors_named_after
+from pargs_jax.models.hf import Pretrained, load_model, resolve
+from pargs_jax.models.model import AnyRewardModel, HeadName, Params, unstack_layers
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
@@ -39,6 +39,17 @@ _NEXT_TOKEN_GUIDES = {"table": NextTokenGuide, "log_probs": AutoregressiveGuide,
 
 SMALLEST_WIDTH = 16
 WIDTH_STEP = 64
+
+
+def load_with_tokenizer(source: str, head: HeadName, dtype: str) -> tuple[Pretrained, TextTokenizer]:
+    """A model and its tokenizer. Raises InputError if it is not a model with this head, or if they do not fit."""
+    folder = resolve(source)
+    loaded = load_model(folder, head, dtype=dtype)
+    if loaded.new_head:
+        raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
+    tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+    tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
+    return loaded, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +84,19 @@ class RewardModel:
     ) -> "RewardModel":
         """Loads from a folder or the hub. Raises InputError if it is not a reward model of this role, or does not fit
         its tokenizer or the language model's."""
-        folder = resolve(source)
-        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(folder)):
+        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
-        loaded = load_model(folder, _HEAD_OF[role], dtype=dtype)
+        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
                 f"{source}: needs a preference vector, which only the method parm provides"
                 if loaded.model.lora
                 else f"{source}: takes no preference vector (pargs_preference_lora in config.json)"
             )
-        if loaded.new_head:
-            raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
-        tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        tokenizer.check_embeddings(model.config.vocab_size, source)
         shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
         retokeniser = None if shares else Retokeniser(lm_tokenizer, tokenizer)
         has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
@@ -104,8 +110,7 @@ class RewardModel:
             prompt: the prompt.
             lm_ids: its ids for the language model; they are returned if this model has the same tokens and template.
 
-        Raises:
-            InputError: if the model needs a chat template that it does not have, or turns that are not known.
+        Raises InputError if the model needs a chat template that it does not have, or turns that are not known.
         """
         if self.retokeniser is None and (prompt.turns is None or not self.has_own_template):
             return lm_ids
@@ -116,10 +121,8 @@ class RewardModel:
                 f"prompt {prompt.id!r} is already written in the language model's chat template, but {self.source} has "
                 "another one; give the plain question or a list of turns"
             )
-        try:
+        with input_errors_named_after(f"prompt {prompt.id!r} for {self.source}"):
             return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
-        except InputError as error:
-            raise InputError(f"prompt {prompt.id!r} for {self.source}: {error}") from error
 
     def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, look_ahead: int = 0) -> None:
         """Raises InputError if a prompt, in this model's tokens, may not fit this model together with its answer and
@@ -198,21 +201,18 @@ class RewardModel:
         """
         if self.retokeniser is None:
             return self._answer_rewards(prompts, tokens, counts)
-        answers = [[] for _ in prompts.lengths]
+        answers: list[list[int]] = [[] for _ in prompts.lengths]
         for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
             prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
             ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
             answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
-        counts = np.array(list(map(len, answers)), np.int32)
+        padded, counts = right_pad(answers)
         longest = int((prompts.lengths + counts).max()) + (not self.model.one_pass)
         if (positions := table_of_positions(self.model)) is not None and longest > positions:
             raise InputError(
                 f"{self.source}: a prompt with its answer has {longest} of its tokens, but its context is {positions}; "
                 "ask for fewer new tokens"
             )
-        padded = np.zeros((len(answers), padded_width(counts.max())), np.int32)
-        for row, ids in enumerate(answers):
-            padded[row, : len(ids)] = ids
         return self._answer_rewards(prompts, padded, counts)
 
     def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
@@ -287,6 +287,15 @@ def left_pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> Prompts
         ids[row, width - len(prompt) :] = prompt
         lengths[row] = len(prompt)
     return Prompts(ids, lengths)
+
+
+def right_pad(answers: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B R"], Int[np.ndarray, "B"]]:
+    """Right-padded token ids and lengths."""
+    lengths = np.array(list(map(len, answers)), np.int32)
+    ids = np.zeros((len(answers), padded_width(lengths.max())), np.int32)
+    for row, answer in enumerate(answers):
+        ids[row, : len(answer)] = answer
+    return ids, lengths
 
 
 def padded_width(length: int) -> int:

@@ -19,14 +19,12 @@ from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
-from pargs_jax.generation.guidance import check_roles, make_guides, roles_of
+from pargs_jax.generation.guidance import check_roles, roles_of
 from pargs_jax.generation.plan import Batch, Settings, plan_batches
-from pargs_jax.generation.program import DecodingProgram, SearchProgram
-from pargs_jax.generation.reward_models import RewardModel
-from pargs_jax.models.hf import load_model, resolve
+from pargs_jax.generation.program import DecodingProgram, make_guides
+from pargs_jax.generation.reward_models import RewardModel, load_with_tokenizer
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import on_every_device
-from pargs_jax.text.tokenization import TextTokenizer
 
 SCALE_ANSWERS = 64
 """The number of answers from which the scale of rewards is measured."""
@@ -54,13 +52,11 @@ class Session:
             unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
                 `CausalModel`).
 
-        Raises:
-            InputError: if a model cannot be used.
+        Raises InputError if a model cannot be used.
         """
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
-        folder = resolve(lm)
-        loaded = load_model(folder, "vocabulary", dtype=dtype)
+        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype)
         if loaded.model.lora is not None:
             raise InputError(
                 f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
@@ -68,8 +64,6 @@ class Session:
         self._lm, self._lm_params = loaded.model, loaded.params
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
-        self.tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
-        self.tokenizer.check_embeddings(self._lm.config.vocab_size, lm)
         self.reward_models = [
             RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
             for path, role in zip(reward_models, roles, strict=True)
@@ -91,9 +85,8 @@ class Session:
         Guided methods use all of the session's reward models. With other methods, the reward models score the finished
         answers. Samples that are `answered` are left out.
 
-        Raises:
-            InputError: before any decoding, if a prompt does not fit or the settings do not match the models; and after
-                a batch in which a log-probability or a reward is not finite.
+        Raises InputError before any decoding, if a prompt does not fit or the settings do not match the models; and
+        after a batch in which a log-probability or a reward is not finite.
         """
         check_roles(settings.method, self.reward_models)
         if settings.measures_rewards:
@@ -136,26 +129,9 @@ class Session:
         samples[: len(batch.prompts)] = batch.samples
         keys = _row_keys(settings.seed, numbers, samples)
         row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
-        preferences = settings.preferences_of(batch.prompts, rows)
-        if preferences is not None and preferences.shape[1] != (
-            objectives := self.reward_models[0].model.lora.objectives
-        ):
-            raise InputError(
-                f"a preference has {preferences.shape[1]} numbers, but {self.reward_models[0].source} was trained for "
-                f"{objectives} objectives"
-            )
         while True:
             guides, params, guide_prompts = make_guides(
-                settings.method,
-                (self._lm, self._lm_params),
-                self.reward_models,
-                batch.own_prompts,
-                batch.lm_prompts,
-                settings.max_new_tokens,
-                answer_widths,
-                settings.tokens_ahead,
-                preferences,
-                self.tokenizer.eos_ids,
+                (self._lm, self._lm_params), self.reward_models, batch, settings, answer_widths, self.tokenizer.eos_ids
             )
             arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
             program = DecodingProgram.assemble(
@@ -168,10 +144,8 @@ class Session:
                 eos_ids=self.tokenizer.eos_ids,
                 pad_id=self.tokenizer.eos_id,
                 keeps_candidates=settings.trace == "candidates",
+                search_options=dict(settings.search),
             )
-            if settings.method.search is not None:
-                search = settings.method.make_search(dict(settings.search))
-                program = SearchProgram.assemble(program, settings.method, search)
             run = self._compile(program, arguments)
             began = time.perf_counter()
             with input_errors_of_callbacks():
@@ -188,7 +162,7 @@ class Session:
                 return jax.device_get(decoded), seconds
 
     def _compile(
-        self, program: DecodingProgram | SearchProgram, arguments: tuple[Any, ...]
+        self, program: DecodingProgram, arguments: tuple[Any, ...]
     ) -> Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]:
         arrays, structure = jax.tree.flatten(arguments[1:])
         shape = (program, tuple(np.shape(x) for x in arrays), structure)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.durable_files import append_all, hold, write_errors_named_after
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
 from pargs_jax.errors import InputError
 
 
@@ -107,8 +107,7 @@ def one_or_all(rewards: Sequence[float]) -> float | list[float] | None:
 def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
     """Yields the traces in a file that `decode.py` wrote.
 
-    Raises:
-        InputError: if the file cannot be read, or one of its lines is not a trace.
+    Raises InputError if the file cannot be read, or one of its lines is not a trace.
     """
     try:
         with Path(path).open(encoding="utf-8") as file:
@@ -147,18 +146,11 @@ class TracesFile:
             options: the digest of the options that they were made with.
             is_known: whether an earlier run wrote traces of these answers here.
 
-        Raises:
-            InputError: if it cannot be written, another process is writing it, or its lines are not the answers'
-                traces.
+        Raises InputError if it cannot be written, another process is writing it, or its lines are not the answers'
+        traces.
         """
         self._path = path
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder, must be a file")
-        with write_errors_named_after(path, "use another file"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-        try:
-            hold(self._file, f"{path}: another decode.py is writing it; wait for it to end, or use another file")
+        with opened_to_append(path, "decode.py", "use another file") as self._file:
             lines = path.read_bytes().splitlines(keepends=True)
             for number, (prompt_id, sample) in enumerate(answered, start=1):
                 if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
@@ -173,9 +165,6 @@ class TracesFile:
                 if is_whole and (found is None or found[2] != options):
                     raise InputError(f"{path}: line {number} is not a trace of these answers; use another file")
             self._file.truncate(sum(map(len, lines[: len(answered)])))
-        except InputError:
-            self._file.close()
-            raise
 
     def close(self) -> None:
         """Closes the file, which releases its lock."""

@@ -76,13 +76,15 @@ class ConfigFields:
 
     Attributes:
         sizes: fields that are read and must be whole numbers of at least 1 where present.
+        names: the fields that become one of our config's and back, by the name there: ours, then theirs.
         read: the other fields that are read.
         harmless: fields that do not affect the output, such as those for training.
         must: fields that affect the output, with the values that are supported.
     """
 
     sizes: tuple[str, ...]
-    read: tuple[str, ...]
+    names: Mapping[str, str]
+    read: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     must: Mapping[str, Requirement] = dataclasses.field(default_factory=dict)
 
@@ -100,8 +102,42 @@ class ConfigFields:
         for name, (words, holds) in must.items():
             if name in fields and not holds(fields[name]):
                 raise InputError(f"{name} is {_short(fields[name])}, must be {words}")
-        known = {*_READ, *_HARMLESS, *self.sizes, *self.read, *self.harmless, *must}
+        known = {*_READ, *_HARMLESS, *self.sizes, *self.names.values(), *self.read, *self.harmless, *must}
         return [name for name in fields if name not in known and not name.startswith("pargs_")]
+
+    def read_named(self, hf: Any) -> dict[str, Any]:
+        """Our config's fields that have a name in a transformers config. Raises InputError for an activation that is
+        not known."""
+        return {
+            ours: activation(hf, theirs) if ours.endswith("activation") else getattr(hf, theirs)
+            for ours, theirs in self.names.items()
+        }
+
+    def write_named(self, config: Any) -> dict[str, Any]:
+        """The reverse of `read_named`."""
+        return {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
+
+
+class EvenHeads:
+    """What holds of most configs: heads share the width evenly, each has its own keys and values, and the positions are
+    those of the context."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def head_width(self) -> int:
+        """The width of the hidden states that heads see."""
+        return self.width
+
+    @property
+    def max_positions(self) -> int:
+        return self.context_length
 
 
 def is_whole(value: Any) -> bool:

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
-from pargs_jax.models.config_fields import ConfigFields, activation, check_divides, whole_number
+from pargs_jax.models.config_fields import ConfigFields, EvenHeads, activation, check_divides, whole_number
 from pargs_jax.models.disentangled import (
     MINIMUM,
     CachedLayer,
@@ -29,17 +29,18 @@ from pargs_jax.models.layers import (
     Linear,
     Remat,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
 from pargs_jax.models.model import HeadName
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
-class DebertaConfig:
+class DebertaConfig(EvenHeads):
     """The shape of a DeBERTa v2 or v3 model; the defaults are those of v3-base.
 
     `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training (see
@@ -78,24 +79,29 @@ class DebertaConfig:
             "vocab_size", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers",
             "num_attention_heads", "attention_head_size", "intermediate_size", "pooler_hidden_size",
         ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "max_position_embeddings",
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "feedforward": "intermediate_size",
+            "activation": "hidden_act",
+            "pooler_activation": "pooler_hidden_act",
+            "norm_epsilon": "layer_norm_eps",
+            "relative_attention": "relative_attention",
+            "absolute_positions": "position_biased_input",
+            "initializer_range": "initializer_range",
+        },
         read=(
-            "hidden_act", "pooler_hidden_act", "layer_norm_eps", "initializer_range", "type_vocab_size",
-            "relative_attention", "position_buckets", "max_relative_positions", "pos_att_type", "share_att_key",
-            "norm_rel_ebd", "position_biased_input", "conv_kernel_size", "conv_groups", "conv_act",
+            "type_vocab_size", "position_buckets", "max_relative_positions", "pos_att_type", "share_att_key",
+            "norm_rel_ebd", "conv_kernel_size", "conv_groups", "conv_act",
         ),
         harmless=(
             "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout",
             "legacy", "tie_word_embeddings", "padding_idx",
         ),
     )  # fmt: skip
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
 
     @property
     def span(self) -> int:
@@ -116,55 +122,33 @@ class DebertaConfig:
             raise InputError(f"norm_rel_ebd is {norms!r}, must be 'layer_norm' or 'none'")
         convolution = max(0, whole_number(hf, "conv_kernel_size", 0))
         return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.max_position_embeddings,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            feedforward=hf.intermediate_size,
             embedding_width=getattr(hf, "embedding_size", None),
-            activation=activation(hf, "hidden_act"),
-            pooler_activation=activation(hf, "pooler_hidden_act"),
-            norm_epsilon=hf.layer_norm_eps,
-            relative_attention=hf.relative_attention,
             position_buckets=whole_number(hf, "position_buckets", -1),
             max_relative_positions=farthest if farthest > 0 else hf.max_position_embeddings,
             content_to_position="c2p" in types,
             position_to_content="p2c" in types,
             share_attention_key=bool(getattr(hf, "share_att_key", False)),
             normalise_positions="layer_norm" in [name.strip() for name in norms.lower().split("|")],
-            absolute_positions=hf.position_biased_input,
             segments=max(0, hf.type_vocab_size),
             convolution_width=convolution,
             convolution_groups=getattr(hf, "conv_groups", 1) if convolution else 1,
             convolution_activation=activation(hf, "conv_act", "tanh") if convolution else "tanh",
-            initializer_range=hf.initializer_range,
             attention=attention,
+            **cls.HF_FIELDS.read_named(hf),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.DebertaV2Config`."""
         fields = {
             "model_type": "deberta-v2",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.feedforward,
-            "hidden_act": self.activation,
-            "pooler_hidden_act": self.pooler_activation,
+            **self.HF_FIELDS.write_named(self),
             "pooler_hidden_size": self.width,
-            "layer_norm_eps": self.norm_epsilon,
-            "relative_attention": self.relative_attention,
             "position_buckets": self.position_buckets,
             "max_relative_positions": self.max_relative_positions,
             "pos_att_type": ["c2p"] * self.content_to_position + ["p2c"] * self.position_to_content,
             "share_att_key": self.share_attention_key,
             "norm_rel_ebd": "layer_norm" if self.normalise_positions else "none",
-            "position_biased_input": self.absolute_positions,
             "type_vocab_size": self.segments,
-            "initializer_range": self.initializer_range,
             "pargs_attention": self.attention,
         }
         if self.embedding_width is not None:
@@ -232,18 +216,15 @@ class Block(nnx.Module):
         def linear(inputs: int, outputs: int) -> Linear:
             return Linear(inputs, outputs, kernel_init=init, rngs=rngs)
 
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-
         self.query, self.key, self.value = (linear(width, width) for _ in range(3))
         own_positions = config.relative_attention and not config.share_attention_key
         self.position_key = linear(width, width) if own_positions and config.content_to_position else None
         self.position_query = linear(width, width) if own_positions and config.position_to_content else None
         self.out = linear(width, width)
-        self.norm1 = norm()
+        self.norm1 = layer_norm(width, config.norm_epsilon, rngs)
         self.up = linear(width, config.feedforward)
         self.down = linear(config.feedforward, width)
-        self.norm2 = norm()
+        self.norm2 = layer_norm(width, config.norm_epsilon, rngs)
 
     def positions(self, embedded: Float[Array, "N D"] | None) -> PositionTable:
         """Projects embedded relative positions into the form that this layer's attention needs."""
@@ -295,7 +276,7 @@ class Convolution(nnx.Module):
             feature_group_count=config.convolution_groups,
             rngs=rngs,
         )
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs)
 
     def __call__(
         self, embedded: Float[Array, "B T D"], x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
@@ -312,9 +293,6 @@ class Deberta(nnx.Module):
         width, std = config.width, config.initializer_range
         inner = config.embedding_width or width
 
-        def norm() -> nnx.LayerNorm:
-            return nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-
         def embedding(count: int, size: int) -> Embedding | None:
             return Embedding(count, size, std, rngs=rngs) if count else None
 
@@ -324,9 +302,9 @@ class Deberta(nnx.Module):
         init = nnx.initializers.normal(std)
         projects = inner != width
         self.embed_out = Linear(inner, width, use_bias=False, kernel_init=init, rngs=rngs) if projects else None
-        self.embed_norm = norm()
+        self.embed_norm = layer_norm(width, config.norm_epsilon, rngs)
         self.relative = embedding(2 * config.span * config.relative_attention, width)
-        self.relative_norm = norm() if config.normalise_positions else None
+        self.relative_norm = layer_norm(width, config.norm_epsilon, rngs) if config.normalise_positions else None
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
         self.convolution = Convolution(config, rngs=rngs) if config.convolution_width else None
 
@@ -382,8 +360,8 @@ class Deberta(nnx.Module):
             return x, CachedLayer(kv, table) if keep else None
 
         config = self.config
-        x, kept = run_layers(self.layers, step, embedded, config.layers, key=layers_key, remat=config.remat)
-        return x if only is None or x.shape[1] == 1 else pick(x), kept
+        x, cached = run_layers(self.layers, step, embedded, config.layers, key=layers_key, remat=config.remat)
+        return x if only is None or x.shape[1] == 1 else pick(x), cached
 
     def extend(
         self,
@@ -456,21 +434,21 @@ FAMILY = Family(
         Row("embeddings.position_embeddings.weight", "positions.embedding", (None, "width")),
         Row("embeddings.token_type_embeddings.weight", "segments.embedding", (None, "width")),
         Row("embeddings.embed_proj.weight", "embed_out.kernel", (None, "width"), transpose=True),
-        *layer_norm("embeddings.LayerNorm", "embed_norm"),
+        *norm("embeddings.LayerNorm", "embed_norm"),
         Row("encoder.rel_embeddings.weight", "relative.embedding", (None, "width")),
-        *layer_norm("encoder.LayerNorm", "relative_norm"),
+        *norm("encoder.LayerNorm", "relative_norm"),
         *linear("encoder.conv.conv", "convolution.conv", (None, None, "width")),
-        *layer_norm("encoder.conv.LayerNorm", "convolution.norm"),
+        *norm("encoder.conv.LayerNorm", "convolution.norm"),
         *linear("encoder.layer.{}.attention.self.query_proj", "layers.{}.query", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.key_proj", "layers.{}.key", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.value_proj", "layers.{}.value", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.pos_key_proj", "layers.{}.position_key", ("width", "heads")),
         *linear("encoder.layer.{}.attention.self.pos_query_proj", "layers.{}.position_query", ("width", "heads")),
         *linear("encoder.layer.{}.attention.output.dense", "layers.{}.out", ("heads", "width")),
-        *layer_norm("encoder.layer.{}.attention.output.LayerNorm", "layers.{}.norm1"),
+        *norm("encoder.layer.{}.attention.output.LayerNorm", "layers.{}.norm1"),
         *linear("encoder.layer.{}.intermediate.dense", "layers.{}.up", ("width", "feedforward")),
         *linear("encoder.layer.{}.output.dense", "layers.{}.down", ("feedforward", "width")),
-        *layer_norm("encoder.layer.{}.output.LayerNorm", "layers.{}.norm2"),
+        *norm("encoder.layer.{}.output.LayerNorm", "layers.{}.norm2"),
     ),
     class_prefix="DebertaV2",
     ignored=r"embeddings\.(position_ids|position_embeddings\.weight)|(lm_predictions|mask_predictions|cls)\..*",

@@ -32,23 +32,13 @@ class EncoderModel(Model):
         key: PRNGKeyArray | None = None,
         *,
         prompt_width: int | None = None,
+        only: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of texts. Text b is in the slots `start[b] <= s < end[b]`; other slots are masked.
 
         Slots from `prompt_width` on are the second segment, for models with segment embeddings. A key turns dropout on.
+        With `only`, T is 1: the result is the state at slot `only[b]` of each row.
         """
-        return self._run(params, tokens, start, end, key, prompt_width, None)
-
-    def _run(
-        self,
-        params: Params,
-        tokens: Array,
-        start: Array,
-        end: Array,
-        key: PRNGKeyArray | None,
-        prompt_width: int | None,
-        only: Array | None,
-    ) -> Array:
         slots = jnp.arange(tokens.shape[1])
         valid = (slots >= start[:, None]) & (slots < end[:, None])
         positions = jnp.maximum(slots - start[:, None], 0)
@@ -67,7 +57,7 @@ class EncoderModel(Model):
         prompt_width: int | None = None,
     ) -> Float[Array, "B"]:
         """Rewards (fp32) of the same texts, read at their first token, `[CLS]`."""
-        first = self._run(params, tokens, start, end, key, prompt_width, start)
+        first = self.encode(params, tokens, start, end, key, prompt_width=prompt_width, only=start)
         return self.network(params).head(first[:, 0])
 
     def answer_rewards(

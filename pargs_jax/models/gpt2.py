@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, activation, check_divides
+from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, EvenHeads, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -20,15 +20,16 @@ from pargs_jax.models.layers import (
     Sight,
     attend,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(EvenHeads):
     """The shape of a GPT-2 model.
 
     `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training: see
@@ -55,10 +56,20 @@ class GPT2Config:
             "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
             "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
         ),
-        read=(
-            "activation_function", "layer_norm_epsilon", "initializer_range", "tie_word_embeddings",
-            "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-        ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "n_positions",
+            "width": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "feedforward": "n_inner",
+            "activation": "activation_function",
+            "norm_epsilon": "layer_norm_epsilon",
+            "scale_attention": "scale_attn_weights",
+            "scale_by_layer": "scale_attn_by_inverse_layer_idx",
+            "tied_embeddings": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+        },
         harmless=(
             "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "summary_type", "summary_use_proj",
             "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout",
@@ -67,58 +78,16 @@ class GPT2Config:
         must={**CAUSAL, "add_cross_attention": FALSE},
     )  # fmt: skip
 
-    @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def head_width(self) -> int:
-        return self.width
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
-
     @classmethod
     def from_hf(cls, hf: Any) -> "GPT2Config":
         """Reads a `transformers.GPT2Config`. Raises InputError for one that is invalid or not supported."""
         check_divides(hf, "n_head", "n_embd")
-        return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.n_positions,
-            width=hf.n_embd,
-            layers=hf.n_layer,
-            heads=hf.n_head,
-            feedforward=4 * hf.n_embd if hf.n_inner is None else hf.n_inner,
-            activation=activation(hf, "activation_function"),
-            norm_epsilon=hf.layer_norm_epsilon,
-            scale_attention=hf.scale_attn_weights,
-            scale_by_layer=hf.scale_attn_by_inverse_layer_idx,
-            tied_embeddings=hf.tie_word_embeddings,
-            initializer_range=hf.initializer_range,
-        )
+        named = cls.HF_FIELDS.read_named(hf)
+        return cls(**named | {"feedforward": named["feedforward"] or 4 * hf.n_embd})
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.GPT2Config`."""
-        return {
-            "model_type": "gpt2",
-            "vocab_size": self.vocab_size,
-            "n_positions": self.context_length,
-            "n_embd": self.width,
-            "n_layer": self.layers,
-            "n_head": self.heads,
-            "n_inner": self.feedforward,
-            "activation_function": self.activation,
-            "layer_norm_epsilon": self.norm_epsilon,
-            "scale_attn_weights": self.scale_attention,
-            "scale_attn_by_inverse_layer_idx": self.scale_by_layer,
-            "tie_word_embeddings": self.tied_embeddings,
-            "initializer_range": self.initializer_range,
-        }
+        return {"model_type": "gpt2", **self.HF_FIELDS.write_named(self)}
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "GPT2":
         return GPT2(self, unrolled=unrolled, rngs=rngs)
@@ -131,10 +100,10 @@ class Block(nnx.Module):
         normal = nnx.initializers.normal(std)
         # Residual projections start smaller, so that the residual stream's variance does not grow with depth.
         residual = nnx.initializers.normal(std / math.sqrt(2 * config.layers))
-        self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm1 = layer_norm(width, config.norm_epsilon, rngs)
         self.query, self.key, self.value = (Linear(width, width, kernel_init=normal, rngs=rngs) for _ in range(3))
         self.out = Linear(width, width, kernel_init=residual, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm2 = layer_norm(width, config.norm_epsilon, rngs)
         self.up = Linear(width, config.feedforward, kernel_init=normal, rngs=rngs)
         self.down = Linear(config.feedforward, width, kernel_init=residual, rngs=rngs)
 
@@ -153,10 +122,10 @@ class Block(nnx.Module):
         scale: float | Array = config.head_dim**-0.5 if config.scale_attention else 1.0
         if config.scale_by_layer:
             scale = scale / (index + 1)
-        mixed, kept = attend(q, KeyValues(k, v), sight, cached, scale)
+        mixed, kv = attend(q, KeyValues(k, v), sight, cached, scale)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         hidden = ACTIVATIONS[config.activation](self.up(self.norm2(x)))
-        return x + dropout(self.down(hidden), config.dropout, mlp_key), kept
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), kv
 
 
 class GPT2(nnx.Module):
@@ -167,7 +136,7 @@ class GPT2(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.width, config.initializer_range, rngs=rngs)
         self.positions = Embedding(config.context_length, config.width, config.initializer_range, rngs=rngs)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs)
 
     def __call__(
         self,
@@ -195,16 +164,16 @@ FAMILY = Family(
     (
         Row("wte.weight", "embed.embedding", ("vocabulary", "width")),
         Row("wpe.weight", "positions.embedding", (None, "width")),
-        *layer_norm("h.{}.ln_1", "layers.{}.norm1"),
+        *norm("h.{}.ln_1", "layers.{}.norm1"),
         # GPT-2 keeps its linear layers as [in, out], which is our order already.
         *linear("h.{}.attn.c_attn", "layers.{}.query", ("width", "heads"), transpose=False, part=(0, 3)),
         *linear("h.{}.attn.c_attn", "layers.{}.key", ("width", "heads"), transpose=False, part=(1, 3)),
         *linear("h.{}.attn.c_attn", "layers.{}.value", ("width", "heads"), transpose=False, part=(2, 3)),
         *linear("h.{}.attn.c_proj", "layers.{}.out", ("heads", "width"), transpose=False),
-        *layer_norm("h.{}.ln_2", "layers.{}.norm2"),
+        *norm("h.{}.ln_2", "layers.{}.norm2"),
         *linear("h.{}.mlp.c_fc", "layers.{}.up", ("width", "feedforward"), transpose=False),
         *linear("h.{}.mlp.c_proj", "layers.{}.down", ("feedforward", "width"), transpose=False),
-        *layer_norm("ln_f", "norm"),
+        *norm("ln_f", "norm"),
     ),
     class_prefix="GPT2",
     class_names={"vocabulary": "GPT2LMHeadModel", "table": "GPT2LMHeadModel"},

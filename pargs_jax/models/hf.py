@@ -9,8 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.heads import CLASSIFIER
 from pargs_jax.models.lora import join_params
@@ -119,7 +118,7 @@ def describe_model(
 
 def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> Model:
     family = FAMILIES[hf.model_type]
-    with _errors_named_after(folder / "config.json"):
+    with input_errors_named_after(folder / "config.json"):
         config = family.config.from_hf(hf)
     if attention is not None:
         if not hasattr(config, "attention"):
@@ -237,7 +236,7 @@ def _read_config(folder: Path) -> Any:
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-    with _errors_named_after(path):
+    with input_errors_named_after(path):
         unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
     if unknown:
         warn(f"{path}: ignoring fields that are unknown for {kind}: {', '.join(unknown)}")
@@ -250,15 +249,6 @@ def _read_config(folder: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())  # the first line alone often says little
         raise InputError(f"{path}: transformers cannot read it ({reason})") from error
-
-
-@contextmanager
-def _errors_named_after(path: Path) -> Iterator[None]:
-    """Prefixes an InputError with the file that it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:

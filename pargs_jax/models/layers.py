@@ -32,13 +32,6 @@ class KeyValues(NamedTuple):
     values: Float[Array, "*L B H T D"]
 
 
-class CachedPrefix(NamedTuple):
-    """What new tokens attend to besides themselves: one layer's cache, and which of its slots are real."""
-
-    kv: KeyValues
-    valid: Bool[Array, "B S"]
-
-
 class BesideCache(NamedTuple):
     """New tokens attend to the real slots of the cache and, by `mask`, to each other. Their keys and values stay
     outside the cache."""
@@ -63,28 +56,15 @@ s."""
 def attend(
     queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
-    """Attention of new tokens as `sight` says. Also returns the new keys and values (`BesideCache`, or no cache), or
-    the cache with them written into it (`InCache`)."""
-    if isinstance(sight, InCache):
-        kv = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
-        return attention(queries, kv, sight.mask, None, scale), kv
-    if isinstance(sight, BesideCache):
-        return attention(queries, new, sight.mask, CachedPrefix(cached, sight.valid), scale), new
-    return attention(queries, new, sight, None, scale), new
+    """Attention of T new tokens as `sight` says, softmax in fp32. Also returns the new keys and values (`BesideCache`,
+    or no cache), or the cache with them written into it (`InCache`).
 
-
-def attention(
-    queries: Float[Array, "B Hq T D"],
-    new: KeyValues,
-    mask: Bool[Array, "*B T T"],
-    prefix: CachedPrefix | None,
-    scale: float | Array,
-) -> Float[Array, "B T HqD"]:
-    """Attention of T new tokens over a cached prefix (if any) and over themselves, softmax in fp32.
-
-    `mask[..., t, s]` says whether new token t sees new token s. Only the scores of prefix and new tokens are joined;
-    keys and values are never copied. With grouped queries (Hq a multiple of H), queries share heads.
+    Beside a cache, only the scores of cached and new tokens are joined; keys and values are never copied. With grouped
+    queries (Hq a multiple of H), queries share heads.
     """
+    if isinstance(sight, InCache):
+        new = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
+    mask = sight.mask if isinstance(sight, BesideCache | InCache) else sight
     batch, query_heads, length, head_dim = queries.shape
     heads = new.keys.shape[1]
     group = query_heads // heads
@@ -101,15 +81,15 @@ def attention(
         return jnp.einsum("bhqs,bhsd->bhqd", flat, values)
 
     own = scores(new.keys, mask[:, None, None] if mask.ndim == 3 else mask)
-    if prefix is None:
-        mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
-    else:
-        past = scores(prefix.kv.keys, prefix.valid[:, None, None, None, :])
+    if isinstance(sight, BesideCache):
+        past = scores(cached.keys, sight.valid[:, None, None, None, :])
         weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
         split = past.shape[-1]
-        mixed = mix(weights[..., :split], prefix.kv.values) + mix(weights[..., split:], new.values)
+        mixed = mix(weights[..., :split], cached.values) + mix(weights[..., split:], new.values)
+    else:
+        mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
     mixed = mixed.reshape(batch, query_heads, length, head_dim)
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim)
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim), new
 
 
 class Linear(nnx.Module):
@@ -138,6 +118,13 @@ class Linear(nnx.Module):
         if self.addition is not None:
             out = out + self.addition(x)
         return out if self.bias is None else out + self.bias[...]
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, *, learned: bool = True) -> nnx.LayerNorm:
+    """A layer norm as torch computes it; without `learned`, it has neither scale nor bias."""
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, use_scale=learned, use_bias=learned, use_fast_variance=False, rngs=rngs
+    )
 
 
 class Embedding(nnx.Module):
@@ -202,8 +189,8 @@ def run_layers(
         for index, block in enumerate(layers):
             x = constrain(x, ROWS, None, None)
             layer_cache = None if cache is None else cache[index]
-            x, kept = step(block, x, index, layer_cache, None if keys is None else keys[index])
-            new.append(kept)
+            x, output = step(block, x, index, layer_cache, None if keys is None else keys[index])
+            new.append(output)
         return x, tuple(new)
 
     definition, params = nnx.split(layers)
@@ -214,7 +201,7 @@ def run_layers(
         return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
 
     if remat != "none":
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
         # Inside a scan, XLA cannot merge the recomputation with the first computation, so no barriers are needed.
-        body = jax.checkpoint(body, policy=kept, prevent_cse=False)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, x, (params, jnp.arange(count), cache, keys))

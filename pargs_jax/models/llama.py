@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -60,8 +60,23 @@ class LlamaConfig:
             "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "num_key_value_heads", "head_dim",
         ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "max_position_embeddings",
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+            "feedforward": "intermediate_size",
+            "activation": "hidden_act",
+            "norm_epsilon": "rms_norm_eps",
+            "attention_bias": "attention_bias",
+            "mlp_bias": "mlp_bias",
+            "tied_embeddings": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+        },
         read=(
-            "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings", "initializer_range",
             "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
             "original_max_position_embeddings",
         ),
@@ -88,44 +103,11 @@ class LlamaConfig:
         rotary = Rotary.from_hf(_rope_parameters(hf))
         if hf.head_dim % 2 or (hf.head_dim == 2 and rotary.kind == "dynamic"):
             raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot rotate")
-        return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.max_position_embeddings,
-            width=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            kv_heads=hf.num_key_value_heads,
-            head_dim=hf.head_dim,
-            feedforward=hf.intermediate_size,
-            activation=activation(hf, "hidden_act"),
-            norm_epsilon=hf.rms_norm_eps,
-            rotary=rotary,
-            attention_bias=hf.attention_bias,
-            mlp_bias=hf.mlp_bias,
-            tied_embeddings=hf.tie_word_embeddings,
-            initializer_range=hf.initializer_range,
-        )
+        return cls(rotary=rotary, **cls.HF_FIELDS.read_named(hf))
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.LlamaConfig`."""
-        return {
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.feedforward,
-            "hidden_act": self.activation,
-            "rms_norm_eps": self.norm_epsilon,
-            "rope_parameters": self.rotary.to_hf(),
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "tie_word_embeddings": self.tied_embeddings,
-            "initializer_range": self.initializer_range,
-        }
+        return {"model_type": "llama", "rope_parameters": self.rotary.to_hf(), **self.HF_FIELDS.write_named(self)}
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, unrolled=unrolled, rngs=rngs)
@@ -184,11 +166,11 @@ class Block(nnx.Module):
         q = rotate(split_heads(self.query(normed), config.heads), cos_sin)
         k = rotate(split_heads(self.key(normed), config.kv_heads), cos_sin)
         v = split_heads(self.value(normed), config.kv_heads)
-        mixed, kept = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
+        mixed, kv = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         normed = self.norm2(x)
         hidden = ACTIVATIONS[config.activation](self.gate(normed)) * self.up(normed)
-        return x + dropout(self.down(hidden), config.dropout, mlp_key), kept
+        return x + dropout(self.down(hidden), config.dropout, mlp_key), kv
 
 
 class Llama(nnx.Module):

@@ -37,15 +37,20 @@ class Lora:
 
     def adapt(self, block: nnx.Module) -> None:
         """Adds zero additions to a block's chosen layers. `block` may be a stack of blocks."""
-        linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
-        chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
-        if not chosen:
-            raise InputError(f"lora.layers {self.layers}: matches none of {', '.join(linears)}")
-        for linear in chosen:
+        for linear in chosen_layers(block, self.layers, "lora.layers"):
             *stack, inputs, outputs = linear.kernel.shape
             linear.lora_in = nnx.Param(jnp.zeros((*stack, inputs, self.rank)))
             linear.lora_out = nnx.Param(jnp.zeros((*stack, self.rank, outputs)))
             linear.lora_scale = self.scale
+
+
+def chosen_layers(block: nnx.Module, pattern: str, option: str) -> list[Linear]:
+    """The linear layers of a block whose whole names match a regular expression. Raises InputError if none does."""
+    linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
+    chosen = [part for name, part in linears.items() if re.fullmatch(pattern, name)]
+    if not chosen:
+        raise InputError(f"{option} {pattern}: matches none of {', '.join(linears)}")
+    return chosen
 
 
 def draw_lora(abstract: Any, key: PRNGKeyArray) -> Any:

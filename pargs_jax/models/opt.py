@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, ConfigFields, activation, check_divides
+from pargs_jax.models.config_fields import CAUSAL, ConfigFields, EvenHeads, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -19,18 +19,19 @@ from pargs_jax.models.layers import (
     Sight,
     attend,
     dropout,
+    layer_norm,
     make_layers,
     run_layers,
     split_heads,
 )
-from pargs_jax.models.tables import Row, layer_norm, linear
+from pargs_jax.models.tables import Row, linear, norm
 
 POSITION_OFFSET = 2
 """The number of rows that checkpoints keep before the first position; no text uses them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class OPTConfig:
+class OPTConfig(EvenHeads):
     """The shape of an OPT model.
 
     `dropout` acts on residual branches, and only when a key is given. `remat` is for training: see `run_layers`.
@@ -64,80 +65,43 @@ class OPTConfig:
             "vocab_size", "max_position_embeddings", "hidden_size", "word_embed_proj_dim", "num_hidden_layers",
             "num_attention_heads", "ffn_dim",
         ),
-        read=(
-            "activation_function", "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias",
-            "layer_norm_elementwise_affine", "tie_word_embeddings", "init_std",
-        ),
+        names={
+            "vocab_size": "vocab_size",
+            "context_length": "max_position_embeddings",
+            "width": "hidden_size",
+            "embedding_width": "word_embed_proj_dim",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "feedforward": "ffn_dim",
+            "activation": "activation_function",
+            "norm_first": "do_layer_norm_before",
+            "biases": "enable_bias",
+            "learned_norms": "layer_norm_elementwise_affine",
+            "tied_embeddings": "tie_word_embeddings",
+            "initializer_range": "init_std",
+        },
+        read=("_remove_final_layer_norm",),
         harmless=("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
         must=CAUSAL,
     )  # fmt: skip
 
     @property
-    def kv_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
     def head_width(self) -> int:
         return self.embedding_width
-
-    @property
-    def max_positions(self) -> int:
-        return self.context_length
 
     @classmethod
     def from_hf(cls, hf: Any) -> "OPTConfig":
         """Reads a `transformers.OPTConfig`. Raises InputError for one that is invalid or not supported."""
         check_divides(hf, "num_attention_heads", "hidden_size")
-        return cls(
-            vocab_size=hf.vocab_size,
-            context_length=hf.max_position_embeddings,
-            width=hf.hidden_size,
-            embedding_width=hf.word_embed_proj_dim,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            feedforward=hf.ffn_dim,
-            activation=activation(hf, "activation_function"),
-            norm_first=hf.do_layer_norm_before,
-            final_norm=not hf._remove_final_layer_norm,
-            biases=hf.enable_bias,
-            learned_norms=hf.layer_norm_elementwise_affine,
-            tied_embeddings=hf.tie_word_embeddings,
-            initializer_range=hf.init_std,
-        )
+        return cls(final_norm=not hf._remove_final_layer_norm, **cls.HF_FIELDS.read_named(hf))
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a `transformers.OPTConfig`."""
-        return {
-            "model_type": "opt",
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.context_length,
-            "hidden_size": self.width,
-            "word_embed_proj_dim": self.embedding_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "ffn_dim": self.feedforward,
-            "activation_function": self.activation,
-            "do_layer_norm_before": self.norm_first,
-            "_remove_final_layer_norm": not self.final_norm,
-            "enable_bias": self.biases,
-            "layer_norm_elementwise_affine": self.learned_norms,
-            "tie_word_embeddings": self.tied_embeddings,
-            "init_std": self.initializer_range,
-        }
+        named = self.HF_FIELDS.write_named(self)
+        return {"model_type": "opt", "_remove_final_layer_norm": not self.final_norm, **named}
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "OPT":
         return OPT(self, unrolled=unrolled, rngs=rngs)
-
-
-def _layer_norm(config: OPTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    learned = config.learned_norms
-    return nnx.LayerNorm(
-        config.width, epsilon=1e-5, use_scale=learned, use_bias=learned, use_fast_variance=False, rngs=rngs
-    )
 
 
 class Block(nnx.Module):
@@ -149,12 +113,12 @@ class Block(nnx.Module):
         def linear(inputs: int, outputs: int) -> Linear:
             return Linear(inputs, outputs, use_bias=config.biases, kernel_init=normal, rngs=rngs)
 
-        self.norm1 = _layer_norm(config, rngs)
+        self.norm1 = layer_norm(config.width, 1e-5, rngs, learned=config.learned_norms)
         self.query = linear(width, width)
         self.key = linear(width, width)
         self.value = linear(width, width)
         self.out = linear(width, width)
-        self.norm2 = _layer_norm(config, rngs)
+        self.norm2 = layer_norm(config.width, 1e-5, rngs, learned=config.learned_norms)
         self.up = linear(width, config.feedforward)
         self.down = linear(config.feedforward, width)
 
@@ -169,14 +133,14 @@ class Block(nnx.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         seen = self.norm1(x) if config.norm_first else x
         q, k, v = (split_heads(project(seen), config.heads) for project in (self.query, self.key, self.value))
-        mixed, kept = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
+        mixed, kv = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
         x = x + dropout(self.out(mixed), config.dropout, attention_key)
         if not config.norm_first:
             x = self.norm1(x)
         seen = self.norm2(x) if config.norm_first else x
         hidden = ACTIVATIONS[config.activation](self.up(seen))
         x = x + dropout(self.down(hidden), config.dropout, mlp_key)
-        return x if config.norm_first else self.norm2(x), kept
+        return x if config.norm_first else self.norm2(x), kv
 
 
 class OPT(nnx.Module):
@@ -194,7 +158,8 @@ class OPT(nnx.Module):
         self.positions = Embedding(POSITION_OFFSET + config.context_length, width, std, rngs=rngs)
         self.project_in = project(outer, width)
         self.layers = make_layers(lambda rngs: Block(config, rngs=rngs), config.layers, unrolled, rngs)
-        self.norm = _layer_norm(config, rngs) if config.norm_first and config.final_norm else None
+        has_norm = config.norm_first and config.final_norm
+        self.norm = layer_norm(width, 1e-5, rngs, learned=config.learned_norms) if has_norm else None
         self.project_out = project(width, outer)
 
     def __call__(
@@ -234,11 +199,11 @@ FAMILY = Family(
         *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
         *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
         *linear("layers.{}.self_attn.out_proj", "layers.{}.out", ("heads", "width")),
-        *layer_norm("layers.{}.self_attn_layer_norm", "layers.{}.norm1"),
+        *norm("layers.{}.self_attn_layer_norm", "layers.{}.norm1"),
         *linear("layers.{}.fc1", "layers.{}.up", ("width", "feedforward")),
         *linear("layers.{}.fc2", "layers.{}.down", ("feedforward", "width")),
-        *layer_norm("layers.{}.final_layer_norm", "layers.{}.norm2"),
-        *layer_norm("final_layer_norm", "norm"),
+        *norm("layers.{}.final_layer_norm", "layers.{}.norm2"),
+        *norm("final_layer_norm", "norm"),
         Row("project_out.weight", "project_out.kernel", ("width", None), transpose=True),
     ),
     class_prefix="OPT",

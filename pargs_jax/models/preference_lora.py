@@ -5,7 +5,6 @@ The vector is an ordinary input: each row of a batch may have its own.
 """
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pargs_jax.errors import InputError
-from pargs_jax.models.layers import Linear
-from pargs_jax.models.lora import split_params
+from pargs_jax.models.lora import chosen_layers, split_params
 from pargs_jax.sharding import map_paths, place_param, to_host
 
 PREFERENCE = "preference"
@@ -74,11 +72,7 @@ class PreferenceLora:
 
     def adapt(self, block: nnx.Module) -> None:
         """Adds zero additions to a block's chosen layers. `block` may be a stack of blocks."""
-        linears = {name: part for name, part in vars(block).items() if isinstance(part, Linear)}
-        chosen = [part for name, part in linears.items() if re.fullmatch(self.layers, name)]
-        if not chosen:
-            raise InputError(f"preference additions for {self.layers}: this model has {', '.join(linears)}")
-        for linear in chosen:
+        for linear in chosen_layers(block, self.layers, "pargs_preference_lora: layers"):
             *stack, inputs, outputs = linear.kernel.shape
             linear.addition = BilinearAddition(
                 tuple(stack), inputs, outputs, self.rank, self.objectives, self.alpha / self.rank
@@ -95,19 +89,6 @@ def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
         else with_preferences(part, preferences)
         for name, part in params.items()
     }
-
-
-def merge_preference(lora: PreferenceLora, params: Any, preference: Float[Array, "M"]) -> Any:
-    """Ordinary params: for one preference vector, every addition is merged into its matrix. Computed in fp32."""
-    if not isinstance(params, dict):
-        return params
-    if "addition" not in params:
-        return {name: merge_preference(lora, part, preference) for name, part in params.items()}
-    rest, own = {name: part for name, part in params.items() if name != "addition"}, params["addition"]
-    mix = jnp.einsum("m,...mrs->...rs", preference, own["own_mix"])
-    added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
-    kernel = params["kernel"]
-    return rest | {"kernel": (kernel.astype(jnp.float32) + lora.alpha / lora.rank * added).astype(kernel.dtype)}
 
 
 def split_additions(params: Any) -> tuple[dict[str, np.ndarray], Any]:

@@ -64,11 +64,11 @@ class PrefixCausalModel(OnePass, Model):
         """
         width = prompts.shape[1]
         valid = jnp.arange(width) < lengths[:, None]
-        hidden, kept = self._encode(params, shift_left(prompts, lengths), valid, None, width, keep=True)
+        hidden, cached = self._encode(params, shift_left(prompts, lengths), valid, None, width, keep=True)
         if self.unrolled:
-            kv, tables = tuple(layer.kv for layer in kept), tuple(layer.table for layer in kept)
+            kv, tables = tuple(layer.kv for layer in cached), tuple(layer.table for layer in cached)
         else:
-            kv, tables = kept
+            kv, tables = cached
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return last, Cache(with_slots(kv, slots), lengths, tables)
 

@@ -37,7 +37,7 @@ def linear(
     )
 
 
-def layer_norm(tensor: str, path: str) -> tuple[Row, Row]:
+def norm(tensor: str, path: str) -> tuple[Row, Row]:
     return Row(f"{tensor}.weight", f"{path}.scale"), Row(f"{tensor}.bias", f"{path}.bias")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pargs_jax.objectives.contract import Loss, LossResult, Outputs
+from pargs_jax.objectives.contract import LossResult, Outputs, ScoredLoss
 from pargs_jax.options import option
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ControlledDecoding(Loss):
+class ControlledDecoding(ScoredLoss):
     """`1/2 (V(y[:t]) - v_t)^2`, the mean over all prefixes of a batch. `v_t` is the value of what may come next, under
     the language model p (`backed_up`), and the reward at the answer's last token (CD, arXiv 2310.17022). No gradient
     flows through `v_t`. V has a head as wide as the vocabulary; p is the model that training starts from."""
@@ -24,18 +23,12 @@ class ControlledDecoding(Loss):
     name = "cd_q"
     meaning = "scored answers: values of all next tokens, each the mean of what the language model may write next"
     head = "table"
-    answers = 1
-    reward_range = (-math.inf, math.inf)
-    has_accuracy = False
     frozen = ("reference",)
 
     backup: Literal["expectation", "soft", "max"] = option(
         "expectation",
         "a prefix's value from those of the next tokens v: E_p V(v); log E_p exp V(v); or the largest V(v)",
     )
-
-    def chance(self, vocab_size: int) -> float:
-        return math.inf  # depends on the rewards' scale
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs

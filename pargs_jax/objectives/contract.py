@@ -9,6 +9,7 @@ Help texts list the options of all objectives and must appear quickly, so no obj
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -117,3 +118,16 @@ class Loss:
             others: the outputs of the models named in `frozen`, and `values` with a critic.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ScoredLoss(Loss):
+    """An objective that learns from scored answers. Its loss depends on the rewards' scale, so it has no loss of
+    chance."""
+
+    answers = 1
+    reward_range = (-math.inf, math.inf)
+    has_accuracy = False
+
+    def chance(self, vocab_size: int) -> float:
+        return math.inf

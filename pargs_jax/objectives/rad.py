@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pargs_jax.objectives.contract import Loss, LossResult, Outputs
+from pargs_jax.objectives.contract import LossResult, Outputs, ScoredLoss
 
 if TYPE_CHECKING:
     from jaxtyping import PRNGKeyArray
@@ -15,19 +14,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RewardAugmented(Loss):
+class RewardAugmented(ScoredLoss):
     """`sum_t t (r(y[:t]) - r)^2 * 2 / (n (n + 1))` of an answer of n tokens with the reward r, then the mean over
     answers (RAD, arXiv 2310.09520; the constant as its code has it)."""
 
     name = "rad"
     meaning = "scored answers: squared error of the reward at every prefix, weighted by its length"
     head = "reward"
-    answers = 1
-    reward_range = (-math.inf, math.inf)
-    has_accuracy = False
-
-    def chance(self, vocab_size: int) -> float:
-        return math.inf  # depends on the rewards' scale
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
         from pargs_jax.objectives.prefix_values import position_weighted_error, read_values, value_metrics

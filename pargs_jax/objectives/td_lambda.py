@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pargs_jax.errors import InputError
-from pargs_jax.objectives.contract import Loss, LossResult, Outputs
+from pargs_jax.objectives.contract import LossResult, Outputs, ScoredLoss
 from pargs_jax.options import option
 
 if TYPE_CHECKING:
@@ -17,16 +16,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TemporalDifference(Loss):
+class TemporalDifference(ScoredLoss):
     """`1/2 (V(y[:t]) - G_t)^2`, the mean over all prefixes of a batch, with the TD(lambda) targets of
     `td_lambda_returns` (VAS, arXiv 2405.06639, with the constants of its code)."""
 
     name = "td_lambda"
     meaning = "scored answers: TD(lambda) values of prefixes, as in VAS"
     head = "reward"
-    answers = 1
-    reward_range = (-math.inf, math.inf)
-    has_accuracy = False
 
     td_lambda: float = option(
         0.95,
@@ -37,9 +33,6 @@ class TemporalDifference(Loss):
     def validate(self, max_length: int) -> None:
         if self.td_lambda > 1:
             raise InputError(f"objective.td-lambda: got {self.td_lambda:g}, must be at most 1")
-
-    def chance(self, vocab_size: int) -> float:
-        return math.inf  # depends on the rewards' scale
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
         from pargs_jax.objectives.prefix_values import read_values, squared_result, td_lambda_returns

@@ -42,8 +42,7 @@ class PromptForm:
     def render(self, turns: Sequence[Turn], tokenizer: TextTokenizer | None = None) -> str:
         """The prompt of a conversation whose last turn is the user's. A system turn has no marker.
 
-        Raises:
-            InputError: if the turns are malformed, or this form cannot tell several turns apart.
+        Raises InputError if the turns are malformed, or this form cannot tell several turns apart.
         """
         check_turns(turns)
         if not self.answer_marker and len(turns) > 1:
@@ -204,8 +203,7 @@ PROMPT_FORMS: dict[str, PromptForm] = {
 def get_form(name: str) -> PromptForm:
     """The prompt form with this name.
 
-    Raises:
-        InputError: if there is no such form; the message names the nearest.
+    Raises InputError if there is no such form; the message names the nearest.
     """
     if name not in PROMPT_FORMS:
         nearest = difflib.get_close_matches(name, PROMPT_FORMS, n=1)
@@ -225,8 +223,7 @@ def choose_form(given: str | None, remembered: Sequence[Sequence[tuple[str | Pat
             form decides.
         option: the option that sets the form, for messages.
 
-    Raises:
-        InputError: if `given` is None and the deciding group disagrees or remembers an unknown form.
+    Raises InputError if `given` is None and the deciding group disagrees or remembers an unknown form.
     """
     told = [[(source, name) for source, name in group if name is not None] for group in remembered]
     form = given

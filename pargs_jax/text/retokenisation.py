@@ -115,8 +115,7 @@ class Retokeniser:
             tail_width: the most tokens of an answer with a candidate, settled ones included.
             fresh_width: the most fresh tokens. Those beyond it are part of the tails, and become fresh later.
 
-        Raises:
-            InputError: if `settled` is larger than the number of tokens that were ever settled.
+        Raises InputError if `settled` is larger than the number of tokens that were ever settled.
         """
         batch, options = candidates.shape
         split = Candidates(

@@ -53,8 +53,7 @@ class TextTokenizer:
             tokenizer: a transformers tokenizer.
             extra_eos_ids: more tokens that end an answer, such as those of a model's generation config.
 
-        Raises:
-            InputError: if no token can end an answer.
+        Raises InputError if no token can end an answer.
         """
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
@@ -85,18 +84,13 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, source: str | Path, extra_eos_ids: Iterable[int] = ()) -> "TextTokenizer":
-        """Loads from a local folder or else from the hub. Code that comes with a tokenizer is never run.
-
-        Raises:
-            InputError: if `source` is neither, or holds no readable tokenizer with its whole vocabulary.
-        """
+        """Loads a tokenizer as `load_tokenizer` does, and raises InputError as it does."""
         return cls(load_tokenizer(source), extra_eos_ids)
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files; `load(folder)` gives an equal tokenizer.
 
-        Raises:
-            InputError: if the folder cannot be written.
+        Raises InputError if the folder cannot be written.
         """
         try:
             self._tokenizer.save_pretrained(str(folder))
@@ -109,8 +103,7 @@ class TextTokenizer:
         Models pad their vocabularies, so a few more embeddings than tokens are usual. Warns if over a tenth have no
         token.
 
-        Raises:
-            InputError: if a token has no embedding, or less than half of the embeddings have a token.
+        Raises InputError if a token has no embedding, or less than half of the embeddings have a token.
         """
         if self._needed_embeddings > count:
             raise InputError(
@@ -164,8 +157,7 @@ class TextTokenizer:
             starts_text: whether the prompt is empty; the answer is then encoded as a separate text. SentencePiece
                 tokenizers prepend a space there: the answer starts with `▁Once`, otherwise with `Once`.
 
-        Raises:
-            InputError: if the tokenizer joins the answer's beginning to whatever precedes it.
+        Raises InputError if the tokenizer joins the answer's beginning to whatever precedes it.
         """
         if starts_text or not self._prepends_space:
             return self._encode_raw(text)
@@ -183,8 +175,7 @@ class TextTokenizer:
                 `encode_answer(text)`, and "word" gives the ids that a text that begins with a space has after another
                 word.
 
-        Raises:
-            InputError: as `encode_answer` does.
+        Raises InputError as `encode_answer` does.
         """
         leads = [self._leads[place] for _, place in parts]
         encoded = self._encode_literally([lead + text for (text, _), (lead, _) in zip(parts, leads, strict=True)])
@@ -226,8 +217,7 @@ class TextTokenizer:
     def render_chat(self, turns: Sequence[dict[str, str]]) -> str:
         """The conversation in the tokenizer's own chat template, up to the beginning of the assistant's answer.
 
-        Raises:
-            InputError: if there is no template, or it rejects these turns.
+        Raises InputError if there is no template, or it rejects these turns.
         """
         if self.chat_template is None:
             raise InputError(

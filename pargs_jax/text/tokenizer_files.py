@@ -30,8 +30,7 @@ _LARGEST_UNMADE_SHARE = 0.01
 def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     """Loads from a local folder or else from the hub. Code that comes with a tokenizer is never run.
 
-    Raises:
-        InputError: if `source` is neither, or if its tokenizer cannot be read or lacks part of its vocabulary.
+    Raises InputError if `source` is neither, or if its tokenizer cannot be read or lacks part of its vocabulary.
     """
     folder = Path(source) if Path(source).is_dir() else None
     if folder is None and not HUB_ID.fullmatch(str(source)):

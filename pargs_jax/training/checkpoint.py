@@ -13,16 +13,15 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 
-from pargs_jax.durable_files import write_error_reason, write_errors_named_after, write_whole
+from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
@@ -31,7 +30,7 @@ CHECKSUMS = "checksums.json"
 MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """The newest `keep` checkpoints in a folder, and the `keep_best` with the best held-out metric.
 
     Saves run in the background. A checkpoint is written under a temporary name and renamed when it is complete. What a
@@ -48,8 +47,7 @@ class Checkpoints:
                 ones.
             metric: the held-out metric that ranks them; for `loss` lower is better, for others higher.
 
-        Raises:
-            InputError: if the folder cannot be created.
+        Raises InputError if the folder cannot be created.
         """
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1 as ocp
@@ -76,19 +74,14 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         try:
             self.wait()
             self._finisher.shutdown()
             self._writer.close()
         except Exception:
             # Orbax raises a failed save's error again at every later call; it has been reported already.
-            if error is None:
+            if kind is None:
                 raise
 
     @property
@@ -98,12 +91,15 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     @property
-    def kept(self) -> str:
+    def safe_state(self) -> str:
         """Names the checkpoint to continue from, for an error message; waits for the save in progress."""
         self.wait()
         if self.latest_step is None:
             return "no checkpoint has been written yet"
         return f"the checkpoint of step {self.latest_step} is safe"
+
+    def _advice(self) -> str:
+        return f"{self.safe_state}; fix that, then resume the run"
 
     def is_best(self, held_out: dict[str, float]) -> bool:
         """Whether a checkpoint with these held-out metrics would be among the best ones that are kept."""
@@ -126,7 +122,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step:
             return
-        with self._write_errors_named_after(self.folder / str(step)):
+        with write_errors_named_after(self.folder / str(step), self._advice):
             response = self._writer.save_async(step, state._asdict(), metrics=held_out)
             self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
 
@@ -135,7 +131,7 @@ class Checkpoints:
         if self._save_in_progress is None:
             return
         (step, saving), self._save_in_progress = self._save_in_progress, None
-        with self._write_errors_named_after(self.folder / str(step)):
+        with write_errors_named_after(self.folder / str(step), self._advice):
             saving.result()
 
     def _finish(self, step: int, response: Any) -> None:
@@ -210,21 +206,9 @@ class Checkpoints:
     def _put_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, which keeps its files for inspection and frees its step's name."""
         aside = self.folder / f"damaged-{step}"
-        with self._write_errors_named_after(aside):
+        with write_errors_named_after(aside, self._advice):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-
-    @contextmanager
-    def _write_errors_named_after(self, place: Path) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            reason = write_error_reason(error)
-            if reason is None:
-                raise
-            raise InputError(
-                f"{place}: cannot be written ({reason}); {self.kept}; fix that, then resume the run"
-            ) from error
 
 
 def _checksums(folder: Path) -> dict[str, int]:

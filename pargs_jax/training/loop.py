@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,11 +18,11 @@ from pargs_jax.errors import InputError
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.objectives.bradley_terry import FRACTIONS
+from pargs_jax.processes import largest
 from pargs_jax.progress import ShownProgress
 from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
-from pargs_jax.signals import signals_wait
+from pargs_jax.signals import ERRORS, StopRequest, signals_wait
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.interrupts import agreed
 from pargs_jax.training.meter import Meter, count_tokens, stack_metrics
 from pargs_jax.training.metrics_log import MetricsLog
 from pargs_jax.training.objective import Metrics, Objective
@@ -175,9 +176,23 @@ class Trainer:
 
     def _diverged(self, step: int, what: str) -> InputError:
         return InputError(
-            f"step {step}: {what}; {self.checkpoints.kept}; "
+            f"step {step}: {what}; {self.checkpoints.safe_state}; "
             "try a lower optim.lr, a lower optim.clip or a longer optim.warmup"
         )
+
+
+def agreed(request: StopRequest, now: bool) -> type[KeyboardInterrupt] | None:
+    """What to raise after this step, if anything: KeyboardInterrupt for Ctrl-C, Terminated for SIGTERM.
+
+    If one of several processes was asked to stop, all stop after the same step: the next one at which all of them call
+    this with `now`.
+    """
+    number = request.number or 0
+    if jax.process_count() > 1:
+        if not now:
+            return None
+        number = largest(number)
+    return ERRORS[signal.Signals(number)] if number else None
 
 
 @jax.jit

@@ -3,9 +3,10 @@
 import importlib
 import json
 import uuid
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import jax
 
@@ -75,7 +76,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager):
     """Writes a run's numbers to all places that the config asks for."""
 
     def __init__(self, config: TrainConfig, resumed_step: int) -> None:
@@ -90,12 +91,7 @@ class MetricsLog:
         if config.log.wandb is not None:
             self._places.append(WeightsAndBiases(config))
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for place in self._places:
             place.close()
 

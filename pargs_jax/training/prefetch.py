@@ -4,14 +4,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import islice
-from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
 
-class Prefetch(Generic[Item]):
+class Prefetch(AbstractContextManager, Generic[Item]):
     """Yields `make(number)` for each number, in order. A thread makes items up to `ahead` before they are needed.
 
     An exception in `make` is raised where its item would have been yielded.
@@ -28,12 +28,7 @@ class Prefetch(Generic[Item]):
         self._made: deque[Future[Item]] = deque()
         self._ask_for(ahead)
 
-    def __enter__(self) -> "Prefetch[Item]":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[Item]:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pargs_jax.config import LoraConfig, TrainConfig
+from pargs_jax.config import TrainConfig
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
-from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.model import Model, Params
 from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
 from pargs_jax.training.critic import CRITIC, new_critic
 from pargs_jax.training.objective import Objective
@@ -20,16 +20,6 @@ from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, ma
 
 REFERENCE = "reference"
 """In `Loss.frozen`: the model that training starts from, as it was."""
-
-
-def head_to_train(config: TrainConfig) -> HeadName:
-    """The head that the objective trains."""
-    return config.objective.loss.head
-
-
-def lora_of(config: LoraConfig) -> Lora | None:
-    """The low-rank additions that the options ask for, or None."""
-    return Lora(config.rank, config.alpha, config.layers) if config.rank else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +34,8 @@ class TrainingProgram:
         """The program for a loaded or described model, which gets the config's dropout, rematerialisation and low-rank
         additions. `closing_id` is the token that closes a text."""
         shape = dataclasses.replace(model.config, dropout=config.model.dropout, remat=config.model.remat)
-        trained = dataclasses.replace(model, config=shape, lora=lora_of(config.lora))
+        lora = Lora(config.lora.rank, config.lora.alpha, config.lora.layers) if config.lora.rank else None
+        trained = dataclasses.replace(model, config=shape, lora=lora)
         chosen = config.objective
         if unknown := set(chosen.loss.frozen) - {REFERENCE}:
             raise ValueError(

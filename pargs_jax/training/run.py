@@ -32,9 +32,8 @@ def run(
     sampler: Sampler | None = None,
 ) -> Params:
     """Trains from the folder's newest checkpoint, or from `params` if there is none. Returns the parameters after the
-    last step, including the model's frozen ones.
-
-    The folder gets `config.yaml`, `data.json` (a digest of the rows), `metrics.jsonl` and `checkpoints/`.
+    last step, including the model's frozen ones. Raises InputError if the run was started with other rows, and for
+    whatever stops a run (`Trainer.run`).
 
     Args:
         config: the options, with the prompt form that is used.
@@ -45,8 +44,6 @@ def run(
         examples, held_out: the training rows, and the evaluation rows if there are any.
         console: prints progress and evaluations.
         sampler: samples and scores answers, for an objective that learns from the model's own. Rows are then prompts.
-
-        Raises InputError if the run was started with other rows, and for whatever stops a run (`Trainer.run`).
     """
     saved = on_first(partial(saved_config, folder))  # None in a new run, and in every process but the first
     on_first(partial(check_same_data, folder, config.data.train, examples, resumes=saved is not None))

@@ -14,7 +14,7 @@ from pargs_jax.decoding.proposals import AllTokens
 from pargs_jax.decoding.state import RowSettings, insert, take
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.model import stack_layers, unstack_layers
-from pargs_jax.models.preference_lora import PreferenceLora, merge_preference, with_preferences
+from pargs_jax.models.preference_lora import PreferenceLora, with_preferences
 from pargs_jax.sharding import place_params
 from pargs_jax.testing import tiny_model
 
@@ -23,6 +23,19 @@ LORA = PreferenceLora(objectives=3, layers="query|key|value|down")
 PREFERENCES = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 0.2, 0.8], [0.0, 0.2, 0.8], [0.4, 0.3, 0.3]])
 PROMPTS, LENGTHS = np.random.default_rng(0).integers(4, V, (4, 5)), np.full(4, 5)
 KEYS = row_keys(0, jnp.asarray([1, 2, 3, 4], jnp.uint32))
+
+
+def merge_preference(lora, params, preference):
+    """Ordinary params: for one preference vector, every addition is merged into its matrix. Computed in fp32."""
+    if not isinstance(params, dict):
+        return params
+    if "addition" not in params:
+        return {name: merge_preference(lora, part, preference) for name, part in params.items()}
+    rest, own = {name: part for name, part in params.items() if name != "addition"}, params["addition"]
+    mix = jnp.einsum("m,...mrs->...rs", preference, own["own_mix"])
+    added = own["shared_in"] @ own["shared_mix"] @ own["shared_out"] + own["own_in"] @ mix @ own["own_out"]
+    kernel = params["kernel"]
+    return rest | {"kernel": (kernel.astype(jnp.float32) + lora.alpha / lora.rank * added).astype(kernel.dtype)}
 
 
 @lru_cache

@@ -88,7 +88,7 @@ def test_every_prompt_is_understood() -> None:
     numbered = [prompt for split in demo.SPLITS for prompt in demo._prompts_by_split()[split]]
     assert len({drawn.prompt for drawn in numbered}) == len({drawn.id for drawn in numbered}) == 65_536
     for drawn in numbered[::500]:
-        assert demo.parse_prompt(drawn.prompt) == drawn.request
+        assert language.parse_prompt(drawn.prompt) == drawn.request
 
 
 def test_a_prompt_of_another_task_is_refused_in_one_line() -> None:

@@ -122,7 +122,7 @@ def test_references_perplexity_pairs_and_figures_in_one_report(evaluate, answers
         ([], "nothing to evaluate"),
         (["--answers", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--answers", "=x"], "must be FILE or NAME=FILE"),
-        (["--sweep", "k=1,2"], "--sweep: needs a method"),
+        (["--sweep", "k=1,2"], "sweep: needs a method"),
         (["--decode", "x.yaml"], "--decode: needs --sweep"),
         (["--endpoint.model", "x"], "--endpoint: needs --endpoint.url"),
         (["--endpoint.url", "http://x"], "needs --endpoint.model"),

@@ -36,8 +36,8 @@ def test_options_that_do_not_apply_to_a_method_give_no_duplicates():
         (["wieght=1"], "'wieght' cannot be swept"),
         (["out=a,b"], "'out' cannot be swept"),
         (["k=1", "k=2"], "k is given twice"),
-        (["k=many"], '--sweep: k: got "many", must be a whole number'),
-        (["method=parg"], '--sweep: method: got "parg", must be one of'),
+        (["k=many"], 'sweep: k: got "many", must be a whole number'),
+        (["method=parg"], 'sweep: method: got "parg", must be one of'),
         (["weight=1 2 3"], "3 weights for 2 reward models"),
         (["rm=runs/a,runs:a", "weight=1"], "two settings would be written to"),
     ],
@@ -49,5 +49,5 @@ def test_combinations_that_cannot_be_decoded_are_refused(words, message):
 
 
 def test_a_sweep_needs_a_method():
-    with pytest.raises(InputError, match="--sweep: needs a method"):
+    with pytest.raises(InputError, match="sweep: needs a method"):
         settings(["k=1,2"], {})

@@ -154,10 +154,13 @@ def test_without_arguments_methods_are_compared_on_the_demo(decode, rm, tmp_path
     code, shown, _ = decode("--rm", rm, "--limit", 4, "--max-new-tokens", 12, "--out", out)
     assert code == 0
     written = rows(out)
-    assert [row["method"] for row in written[::4]] == list(COMPARED) and len(written) == 4 * len(COMPARED)
+    compared = {
+        name: weight for name, weight in COMPARED.items() if name != "genarm"
+    }  # the given model cannot guide it
+    assert [row["method"] for row in written[::4]] == list(compared) and len(written) == 4 * len(compared)
     assert len({row["id"] for row in written}) == 4 == len({row["prompt"] for row in written})
     cells = {line.split()[0]: line.split() for line in shown.splitlines() if " ± " in line}
-    for name, weight in COMPARED.items():
+    for name, weight in compared.items():
         found = [row for row in written if row["method"] == name]
         truth = [demo.oracle(row["prompt"], row["response"]) for row in found]
         assert [row["true_reward"] for row in found] == truth

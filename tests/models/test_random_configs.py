@@ -444,7 +444,7 @@ def test_random_configs_give_the_same_as_torch_or_are_refused():
     assert ends["compared"] >= 120, ends
     for family, fields in FIELDS.items():
         known = FAMILIES[family].config.HF_FIELDS
-        assert {*known.read, *known.sizes, *known.must} - values[family].keys() == set()
+        assert {*known.names.values(), *known.read, *known.sizes, *known.must} - values[family].keys() == set()
         varied = {name for name, choices in fields.items() if len(choices) > 1}
         assert {name for name in varied if len(values[family][name]) < 2} == set()
 

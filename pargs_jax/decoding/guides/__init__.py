@@ -21,24 +21,3 @@ from pargs_jax.decoding.guides.next_token import (
 )
 from pargs_jax.decoding.guides.retokenised import EncoderGuide, RetokenisedGuide
 from pargs_jax.decoding.guides.similarity import SimilarityGuide
-
-__all__ = [
-    "AutoregressiveGuide",
-    "CandidateGuide",
-    "Capacity",
-    "CausalGuide",
-    "Chosen",
-    "EncoderGuide",
-    "Guide",
-    "Judge",
-    "LookAheadGuide",
-    "NextTokenGuide",
-    "PreferenceGuide",
-    "PreferredPrompts",
-    "Prompts",
-    "RatioGuide",
-    "RetokenisedGuide",
-    "SimilarityGuide",
-    "Text",
-    "VocabularyGuide",
-]

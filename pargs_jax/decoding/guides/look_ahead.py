@@ -1,7 +1,7 @@
 """A reward model that scores continuations of each candidate; a second model writes a few tokens after it first."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,8 @@ from pargs_jax.models.cache import Cache, take_rows
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 
-
-class LookAheadState(NamedTuple):
-    """The caches of the models, which hold the texts so far."""
-
-    aligned: Cache
-    judges: tuple[Cache, ...]
+Caches = tuple[Cache, ...]
+"""The cache of the aligned model, then each judge's; they hold the texts so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,47 +45,42 @@ class LookAheadGuide:
         prompts: Prompts,
         capacity: Capacity,
         own_prompts: tuple[Prompts | None, ...] | None,
-    ) -> LookAheadState:
-        caches = []
-        for model, model_params, own in zip(
-            (self.aligned, *self.judges), params, own_prompts or (None,) * len(params), strict=True
-        ):
+    ) -> Caches:
+        caches, models, own_prompts = [], (self.aligned, *self.judges), own_prompts or (None,) * len(params)
+        for model, model_params, own in zip(models, params, own_prompts, strict=True):
             tokens, lengths = prompts if own is None else own
             slots = tokens.shape[1] + capacity.answer + self.tokens + 1
             caches.append(model.prefill(model_params, tokens, lengths, slots)[1])
-        return LookAheadState(caches[0], tuple(caches[1:]))
+        return tuple(caches)
 
     def score(
-        self, params: tuple[Params, ...], state: LookAheadState, text: Text, candidates: Int[Array, "B K"]
+        self, params: tuple[Params, ...], state: Caches, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Any]:
         batch, count = candidates.shape
-        branches, lengths, aligned_pending = self._continue(params[0], state.aligned, candidates)
+        branches, lengths, aligned_pending = self._continue(params[0], state[0], candidates)
         width = branches.shape[-1]
         # All branches in one pass; each token sees the text and its own branch.
         branch, offset = jnp.divmod(jnp.arange(count * width), width)
         tree = (branch[:, None] == branch) & (offset[:, None] >= offset)
         offsets = jnp.broadcast_to(offset, (batch, count * width))
-        rewards, pending = [], []
-        for model, model_params, cache in zip(self.judges, params[1:], state.judges, strict=True):
+        rewards, pending = [], [aligned_pending]
+        for model, model_params, cache in zip(self.judges, params[1:], state[1:], strict=True):
             hidden, new = model.extend(model_params, cache, branches.reshape(batch, -1), offsets, tree)
             ends = jnp.arange(count) * width + lengths - 1
             last = jnp.take_along_axis(hidden, ends[..., None], axis=1)
             rewards.append(model.rewards(model_params, last))
             pending.append(new)
         reward = rewards[0] if len(rewards) == 1 else jnp.exp(0.5 * (rewards[0] - rewards[1])) * rewards[0]
-        return reward, (aligned_pending, tuple(pending))
+        return reward, tuple(pending)
 
-    def commit(self, params: tuple[Params, ...], state: LookAheadState, pending: Any, chosen: Chosen) -> LookAheadState:
+    def commit(self, params: tuple[Params, ...], state: Caches, pending: Any, chosen: Chosen) -> Caches:
         counts = chosen.live.astype(jnp.int32)
-        aligned, judges = pending
-        first = chosen.index * (self.tokens + 1)
-        return LookAheadState(
-            state.aligned.append_one(aligned, counts, chosen.index),
-            tuple(cache.append_one(new, counts, first) for cache, new in zip(state.judges, judges, strict=True)),
-        )
+        first = chosen.index * (self.tokens + 1)  # of the judges' tokens, which are whole branches
+        places = (chosen.index, *(first,) * len(self.judges))
+        return tuple(cache.append_one(new, counts, at) for cache, new, at in zip(state, pending, places, strict=True))
 
-    def rewind(self, state: LookAheadState, text: Text, dropped: Int[Array, "B"]) -> LookAheadState:
-        return LookAheadState(state.aligned.forget(dropped), tuple(cache.forget(dropped) for cache in state.judges))
+    def rewind(self, state: Caches, text: Text, dropped: Int[Array, "B"]) -> Caches:
+        return tuple(cache.forget(dropped) for cache in state)
 
     def _continue(
         self, params: Params, cache: Cache, candidates: Int[Array, "B K"]

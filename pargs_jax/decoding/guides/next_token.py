@@ -24,6 +24,8 @@ class NextTokenState(NamedTuple):
     cache: Cache
     prompt_end: Int[Array, "B"]
     """The prompt's last token in the guide model's version of the prompt."""
+    preferences: Float[Array, "B M"] | None = None
+    """Each row's preference vector, for a `PreferenceGuide`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +94,6 @@ class PreferredPrompts(NamedTuple):
     preferences: Float[Array, "B M"]
 
 
-class PreferenceState(NamedTuple):
-    reader: NextTokenState
-    preferences: Float[Array, "B M"]
-
-
 @dataclasses.dataclass(frozen=True)
 class PreferenceGuide(AutoregressiveGuide):
     """One autoregressive reward model for all weightings of several objectives: its low-rank additions depend on each
@@ -104,19 +101,13 @@ class PreferenceGuide(AutoregressiveGuide):
 
     def prefill(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: PreferredPrompts
-    ) -> PreferenceState:
+    ) -> NextTokenState:
         own, preferences = own_prompts
-        with_own = with_preferences(params, preferences)
-        return PreferenceState(super().prefill(with_own, prompts, capacity, own), preferences)
+        state = super().prefill(with_preferences(params, preferences), prompts, capacity, own)
+        return state._replace(preferences=preferences)
 
-    def score(self, params: Params, state: PreferenceState, text: Text) -> tuple[Float[Array, "B V"], Any]:
-        return super().score(with_preferences(params, state.preferences), state.reader, text)
-
-    def commit(self, params: Params, state: PreferenceState, pending: Any, chosen: Chosen) -> PreferenceState:
-        return state._replace(reader=super().commit(params, state.reader, pending, chosen))
-
-    def rewind(self, state: PreferenceState, text: Text, dropped: Int[Array, "B"]) -> PreferenceState:
-        return state._replace(reader=super().rewind(state.reader, text, dropped))
+    def score(self, params: Params, state: NextTokenState, text: Text) -> tuple[Float[Array, "B V"], Any]:
+        return super().score(with_preferences(params, state.preferences), state, text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +134,8 @@ class RatioGuide:
         return tuned - reference, (tuned_pending, reference_pending)
 
     def commit(self, params: Any, state: Any, pending: Any, chosen: Chosen) -> Any:
-        return (
-            self.tuned.commit(params[0], state[0], pending[0], chosen),
-            self.reference.commit(params[1], state[1], pending[1], chosen),
-        )
+        parts = zip((self.tuned, self.reference), params, state, pending, strict=True)
+        return tuple(guide.commit(*each, chosen) for guide, *each in parts)
 
     def rewind(self, state: Any, text: Text, dropped: Int[Array, "B"]) -> Any:
         return self.tuned.rewind(state[0], text, dropped), self.reference.rewind(state[1], text, dropped)

@@ -51,16 +51,8 @@ class Splits(NamedTuple):
 class Retokeniser(Protocol):
     """The host's part, in numpy; hashable. See `pargs_jax.text.retokenisation`."""
 
-    def candidates(
-        self,
-        tokens: np.ndarray,
-        prompt_lengths: np.ndarray,
-        lengths: np.ndarray,
-        candidates: np.ndarray,
-        settled: np.ndarray,
-        tail_width: int,
-        fresh_width: int,
-    ) -> Any: ...
+    candidates: Callable[..., Any]
+    """Takes a `Text`, candidates, settled lengths and two widths; returns what `Splits` holds."""
 
 
 class CachedState(NamedTuple):
@@ -124,15 +116,9 @@ class RetokenisedGuide:
     def read(
         self, params: Params, state: CachedState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], CachedState]:
-        # The text's last token is the only candidate. Tokens that earlier ones settled may wait for later steps.
-        before, last = _without_last(text)
-        rewards, pending = self.score(params, state, before, last[:, None])
-        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
-        return (
-            rewards[:, 0],
-            (pending.needed - state.settled) * chosen.live,
-            self.commit(params, state, pending, chosen),
-        )
+        # Tokens that earlier ones settled may wait for later steps.
+        rewards, pending, after = _read_last(self, params, state, text, new)
+        return rewards, (pending.needed - state.settled) * (new > 0), after
 
     def score(
         self, params: Params, state: CachedState, text: Text, candidates: Int[Array, "B K"]
@@ -260,11 +246,8 @@ class EncoderGuide:
     def read(
         self, params: Params, state: EncoderState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], EncoderState]:
-        before, last = _without_last(text)
-        rewards, needed = self.score(params, state, before, last[:, None])
-        chosen = Chosen(last, jnp.zeros_like(last), new > 0)
-        tokens = (state.prompts.lengths + needed) * chosen.live
-        return rewards[:, 0], tokens, self.commit(params, state, needed, chosen)
+        rewards, needed, after = _read_last(self, params, state, text, new)
+        return rewards, (state.prompts.lengths + needed) * (new > 0), after
 
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
@@ -273,7 +256,9 @@ class EncoderGuide:
         longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
         step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
-        return _at_least_width(partial(self._score_at, params, state, splits), longest, widths), splits.needed
+        at_widths = [partial(self._score_at, params, state, splits, width) for width in widths]
+        first = jnp.searchsorted(jnp.asarray(widths), longest)
+        return jax.lax.switch(first, at_widths), splits.needed
 
     def commit(self, params: Params, state: EncoderState, pending: Int[Array, "B"], chosen: Chosen) -> EncoderState:
         return state._replace(needed=jnp.maximum(state.needed, pending * chosen.live))
@@ -304,59 +289,49 @@ def _require(own_prompts: Prompts | None) -> Prompts:
     return own_prompts
 
 
-def _without_last(text: Text) -> tuple[Text, Int[Array, "B"]]:
-    """Each text without its answer's last token, and that token; an empty answer does not change."""
+def _read_last(
+    guide: RetokenisedGuide | EncoderGuide, params: Params, state: Any, text: Text, new: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Any, Any]:
+    """Reads each text with its answer's last token as the only candidate: its reward, what the score left for `commit`,
+    and the state. An empty answer does not change."""
     at = jnp.maximum(text.lengths - 1, 0)[:, None]
+    last = jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
     before = text._replace(lengths=jnp.maximum(text.lengths - 1, text.prompt_lengths))
-    return before, jnp.take_along_axis(text.tokens, at, axis=1)[:, 0]
+    rewards, pending = guide.score(params, state, before, last[:, None])
+    after = guide.commit(params, state, pending, Chosen(last, jnp.zeros_like(last), new > 0))
+    return rewards[:, 0], pending, after
 
 
 def _split(
     retokeniser: Retokeniser, text: Text, candidates: Int[Array, "B K"], settled: Int[Array, "B"], width: int
 ) -> Splits:
-    """One host call: the tokens that the reward model reads after its settled ones, for every candidate."""
-    options = candidates.shape[1]
+    """The tokens that the reward model reads after its settled ones, for every candidate. One call of the host; on a
+    mesh, one for each device's rows.
 
-    def shapes(batch: int) -> Splits:
-        fresh, tails = _int_shape(batch, FRESH), _int_shape(batch, options, width)
-        return Splits(fresh, _int_shape(batch), tails, _int_shape(batch, options), _int_shape(batch))
-
-    def call(tokens, prompt_lengths, lengths, candidates, settled):  # noqa: ANN001, ANN202 - numpy arrays in, Splits out
-        return retokeniser.candidates(tokens, prompt_lengths, lengths, candidates, settled, width, FRESH)
-
-    return _on_host(call, shapes, *text, candidates, settled)
-
-
-def _int_shape(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _on_host(call: Callable[..., Any], shapes: Callable[[int], Any], *arrays: Array) -> Any:
-    """Runs a numpy function of batched arrays on the host. On a mesh, each device's rows are a separate call.
-
-    The results are int32 with a leading B and are returned as one array, because programs that return several arrays of
-    different ranks do not compile for TPUs.
+    The results are returned as one array, because programs that return several arrays of different ranks do not compile
+    for TPUs.
     """
+    options = candidates.shape[1]
+    shapes = Splits((FRESH,), (), (options, width), (options,), ())
+    widths = [math.prod(shape) for shape in shapes]
 
-    def local(*arrays: Array) -> Any:
+    def local(*arrays: Array) -> Splits:
         batch = arrays[0].shape[0]
-        wanted = jax.tree.leaves(shapes(batch))
-        widths = [math.prod(leaf.shape[1:]) for leaf in wanted]
 
         def packed(*args: Array) -> np.ndarray:
             # The arrays are JAX's. Using JAX inside a callback can deadlock, so they are converted to numpy first.
-            results = call(*map(np.asarray, args))
+            results = retokeniser.candidates(*map(np.asarray, args), width, FRESH)
             return np.concatenate([x.reshape(batch, -1).astype(np.int32) for x in results], axis=1)
 
-        row = jax.pure_callback(packed, _int_shape(batch, sum(widths)), *arrays, vmap_method="sequential")
+        shape = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.int32)
+        row = jax.pure_callback(packed, shape, *arrays, vmap_method="sequential")
         parts = jnp.split(row, np.cumsum(widths)[:-1], axis=1)
-        leaves = [part.reshape(leaf.shape) for part, leaf in zip(parts, wanted, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(shapes(batch)), leaves)
+        return Splits(*(part.reshape(batch, *shape) for part, shape in zip(parts, shapes, strict=True)))
 
-    mesh = jax.sharding.get_abstract_mesh()
+    arrays, mesh = (*text, candidates, settled), jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(*arrays)
-    rows = row_spec(mesh, arrays[0].shape[0])
+    rows = row_spec(mesh, len(settled))
     return jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
@@ -391,9 +366,3 @@ class _Tree(NamedTuple):
         same = (tokens[:, :, None] == tokens[:, None]) & real[:, None]
         first = jnp.argmax(jnp.cumprod(same, axis=-1, dtype=jnp.int8), axis=2)
         return cls(first, real & (first == jnp.arange(count)[:, None]))
-
-
-def _at_least_width(run: Callable[..., Any], needed: Int[Array, ""], widths: list[int]) -> Any:
-    """Calls `run(width=...)` with the first of the widths that is at least `needed`."""
-    branches = [partial(run, width=width) for width in widths]
-    return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), needed), branches)

@@ -4,8 +4,7 @@ from pargs_jax.decoding.search.best_of_n import BestOfN
 from pargs_jax.decoding.search.cards import Cards
 from pargs_jax.decoding.search.chunk_beam import ChunkBeam
 from pargs_jax.decoding.search.order_statistics import best_of_n_curve
-from pargs_jax.decoding.search.rows import Found, Searcher, SearchInputs, SearchMethod, Tokens
-from pargs_jax.decoding.search.run import search
+from pargs_jax.decoding.search.rows import Found, Searcher, SearchInputs, SearchMethod, Tokens, search
 from pargs_jax.decoding.search.smc import TwistedSmc
 from pargs_jax.decoding.search.speculative_rejection import SpeculativeRejection
 
@@ -17,19 +16,3 @@ SEARCHES: dict[str, type[SearchMethod]] = {
     "smc": TwistedSmc,
 }
 """The searches that a method's `search` can name."""
-
-__all__ = [
-    "SEARCHES",
-    "BestOfN",
-    "Cards",
-    "ChunkBeam",
-    "Found",
-    "SearchInputs",
-    "SearchMethod",
-    "Searcher",
-    "SpeculativeRejection",
-    "Tokens",
-    "TwistedSmc",
-    "best_of_n_curve",
-    "search",
-]

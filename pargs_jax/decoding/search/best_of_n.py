@@ -13,11 +13,10 @@ from pargs_jax.decoding.search.rows import (
     KlKind,
     Searcher,
     SearchInputs,
-    drift,
     event_keys,
     group_by_prompt,
+    kls_of_search,
     pick,
-    require_judge,
     spread,
     weighted,
 )
@@ -50,22 +49,21 @@ class BestOfN:
             )
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
-        require_judge(self, searcher)
-        batch = len(inputs.lengths)
+        searcher.require_judge(self)
         rows, tokens = searcher.start(inputs, max_new_tokens, max_new_tokens)
         rows, tokens = searcher.draw(inputs, spread(rows, self.samples), tokens, max_new_tokens)
         if self.by == "last":
             rows, tokens = searcher.judge(inputs, rows, tokens, max_new_tokens)
-            scores = weighted(rows.rewards, inputs.judge_weights)
+            scores = searcher.scores(inputs, rows)
         else:
             rows, tokens, rewards = searcher.judge_prefixes(inputs, rows, tokens, max_new_tokens)
             scores = self._over_prefixes(weighted(rewards, inputs.judge_weights), rows.judged)
-        samples, scores = searcher.found(rows), group_by_prompt(scores, batch)
+            scores = group_by_prompt(scores, len(inputs.lengths))
+        samples = searcher.found(rows)
         chosen, kls = self._choose(inputs, scores)
         answers = pick(samples, chosen)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
-        kls = jnp.where(inputs.lengths > 0, kls + drift(answers), 0.0)
-        return Found(answers, best, kls, tokens, samples, scores)
+        return Found(answers, best, kls_of_search(inputs, kls, answers), tokens, samples, scores)
 
     def _over_prefixes(self, scores: Float[Array, "R N"], lengths: Array) -> Float[Array, "R"]:
         written = jnp.arange(scores.shape[1]) < lengths[:, None]

@@ -17,9 +17,8 @@ from pargs_jax.decoding.search.rows import (
     SearchInputs,
     Tokens,
     branch_keys,
-    drift,
     event_keys,
-    require_judge,
+    kls_of_search,
     weighted,
 )
 from pargs_jax.decoding.state import DecodeState
@@ -69,7 +68,7 @@ class Cards:
             raise InputError(f"{self}: deviation and acceptance_temperature must be above 0")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
-        require_judge(self, searcher)
+        searcher.require_judge(self)
         batch, longest = len(inputs.lengths), min(self.longest, max_new_tokens)
         rows, tokens, prompt_rewards = searcher.start_judged(inputs, max_new_tokens, longest)
         start_rewards = self._scaled(weighted(prompt_rewards, inputs.judge_weights))
@@ -119,8 +118,7 @@ class Cards:
         last = jax.lax.while_loop(lambda carry: ~carry.is_over.all(), propose, first)
         answers = searcher.found(last.rows)
         scores = weighted(answers.rewards, inputs.judge_weights)
-        kls = jnp.where(inputs.lengths > 0, last.kls + drift(answers), 0.0)
-        return Found(answers, scores, kls, last.tokens)
+        return Found(answers, scores, kls_of_search(inputs, last.kls, answers), last.tokens)
 
     def _draw(self, searcher: Searcher, inputs: SearchInputs, carry: "_Carry") -> tuple[Rows, Tokens]:
         """Draws a segment for every unfinished row. Rows whose segment has ended wait for the others."""

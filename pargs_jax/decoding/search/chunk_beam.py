@@ -17,12 +17,10 @@ from pargs_jax.decoding.search.rows import (
     SearchInputs,
     Tokens,
     branch,
-    drift,
     group_by_prompt,
+    kls_of_search,
     pick,
-    require_judge,
     spread,
-    weighted,
 )
 from pargs_jax.errors import InputError
 
@@ -50,7 +48,7 @@ class ChunkBeam:
             raise InputError(f"{self}: beams, successors and chunk must be at least 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
-        require_judge(self, searcher)
+        searcher.require_judge(self)
         batch, count = len(inputs.lengths), self.beams * self.successors
         chunk = min(self.chunk, max_new_tokens)
         rows, tokens = searcher.start(inputs, max_new_tokens, chunk)
@@ -64,12 +62,10 @@ class ChunkBeam:
             is_duplicate = (carry.counts == 0) & group_by_prompt(rows.decode.done, batch)
             rows, tokens = searcher.draw(inputs, rows, carry.tokens, chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, chunk)
-            scores = jnp.where(
-                is_duplicate, -jnp.inf, group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
-            )
-            best, kept = jax.lax.top_k(scores, self.beams)
-            counts = jax.nn.one_hot(kept, count, dtype=jnp.int32).sum(axis=1) * self.successors
-            return _Carry(rows, tokens, counts, best[:, 0], kept[:, 0])
+            scores = jnp.where(is_duplicate, -jnp.inf, searcher.scores(inputs, rows))
+            best, survivors = jax.lax.top_k(scores, self.beams)
+            counts = jax.nn.one_hot(survivors, count, dtype=jnp.int32).sum(axis=1) * self.successors
+            return _Carry(rows, tokens, counts, best[:, 0], survivors[:, 0])
 
         # At first every row is a successor of the prompt.
         ones, zeros = jnp.ones((batch, count), jnp.int32), jnp.zeros(batch)
@@ -78,9 +74,8 @@ class ChunkBeam:
         answers = pick(searcher.found(rows), chosen)
         chunks = -(-answers.lengths // chunk)
         per_chunk = best_of_n_kl(self.successors) if self.beams == 1 else float(np.log(self.successors))
-        kls = chunks * per_chunk + float(np.log(self.beams)) + drift(answers)
-        kls = jnp.where(inputs.lengths > 0, kls, 0.0)
-        return Found(answers, scores, kls, tokens)
+        kls = chunks * per_chunk + float(np.log(self.beams))
+        return Found(answers, scores, kls_of_search(inputs, kls, answers), tokens)
 
 
 class _Carry(NamedTuple):

@@ -4,6 +4,7 @@ The R = B * n rows of a search belong to B prompts; those of prompt b are rows b
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -15,6 +16,7 @@ from pargs_jax.decoding.loop import AllParams, Decoded, Decoder
 from pargs_jax.decoding.state import DecodeState, RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import copy_rows, repeat_rows
+from pargs_jax.sharding import on_every_device
 
 EVENTS = 1 << 31
 """A row's key is folded with the numbers of its tokens, which are small. Draws that are not tokens use numbers from
@@ -103,18 +105,12 @@ class Searcher:
 
     def start(self, inputs: SearchInputs, max_new_tokens: int, width: int) -> tuple[Rows, Tokens]:
         """One row per prompt; reads the prompts. Judges will read at most `width` tokens at once."""
-        rows, tokens, _ = self._start(inputs, max_new_tokens, width, rewards=False)
-        return rows, tokens
+        return self.start_judged(inputs, max_new_tokens, width, rewards=False)[:2]
 
     def start_judged(
-        self, inputs: SearchInputs, max_new_tokens: int, width: int
+        self, inputs: SearchInputs, max_new_tokens: int, width: int, *, rewards: bool = True
     ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
-        """Like `start`, and returns the judges' rewards of the prompts alone."""
-        return self._start(inputs, max_new_tokens, width, rewards=True)
-
-    def _start(
-        self, inputs: SearchInputs, max_new_tokens: int, width: int, *, rewards: bool
-    ) -> tuple[Rows, Tokens, Float[Array, "B J"]]:
+        """Like `start`, and returns the judges' rewards of the prompts alone, or else 0."""
         lengths = inputs.lengths
         state = self.decoder.start(
             inputs.params, inputs.prompts, lengths, inputs.keys, inputs.settings, max_new_tokens, inputs.guide_prompts
@@ -217,15 +213,33 @@ class Searcher:
         decoded = self.decoder.read(rows.decode)
         return decoded._replace(rewards=rows.rewards) if self.judges else decoded
 
+    def scores(self, inputs: SearchInputs, rows: Rows) -> Float[Array, "B n"]:
+        """The scores of each prompt's rows: the weighted sums of the judges' rewards."""
+        return group_by_prompt(weighted(rows.rewards, inputs.judge_weights), len(inputs.lengths))
+
+    def require_judge(self, method: Any) -> None:
+        """Raises InputError if there is no judge."""
+        if not self.judges:
+            raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
+
     def _text(self, rows: Rows, answer_lengths: Int[Array, "R"] | None) -> Text:
         text = rows.decode.text
         return text if answer_lengths is None else text._replace(lengths=text.prompt_lengths + answer_lengths)
 
 
-def require_judge(method: Any, searcher: Searcher) -> None:
-    """Raises InputError if the searcher has no judge."""
-    if not searcher.judges:
-        raise InputError(f"{type(method).__name__}: needs a reward model as judge of the samples")
+@partial(jax.jit, static_argnames=("method", "searcher", "max_new_tokens"))
+def search(method: SearchMethod, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
+    """Answers a batch of prompts by a search method in one compiled call.
+
+    Args:
+        method: `BestOfN`, `ChunkBeam`, `Cards`, `SpeculativeRejection` or `TwistedSmc`.
+        searcher: draws tokens and judges texts.
+        inputs: parameters, prompts, keys and settings of the rows.
+        max_new_tokens: the longest answer of all rows, its end-of-sequence token included.
+
+    Raises InputError if the method lacks something that it needs, such as a judge.
+    """
+    return on_every_device(method(searcher, inputs, max_new_tokens))
 
 
 def group_by_prompt(x: Float[Array, "R *d"], prompts: int) -> Float[Array, "B n *d"]:
@@ -287,10 +301,11 @@ def weighted(rewards: Float[Array, "R *d J"], weights: Float[Array, "B J"]) -> F
     return (rewards * repeated.reshape(len(rewards), *[1] * (rewards.ndim - 2), -1)).sum(axis=-1)
 
 
-def drift(answers: Decoded) -> Float[Array, "B"]:
-    """sum_t log q(y_t) - log p(y_t), where q are the distributions that the tokens were drawn from. The KL of a search
-    over draws from q grows by this, because of the temperature, the choice of candidates and guidance."""
-    return (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
+def kls_of_search(inputs: SearchInputs, kls: Float[Array, "*B"] | float, answers: Decoded) -> Float[Array, "B"]:
+    """KL from the language model of a search over draws from q: that of the search from q, plus sum_t log q(y_t) - log
+    p(y_t), because of the temperature, the choice of candidates and guidance. 0 for filler rows."""
+    drift = (answers.trace.guided_log_probs - answers.trace.log_probs).sum(axis=1)
+    return jnp.where(inputs.lengths > 0, kls + drift, 0.0)
 
 
 def _model_prompts(own: Any) -> tuple[Prompts | None, ...]:

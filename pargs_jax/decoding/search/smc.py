@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.rules import Greedy
 from pargs_jax.decoding.search.rows import (
@@ -80,11 +80,13 @@ class TwistedSmc:
                 carry.step + 1,
             )
 
-        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(_is_unfinished, step, first)
+        rows, tokens, log_weights, log_z, _ = jax.lax.while_loop(
+            lambda carry: ~carry.rows.decode.done.all(), step, first
+        )
         log_z = log_z + jax.nn.logsumexp(log_weights, axis=1) - jnp.log(self.particles)
         chosen = jax.vmap(jax.random.categorical)(event_keys(inputs.keys, 0), log_weights)
         samples = searcher.found(rows)
-        scores = group_by_prompt(_log_twists(searcher, rows), batch)
+        scores = group_by_prompt((samples.rewards * rows.decode.settings.weights).sum(axis=-1), batch)  # log psi
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
         return Found(
             pick(samples, chosen), best, best - log_z, tokens, samples, scores, log_z, log_weights)  # fmt: skip
@@ -97,16 +99,6 @@ class _Carry(NamedTuple):
     log_z: Float[Array, "B"]
     """The sum over the resamplings so far."""
     step: Int[Array, ""]
-
-
-def _is_unfinished(carry: _Carry) -> Bool[Array, ""]:
-    return ~carry.rows.decode.done.all()
-
-
-def _log_twists(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:
-    """log psi of each row's text."""
-    rewards = searcher.decoder.read(rows.decode).rewards
-    return (rewards * rows.decode.settings.weights).sum(axis=-1)
 
 
 def _increments(searcher: Searcher, rows: Rows) -> Float[Array, "R"]:

@@ -15,12 +15,10 @@ from pargs_jax.decoding.search.rows import (
     KlKind,
     Searcher,
     SearchInputs,
-    drift,
     group_by_prompt,
+    kls_of_search,
     pick,
-    require_judge,
     spread,
-    weighted,
 )
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import take_rows
@@ -48,7 +46,7 @@ class SpeculativeRejection:
             raise InputError(f"{self}: samples and chunk must be at least 1, alpha at least 0 and below 1")
 
     def __call__(self, searcher: Searcher, inputs: SearchInputs, max_new_tokens: int) -> Found:
-        require_judge(self, searcher)
+        searcher.require_judge(self)
         batch = len(inputs.lengths)
         sizes = self.sizes(max_new_tokens)
         rest = max_new_tokens - (len(sizes) - 1) * self.chunk
@@ -58,14 +56,14 @@ class SpeculativeRejection:
         for size in sizes[1:]:
             rows, tokens = searcher.draw(inputs, rows, tokens, self.chunk)
             rows, tokens = searcher.judge(inputs, rows, tokens, self.chunk)
-            scores = group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)
+            scores = searcher.scores(inputs, rows)
             # Only finished answers can win, so those that are dropped are remembered.
             ended.append((searcher.found(rows), jnp.where(group_by_prompt(rows.decode.done, batch), scores, -jnp.inf)))
-            kept = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
-            rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + kept).ravel())
+            survivors = jnp.sort(jax.lax.top_k(scores, size)[1], axis=1)
+            rows = take_rows(rows, (jnp.arange(batch)[:, None] * scores.shape[1] + survivors).ravel())
         rows, tokens = searcher.draw(inputs, rows, tokens, rest)
         rows, tokens = searcher.judge(inputs, rows, tokens, rest)
-        ended.append((searcher.found(rows), group_by_prompt(weighted(rows.rewards, inputs.judge_weights), batch)))
+        ended.append((searcher.found(rows), searcher.scores(inputs, rows)))
 
         def all_of(*parts: jax.Array) -> jax.Array:
             joined = jnp.concatenate([group_by_prompt(part, batch) for part in parts], axis=1)
@@ -75,9 +73,8 @@ class SpeculativeRejection:
         chosen = scores.argmax(axis=1)
         answers = pick(jax.tree.map(all_of, *(decoded for decoded, _ in ended)), chosen)
         kl = best_of_n_kl(self.samples) if len(sizes) == 1 else float(np.log(self.samples))
-        kls = jnp.where(inputs.lengths > 0, kl + drift(answers), 0.0)
         best = jnp.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
-        return Found(answers, best, kls, tokens)
+        return Found(answers, best, kls_of_search(inputs, kl, answers), tokens)
 
     def sizes(self, max_new_tokens: int) -> list[int]:
         """The number of rows of a prompt after each selection, until it no longer changes."""
