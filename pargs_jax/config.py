@@ -82,7 +82,7 @@ class DataConfig:
 
     train: str = option(
         DEMO,
-        "pairs to train on, or what the objective reads (scored answers are rows of prompt, response, reward, or a "
+        "pairs to train on, or what the objective reads (prompts; scored answers: prompt, response, reward, or a "
         "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
         "file, or a hub id",
         metavar="FILE_OR_HUB_ID",
@@ -109,7 +109,7 @@ class DataConfig:
         unset="the reward model's own tokenizer",
         metavar="PATH_OR_HUB_ID",
     )
-    demo_pairs: int = option(3200, "pairs that the demo task generates for training", at_least=1)
+    demo_pairs: int = option(3200, "pairs, or prompts, that the demo task generates for training", at_least=1)
 
     def validate(self) -> None:
         """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
@@ -289,7 +289,7 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps", unset="computed from --epochs", at_least=1, may_change=True)
     epochs: float = option(1.0, "passes over the training pairs, if --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(8, "pairs per optimizer step", at_least=1)
+    batch_size: int = option(8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1)
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)

@@ -37,6 +37,12 @@ def demo_pairs(config: TrainConfig, split: str) -> list[Preference]:
     return [dataclasses.replace(row, reward=task.oracle(row.prompt, row.chosen)) for row in rows]
 
 
+def demo_training_prompts(config: TrainConfig, split: str) -> list[Prompt]:
+    """The prompts of a split, "train" or "eval", for objectives that sample answers."""
+    size = config.data.demo_pairs if split == "train" else HELD_OUT_PAIRS
+    return [Prompt(row["id"], row["prompt"]) for row in task.prompts(size, seed=config.seed, split=split)]
+
+
 def demo_reward_model(method: Method) -> Path:
     """The reward model of a guided method. Raises InputError if it was not trained yet."""
     if method.reward_model not in REWARD_MODELS:

@@ -76,6 +76,7 @@ train = Door(
     """\
   {prog}                                          the demo task, into runs/partial_bt
   {prog} --objective.name bt                      a reward model of full answers to compare with, into runs/bt
+  {prog} --config configs/demo_ppo.yaml           the demo's language model, tuned by PPO, into runs/ppo
   {prog} --config configs/hh.yaml --optim.lr 1e-5 --seed 1
   {prog} --config configs/hh.yaml --seed 1 --resume
   {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine

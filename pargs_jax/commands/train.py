@@ -12,6 +12,7 @@ from rich.console import Console
 from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
 from pargs_jax.commands.demo import demo_pairs, model_source
+from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
 from pargs_jax.config import DEMO, TrainConfig, column_names
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.batches import Batch, Example, tokenise
@@ -60,6 +61,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """
     config.validate()
     check_objective(config)
+    if config.objective.loss.on_policy:
+        check_on_policy(config)
     require_packages(config.log)
     with ensured_mesh() as mesh, claimed_folder(config) as folder:
         check_rows(config, mesh)
@@ -75,6 +78,11 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     """
     config.validate()
     check_objective(config)
+    if config.objective.loss.on_policy:
+        raise InputError(
+            f"--compile-only: cannot describe a step of {config.objective.name}, which samples answers too; "
+            "--objective.name sft has a step of the same size without the sampling"
+        )
     open_compile_cache(config.compile_cache)
     mesh = make_topology_mesh(config.mesh, "train")
     check_rows(config, mesh)
@@ -227,15 +235,22 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         others={name: other.model for name, other in others.items()},
     )
     prefix_tokenizer = _load_prefix_tokenizer(config, program.model)
-    config = _with_prompt_form(config, folder, pretrained.prompt_form)
+    models, scorer = [[(config.model.init, pretrained.prompt_form)]], None
+    if config.objective.loss.on_policy:
+        scorer = load_scorer(config, tokenizer, program.model.config.vocab_size)
+        models = [[(scorer.source, scorer.prompt_form)], *models]
+    config = _with_prompt_form(config, folder, models)
     console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
-    examples = load(config.data.train, "train")
-    eval_source = config.data.eval or (DEMO if config.data.train == DEMO else None)
-    held_out = None if eval_source is None else load(eval_source, "eval")
+    eval_source, sampler = config.data.eval or (DEMO if config.data.train == DEMO else None), None
+    if scorer is not None:
+        examples, held_out, sampler = prepare_rollouts(config, eval_source, tokenizer, scorer, console)
+    else:
+        load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
+        examples = load(config.data.train, "train")
+        held_out = None if eval_source is None else load(eval_source, "eval")
 
     params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
-    params = run_in_folder(config, folder, program, params, examples, held_out, console)
+    params = run_in_folder(config, folder, program, params, examples, held_out, console, sampler)
     model = pretrained.model
     if isinstance(program.model.lora, PreferenceLora):
         model = dataclasses.replace(model, lora=program.model.lora)
@@ -255,11 +270,10 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     console.print(f"saved the model to {exported}", highlight=False)
 
 
-def _with_prompt_form(config: TrainConfig, folder: Path, remembered: str | None) -> TrainConfig:
+def _with_prompt_form(config: TrainConfig, folder: Path, models: list[list[tuple[str, str | None]]]) -> TrainConfig:
     """The config with the prompt form that is used: a resumed run keeps its own; the demo's prompts are in none."""
     form = config.data.format or saved_prompt_form(folder)
-    models = [[(config.model.init, remembered)]] if config.data.train != DEMO else []
-    form = choose_form(form, models, "--data.format")
+    form = choose_form(form, models if config.data.train != DEMO else [], "--data.format")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, format=form))
 
 

@@ -29,14 +29,28 @@ class PrefixTexts(NamedTuple):
     counts: Int[np.ndarray, "B A"]
 
 
+class Rollout(NamedTuple):
+    """What a step learns of answers that the trained model sampled, one in each row; R slots, 0 beyond an answer's end.
+
+    Attributes:
+        log_probs: each token's, under the policy that sampled it, in nats.
+        advantages: of each token, or of whole answers.
+        returns: the value that the text before each token should have; None without a critic.
+    """
+
+    log_probs: Float[np.ndarray, "B R"]
+    advantages: Float[np.ndarray, "B *R"]
+    returns: Float[np.ndarray, "B R"] | None = None
+
+
 class Batch(NamedTuple):
     """Rows of one step. Lengths say which tokens are padding, never a token id.
 
     Attributes:
         prompts: token ids, padded on the left.
         prompt_lengths: tokens of each prompt; at least 1.
-        answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected), 1 (chosen), or the
-            number of scored answers that were asked for.
+        answers: token ids, padded on the right, end-of-sequence included; A is 2 (chosen, rejected), 1 (chosen), the
+            number of scored answers that were asked for, or 0 in a batch of prompts.
         answer_lengths: tokens of each answer; at least 1.
         weights: 1 for a row, 0 for a copy that only fills up the last evaluation batch.
         prefixes: the answers' prefixes where they end at another tokenizer's tokens; None where they end at the model's
@@ -44,6 +58,7 @@ class Batch(NamedTuple):
         rewards: the rewards of scored answers; None if rows have none.
         labels: for each of M objectives, 1 where the first answer is better, 0 where the second is; None if rows have
             none.
+        rollout: the numbers of answers that the trained model sampled; None for other answers.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -54,6 +69,7 @@ class Batch(NamedTuple):
     prefixes: PrefixTexts | None = None
     rewards: Float[np.ndarray, "B A"] | None = None
     labels: Float[np.ndarray, "B M"] | None = None
+    rollout: Rollout | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
@@ -242,7 +258,9 @@ class Batches:
     length.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, max_length: int, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, max_length: int, seed: int, *, copies: int = 1
+    ) -> None:
         """Makes the stream.
 
         Args:
@@ -250,6 +268,8 @@ class Batches:
             batch_size: rows in each batch.
             max_length: the length that the examples were cut to, in tokens.
             seed: together with the step, decides the order.
+            copies: how often each row is in its batch; a row's copies are consecutive, and `batch_size` counts them
+                once.
 
         Raises InputError if there are no examples, or the batch size or the seed is out of range.
         """
@@ -262,9 +282,10 @@ class Batches:
         self._examples = examples
         self._batch_size = batch_size
         self._seed = seed
+        self._copies = copies
         self._prompt_lengths = np.array([len(example.prompt) for example in examples])
-        answer_lengths = np.array([max(map(len, example.answers)) for example in examples])
-        counts = np.array([max(example.prefix_counts) for example in examples])
+        answer_lengths = np.array([max(map(len, example.answers), default=0) for example in examples])
+        counts = np.array([max(example.prefix_counts, default=0) for example in examples])
         self._widths_of_counts = _widths(counts, max(max_length, counts.max()))
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
@@ -346,11 +367,13 @@ class Batches:
 
     def _collate(self, rows: Int[np.ndarray, "B"], real_rows: int) -> Batch:
         """The batch of these rows; the first `real_rows` have weight 1."""
+        rows, real_rows = np.repeat(rows, self._copies), real_rows * self._copies
         examples = [self._examples[row] for row in rows]
         prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
         answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
+        longest = answer_lengths.max(initial=0)
         prompts = np.zeros((len(rows), _width(self._widths_of_prompts, prompt_lengths.max())), np.int32)
-        answers = np.zeros((*answer_lengths.shape, _width(self._widths_of_answers, answer_lengths.max())), np.int32)
+        answers = np.zeros((*answer_lengths.shape, _width(self._widths_of_answers, longest)), np.int32)
         for b, example in enumerate(examples):
             prompts[b, prompts.shape[1] - len(example.prompt) :] = example.prompt
             for a, ids in enumerate(example.answers):

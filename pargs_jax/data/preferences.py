@@ -163,17 +163,19 @@ def load_prompts(
     form: PromptForm,
     tokenizer: TextTokenizer | None = None,
     *,
+    split: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """Reads prompts to answer from the sources that `load_preferences` reads, and writes them in `form`.
 
     A row holds `prompt` (a text or a list of turns), or else `chosen` and `rejected` that share one. It may hold an
-    `id` (the default is its line number), and `weights` and `preference`, which are lists of numbers.
+    `id` (the default is its line number), and `weights` and `preference`, which are lists of numbers. With a `split`,
+    `train` or `eval`, only its rows are read (see `Rows`).
 
     Raises InputError if the source is missing, unreadable or empty, a row has no prompt, or two rows have the same id.
     """
     prompts: dict[str, Prompt] = {}
-    for row in list(Rows(source, columns=columns or {})):
+    for row in list(Rows(source, split, columns or {})):
         try:
             fields = _fields(row)
             text = _prompt_text(fields, form, tokenizer)

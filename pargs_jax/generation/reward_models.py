@@ -195,6 +195,9 @@ class RewardModel:
             tokens, counts: the answers, `tokens[b, :counts[b]]`, in the language model's tokens.
             texts: their texts.
             finished: whether each ended with an end-of-sequence token.
+
+        Raises:
+            InputError: if a text has more of the model's own tokens than its table of positions.
         """
         if self.retokeniser is None:
             return self._answer_rewards(prompts, tokens, counts)
@@ -203,7 +206,14 @@ class RewardModel:
             prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
             ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
             answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
-        return self._answer_rewards(prompts, *right_pad(answers))
+        padded, counts = right_pad(answers)
+        longest = int((prompts.lengths + counts).max()) + (not self.model.one_pass)
+        if (positions := table_of_positions(self.model)) is not None and longest > positions:
+            raise InputError(
+                f"{self.source}: a prompt with its answer has {longest} of its tokens, but its context is {positions}; "
+                "ask for fewer new tokens"
+            )
+        return self._answer_rewards(prompts, padded, counts)
 
     def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
         return np.asarray(answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))

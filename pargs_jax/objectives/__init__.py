@@ -11,7 +11,9 @@ from pargs_jax.objectives.farma import FasterReward
 from pargs_jax.objectives.fudge import PrefixRegression
 from pargs_jax.objectives.parm import PreferenceAwareReward
 from pargs_jax.objectives.partial_bt import PartialBradleyTerry
+from pargs_jax.objectives.ppo import ProximalPolicy
 from pargs_jax.objectives.rad import RewardAugmented
+from pargs_jax.objectives.rloo import LeaveOneOut
 from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.objectives.td_lambda import TemporalDifference
 
@@ -31,6 +33,8 @@ OBJECTIVES: dict[str, type[Loss]] = {
         ContrastiveTwist,
         FasterReward,
         Distillation,
+        ProximalPolicy,
+        LeaveOneOut,
     )
 }
 """Every objective by its name. Add a new one here."""

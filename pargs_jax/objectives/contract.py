@@ -78,7 +78,8 @@ class Loss:
         name: its name in the option `objective.name`.
         meaning: its line in a help text.
         head: the head of the model that it trains (`pargs_jax.models.heads`).
-        answers: how many answers of a row it reads: 2 (chosen and rejected) or 1 (chosen).
+        answers: how many answers of a row it reads: 2 (chosen and rejected), 1 (chosen), or 0 if the model samples them
+            (`on_policy`).
         reward_range: the lowest and the highest reward of an answer that it can learn from; None if it does not read
             rewards. An objective that does reads scored answers (`answers = 1`), and batches have `rewards`.
         samples: how many scored answers to one prompt make a row, which then has as many answers; 0 where every scored
@@ -94,6 +95,10 @@ class Loss:
             0 where a pair only has a chosen and a rejected answer.
         preference_lora: the fields of the `PreferenceLora` (`pargs_jax.models.preference_lora`) that it trains in place
             of the model's own parameters; None where it trains these.
+        on_policy: whether it learns from answers that the trained model samples (`objectives.on_policy`).
+        critic: whether a value head is trained beside the model; the loss gets its values of the text before each
+            token, `[B A R]`, as the keyword argument `values`.
+        answers_per_prompt, updates_per_step: answers to each prompt of a step, and optimizer updates on them.
     """
 
     name: ClassVar[str]
@@ -108,6 +113,10 @@ class Loss:
     reads_step: ClassVar[bool] = False
     labels: ClassVar[int] = 0
     preference_lora: ClassVar[Mapping[str, Any] | None] = None
+    on_policy: ClassVar[bool] = False
+    critic: ClassVar[bool] = False
+    answers_per_prompt: ClassVar[int] = 1
+    updates_per_step: ClassVar[int] = 1
 
     def validate(self, max_length: int) -> None:
         """Raises InputError for options that contradict each other, or do not fit texts of up to `max_length`
@@ -130,7 +139,7 @@ class Loss:
             outputs: the trained model's outputs.
             batch: token ids, lengths and weights; a row of weight 0 is filler and does not count.
             key: randomness of a training step; None in an evaluation, which must be deterministic.
-            others: the outputs of the models named in `frozen`, and `step` if it `reads_step`.
+            others: the outputs of the models named in `frozen`, `step` if it `reads_step`, and `values` with a critic.
         """
         raise NotImplementedError
 

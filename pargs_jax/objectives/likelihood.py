@@ -23,7 +23,7 @@ def answer_likelihood(
     """
     weights = jnp.ones(answers.shape[0]) if weights is None else weights
     counted = weights[:, None] * (jnp.arange(answers.shape[1]) < lengths[:, None])
-    log_probs = _token_log_probs(logits, answers)
+    log_probs = token_log_probs(logits, answers)
     hits = (logits.argmax(axis=-1) == answers).astype(jnp.float32)
     tokens = counted.sum()
     return -(log_probs * counted).sum() / tokens, {"accuracy": (hits * counted).sum() / tokens}
@@ -40,8 +40,9 @@ def prefix_log_probs(
         answers, lengths: right-padded token ids (end-of-sequence included), and how many are real.
     """
     is_real = jnp.arange(answers.shape[-1]) < lengths[..., None]
-    return jnp.cumsum(jnp.where(is_real, _token_log_probs(logits, answers), 0.0), axis=-1)
+    return jnp.cumsum(jnp.where(is_real, token_log_probs(logits, answers), 0.0), axis=-1)
 
 
-def _token_log_probs(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+def token_log_probs(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """`log p(token)` in nats, under softmax(logits)."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]

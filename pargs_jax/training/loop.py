@@ -55,8 +55,9 @@ class Trainer:
         config: the run's options.
         total: the number of steps.
         step, schedule: the jitted step, and the learning rate by step.
-        objective, frozen: the objective that is evaluated, and the parameters that are not trained.
-        batches, held_out: the training batches, and the evaluation batches if there are any.
+        objective, frozen: the objective, and the parameters that are not trained.
+        batches: the training batches.
+        evaluate: the held-out loss and metrics of all parameters together, if there are rows for it.
         checkpoints: where states are saved.
         console: prints progress and evaluations.
     """
@@ -68,7 +69,7 @@ class Trainer:
     objective: Objective
     frozen: Params
     batches: Batches
-    held_out: Batches | None
+    evaluate: Callable[[Params], dict[str, float]] | None
     checkpoints: Checkpoints
     console: Console
 
@@ -113,7 +114,7 @@ class Trainer:
     def _after_step(self, number: int, progress: ShownProgress) -> bool:
         """Reports, evaluates and saves where due; returns whether anything was reported."""
         config, is_last = self.config, number == self.total
-        evaluates = self.held_out is not None and (is_last or _due(number, config.eval_every))
+        evaluates = self.evaluate is not None and (is_last or _due(number, config.eval_every))
         saves = is_last or _due(number, config.save_every)
         reports = is_last or evaluates or saves or _due(number, config.log_every)
         if reports:  # waits for the device, so the shown step is really finished
@@ -145,7 +146,7 @@ class Trainer:
 
     def _evaluate(self, number: int) -> dict[str, float]:
         with self._meter.paused():
-            values = evaluate(self.objective, join_params(self._state.params, self.frozen), self.held_out)
+            values = self.evaluate(join_params(self._state.params, self.frozen))
             if not math.isfinite(values["loss"]):
                 raise self._diverged(number, f"the held-out loss is {values['loss']:g}")
             self._log.write(number, "eval", values)
@@ -204,14 +205,18 @@ def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
 
+SHOWN = ("accuracy", "reward", "kl")
+"""Metrics that are shown during training, of those that an objective has."""
+
+
 def _describe_steps(values: dict[str, float]) -> str:
-    accuracy = f"  accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
-    return f"loss {values['loss']:.4f}{accuracy}  {values['tokens_per_second']:,.0f} tokens/s"
+    more = "".join(f"  {name} {values[name]:.3f}" for name in SHOWN if name in values)
+    return f"loss {values['loss']:.4f}{more}  {values['tokens_per_second']:,.0f} tokens/s"
 
 
 def _describe_evaluation(values: dict[str, float]) -> str:
-    accuracy = f", accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
-    text = f"held out: loss {values['loss']:.4f}{accuracy}"
+    more = "".join(f", {name} {values[name]:.3f}" for name in SHOWN if name in values)
+    text = f"held out: loss {values['loss']:.4f}{more}"
     if f"accuracy_{FRACTIONS[0]}" not in values:
         return text
     prefixes = " ".join(f"{values[f'accuracy_{percent}']:.3f}" for percent in FRACTIONS)

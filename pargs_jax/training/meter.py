@@ -11,9 +11,12 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.training.objective import Metrics
 from pargs_jax.training.step import merge_metrics
 
+SAMPLED = "sampled_tokens"
+"""The metric of a step that counts the tokens it has sampled itself."""
+
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch's texts without padding; a prompt counts once per answer."""
+    """Tokens of a batch's texts without padding; a prompt counts once per answer. 0 in a batch of prompts."""
     return int(batch.prompt_lengths.sum()) * batch.answers.shape[1] + int(batch.answer_lengths.sum())
 
 
@@ -25,9 +28,10 @@ def stack_metrics(parts: list[Metrics]) -> dict[str, np.ndarray]:
 class Meter:
     """Collects the metrics of steps; only reading them waits for the device.
 
-    Besides the metrics' means, a reading has `tokens_per_second` and `data_wait_share`, over the time since the last
-    reading without pauses. `data_wait_share` is the share of that time (0 to 1) that the loop waited for batches. Steps
-    are dispatched asynchronously, so it is an upper bound on the share that the device was idle for lack of data.
+    Besides the metrics' means, a reading has `tokens_per_second` (those of the batches, and those that steps sampled)
+    and `data_wait_share`, over the time since the last reading without pauses. `data_wait_share` is the share of that
+    time (0 to 1) that the loop waited for batches. Steps are dispatched asynchronously, so it is an upper bound on the
+    share that the device was idle for lack of data.
     """
 
     def __init__(self, waited: Callable[[], float]) -> None:
@@ -50,8 +54,9 @@ class Meter:
         steps = jax.device_get(self._steps)
         means = merge_metrics(stack_metrics(steps), np.ones(len(steps)))
         seconds = time.perf_counter() - self._since
+        tokens = self._tokens + sum(int(step.get(SAMPLED, 0)) for step in steps)
         rates = {
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "data_wait_share": (self._waited_in_all() - self._waited) / seconds,
         }
         self._steps.clear()

@@ -13,6 +13,7 @@ from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params
 from pargs_jax.models.preference_lora import with_preferences
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.training.critic import CRITIC, values_of
 
 Metrics = dict[str, Array]
 
@@ -47,18 +48,33 @@ class Objective:
         `step` is the number of the training step; None in an evaluation.
         """
         dropout_key, loss_key = (None, None) if key is None else jax.random.split(key)
+        outputs, more = self.read(params, batch, dropout_key, self.loss.preferences(batch, loss_key))
+        if self.loss.reads_step:
+            more["step"] = step
+        loss, metrics, weight = self.loss(outputs, batch, loss_key, **more)
+        return loss, (metrics, weight)
+
+    def read(
+        self,
+        params: Params,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        preferences: Float[Array, "B M"] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The trained model's outputs for a batch, and what the loss gets besides: the frozen models' by their names,
+        and the critic's `values`. A key turns dropout on; `preferences` are for a model that takes such vectors."""
         params = self.cast(params)
+        critic = params.pop(CRITIC, None)
         options = {"closing_id": self.closing_id, "chunk": self.chunk}
         others = {name: params.pop(name) for name, _ in self.frozen if name in params}
         base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
-        preferences = self.loss.preferences(batch, loss_key)
         if preferences is not None:  # every answer of a row is read with the row's vector
             params = with_preferences(params, jnp.repeat(preferences, batch.answers.shape[1], axis=0))
-        frozen = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
-        outputs = self.model.read_answers(params, batch, dropout_key, **options)
-        numbers = {"step": step} if self.loss.reads_step else {}
-        loss, metrics, weight = self.loss(outputs, batch, loss_key, **frozen, **numbers)
-        return loss, (metrics, weight)
+        more = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
+        outputs = self.model.read_answers(params, batch, key, **options)
+        if critic is not None:
+            more["values"] = values_of(critic, outputs.states(before=1))
+        return outputs, more
 
     @property
     def loss_of_chance(self) -> float:
@@ -66,7 +82,8 @@ class Objective:
         return self.loss.chance(self.model.config.vocab_size)
 
     def cast(self, params: Params) -> Params:
-        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, are not cast."""
+        """Casts the parameters to the dtype of matrix products; fp32 heads, such as reward heads, and the critic are
+        not cast."""
         others = {name: self._cast(model, params[name]) for name, model in self.frozen if name in params}
         own = {name: part for name, part in params.items() if name not in others}
         return self._cast(self.model, own) | others
@@ -74,7 +91,7 @@ class Objective:
     def _cast(self, model: Any, params: Params) -> Params:
         return {
             name: part
-            if name == "head" and model.head_kind.is_fp32
+            if name == CRITIC or (name == "head" and model.head_kind.is_fp32)
             else jax.tree.map(lambda x: x.astype(self.dtype), part)
             for name, part in params.items()
         }

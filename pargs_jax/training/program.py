@@ -17,6 +17,7 @@ from pargs_jax.models.model import Model, Params
 from pargs_jax.models.preference_lora import NAMES as PREFERENCE_LORA_NAMES
 from pargs_jax.models.preference_lora import PreferenceLora, draw_additions
 from pargs_jax.sharding import abstract_params, optimizer_shardings, place_computed, shardings_of
+from pargs_jax.training.critic import CRITIC, new_critic
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import StepFunction, TrainState, make_optimizer, make_train_step
 
@@ -84,27 +85,26 @@ class TrainingProgram:
     def begin_params(self, params: Params, seed: int) -> tuple[Params, Params]:
         """Splits a model's parameters into trained ones, including newly drawn additions, and frozen ones. A reference
         gets a copy of them if it needs one, because trained parameters are donated to the step. `params` also holds
-        those of `others`, by name."""
+        those of `others`, by name. A critic is trained."""
         apart = {name: params[name] for name in self.others}
         params = {name: part for name, part in params.items() if name not in apart}
+        critic = new_critic(self.model.config.head_width) if self.objective.loss.critic else {}
         if self.copies_reference:
             apart[REFERENCE] = jax.tree.map(lambda x: jnp.array(x, self.config.dtype, copy=True), params)
         if self.trained_names is None:
-            return params, apart
+            return params | critic, apart
         heads, frozen = split_params(params, self.trained_names)
         draw = draw_additions if isinstance(self.model.lora, PreferenceLora) else draw_lora
         additions = place_computed(lambda key: draw(self.model.abstract_params(), key), seed)
         trained, given = split_params(additions, self.trained_names)
         given = jax.tree.map(lambda x: x.astype(self.config.dtype), given)
-        return join_params(trained, jax.tree.map(lambda x: x.astype("float32"), heads)), join_params(
-            frozen | apart, given
-        )
+        heads = jax.tree.map(lambda x: x.astype("float32"), heads)
+        return join_params(trained, heads) | critic, join_params(frozen | apart, given)
 
     def model_params(self, trained: Params, frozen: Params) -> Params:
         """The parameters of the model alone, of what `begin_params` gives."""
-        return join_params(
-            trained, {name: part for name, part in frozen.items() if name not in dict(self.objective.frozen)}
-        )
+        params, apart = join_params(trained, frozen), (*dict(self.objective.frozen), CRITIC)
+        return {name: part for name, part in params.items() if name not in apart}
 
     def abstract_state(self, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, Params]:
         """Describes the results of `begin_params` and `begin` as `jax.ShapeDtypeStruct`s on a mesh that may not be
@@ -129,6 +129,9 @@ class TrainingProgram:
         return make_optimizer(self.config.optim, steps)
 
     def make_step(self, optimizer: optax.GradientTransformation, state: TrainState) -> StepFunction:
-        """The jitted step for states like this one (`make_train_step`)."""
-        accumulation = self.config.optim.accumulation
-        return make_train_step(self.objective, optimizer, accumulation=accumulation, places=shardings_of(state))
+        """The jitted step for states like this one (`make_train_step`). On-policy losses read the reference before it
+        (`training.on_policy`)."""
+        accumulation, objective = self.config.optim.accumulation, self.objective
+        if objective.loss.on_policy:
+            objective = dataclasses.replace(objective, frozen=())
+        return make_train_step(objective, optimizer, accumulation=accumulation, places=shardings_of(state))

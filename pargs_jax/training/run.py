@@ -13,7 +13,8 @@ from pargs_jax.data.batches import Batches, Example
 from pargs_jax.models.model import Params
 from pargs_jax.processes import on_first
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.loop import Trainer
+from pargs_jax.training.loop import Trainer, evaluate
+from pargs_jax.training.on_policy import OnPolicy, Sampler
 from pargs_jax.training.program import TrainingProgram
 from pargs_jax.training.run_folder import save_config, saved_config
 from pargs_jax.training.same_run import check_same_data, warn_of_another_schedule
@@ -28,6 +29,7 @@ def run(
     examples: Sequence[Example],
     held_out: Sequence[Example] | None,
     console: Console,
+    sampler: Sampler | None = None,
 ) -> Params:
     """Trains from the folder's newest checkpoint, or from `params` if there is none. Returns the parameters after the
     last step, including the model's frozen ones. Raises InputError if the run was started with other rows, and for
@@ -41,19 +43,26 @@ def run(
             are consumed: the caller cannot use them again.
         examples, held_out: the training rows, and the evaluation rows if there are any.
         console: prints progress and evaluations.
+        sampler: samples and scores answers, for an objective that learns from the model's own. Rows are then prompts.
     """
     saved = on_first(partial(saved_config, folder))  # None in a new run, and in every process but the first
     on_first(partial(check_same_data, folder, config.data.train, examples, resumes=saved is not None))
     total = total_steps(config, len(examples))
-    batches = Batches(examples, config.batch_size, config.max_length, config.seed)
-    evaluation = None
-    if held_out is not None:
-        rows = config.batch_size // config.optim.accumulation  # what fits the device in training also fits here
-        evaluation = Batches(held_out, rows, config.max_length, config.seed)
-    optimizer, schedule = program.make_optimizer(total)
+    loss, prepared = program.objective.loss, partial(Batches, max_length=config.max_length, seed=config.seed)
+    updates, copies = loss.updates_per_step, loss.answers_per_prompt
+    batches = prepared(examples, config.batch_size // copies, copies=copies)
+    optimizer, schedule = program.make_optimizer(total * updates)
     trained, frozen = program.begin_params(params, config.seed)
     state = begin(optimizer, trained)
     step = program.make_step(optimizer, state)
+    if sampler is None:
+        rows = config.batch_size // config.optim.accumulation  # what fits the device in training also fits here
+        evaluation = partial(evaluate, program.objective)
+    else:
+        on_policy, rows = OnPolicy(program, sampler), config.batch_size
+        step, evaluation = on_policy.make_step(step), on_policy.evaluate
+    if held_out is not None:
+        evaluation = partial(evaluation, batches=prepared(held_out, rows))
     on_first(partial(save_config, config, folder))
     with Checkpoints(folder / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
@@ -65,12 +74,22 @@ def run(
                 warn_of_another_schedule(config.optim, total_steps(saved, len(examples)), total, int(state.step))
         if int(state.step) < total:
             trainer = Trainer(
-                config, total, step, schedule, program.objective, frozen, batches, evaluation, checkpoints, console
+                config,
+                total,
+                step,
+                lambda number: schedule((number + 1) * updates - 1),
+                program.objective,
+                frozen,
+                batches,
+                None if held_out is None else evaluation,
+                checkpoints,
+                console,
             )
             state = trainer.run(state)
     return program.model_params(state.params, frozen)
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
-    """The number of steps that a run takes on this many pairs."""
-    return config.steps or max(1, math.ceil(config.epochs * pairs / config.batch_size))
+    """The number of steps that a run takes on this many pairs, or prompts."""
+    rows = config.batch_size // config.objective.loss.answers_per_prompt
+    return config.steps or max(1, math.ceil(config.epochs * pairs / rows))

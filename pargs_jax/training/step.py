@@ -113,7 +113,7 @@ def make_train_step(
             metrics = metrics | {"loss": loss}
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         else:
-            micro = jax.tree.map(lambda x: _cut(x, accumulation), batch)
+            micro = cut_rows(batch, accumulation)
             zero = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
             (grads, total), parts = jax.lax.scan(
                 partial(micro_step, params, frozen, state.step), zero, (micro, jax.random.split(key, accumulation))
@@ -128,9 +128,11 @@ def make_train_step(
     return train_step
 
 
-def _cut(x: Array, parts: int) -> Array:
-    """Splits rows into parts; each part is spread over the mesh like the whole batch."""
-    return constrain(x.reshape(parts, -1, *x.shape[1:]), None, ROWS, *(None,) * (x.ndim - 1))
+def cut_rows(batch: Batch, parts: int) -> Batch:
+    """Splits rows into parts, `[parts B/parts ...]`; each part is spread over the mesh like the whole batch."""
+    return jax.tree.map(
+        lambda x: constrain(x.reshape(parts, -1, *x.shape[1:]), None, ROWS, *(None,) * (x.ndim - 1)), batch
+    )
 
 
 def merge_metrics(parts: dict[str, Float[Array, "N"]], weights: Float[Array, "N"]) -> Metrics:

@@ -106,6 +106,20 @@ def test_training_and_going_on_in_one_process_on_another_mesh(start, tmp_path):
         np.testing.assert_allclose(two[name], expected, atol=2e-5, err_msg=name)
 
 
+def test_training_on_the_models_own_answers(start, tmp_path):
+    model, params = tiny_model("llama", "reward", seed=1, vocab_size=tiny_tokenizer().vocab_size)
+    save_model(tmp_path / "rm", model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
+    tiny_tokenizer().save(tmp_path / "rm")
+    objective = ("--objective.name", "ppo", "--objective.rm", str(tmp_path / "rm"), "--objective.max-new-tokens", "6")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "Help " * i}) + "\n" for i in range(4)))
+    data = ("--data.train", str(tmp_path / "prompts.jsonl"), "--batch-size", "4", "--steps", "2", "--max-length", "32")
+    options = ("--model.init", start, *data, *objective, "--optim.eps", "1e-3", "--log-every", "1")
+    mesh = ("--mesh", "cpu-4,fsdp=2,tensor=2")
+    run("train.py", *options, *mesh, "--out", str(tmp_path / "one"))
+    run("train.py", *options, *mesh, "--out", str(tmp_path / "two"), processes=2)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
 def test_both_end_after_the_same_step_when_one_of_them_is_told_to(start, tmp_path):
     out = tmp_path / "run"
     options = ("--model.init", start, *TRAINING, "--steps", "1000000", "--save-every", "0", "--out", str(out))
