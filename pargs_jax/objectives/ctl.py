@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pargs_jax.errors import InputError
 from pargs_jax.objectives.contract import LossResult, Outputs, ScoredLoss
 from pargs_jax.options import option
 
@@ -29,8 +30,18 @@ class ContrastiveTwist(ScoredLoss):
     head = "table"
     frozen = ("reference",)
 
-    samples: int = option(8, "scored answers to one prompt that a row holds; --batch-size counts rows", at_least=2)
+    n: int | None = option(
+        None, "answers to each prompt of a step", unset="1 in ppo, 4 in rloo and 8 in ctl", at_least=1
+    )
     reward_weight: float = option(1.0, "w in the target p(y) exp(w r(y)) of the particles", above=0)
+
+    @property
+    def samples(self) -> int:
+        return 8 if self.n is None else self.n
+
+    def validate(self, max_length: int) -> None:
+        if self.samples < 2:
+            raise InputError(f"--objective.n: got {self.n}, but ctl compares answers to a prompt; must be at least 2")
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs

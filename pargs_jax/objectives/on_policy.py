@@ -45,7 +45,9 @@ class OnPolicyLoss(Loss):
         at_least=0,
     )
     clip: float = option(0.2, "by how much the ratio of new to old probability may leave 1 and still gain", above=0)
-    n: int | None = option(None, "answers to each prompt of a step", unset="1 in ppo and 4 in rloo", at_least=1)
+    n: int | None = option(
+        None, "answers to each prompt of a step", unset="1 in ppo, 4 in rloo and 8 in ctl", at_least=1
+    )
     updates: int | None = option(
         None, "optimizer updates on the answers of a step", unset="4 in ppo and 1 in rloo", at_least=1
     )

@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_loops_in_torch():
     rows = batch(vocabulary=7)
 
     def loss(x):
-        return ContrastiveTwist(samples=3, reward_weight=0.7)(Given(x), rows, reference=Given(logits)).loss
+        return ContrastiveTwist(n=3, reward_weight=0.7)(Given(x), rows, reference=Given(logits)).loss
 
     ours, gradient = jax.value_and_grad(loss)(jnp.asarray(table))
     theirs = torch.tensor(table, dtype=torch.float64, requires_grad=True)
@@ -104,7 +104,7 @@ def test_the_optimal_twists_are_its_minimum_by_enumeration():
 def test_micro_batches_make_the_step_of_the_whole_batch():
     model, params = tiny_model("gpt2", "table")
     reference = {"reference": tiny_model("gpt2", "table", seed=1)[1]}
-    objective = Objective(model, ContrastiveTwist(samples=3), frozen=(("reference", model),))
+    objective = Objective(model, ContrastiveTwist(n=3), frozen=(("reference", model),))
     optimizer = optax.sgd(0.1)
     rows = jax.tree.map(lambda x: x[[0, 1, 2, 0]], batch(vocabulary=61))
 

@@ -122,7 +122,7 @@ LOSSES = {
     "parm": PreferenceAwareReward(beta=0.5),
     "farma": FasterReward(phase_steps=1),
     "distill": Distillation(teacher="a folder", k=3),
-    "ctl": ContrastiveTwist(samples=2),
+    "ctl": ContrastiveTwist(n=2),
 }
 
 

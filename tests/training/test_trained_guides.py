@@ -225,7 +225,7 @@ def test_a_table_learns_from_a_reward_model_and_guides(speaker, judge, decode, t
 def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode, tmp_path):
     samples = decode("top_p", judge, "--top-p", 1, "--n", 9, lm=speaker)
     assert 0.2 < share_of_good(samples) < 0.8
-    objective = ObjectiveConfig(name="ctl", samples=4)
+    objective = ObjectiveConfig(name="ctl", n=4)
     config = make_config(tmp_path, speaker, samples, objective=objective, lora=LoraConfig(rank=4), steps=60)
     printed = io.StringIO()
     losses, evaluation = train(config, printed)
@@ -233,8 +233,8 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
     assert np.mean(losses[-5:]) < losses[0] and evaluation["effective_samples"] < 4
     guided = decode("smc", config.out, "--search.particles", 4, lm=speaker)
     assert share_of_good(guided) > 0.9
-    more = dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", samples=10), out=f"{config.out}-10")
-    with pytest.raises(InputError, match=r"no prompt has 10 scored answers \(--objective.samples\), the most are 9"):
+    more = dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", n=10), out=f"{config.out}-10")
+    with pytest.raises(InputError, match=r"no prompt has 10 scored answers \(--objective.n\), the most are 9"):
         train(more)
 
 
@@ -254,7 +254,7 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
             "prompt, chosen, rejected and labels",
         ),
         (
-            ObjectiveConfig(name="ctl", samples=4),
+            ObjectiveConfig(name="ctl", n=4),
             {},
             "--data.train: ctl needs 4 scored answers to each prompt, but the demo has one; write some (decode.py "
             "--method top_p --top-p 1 --n 4 --rm ... --out F.jsonl)",
