@@ -121,7 +121,7 @@ FULL = {"accuracy", "accuracy_100", "margin", "reward_mean", "reward_min", "rewa
         ({"sample": 2}, set()),
         ({"name": "bt"}, FULL),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_a_training_step_reports_what_it_has_read(params, alone, options, reported):
     objective = objective_of(options, chunk=4)
