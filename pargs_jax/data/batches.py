@@ -212,7 +212,7 @@ def _samples_of_prompts(preferences: Sequence[Preference], count: int) -> list[l
     ]
     if not groups:
         most = max(map(len, by_prompt.values()))
-        raise InputError(f"no prompt has {count} scored answers (--objective.n), the most are {most}")
+        raise InputError(f"no prompt has {count} scored answers (objective.n), the most are {most}")
     return groups
 
 
