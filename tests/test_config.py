@@ -200,10 +200,10 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
         ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so the whole model is trained; give a"),
         ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
         ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
-        ("--objective.name parm --objective.layers (", '--objective.layers: "(" is not a regular expression ('),
-        ("--objective.name ctl --objective.n 1", "--objective.n: got 1, but ctl compares answers to a prompt; must be"),
+        ("--objective.name parm --objective.layers (", 'objective.layers: "(" is not a regular expression ('),
+        ("--objective.name ctl --objective.n 1", "objective.n: got 1, but ctl compares answers to a prompt; must be"),
         ("--objective.name ctl --best-metric accuracy", "--best-metric: got 'accuracy', but ctl has none; must be"),
-        ("--objective.name distill", "--objective.teacher: distill needs a reward model to learn from; give a folder"),
+        ("--objective.name distill", "objective.teacher: distill needs a reward model to learn from; give a folder"),
         (
             "--objective.name farma --objective.minimum-length 128",
             "objective.minimum-length: got 128, must be below max-length (128)",

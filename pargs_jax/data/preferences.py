@@ -262,7 +262,7 @@ def _labels(fields: dict[str, Any], count: int) -> tuple[float, ...] | None:
     if found is None:
         raise _MissingColumn("labels is missing", fields)
     if len(found) != count:
-        raise InputError(f"labels: got {len(found)}, must be {count}, one for each objective (--objective.labels)")
+        raise InputError(f"labels: got {len(found)}, must be {count}, one for each objective (objective.labels)")
     if not all(0 <= label <= 1 for label in found):
         raise InputError(f"labels: got {list(found)}, each must be from 0 to 1")
     return found

@@ -41,7 +41,7 @@ class ContrastiveTwist(ScoredLoss):
 
     def validate(self, max_length: int) -> None:
         if self.samples < 2:
-            raise InputError(f"--objective.n: got {self.n}, but ctl compares answers to a prompt; must be at least 2")
+            raise InputError(f"objective.n: got {self.n}, but ctl compares answers to a prompt; must be at least 2")
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs

@@ -27,13 +27,13 @@ class Distillation(Loss):
     """
 
     name = "distill"
-    meaning = "rewards of all next tokens, learned from a scalar reward model (--objective.teacher)"
+    meaning = "rewards of all next tokens, learned from a scalar reward model (objective.teacher)"
     head = "table"
     answers = 1
 
     teacher: str | None = option(
         None,
-        "the causal reward model to learn from, with the tokenizer of --model.init",
+        "the causal reward model to learn from, with the tokenizer of the model that training starts from",
         metavar="PATH_OR_HUB_ID",
     )
     k: int = option(
@@ -50,7 +50,7 @@ class Distillation(Loss):
 
     def validate(self, max_length: int) -> None:
         if self.teacher is None:
-            raise InputError("--objective.teacher: distill needs a reward model to learn from; give a folder or hub id")
+            raise InputError("objective.teacher: distill needs a reward model to learn from; give a folder or hub id")
 
     def chance(self, vocab_size: int) -> float:
         return math.inf  # depends on the rewards' scale

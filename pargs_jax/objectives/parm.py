@@ -51,9 +51,7 @@ class PreferenceAwareReward(AutoregressiveReward):
         try:
             re.compile(self.layers)
         except re.error as error:
-            raise InputError(
-                f"--objective.layers: {shown(self.layers)} is not a regular expression ({error})"
-            ) from None
+            raise InputError(f"objective.layers: {shown(self.layers)} is not a regular expression ({error})") from None
 
     def preferences(self, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, "B M"]:
         import jax

@@ -159,7 +159,7 @@ def test_parm_refuses_rows_without_its_labels(settings, tmp_path):
     folder = command.train(config, Console(file=io.StringIO()))
     refused = [json.loads(line)["reason"] for line in (folder / "bad_rows.train.jsonl").read_text().splitlines()]
     assert refused == [
-        "labels: got 1, must be 2, one for each objective (--objective.labels)",
+        "labels: got 1, must be 2, one for each objective (objective.labels)",
         "labels: got [1.0, 1.5], each must be from 0 to 1",
         "labels is missing; the row has prompt, chosen, rejected, labels",
     ]
@@ -234,7 +234,7 @@ def test_a_twist_learns_from_samples_and_guides_particles(speaker, judge, decode
     guided = decode("smc", config.out, "--search.particles", 4, lm=speaker)
     assert share_of_good(guided) > 0.9
     more = dataclasses.replace(config, objective=ObjectiveConfig(name="ctl", n=10), out=f"{config.out}-10")
-    with pytest.raises(InputError, match=r"no prompt has 10 scored answers \(--objective.n\), the most are 9"):
+    with pytest.raises(InputError, match=r"no prompt has 10 scored answers \(objective.n\), the most are 9"):
         train(more)
 
 
