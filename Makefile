@@ -7,7 +7,6 @@ RUN = $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) train.py --resume
 	$(RUN) train.py --objective.name bt --resume
-	$(RUN) train.py --objective.name arm --resume
 	$(RUN) decode.py --batch-size 100 --max-new-tokens 64
 
 test: $(VENV)/installed-test
