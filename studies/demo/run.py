@@ -17,8 +17,8 @@ import numpy as np
 
 from pargs_jax.commands.comparison import COMPARED
 from pargs_jax.durable_files import write_whole
+from studies.experiment import estimate
 from studies.page import fill_page, table
-from studies.stories import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("studies/demo/results")
