@@ -1,7 +1,7 @@
 """What the studies on the demo task share: its prompts, a model of every kind, and every decoding method.
 
-The oracle (`pargs_jax.demo.language`) is the true reward. Models start from a language model of the task and train as
-the demo's do, on its 3,200 pairs or as many answers.
+The oracle (`pargs_jax.demo.language`) is the true reward. Models start from a language model of the task, and train for
+one epoch on the demo's pairs or as many answers.
 """
 
 import random
@@ -28,9 +28,9 @@ PAIRS = 3200
 SPLITS = {"train": 400, "eval": 100, "test": 200}
 """Prompts of each split; those of `train` are sampled for `ctl`."""
 SAMPLES = 8
-"""Answers to each of them."""
+"""Answers to each of these."""
 LM = "lm"
-"""Stands for the study's language model among the models of an entry."""
+"""Stands for the language model that the reward models start from, among the models of an entry."""
 METRICS: Metrics = {
     "reward": lambda system: means_by_prompt(system, task.oracle),
     **{name: number_of(name) for name in ("kl", "lm_tokens", "rm_tokens", "seconds")},
@@ -99,11 +99,11 @@ EVERY_METHOD = (
 """All methods of `decode.py`, and the language models that DPO, PPO and RLOO tune, which decode unguided."""
 
 
-def models_of(study: Study, seed: int, init: str) -> dict[str, dict[str, Any]]:
-    """A model of every kind, with its options of `train.py`. All start from the language model `init`, with a
-    tokenizer and answers like the demo's own."""
+def models_of(study: Study, seed: int, init: str, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """A model of every kind, by its name after the prefix, with its options of `train.py`. All start from the language
+    model `init`, which has the demo's tokenizer and answers like it."""
     scored, tone_and_facts, sampled = (study.folder / f"{name}.jsonl" for name in ("scored", "labels", "sampled"))
-    judge = str(study.model("partial_bt", seed))
+    judge = str(study.model(f"{prefix}partial_bt", seed))
     own: dict[str, dict[str, Any]] = {
         "partial_bt": {},
         "bt": {},
@@ -120,13 +120,18 @@ def models_of(study: Study, seed: int, init: str) -> dict[str, dict[str, Any]]:
         **{
             name: {
                 "objective.rm": judge, "objective.kl_weight": 0.2, "objective.max_new_tokens": MAX_NEW_TOKENS,
-                "batch_size": 32, "steps": 120, "optim.lr": 3e-4,
+                "batch_size": 32, "steps": 60, "optim.lr": 3e-4,
             }
             for name in ("ppo", "rloo")
         },
     }  # fmt: skip
-    shared = {"model.init": init, "data.train": "demo"}
-    return {name: {**shared, "objective.name": name, **options} for name, options in own.items()}
+    from_the_demo = {"data.train": "demo", "data.demo_pairs": study.count(PAIRS)}
+    return {
+        f"{prefix}{name}": {
+            "model.init": init, "objective.name": name, **({} if "data.train" in options else from_the_demo), **options
+        }
+        for name, options in own.items()
+    }  # fmt: skip
 
 
 def make_data(study: Study, lm: str) -> None:
@@ -172,18 +177,16 @@ def _with_labels(row: Mapping[str, str], chance: random.Random) -> dict[str, Any
     return {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "labels": labels}
 
 
-def measure(
-    study: Study, entries: Iterable[Entry], seeds: Sequence[int], small_lm: str, folder: str
-) -> dict[str, Setting]:
+def measure(study: Study, entries: Iterable[Entry], seeds: Sequence[int], init: str, folder: str) -> dict[str, Setting]:
     """Decodes the test prompts with every entry, weight and training run, and the eval prompts where there are several
-    weights, into a folder of the study. Returns the numbers by `entry weight`. `small_lm` is what `LM` stands for."""
+    weights, into a folder of the study. Returns the numbers by `entry weight`. `init` is what `LM` stands for."""
     found: dict[str, Setting] = {}
     for entry in entries:
         is_trained = bool({*entry.models, entry.lm} - {LM, ""})
         for seed in seeds if is_trained else seeds[:1]:
             for weight in entry.weights or (None,):
                 options = {"method": entry.method, **entry.options, "seed": seed}
-                models = {name: str(study.model(name, seed)) for name in (*entry.models, entry.lm)} | {LM: small_lm}
+                models = {name: str(study.model(name, seed)) for name in (*entry.models, entry.lm)} | {LM: init}
                 if entry.models:
                     options["rm"] = [models[name] for name in entry.models]
                 if entry.lm:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from pargs_jax.commands.generate import generate, open_session
 from pargs_jax.commands.train import train
@@ -70,13 +71,13 @@ class Study:
         return max(8, round(self.scale * prompts))
 
 
-def study_parser(description: str, name: str, lm: str, seeds: int = 5) -> argparse.ArgumentParser:
+def study_parser(description: str, name: str, lm: str) -> argparse.ArgumentParser:
     """The options of a study; `lm` is the usual language model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lm", default=lm, help="language model: a folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder for models and answers")
     parser.add_argument("--results", type=Path, default=Path("studies", name, "results"), help="folder for the results")
-    parser.add_argument("--seeds", type=int, default=seeds, help="training runs of every reward model")
+    parser.add_argument("--seeds", type=int, default=5, help="training runs of every reward model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=100, help="rows that are decoded together")
     parser.add_argument("--mesh", default="auto", help="as in train.py and decode.py")
@@ -99,13 +100,14 @@ def open_study(given: argparse.Namespace, task: str) -> Study:
 def train_models(study: Study, models: Mapping[str, Mapping[str, Any]], seeds: Iterable[int] | None = None) -> None:
     """Trains a model for each name and seed that is not there yet, with these options of `train.py`, by their dotted
     names; those of `--train` win over them. The seeds are all of the study if none are given."""
+    given = {name: yaml.safe_load(text) for name, _, text in (word.partition("=") for word in study.options)}
     for seed in range(study.seeds) if seeds is None else seeds:
         for name, options in models.items():
             folder = study.model(name, seed)
             if (folder / "model" / "model.safetensors").exists():
                 continue
             config = TrainConfig(out=str(folder), seed=seed, resume=folder.exists(), save_every=0, log_every=50)
-            train(with_options(config, {**options, **dict(word.split("=", 1) for word in study.options)}))
+            train(with_options(config, {**options, **given}))
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
@@ -205,6 +207,11 @@ def summary(found: Mapping[str, Setting]) -> dict[str, Setting]:
 def difference(setting: Setting, other: Setting, metric: str) -> Estimate:
     """The mean of paired differences on the test split: seed by seed, or each seed against the one run of the other."""
     return estimate(np.array(setting[f"test {metric}"]) - np.array(other[f"test {metric}"]))
+
+
+def in_standard_errors(found: Estimate) -> str:
+    """A mean in units of its standard error, for a table; `-` if that is 0."""
+    return f"{found.mean / found.standard_error:.0f}" if found.standard_error else "-"
 
 
 def estimate(values: Sequence[Sequence[float]]) -> Estimate:

@@ -45,9 +45,14 @@ _THINGS = (
 _EVENTS = ("saw a {}", "found a {}", "looked at a {}", "sat near a {}", "had a {}")
 
 
-def study_from(arguments: Sequence[str] | None, description: str, name: str) -> tuple[Study, argparse.Namespace]:
-    """Reads a study's command line, and starts its devices. Ends the process with one line if that is wrong."""
-    given = study_parser(description, name, "../shared/models/stories260k").parse_args(arguments)
+def study_from(
+    arguments: Sequence[str] | None, description: str, name: str, **defaults: Any
+) -> tuple[Study, argparse.Namespace]:
+    """Reads a study's command line, and starts its devices. `defaults` are those of its options that it does not share
+    with the other studies. Ends the process with one line if the command line is wrong."""
+    parser = study_parser(description, name, "../shared/models/stories260k")
+    parser.set_defaults(**defaults)
+    given = parser.parse_args(arguments)
     return open_study(given, "stories"), given
 
 

@@ -41,7 +41,8 @@ from studies.stories import (
 PAGE = Path("docs/study_objectives.md")
 FIGURE = Path("docs/study_objectives.png")
 RESULTS = Path("studies/objectives/results")
-PAIRS = 2000
+PAIRS = 1000
+"""Pairs of continuations, of which each reward labels those that differ in it."""
 NOISE = 0.45
 """Of the labels, in standard deviations of a reward; that of the other studies of stories."""
 REFERENCE = (-1.0, -1.0)
@@ -88,7 +89,7 @@ class Points(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    study, given = study_from(arguments, __doc__, "objectives")
+    study, given = study_from(arguments, __doc__, "objectives", seeds=3, scale=0.5)
     make_prompts(study)
     true, about = make_pairs(study)
     train_reward_models(study, models_of(study))

@@ -29,6 +29,7 @@ from studies.experiment import (
     decode,
     difference,
     estimate,
+    in_standard_errors,
     means_by_prompt,
     number_of,
     summary,
@@ -200,7 +201,7 @@ def _row(setting: Setting) -> tuple[str, ...]:
 def _difference(setting: Setting, other: Setting, name: str, other_name: str) -> tuple[str, ...]:
     found = difference(setting, other, "valence")
     return (
-        f"{name} - {other_name}", str(found), f"{found.mean / found.standard_error:.0f}",
+        f"{name} - {other_name}", str(found), in_standard_errors(found),
         "{:.3f} ± {:.3f}".format(*difference(setting, other, "polarity")),
         "{:.0f} ± {:.0f}".format(*difference(setting, other, "log_probability")),
     )  # fmt: skip

@@ -1,17 +1,17 @@
-"""Weak to strong: reward models made of a small language model guide one with four times its weights, beside tuning
-either language model (Table 1 of PARGS, and the weak-to-strong part of GenARM, at the demo's size).
+"""Weak to strong: reward models made of a small language model guide the demo's, which has five times the weights,
+beside tuning either (Table 1 of PARGS, and the weak-to-strong part of GenARM, at the demo's size).
 
     pip install -e '.[studies]'
-    python -m studies.weak_to_strong.run                       # 2 CPU cores: about an hour
+    python -m studies.weak_to_strong.run                       # 2 CPU cores: about half an hour
     python -m studies.weak_to_strong.run --scale 0.02 --seeds 1 --train steps=2 --out runs/try --results runs/try
 
-The first run trains the larger language model (configs/demo_large_lm.yaml). With real models, on a GPU, both learn the
+The first run trains the small language model (configs/demo_small_lm.yaml). With real models, on a GPU, both learn the
 demo's task first:
 
     python train.py --objective.name sft --model.init meta-llama/Llama-3.2-1B --optim.lr 1e-5 --out runs/small
     python train.py --objective.name sft --model.init meta-llama/Llama-3.1-8B --optim.lr 1e-5 --out runs/large
     python -m studies.weak_to_strong.run --small runs/small/model --lm runs/large/model --dtype bfloat16 \\
-        --mesh gpu-1 --out runs/llama --results runs/llama/results --train optim.lr=1e-5 lora.rank=16
+        --mesh gpu-1 --scale 1 --out runs/llama --results runs/llama/results --train optim.lr=1e-5 lora.rank=16
 
 A second run goes on where the first stopped. Weights are picked on the prompts of the eval split, by the true reward;
 everything that is reported is of the test split.
@@ -39,6 +39,7 @@ from studies.experiment import (
     Study,
     difference,
     estimate,
+    in_standard_errors,
     open_study,
     study_parser,
     summary,
@@ -49,71 +50,85 @@ from studies.page import fill_page, table
 PAGE = Path("docs/study_weak_to_strong.md")
 FIGURE = Path("docs/study_weak_to_strong.png")
 RESULTS = Path("studies/weak_to_strong/results")
-CONFIG = Path("configs/demo_large_lm.yaml")
-TRAINED = ("partial_bt", "bt", "arm", "farma", "distill", "dpo", "dpo_large")
-TRAINED_ONCE = ("ppo", "rloo")
-"""Tuned on their own answers, which takes longest: by one training run."""
-LARGE = "dpo_large"
+CONFIG = Path("configs/demo_small_lm.yaml")
+WEAK = "weak_"
+"""Begins the names of training runs that start from the small language model."""
+TRAINED = ("partial_bt", "bt", "arm", "farma", "distill", "dpo")
+TRAINED_ONCE = ("ppo",)
+STRONG = ("partial_bt", "arm", "dpo", "ppo", "rloo")
+"""Trained once from the large language model, to compare with."""
 
 ENTRIES = (
     Entry("greedy"),
     Entry("top_k"),
     Entry("top_k", lm=LM),
-    Entry("args_stochastic", ("bt",), (0.5, 1.0, 2.0), {"temperature": 1.0}),
-    Entry("pargs", ("partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("pargs_greedy", ("partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("genarm", ("arm",), (0.25, 0.5, 1.0)),
-    Entry("farma", ("farma",), (0.5, 1.0, 2.0)),
-    Entry("farma", ("distill",), (2.0, 4.0, 8.0)),
-    Entry("expert_ratio", ("dpo", LM), (1.0, 2.0, 4.0)),
-    Entry("weak_to_strong", ("dpo", LM), (), {"k": 10, "temperature": 1.0}),
+    Entry("args_stochastic", ("weak_bt",), (0.5, 1.0, 2.0), {"temperature": 1.0}),
+    Entry("pargs", ("weak_partial_bt",), (2.0, 4.0, 8.0)),
+    Entry("pargs_greedy", ("weak_partial_bt",), (2.0, 4.0, 8.0)),
+    Entry("genarm", ("weak_arm",), (0.25, 0.5, 1.0)),
+    Entry("farma", ("weak_farma",), (0.5, 1.0, 2.0)),
+    Entry("farma", ("weak_distill",), (2.0, 4.0, 8.0)),
+    Entry("expert_ratio", ("weak_dpo", LM), (1.0, 2.0, 4.0)),
+    Entry("weak_to_strong", ("weak_dpo", LM), (), {"k": 10, "temperature": 1.0}),
     *(
-        Entry("best_of_n", ("partial_bt",), (), {"k": 10, "search": {"samples": n}}, label=f"n={n}")
-        for n in (3, 8, 16)
+        Entry("best_of_n", ("weak_partial_bt",), (), {"k": 10, "search": {"samples": n}}, label=f"n={n}")
+        for n in (2, 4, 16)
     ),
+    Entry("top_k", lm="weak_dpo"),
+)
+ENTRIES_ONCE = (
+    Entry("top_k", lm="weak_ppo"),
+    Entry("pargs", ("partial_bt",), (2.0, 4.0, 8.0)),
+    Entry("genarm", ("arm",), (0.25, 0.5, 1.0)),
     Entry("top_k", lm="dpo"),
-    Entry("top_k", lm=LARGE),
-)  # fmt: skip
-ENTRIES_ONCE = (Entry("top_k", lm="ppo"), Entry("top_k", lm="rloo"))
-EQUAL = "best_of_n partial_bt n=3"
+    Entry("top_k", lm="ppo"),
+    Entry("top_k", lm="rloo"),
+)
+EQUAL = "best_of_n weak_partial_bt n=2"
 """The best-of-n whose operations are nearest to those of PARGS."""
 PAIRS = (
-    ("pargs partial_bt", "top_k"), ("pargs partial_bt", EQUAL), ("genarm arm", "top_k"), ("genarm arm", EQUAL),
-    ("pargs partial_bt", "genarm arm"), ("farma distill", "pargs partial_bt"),
-    ("pargs partial_bt", f"top_k by {LARGE}"), ("genarm arm", f"top_k by {LARGE}"),
-    ("expert_ratio dpo lm", f"top_k by {LARGE}"), ("expert_ratio dpo lm", "top_k by dpo"),
+    ("pargs weak_partial_bt", "top_k"), ("pargs weak_partial_bt", "args_stochastic weak_bt"),
+    ("pargs weak_partial_bt", EQUAL), ("genarm weak_arm", "top_k"), ("genarm weak_arm", EQUAL),
+    ("pargs weak_partial_bt", "genarm weak_arm"), ("farma weak_distill", "pargs weak_partial_bt"),
+    ("expert_ratio weak_dpo lm", "top_k by weak_dpo"), ("expert_ratio weak_dpo lm", "top_k by dpo"),
+    ("pargs weak_partial_bt", "top_k by weak_dpo"), ("pargs weak_partial_bt", "top_k by dpo"),
+    ("genarm weak_arm", "top_k by dpo"), ("genarm weak_arm", "top_k by ppo"),
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     study, given = study_from(arguments)
-    make_data(study, given.small)
+    make_data(study, study.lm)
+    train_models(study, chosen_models(study, 0, study.lm, "", STRONG), [0])
     for seed in range(study.seeds):
-        models = models_of(study, seed, given.small)
-        models[LARGE] = {**models["dpo"], "model.init": study.lm, "optim.lr": 2e-4}
-        train_models(study, {name: models[name] for name in TRAINED}, [seed])
-        if seed == 0:
-            train_models(study, {name: models[name] for name in TRAINED_ONCE}, [seed])
-    found = measure(study, ENTRIES, range(study.seeds), given.small, "answers_large")
-    found |= measure(study, ENTRIES_ONCE, [0], given.small, "answers_large")
+        kinds = TRAINED + (TRAINED_ONCE if seed == 0 else ())
+        train_models(study, chosen_models(study, seed, given.small, WEAK, kinds), [seed])
+    found = measure(study, ENTRIES, range(study.seeds), given.small, "weak_to_strong")
+    found |= measure(study, ENTRIES_ONCE, [0], given.small, "weak_to_strong")
     add_operations(study, given.small, found)
     report(found, study.seeds, given.results)
 
 
 def study_from(arguments: Sequence[str] | None) -> tuple[Study, argparse.Namespace]:
-    """Reads the command line, and trains the larger language model unless another one is given."""
-    parser = study_parser(__doc__, "weak_to_strong", "", seeds=3)
-    parser.add_argument(
-        "--small", default=str(DEMO_LM), help="what reward models start from: a language model of the demo's task"
-    )
+    """Reads the command line, and trains the small language model unless another one is given."""
+    parser = study_parser(__doc__, "weak_to_strong", str(DEMO_LM))
+    parser.set_defaults(seeds=3, scale=0.5)
+    parser.add_argument("--small", help="what weak reward models start from (default: a fifth of the demo's model)")
     given = parser.parse_args(arguments)
-    if not given.lm:
-        folder = given.out / "demo" / "large_lm"
-        given.lm = str(folder / "model")
+    study = open_study(given, "demo")
+    if given.small is None:
+        folder = study.folder / "small_lm"
+        given.small = str(folder / "model")
         if not (folder / "model" / "model.safetensors").exists():
             options = {**read_yaml(CONFIG), "out": str(folder), "resume": folder.exists()}
             train(from_mapping(TrainConfig, options, str(CONFIG)))
-    return open_study(given, "demo"), given
+    return study, given
+
+
+def chosen_models(study: Study, seed: int, init: str, prefix: str, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Models of these kinds, with their options of `train.py`."""
+    models = models_of(study, seed, init, prefix)
+    return {f"{prefix}{kind}": models[f"{prefix}{kind}"] for kind in kinds}
 
 
 def add_operations(study: Study, small_lm: str, found: Mapping[str, Setting]) -> None:
@@ -150,7 +165,7 @@ def report(found: dict[str, Setting], seeds: int, folder: Path) -> None:
     differences = table(
         ("difference", "true reward", "standard errors"),
         [
-            (f"{a} - {b}", str(gap), f"{gap.mean / gap.standard_error:.0f}")
+            (f"{a} - {b}", str(gap), in_standard_errors(gap))
             for a, b in PAIRS
             for gap in [difference(found[chosen[a]], found[chosen[b]], "reward")]
         ],
@@ -179,9 +194,9 @@ def _row(entry: Entry, setting: Setting) -> tuple[str, ...]:
         return form.format(*estimate(setting[f"test {metric}"]))
 
     what = f"{entry.method} {entry.label}".strip()
-    models = ", ".join("small LM" if name == LM else name for name in entry.models) or "-"
+    models = ", ".join("weak LM" if name == LM else name for name in entry.models) or "-"
     if entry.lm:
-        models = f"none: {'small LM' if entry.lm == LM else entry.lm} decodes"
+        models = f"none: {'weak LM' if entry.lm == LM else entry.lm} decodes"
     weight = "-" if setting["weight"] is None else f"{setting['weight']:g}"
     milliseconds = 1000 * estimate(setting["test seconds"]).mean
     return (
@@ -215,16 +230,16 @@ def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
             means, errors = zip(*(estimate(each["test reward"]) for each in is_shown), strict=True)
             xs = [np.mean(each[f"test {metric}"]) for each in is_shown]
             axis.errorbar(xs, means, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
-        for name, marker in {"top_k": "s", "top_k by dpo": "D", f"top_k by {LARGE}": "^", "top_k by ppo": "v"}.items():
+        for name, marker in {"top_k": "s", "top_k by weak_dpo": "D", "top_k by dpo": "^", "top_k by ppo": "v"}.items():
             x = np.mean(found[name][f"test {metric}"])
-            # The KL of a tuned model is not from the large language model, so it has no place there.
+            # The KL of a tuned model is not from the guided language model, so it has no place there.
             if metric == "gflop" or name == "top_k":
                 y, error = estimate(found[name]["test reward"])
                 axis.errorbar([x], [y], [error], color="black", marker=marker, capsize=2)
                 axis.annotate(name, (x, y), (5, -3), textcoords="offset points", fontsize=8)
         axis.grid(alpha=0.25)
         axis.set_ylabel("true reward (oracle) ± standard error")
-    axes[0].set(xlabel="KL from the large language model, nats an answer", ylim=(-3, 8.2))
+    axes[0].set(xlabel="KL from the language model, nats an answer", ylim=(-3, 8.2))
     axes[0].set_xscale("symlog", linthresh=1.0)
     axes[1].set(xlabel="operations of an answer, Gflop", xscale="log", ylim=(-3, 8.2))
     handles, labels = axes[0].get_legend_handles_labels()
