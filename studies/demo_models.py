@@ -24,7 +24,7 @@ from studies.experiment import (
     write_rows,
 )
 
-PAIRS = 3200
+PAIRS = 1600
 SPLITS = {"train": 400, "eval": 100, "test": 200}
 """Prompts of each split; those of `train` are sampled for `ctl`."""
 SAMPLES = 8
@@ -71,7 +71,7 @@ EVERY_METHOD = (
     Entry("contrastive"),
     Entry("args", ("bt",), (0.5, 1.0, 2.0)),
     Entry("pargs_greedy", ("partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("transfer_q", ("dpo", "bt"), (0.5, 1.0, 2.0)),
+    Entry("transfer_q", ("dpo", "bt"), (1.0,), {"look_ahead": 5}),
     Entry("top_k"),
     Entry("top_p"),
     Entry("args_stochastic", ("bt",), (0.5, 1.0, 2.0), {"temperature": 1.0}),
@@ -91,7 +91,7 @@ EVERY_METHOD = (
     Entry("chunk_beam", ("partial_bt",), (), {"k": 10, "temperature": 1.0}),
     Entry("weak_to_strong", ("dpo", LM), (), {"k": 10, "temperature": 1.0}),
     Entry("cards", ("partial_bt",), (), {"k": 10, "temperature": 1.0}),
-    Entry("smc", ("ctl",), (1.0,), {"search": {"particles": 10}}),
+    Entry("smc", ("ctl",), (), {"search": {"particles": 10}}),
     Entry("top_k", lm="dpo"),
     Entry("top_k", lm="ppo"),
     Entry("top_k", lm="rloo"),
@@ -120,7 +120,7 @@ def models_of(study: Study, seed: int, init: str, prefix: str = "") -> dict[str,
         **{
             name: {
                 "objective.rm": judge, "objective.kl_weight": 0.2, "objective.max_new_tokens": MAX_NEW_TOKENS,
-                "batch_size": 32, "steps": 60, "optim.lr": 3e-4,
+                "batch_size": 32, "steps": 40, "optim.lr": 3e-4,
             }
             for name in ("ppo", "rloo")
         },
@@ -138,7 +138,7 @@ def make_data(study: Study, lm: str) -> None:
     """Writes the prompts of every split, and the data that the demo does not have: rewards from 0 to 1 (`rad`), pairs
     with two labels (`parm`), and several scored samples of the language model to each prompt (`ctl`)."""
     for split, count in SPLITS.items():
-        write_rows(study.prompts(split), task.prompts(study.count(count), seed=1, split=split))
+        write_rows(study.prompts(split), task.prompts(count, seed=1, split=split)[: study.count(count)])
     pairs = study.count(PAIRS)
     answers = task.sft_rows(pairs)
     write_rows(

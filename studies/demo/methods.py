@@ -24,7 +24,7 @@ PAGE = Path("docs/study_methods.md")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = study_parser(__doc__, "demo", str(DEMO_LM))
-    parser.set_defaults(results=RESULTS, seeds=1, scale=0.5)
+    parser.set_defaults(results=RESULTS, seeds=1, scale=0.5, batch_size=50)
     given = parser.parse_args(arguments)
     study = open_study(given, "demo")
     make_data(study, study.lm)

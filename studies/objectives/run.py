@@ -51,9 +51,9 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Of the first objective, in the preference vectors."""
 PREFERENCES = np.array([(share, 1 - share) for share in SHARES])
 TOTALS: dict[str, tuple[float, ...]] = {
-    "genarm": (0.5, 1.0, 2.0),
-    "parm": (0.5, 1.0, 2.0),
-    "pargs": (2.0, 4.0, 8.0),
+    "genarm": (0.5, 1.0, 2.0, 4.0),
+    "parm": (0.5, 1.0, 2.0, 4.0),
+    "pargs": (2.0, 4.0, 8.0, 16.0),
     "soup": (1.0,),
 }
 """Total weights that each method is tried at. A preference vector divides it between the two reward models; `parm` has
@@ -89,7 +89,7 @@ class Points(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    study, given = study_from(arguments, __doc__, "objectives", seeds=3, scale=0.5)
+    study, given = study_from(arguments, __doc__, "objectives", seeds=3, scale=0.5, batch_size=50)
     make_prompts(study)
     true, about = make_pairs(study)
     train_reward_models(study, models_of(study))
@@ -142,7 +142,7 @@ def models_of(study: Study) -> dict[str, dict[str, Any]]:
         for objective, options in own.items()
         for name in MEASURES
     }
-    return models | {"parm": {"data.train": str(study.pairs("both")), "objective.beta": 0.5, "optim.lr": 1e-2}}
+    return models | {"parm": {"data.train": str(study.pairs("both")), "objective.beta": 0.5, "optim.lr": 3e-3}}
 
 
 def points(study: Study, method: str, total: float, split: str, true: Sequence[Reward]) -> Points:

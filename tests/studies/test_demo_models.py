@@ -103,7 +103,7 @@ def test_the_reports(tmp_path, monkeypatch):
     assert list(found["picked"]) == [entry.name for entry in EVERY_METHOD]
     assert found["picked"]["pargs partial_bt"] == "pargs partial_bt w2"  # the first of equals
     assert found["picked"]["genarm arm"] == "genarm arm w1"
-    weak_to_strong.main([*words, str(tmp_path / "weak"), "--seeds", "2", "--small", "SMALL"])
+    weak_to_strong.main([*words, str(tmp_path / "weak"), "--seeds", "2", "--weak", "SMALL"])
     found = json.loads((tmp_path / "weak" / "results.json").read_text())["settings"]
     assert found["genarm weak_arm w1"]["test gflop"]["mean"] == 2
     assert len(found["genarm weak_arm w1"]["test reward"]["by_training_run"]) == 2
