@@ -1,5 +1,6 @@
 """Weak to strong: reward models made of a weak, small language model guide the demo's, which has five times the
-weights, beside tuning either (Table 1 of PARGS, and the weak-to-strong part of GenARM, at the demo's size).
+weights, by every method of `decode.py`, beside tuning either (Table 1 of PARGS, and the weak-to-strong part of GenARM,
+at the demo's size).
 
     pip install -e '.[studies]'
     python -m studies.weak_to_strong.run                       # 2 CPU cores: about half an hour
@@ -21,7 +22,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from pargs_jax.demo.task import DEMO_LM
 from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.cost import token_operations
 from pargs_jax.models.hf import describe_model, resolve, stored_head
-from studies.demo_models import LM, Entry, make_data, measure, models_of, picked
 from studies.experiment import (
     MAX_NEW_TOKENS,
     Setting,
@@ -46,61 +45,33 @@ from studies.experiment import (
     train_models,
 )
 from studies.page import fill_page, table
+from studies.weak_to_strong.methods import ENTRIES, STRONG, WEAK, Entry, make_data, measure, models_of, picked
 
 PAGE = Path("docs/study_weak_to_strong.md")
 FIGURE = Path("docs/study_weak_to_strong.png")
 RESULTS = Path("studies/weak_to_strong/results")
 CONFIG = Path("configs/demo_small_lm.yaml")
-WEAK = "weak_"
-"""Begins the names of training runs that start from the weak language model."""
-TRAINED = ("partial_bt", "bt", "arm", "farma", "distill", "dpo")
-STRONG = ("partial_bt", "arm", "dpo", "ppo")
-"""Trained once from the strong language model, to compare with."""
-
-ENTRIES = (
-    Entry("greedy"),
-    Entry("top_k"),
-    Entry("top_k", lm=LM),
-    Entry("args_stochastic", ("weak_bt",), (0.5, 1.0, 2.0), {"temperature": 1.0}),
-    Entry("pargs", ("weak_partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("pargs_greedy", ("weak_partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("genarm", ("weak_arm",), (0.25, 0.5, 1.0)),
-    Entry("farma", ("weak_farma",), (0.5, 1.0, 2.0)),
-    Entry("farma", ("weak_distill",), (2.0, 4.0, 8.0)),
-    Entry("expert_ratio", ("weak_dpo", LM), (1.0, 2.0, 4.0)),
-    Entry("weak_to_strong", ("weak_dpo", LM), (), {"k": 10, "temperature": 1.0}),
-    *(
-        Entry("best_of_n", ("weak_partial_bt",), (), {"k": 10, "search": {"samples": n}}, label=f"n={n}")
-        for n in (2, 4, 16)
-    ),
-    Entry("top_k", lm="weak_dpo"),
-)
-ENTRIES_ONCE = (
-    Entry("pargs", ("partial_bt",), (2.0, 4.0, 8.0)),
-    Entry("genarm", ("arm",), (0.25, 0.5, 1.0)),
-    Entry("top_k", lm="dpo"),
-    Entry("top_k", lm="ppo"),
-)
-EQUAL = "best_of_n weak_partial_bt n=2"
+TRAINED = ("partial_bt", "bt", "arm", "dpo", "farma", "distill")
+"""With every seed; the other models once."""
+EQUAL = "best_of_n partial_bt n=2"
 """The best-of-n whose operations are nearest to those of PARGS."""
 PAIRS = (
-    ("pargs weak_partial_bt", "top_k"), ("pargs weak_partial_bt", "args_stochastic weak_bt"),
-    ("pargs weak_partial_bt", EQUAL), ("genarm weak_arm", "top_k"), ("genarm weak_arm", EQUAL),
-    ("pargs weak_partial_bt", "genarm weak_arm"), ("farma weak_distill", "pargs weak_partial_bt"),
-    ("expert_ratio weak_dpo lm", "top_k by weak_dpo"), ("expert_ratio weak_dpo lm", "top_k by dpo"),
-    ("pargs weak_partial_bt", "top_k by weak_dpo"), ("pargs weak_partial_bt", "top_k by dpo"),
-    ("genarm weak_arm", "top_k by dpo"), ("genarm weak_arm", "top_k by ppo"),
+    ("pargs partial_bt", "top_k"), ("pargs partial_bt", "args_stochastic bt"), ("pargs partial_bt", EQUAL),
+    ("genarm arm", "top_k"), ("genarm arm", EQUAL), ("pargs partial_bt", "genarm arm"),
+    ("farma distill", "pargs partial_bt"), (f"expert_ratio dpo {WEAK}", "top_k by dpo"),
+    (f"expert_ratio dpo {WEAK}", f"top_k by {STRONG}dpo"), ("pargs partial_bt", "top_k by dpo"),
+    ("pargs partial_bt", f"top_k by {STRONG}dpo"), ("pargs partial_bt", f"top_k by {STRONG}ppo"),
 )  # fmt: skip
+CURVES = ("pargs partial_bt", "args_stochastic bt", "genarm arm", "farma distill", f"expert_ratio dpo {WEAK}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     study, given = study_from(arguments)
-    make_data(study, study.lm)
-    train_models(study, chosen_models(study, 0, study.lm, "", STRONG), [0])
+    make_data(study)
     for seed in range(study.seeds):
-        train_models(study, chosen_models(study, seed, given.weak, WEAK, TRAINED), [seed])
-    found = measure(study, ENTRIES, range(study.seeds), given.weak, "weak_to_strong")
-    found |= measure(study, ENTRIES_ONCE, [0], given.weak, "weak_to_strong")
+        models = models_of(study, seed, given.weak)
+        train_models(study, {name: models[name] for name in (models if seed == 0 else TRAINED)}, [seed])
+    found = measure(study, given.weak, TRAINED)
     add_operations(study, given.weak, found)
     report(found, study.seeds, given.results)
 
@@ -108,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def study_from(arguments: Sequence[str] | None) -> tuple[Study, argparse.Namespace]:
     """Reads the command line, and trains the weak language model unless another one is given."""
     parser = study_parser(__doc__, "weak_to_strong", str(DEMO_LM))
-    parser.set_defaults(seeds=3, scale=0.5, batch_size=50)
+    parser.set_defaults(seeds=3, batch_size=50)
     parser.add_argument("--weak", help="what weak reward models start from (default: a fifth of the demo's model)")
     given = parser.parse_args(arguments)
     study = open_study(given, "demo")
@@ -121,19 +92,14 @@ def study_from(arguments: Sequence[str] | None) -> tuple[Study, argparse.Namespa
     return study, given
 
 
-def chosen_models(study: Study, seed: int, init: str, prefix: str, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Models of these kinds, with their options of `train.py`."""
-    models = models_of(study, seed, init, prefix)
-    return {f"{prefix}{kind}": models[f"{prefix}{kind}"] for kind in kinds}
-
-
 def add_operations(study: Study, weak_lm: str, found: Mapping[str, Setting]) -> None:
     """Adds the operations that the tokens of both models cost, in 10^9 for an answer (`test gflop`)."""
-    every = {entry.name: entry for entry in (*ENTRIES, *ENTRIES_ONCE)}
+    every = {entry.name: entry for entry in ENTRIES}
     for setting in found.values():
         entry = every[setting["entry"]]
-        lm = study.lm if not entry.lm else weak_lm if entry.lm == LM else str(study.model(entry.lm, 0))
-        guides = [weak_lm if name == LM else str(study.model(name, 0)) for name in entry.models]
+        models = {name: str(study.model(name, 0)) for name in entry.trained} | {WEAK: weak_lm}
+        lm = study.lm if not entry.lm else models[entry.lm]
+        guides = [models[name] for name in entry.models]
         cost = np.multiply(setting["test lm_tokens"], operations(lm))
         if guides:  # the tokens of all guides together, which are of one size
             cost = cost + np.multiply(setting["test rm_tokens"], np.mean(list(map(operations, guides))))
@@ -151,11 +117,10 @@ def operations(source: str) -> float:
 def report(found: dict[str, Setting], seeds: int, folder: Path) -> None:
     """Writes the numbers, the tables and the figure, and fills the documentation's page where these are the study's
     own."""
-    entries = (*ENTRIES, *ENTRIES_ONCE)
-    chosen = picked(found, entries)
+    chosen = picked(found)
     methods = table(
         ("method", "models", "weight", "true reward", "KL, nats", "LM tokens", "RM tokens", "Gflop", "ms"),
-        [_row(entry, found[chosen[entry.name]]) for entry in entries],
+        [_row(entry, found[chosen[entry.name]]) for entry in ENTRIES],
         texts=2,
     )
     differences = table(
@@ -190,9 +155,7 @@ def _row(entry: Entry, setting: Setting) -> tuple[str, ...]:
         return form.format(*estimate(setting[f"test {metric}"]))
 
     what = f"{entry.method} {entry.label}".strip()
-    models = ", ".join("weak LM" if name == LM else name for name in entry.models) or "-"
-    if entry.lm:
-        models = f"none: {'weak LM' if entry.lm == LM else entry.lm} decodes"
+    models = ", ".join(entry.models) or (f"decodes itself: {entry.lm}" if entry.lm else "-")
     weight = "-" if setting["weight"] is None else f"{setting['weight']:g}"
     milliseconds = 1000 * estimate(setting["test seconds"]).mean
     return (
@@ -213,20 +176,18 @@ def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
     axes = figure.subplots(1, 2)
     ceiling = np.array(frontier(np.geomspace(0.2, 50, 60).tolist()))
     axes[0].plot(*ceiling.T, color="black", linestyle="--", linewidth=1, label="best possible (exact)")
-    guided = [entry for entry in ENTRIES if len(entry.weights) > 1 and entry.method != "pargs_greedy"]
     bests = [entry.name for entry in ENTRIES if entry.method == "best_of_n"]
-    curves: dict[str, list[Any]] = {entry.name: [] for entry in guided}
-    for setting in found.values():
-        if setting["entry"] in curves:
-            curves[setting["entry"]].append(setting)
+    curves = {name: [setting for setting in found.values() if setting["entry"] == name] for name in CURVES}
     curves["best of n"] = [found["top_k"], *(found[chosen[name]] for name in bests)]
+    tuned = ("dpo", f"{STRONG}dpo", f"{STRONG}ppo", f"{STRONG}rloo")
+    markers = {"top_k": "s", **{f"top_k by {name}": marker for name, marker in zip(tuned, "D^v<", strict=True)}}
     for axis, metric in zip(axes, ("kl", "gflop"), strict=True):
         for (name, settings), colour in zip(curves.items(), COLOURS, strict=False):
             is_shown = settings if metric == "kl" or name == "best of n" else [found[chosen[name]]]
             means, errors = zip(*(estimate(each["test reward"]) for each in is_shown), strict=True)
             xs = [np.mean(each[f"test {metric}"]) for each in is_shown]
             axis.errorbar(xs, means, errors, color=colour, marker="o", markersize=4, capsize=2, label=name)
-        for name, marker in {"top_k": "s", "top_k by weak_dpo": "D", "top_k by dpo": "^", "top_k by ppo": "v"}.items():
+        for name, marker in markers.items():
             x = np.mean(found[name][f"test {metric}"])
             # The KL of a tuned model is not from the guided language model, so it has no place there.
             if metric == "gflop" or name == "top_k":
