@@ -102,7 +102,6 @@ ENTRIES = (
     Entry("top_k", lm="dpo"),
     Entry("top_k", lm=f"{STRONG}dpo"),
     Entry("top_k", lm=f"{STRONG}ppo"),
-    Entry("top_k", lm=f"{STRONG}rloo"),
 )
 """All methods of `decode.py`, and language models that are tuned and decode unguided."""
 
@@ -112,10 +111,6 @@ def models_of(study: Study, seed: int, weak_lm: str) -> dict[str, dict[str, Any]
     scored, labelled, sampled = (str(study.folder / f"{name}.jsonl") for name in ("scored", "labelled", "sampled"))
     judge = str(study.model("partial_bt", seed))
     answers = {"data.train": scored, "data.columns": ["reward=true"]}
-    on_policy = {
-        "objective.rm": judge, "objective.kl_weight": 0.2, "objective.max_new_tokens": MAX_NEW_TOKENS,
-        "batch_size": 32, "steps": 40, "optim.lr": 3e-4,
-    }  # fmt: skip
     own: dict[str, dict[str, Any]] = {
         "partial_bt": {},
         "bt": {},
@@ -130,9 +125,11 @@ def models_of(study: Study, seed: int, weak_lm: str) -> dict[str, dict[str, Any]
         "ctl": {"data.train": sampled, "objective.n": SAMPLES, "batch_size": 2, "optim.lr": 1e-3},
         "parm": {"data.train": labelled, "objective.beta": 0.5, "optim.lr": 3e-3},
         f"{STRONG}dpo": {"model.init": study.lm, "optim.lr": 5e-4},
-        f"{STRONG}ppo": {"model.init": study.lm, **on_policy},
-        f"{STRONG}rloo": {"model.init": study.lm, **on_policy},
-    }
+        f"{STRONG}ppo": {
+            "model.init": study.lm, "objective.rm": judge, "objective.kl_weight": 0.2,
+            "objective.max_new_tokens": MAX_NEW_TOKENS, "batch_size": 32, "steps": 40, "optim.lr": 3e-4,
+        },
+    }  # fmt: skip
     from_the_demo = {"data.train": "demo", "data.demo_pairs": study.count(PAIRS)}
     return {
         name: {
