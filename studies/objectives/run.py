@@ -142,7 +142,7 @@ def models_of(study: Study) -> dict[str, dict[str, Any]]:
         for objective, options in own.items()
         for name in MEASURES
     }
-    return models | {"parm": {"data.train": str(study.pairs("both")), "objective.beta": 0.5, "optim.lr": 3e-3}}
+    return models | {"parm": {"data.train": str(study.pairs("both")), "objective.beta": 0.05, "optim.lr": 1e-2}}
 
 
 def points(study: Study, method: str, total: float, split: str, true: Sequence[Reward]) -> Points:

@@ -3,7 +3,7 @@ weights, by every method of `decode.py`, beside tuning either (Table 1 of PARGS,
 at the demo's size).
 
     pip install -e '.[studies]'
-    python -m studies.weak_to_strong.run                       # 2 CPU cores: about half an hour
+    python -m studies.weak_to_strong.run                       # 2 CPU cores: about an hour
     python -m studies.weak_to_strong.run --scale 0.02 --seeds 1 --train steps=2 --out runs/try --results runs/try
 
 The first run trains the weak language model (configs/demo_small_lm.yaml). With real models, on a GPU, both learn the
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.train import train
-from pargs_jax.config import TrainConfig
+from pargs_jax.config import DEMO, TrainConfig
 from pargs_jax.config_files import from_mapping, read_yaml
-from pargs_jax.demo.task import DEMO_LM
 from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.cost import token_operations
 from pargs_jax.models.hf import describe_model, resolve, stored_head
@@ -58,11 +58,11 @@ EQUAL = "best_of_n partial_bt n=2"
 PAIRS = (
     ("pargs partial_bt", "top_k"), ("pargs partial_bt", "args_stochastic bt"), ("pargs partial_bt", EQUAL),
     ("genarm arm", "top_k"), ("genarm arm", EQUAL), ("pargs partial_bt", "genarm arm"),
-    ("farma distill", "pargs partial_bt"), (f"expert_ratio dpo {WEAK}", "top_k by dpo"),
+    ("cd distill", "pargs partial_bt"), (f"expert_ratio dpo {WEAK}", "top_k by dpo"),
     (f"expert_ratio dpo {WEAK}", f"top_k by {STRONG}dpo"), ("pargs partial_bt", "top_k by dpo"),
     ("pargs partial_bt", f"top_k by {STRONG}dpo"), ("pargs partial_bt", f"top_k by {STRONG}ppo"),
 )  # fmt: skip
-CURVES = ("pargs partial_bt", "args_stochastic bt", "genarm arm", "farma distill", f"expert_ratio dpo {WEAK}")
+CURVES = ("pargs partial_bt", "args_stochastic bt", "genarm arm", "cd distill", f"expert_ratio dpo {WEAK}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def study_from(arguments: Sequence[str] | None) -> tuple[Study, argparse.Namespace]:
     """Reads the command line, and trains the weak language model unless another one is given."""
-    parser = study_parser(__doc__, "weak_to_strong", str(DEMO_LM))
+    parser = study_parser(__doc__, "weak_to_strong", DEMO)
     parser.set_defaults(seeds=3, batch_size=50)
     parser.add_argument("--weak", help="what weak reward models start from (default: a fifth of the demo's model)")
     given = parser.parse_args(arguments)
@@ -108,8 +108,9 @@ def add_operations(study: Study, weak_lm: str, found: Mapping[str, Setting]) -> 
 
 def operations(source: str) -> float:
     """Of a model on one token in the middle of a text; of its head too, where that is as wide as the vocabulary."""
-    head = stored_head(resolve(source))
-    model = describe_model(source, head)
+    folder = resolve(model_source(source))
+    head = stored_head(folder)
+    model = describe_model(folder, head)
     width = 0 if head == "reward" else model.config.vocab_size * model.config.head_width
     return token_operations(model, seen=MAX_NEW_TOKENS) + 2 * width
 
@@ -195,8 +196,8 @@ def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
                 axis.annotate(name, (x, y), (5, -3), textcoords="offset points", fontsize=8)
         axis.grid(alpha=0.25)
         axis.set_ylabel("true reward (oracle) ± standard error")
-    axes[0].set(xlabel="KL from the language model, nats an answer", ylim=(-3, 8.2))
     axes[0].set_xscale("symlog", linthresh=1.0)
+    axes[0].set(xlabel="KL from the language model, nats an answer", xlim=(0, 100), ylim=(-3, 8.2))
     axes[1].set(xlabel="operations of an answer, Gflop", xscale="log", ylim=(-3, 8.2))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
