@@ -21,7 +21,7 @@ from pargs_jax.models.one_pass import OnePass
 
 @dataclasses.dataclass(frozen=True)
 class CausalModel(OnePass, Model):
-    """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
+    """A causal backbone with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
     reads_candidates: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class CausalModel(OnePass, Model):
         ends = place + jnp.arange(nexts.shape[1])
         slots = jnp.arange(tokens.shape[1])
         sees = (slots < ends[:, None]) & (slots >= start[:, None, None])
-        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool))
+        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool), slots - start[:, None])
         backbone = self.network(params).backbone
         states = jax.lax.map(
             lambda each: backbone(each, ends - start[:, None], sight, kv)[0], jnp.moveaxis(nexts, -1, 0)

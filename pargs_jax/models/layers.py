@@ -34,10 +34,11 @@ class KeyValues(NamedTuple):
 
 class BesideCache(NamedTuple):
     """New tokens attend to the real slots of the cache (or each to its own) and, by `mask`, to each other. Their keys
-    and values stay outside the cache."""
+    and values stay outside the cache. `positions` are those of the cached tokens; None if they equal the slots."""
 
     valid: Bool[Array, "B S"] | Bool[Array, "B T S"]
     mask: Bool[Array, "*B T T"]
+    positions: Int[Array, "B S"] | None = None
 
 
 class InCache(NamedTuple):
@@ -54,13 +55,18 @@ s."""
 
 
 def attend(
-    queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
+    queries: Float[Array, "B Hq T D"],
+    new: KeyValues,
+    sight: Sight,
+    cached: KeyValues | None,
+    scale: float | Array,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
     """Attention of T new tokens as `sight` says, softmax in fp32. Also returns the new keys and values (`BesideCache`,
     or no cache), or the cache with them written into it (`InCache`).
 
     Beside a cache, only the scores of cached and new tokens are joined; keys and values are never copied. With grouped
-    queries (Hq a multiple of H), queries share heads.
+    queries (Hq a multiple of H), queries share heads. `cap` limits scores smoothly (`soft_cap`).
     """
     if isinstance(sight, InCache):
         new = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
@@ -73,6 +79,7 @@ def attend(
     def scores(keys: Array, visible: Array) -> Array:
         """[B H group T S]. Invisible entries are fp32's minimum: finite, so that a row that sees nothing is not NaN."""
         raw = jnp.einsum("bhqd,bhsd->bhqs", grouped, keys, preferred_element_type=jnp.float32) * scale
+        raw = soft_cap(raw, cap)
         raw = raw.reshape(batch, heads, group, length, keys.shape[2])
         return jnp.where(visible, raw, jnp.finfo(jnp.float32).min)
 
@@ -91,6 +98,11 @@ def attend(
         mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
     mixed = mixed.reshape(batch, query_heads, length, head_dim)
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim), new
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """Numbers between -cap and cap: small ones stay nearly as they are. Without a cap, x unchanged."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Linear(nnx.Module):
