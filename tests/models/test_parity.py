@@ -112,7 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHANGING = ("llama dynamic", "llama longrope", "phi3 longrope")
 """Beyond 8 positions these rotate all tokens anew with each longer pass, which a cache cannot."""
-PROMPT, TOTAL = 8, 12
+PROMPT, TOTAL = 10, 12
 # Left padding of the two texts. The second stays below the 8 positions that no scaling here changes.
 STARTS = np.array([0, 5])
 

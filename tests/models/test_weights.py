@@ -18,7 +18,9 @@ from pargs_jax.models.weights import INDEX, SINGLE
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
 
 EMBEDDINGS = {
+    "gemma3": "model.embed_tokens.weight",
     "gpt2": "transformer.wte.weight",
+    "gpt_neox": "gpt_neox.embed_in.weight",
     "llama": "model.embed_tokens.weight",
     "opt": "model.decoder.embed_tokens.weight",
 }
