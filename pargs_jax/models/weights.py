@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.models.family import Family
@@ -141,9 +142,17 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
 
 
 def import_params(
-    model: Model, family: Family, tensors: Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
+    model: Model,
+    family: Family,
+    tensors: Tensors,
+    folder: Path,
+    dtype: np.dtype,
+    new_head: bool,
+    seed: int,
+    label_shares: Float[np.ndarray, "labels"] | None = None,
 ) -> Params:
-    """Fills the model's parameters from the checkpoint; each device reads only its parts.
+    """Fills the model's parameters from the checkpoint; each device reads only its parts. `label_shares` says how the
+    rewards of a stored classifier's labels add up to the model's one reward.
 
     Raises InputError for tensors that do not match the model: all of them in one error, before any is read. Once they
     are loaded, it also raises InputError for tensors with numbers that are not finite.
@@ -168,6 +177,10 @@ def import_params(
         layers = range(model.config.layers)[index[0]]
         return np.stack([tensors.read(row, layer, columns[row.path], index[1:]) for layer in layers])
 
+    def mix_labels(row: Row, index: tuple[slice, ...]) -> np.ndarray:
+        stored = read(row, (*index[:-1], slice(None)))
+        return (stored.astype(np.float32) @ label_shares)[..., None]
+
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
         row = _row(family, model, path)
@@ -176,12 +189,15 @@ def import_params(
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
             _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
             continue
+        is_mixed = label_shares is not None and path[0] == "head" and leaf.shape[-1] == 1
+        if is_mixed:
+            columns[row.path], widths[row.tensor] = range(len(label_shares)), len(label_shares)
         if "{}" in row.tensor:
             for layer in range(leaf.shape[0]):
                 check(row, layer, leaf.shape[1:])
         else:
             check(row, 0, leaf.shape)
-        _set(readers, path, partial(read, row))
+        _set(readers, path, partial(mix_labels if is_mixed else read, row))
     # A language model may be read as a reward model and vice versa, so an unused head is not an error.
     used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from pargs_jax.errors import InputError
 from pargs_jax.models import hf, weights
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve, save_model
 from pargs_jax.models.rotary import Rotary
-from pargs_jax.testing import TINY_CONFIGS
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA
 
 
 def assert_same_tensors(ours, expected):
@@ -293,7 +294,7 @@ DAMAGE = {
         lambda folder: edit_tensors(folder, lambda tensors: {**tensors, "model.extra": np.ones(1, np.float32)}),
         "extra is not part of this architecture",
     ),
-    "two labels": (two_labels, "this classifier has 2 labels, a reward model must have 1"),
+    "two labels": (two_labels, r"this classifier has 2 labels \(A, B\); choose one, as in .*#A, or mix them"),
 }
 
 
@@ -310,3 +311,48 @@ def test_unusable_checkpoints_are_one_clear_line(damage, checkpoint):
 def test_an_untied_reward_model_is_not_a_language_model(originals):
     with pytest.raises(InputError, match=r"lm_head.weight is missing"):
         load_model(originals["llama", "reward"][0], "vocabulary")
+
+
+LABELS = {"#B": [0, 1, 0], "#1": [0, 1, 0], "#A=0.5,C=-2": [0.5, 0, -2], "#a, b = c": [0, 0, 1]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "deberta"])
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_or_a_mix_of_labels_is_the_reward(kind, label, tmp_path):
+    model = EncoderModel(TINY_DEBERTA) if kind == "deberta" else CausalModel(TINY_CONFIGS["llama"], "reward")
+    save_model(tmp_path, model, random_params(model))
+    names = ["A", "B", "a, b = c" if label == "#a, b = c" else "C"]
+    edit_config(tmp_path, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    head = "classifier" if kind == "deberta" else "score"
+    weight = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
+    bias = {"classifier.bias": np.array([1, 2, 3], np.float32)} if kind == "deberta" else {}
+    edit_tensors(tmp_path, lambda tensors: {**tensors, f"{head}.weight": weight, **bias})
+
+    linear = load_model(f"{tmp_path}{label}", "reward").params["head"]["linear"]
+    np.testing.assert_allclose(linear["kernel"][:, 0], np.array(LABELS[label]) @ weight, atol=1e-6)
+    if bias:
+        np.testing.assert_allclose(linear["bias"][0], np.array(LABELS[label]) @ [1, 2, 3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "head", "told"),
+    [
+        ("#C", "reward", "#C: has no label 'C'; it has A, B"),
+        ("#2", "reward", "#2: has no label '2'; it has A, B"),
+        ("#A=x", "reward", "#A=x: the factor of A is 'x', must be a number"),
+        ("#A=inf", "reward", "#A=inf: factors must be finite numbers"),
+        ("#A", "vocabulary", "#A: only the weights of a classifier have labels; leave out #A"),
+    ],
+)
+def test_labels_that_do_not_exist_are_named(label, head, told, checkpoint):
+    folder, _, _ = checkpoint(head="reward")
+    two_labels(folder)
+    with pytest.raises(InputError) as error:
+        load_model(f"{folder}{label}", head)
+    assert str(error.value) == f"{folder}{told}"
+
+
+def test_a_language_model_has_no_labels(checkpoint):
+    folder, _, _ = checkpoint()
+    with pytest.raises(InputError, match="#0: is not a classifier, so it has no labels; leave out #0"):
+        load_model(f"{folder}#0", "reward")
