@@ -39,6 +39,9 @@ SCALINGS: dict[str, Scaling] = {
 }
 
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Scalings whose angles depend on the length of the text."""
+
 _OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
@@ -54,7 +57,8 @@ class Rotary:
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], head_dim: int, *, may_be_partial: bool = False) -> "Rotary":
-        """Reads `rope_parameters` of a transformers config. Warns of parameters that the scaling does not use.
+        """Reads `rope_parameters` of a transformers config. Warns of parameters that the scaling does not use, and of
+        scalings that a cache cannot follow beyond some length.
 
         Raises InputError for an unknown or incomplete scaling, for values that it cannot work with, and for a width of
         heads that it cannot rotate. `may_be_partial` says that the architecture can rotate a part of each head.
@@ -86,6 +90,11 @@ class Rotary:
         }
         rotary = cls(parameters.get("rope_theta", 10000.0), kind, tuple(sorted(numbers.items())), share)
         rotary._check(head_dim)
+        if kind in BY_LENGTH:
+            warn(
+                f"config.json: RoPE scaling {kind!r} rotates all tokens anew once a text is longer than the model was "
+                "first trained on; a cache cannot, so answers that cross this length while they grow are not exact"
+            )
         return dataclasses.replace(rotary, theta=float(rotary.theta), share=float(rotary.share))
 
     def _check(self, head_dim: int) -> None:

@@ -258,7 +258,7 @@ DAMAGE = {
     "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "other architecture": (
         lambda folder: edit_config(folder, model_type="bert"),
-        "architecture 'bert' is not known; known are .*gpt2, llama, opt",
+        "architecture 'bert' is not known; known are deberta-v2, gemma2, .*, qwen3",
     ),
     "other activation": (lambda folder: edit_config(folder, hidden_act="quick_gelu"), "quick_gelu"),
     "other RoPE scaling": (
