@@ -79,7 +79,8 @@ def attend(
 
 
 class Linear(nnx.Module):
-    """A linear layer. `pargs_jax.models.lora` and `preference_lora` add low-rank terms to its matrix."""
+    """A linear layer. `pargs_jax.models.lora` and `preference_lora` add low-rank terms to its matrix; `int8` gives it a
+    matrix in int8 with scales."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs)))
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
         self.lora_in: nnx.Param | None = nnx.data(None)
         self.lora_out: nnx.Param | None = nnx.data(None)
@@ -98,7 +100,9 @@ class Linear(nnx.Module):
         self.addition: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        out = x @ self.kernel[...]
+        out = x @ self.kernel[...].astype(x.dtype)
+        if self.kernel_scale is not None:
+            out = out * self.kernel_scale[...]
         if self.lora_in is not None:
             out = out + self.lora_scale * (x @ self.lora_in[...] @ self.lora_out[...])
         if self.addition is not None:
