@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear, soft_cap
+from pargs_jax.models.attention import soft_cap
+from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
 from pargs_jax.models.tables import Row, linear, name_dimensions_of
 
 CLASSIFIER = "ForSequenceClassification"

@@ -14,6 +14,7 @@ from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.weights import SINGLE, export_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*rotates all tokens anew")
 SIZES = {"vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2}
 GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 LLAMA = {"model_type": "llama", **SIZES, "intermediate_size": 48, "num_attention_heads": 4}

@@ -10,6 +10,7 @@ from pargs_jax.errors import InputError, InputWarning
 from pargs_jax.models.llama import LlamaConfig as OurConfig
 from pargs_jax.models.rotary import Rotary, rotate
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*rotates all tokens anew")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -113,7 +114,8 @@ def test_numbers_that_a_scaling_does_not_use_are_named():
 
 
 def test_dynamic_scaling_follows_each_row_of_a_batch():
-    rotary = Rotary.from_hf({"rope_type": "dynamic", "factor": 4.0}, 16)
+    with pytest.warns(InputWarning, match="'dynamic' rotates all tokens anew .* answers that cross this length"):
+        rotary = Rotary.from_hf({"rope_type": "dynamic", "factor": 4.0}, 16)
     short, long = np.arange(12), np.arange(12) + 8
     together, _ = rotary.cos_sin(jnp.asarray([short, long]), 16, 16)
     for row, positions in enumerate((short, long)):
