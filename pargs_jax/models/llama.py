@@ -99,6 +99,10 @@ class LlamaConfig:
         must=CAUSAL,
     )
 
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows has {len(self.windows)} entries, must have one for each of {self.layers} layers")
+
     @property
     def head_width(self) -> int:
         return self.width
@@ -133,10 +137,12 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The fields of a config of transformers."""
-        named = self.HF_FIELDS.write_named(self)
         return {
-            "model_type": self.model_type, "head_dim": self.head_dim, "rope_parameters": self.rotary.to_hf(), **named
-        }  # fmt: skip
+            "model_type": self.model_type,
+            "head_dim": self.head_dim,
+            "rope_parameters": self.rotary.to_hf(),
+            **self.HF_FIELDS.write_named(self),
+        }
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, unrolled=unrolled, rngs=rngs)

@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **GEMMA2, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0,
         "layer_types": ["full_attention", "sliding_attention"],
     },
-    "gemma3": {**GEMMA3, "num_hidden_layers": 3, "sliding_window_pattern": 3},
+    "gemma3": GEMMA3,
     "gemma3 local and global rotations": {
         **GEMMA3, "rope_theta": 500.0, "rope_local_base_freq": 30.0, "sliding_window_pattern": 2,
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
