@@ -114,7 +114,8 @@ class Decoder:
             guide.prefill(guide_param, Prompts(prompts, lengths), capacity, own_prompts)
             for guide, guide_param, own_prompts in zip(self.guides, guide_params, guide_prompts, strict=True)
         )
-        tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, max_new_tokens)))
+        # As many as a cache has slots: then prompts of many widths need states of the same size.
+        tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, cache.slots - width)))
         return DecodeState(
             Text(tokens, lengths, lengths),
             lengths == 0,
@@ -126,14 +127,17 @@ class Decoder:
             self._blank_trace(batch, max_new_tokens),
         )
 
-    def advance(self, params: AllParams, state: DecodeState, steps: int) -> DecodeState:
-        """Draws `steps` more tokens for every unfinished row, in one scan. After the last row has finished, steps are
-        skipped."""
+    def advance(
+        self, params: AllParams, state: DecodeState, steps: int, enough: int | Int[Array, ""] | None = None
+    ) -> DecodeState:
+        """Draws `steps` more tokens for every unfinished row, in one scan. When `enough` rows have finished (by default
+        all), steps are skipped."""
+        enough = len(state.done) if enough is None else enough
 
         def body(state: DecodeState, _: None) -> tuple[DecodeState, None]:
             # A loop that runs at most once. Unlike a `cond`, it updates caches in place.
             _, state = jax.lax.while_loop(
-                lambda carry: carry[0] & ~carry[1].done.all(),
+                lambda carry: carry[0] & (carry[1].done.sum() < enough),
                 lambda carry: (jnp.zeros((), bool), self._step(params, carry[1])),
                 (jnp.ones((), bool), state),
             )

@@ -98,6 +98,7 @@ def take(state: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
 
 
 def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
-    """Replaces rows with those of another state, started by the same decoder with the same capacity. Row n of `new`
-    goes to `rows[n]`, or nowhere if there is no such row. Its prompts may be padded to a smaller width."""
+    """Replaces rows with those of another state, started by the same decoder with the same longest answer. Row n of
+    `new` goes to `rows[n]`, or nowhere if there is no such row. Prompts may be padded to another width; the result has
+    the larger of both."""
     return put_rows(state, new, rows)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache
-from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.causal import CausalModel, shift_left, shift_right
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
@@ -205,9 +205,11 @@ class RetokenisedGuide:
 
 
 class EncoderState(NamedTuple):
-    """The prompts in the encoder's tokens."""
+    """The prompts in the encoder's tokens. They start at the first slot, so that a wider state holds them at the same
+    place."""
 
-    prompts: Prompts
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
     needed: Int[Array, "B"]
     """The longest answer with a candidate so far, in the reward model's tokens. If this exceeds `answer_width`, texts
     were cut and rewards are invalid."""
@@ -234,27 +236,28 @@ class EncoderGuide:
     def prefill(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> EncoderState:
-        return EncoderState(_require(own_prompts), jnp.zeros_like(prompts.lengths))
+        tokens, lengths = _require(own_prompts)
+        return EncoderState(shift_left(tokens, lengths), lengths, jnp.zeros_like(lengths))
 
     def read_prompts(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> tuple[Float[Array, "B"], EncoderState]:
         state = self.prefill(params, prompts, capacity, own_prompts)
         none = jnp.zeros_like(prompts.lengths)
-        return self.model.answer_rewards(params, *state.prompts, none[:, None], none, self.closing_id), state
+        return self.model.answer_rewards(params, *_require(own_prompts), none[:, None], none, self.closing_id), state
 
     def read(
         self, params: Params, state: EncoderState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], EncoderState]:
         rewards, needed, after = _read_last(self, params, state, text, new)
-        return rewards, (state.prompts.lengths + needed) * (new > 0), after
+        return rewards, (state.lengths + needed) * (new > 0), after
 
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Int[Array, "B"]]:
         splits = _split(self.retokeniser, text, candidates, jnp.zeros_like(text.lengths), self.answer_width)
         longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
-        step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
+        step = -(-(state.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
         at_widths = [partial(self._score_at, params, state, splits, width) for width in widths]
         first = jnp.searchsorted(jnp.asarray(widths), longest)
@@ -270,7 +273,8 @@ class EncoderGuide:
         tokens, lengths = _join(splits, width)
         batch, count = lengths.shape
         together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * batch <= TEXTS_AT_ONCE))
-        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in state.prompts)
+        prompts = shift_right(state.tokens, state.lengths)
+        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in (prompts, state.lengths))
 
         def read(texts: tuple[Int[Array, "N W"], Int[Array, "N"]]) -> Float[Array, "N"]:
             return self.model.answer_rewards(params, prompts, prompt_lengths, *texts, self.closing_id)
