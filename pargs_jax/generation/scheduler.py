@@ -178,7 +178,9 @@ class Scheduler:
                     self._places[place] = None
                     raise
                 if not fits:
-                    self._answer_widths[j] = max(self._answer_widths[j], padded_width(most))
+                    # At least twice as wide, because each width takes compiling, and this answer may grow further.
+                    wider = padded_width(max(most, 2 * guide.answer_width))
+                    self._answer_widths[j] = max(self._answer_widths[j], wider)
                     self._is_too_narrow = True
                     self._places[place] = None
             if self._places[place] is None:
