@@ -226,13 +226,14 @@ class Decoder:
         weights = state.settings.weights
         if state.settings.gate_entropy is not None:
             weights = jnp.where((entropies >= state.settings.gate_entropy)[:, None], weights, 0.0)
+        text = state.live_text
         rewards: list[Any] = [None] * len(self.guides)
         pending: list[Any] = [None] * len(self.guides)
         of_vocabulary = jnp.zeros_like(logits)
         parts = list(zip(self.guides, guide_params, state.guides, strict=True))
         for j, (guide, guide_param, guide_state) in enumerate(parts):
             if guide.scores_vocabulary:
-                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text)
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, text)
                 of_vocabulary = of_vocabulary + weights[:, j, None] * rewards[j]
         tokens, is_candidate = self.proposer(logits, of_vocabulary, state.settings.candidates)
         rest = None
@@ -244,7 +245,7 @@ class Decoder:
             if guide.scores_vocabulary:
                 rewards[j] = jnp.take_along_axis(rewards[j], tokens, axis=1)
             else:
-                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text, tokens)
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, text, tokens)
 
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
         stacked = jnp.stack(rewards, axis=-1) if rewards else jnp.zeros((*tokens.shape, 0))

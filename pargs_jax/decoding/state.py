@@ -86,6 +86,13 @@ class DecodeState(NamedTuple):
     trace: Trace
 
     @property
+    def live_text(self) -> Text:
+        """The texts; those of finished rows are empty, so that guides need not read them."""
+        live = ~self.done
+        text = self.text
+        return Text(text.tokens, text.prompt_lengths * live, text.lengths * live)
+
+    @property
     def last_tokens(self) -> Int[Array, "B"]:
         """The newest token of each row, which the language model has not read yet."""
         at = jnp.maximum(self.text.lengths - 1, 0)

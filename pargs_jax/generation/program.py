@@ -1,5 +1,5 @@
-"""The computation that decodes a batch, assembled from models and a method. It is the same whether the models'
-parameters are loaded or only described."""
+"""The computation that decodes rows, assembled from models and a method, and its compiled forms. It is the same whether
+the models' parameters are loaded or only described."""
 
 import re
 import time

@@ -162,11 +162,11 @@ def test_answers_do_not_depend_on_when_a_request_enters(method):
     """Nor on the width of the prompts before it: the state of `pargs` grows, and shorter prompts enter it after."""
     kinds, rng = REWARD_MODELS.get(method, ()), np.random.default_rng(0)
     settings = Settings(METHODS[method], max_new_tokens=TOKENS, **METHOD_OPTIONS[method])
-    words = (0, 1, 0, 1, 14, 0, 14, 1, 14, 0) if method == "pargs" else (0, 1) * 6
+    words = {"pargs": (0, 1, 0, 1, 14, 0, 14, 1, 14, 0), "top_p": (0, 1) * 11}.get(method, (0, 1) * 6)
+    places = 16 if method == "top_p" else 3  # 16 are filled again two at a time
     requests = [request(number, settings, each, kinds, rng) for number, each in enumerate(words)]
     expected = together(requests, settings, kinds)
     assert len(set(expected.lengths.tolist())) > 4
-    places = 8 if method == "top_p" else 3  # 8 are filled again two at a time
     running = Scheduler(models(kinds), Programs(), settings, places)
     running.add(requests)
     found = finish(running)
