@@ -2,7 +2,7 @@
 beside them. The reference is `decode`, which answers all of them in one call."""
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pargs_jax.data.preferences import Prompt
+from pargs_jax.decoding.guides import EncoderGuide, retokenised
 from pargs_jax.decoding.loop import decode
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
@@ -153,8 +154,11 @@ def assert_equal_answers(found, requests, expected):
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
+def small_programs(monkeypatch):
+    """Few steps between two looks, and guides with few widths, each of which takes compiling."""
     monkeypatch.setattr(scheduler, "STEPS", 5)
+    monkeypatch.setattr(retokenised, "PACKED_WIDTHS", (8,))
+    monkeypatch.setattr(reward_models, "EncoderGuide", partial(EncoderGuide, finest=2))
 
 
 @pytest.mark.parametrize("method", METHOD_OPTIONS)
