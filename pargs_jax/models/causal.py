@@ -156,3 +156,9 @@ def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Arra
     """Moves the padding of left-padded prompts to the right."""
     width = prompts.shape[1]
     return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)
+
+
+def shift_right(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """The inverse of `shift_left`."""
+    width = prompts.shape[1]
+    return jnp.take_along_axis(prompts, (jnp.arange(width) + lengths[:, None]) % width, axis=1)
