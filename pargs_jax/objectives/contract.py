@@ -10,7 +10,7 @@ Help texts list the options of all objectives and must appear quickly, so no obj
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -37,6 +37,12 @@ class Outputs(Protocol):
 
     def logits(self) -> Float[Array, "B A R V"]:
         """fp32 outputs of a head as wide as the vocabulary, at the token before each answer token."""
+        ...
+
+    def map_logits(self, function: Callable[[Float[Array, "*B V"], Int[Array, "*B"]], Any]) -> Any:
+        """What a function makes of each answer token and the logits that predict it. `function(logits, tokens)` returns
+        an array, or a tree of arrays, `[*B ...]`; the result has `[B A R ...]`. Packed batches then need no logits for
+        the padding of answers, whose entries mean nothing."""
         ...
 
     def rewards(self) -> Float[Array, "B A R"]:
