@@ -154,10 +154,7 @@ class CausalModel(OnePass, Model):
     def _encode_packed(
         self, params: Params, packed: PackedPrompts, key: PRNGKeyArray | None
     ) -> tuple[Array, Any, Bool[Array, "G N N"]]:
-        seen = packed.answers[:, None]
-        in_segment = packed.segments[:, :, None] == packed.segments[:, None]
-        sees = in_segment & ((seen == 0) | (seen == packed.answers[:, :, None]))
-        sees = sees & jnp.tril(jnp.ones((sees.shape[1],) * 2, bool))
+        sees = seen_in(packed)
         hidden, kv = self.network(params).backbone(packed.tokens, packed.positions, sees, key=key)
         return hidden, kv, sees
 
@@ -191,3 +188,11 @@ def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Arra
     """Moves the padding of left-padded prompts to the right."""
     width = prompts.shape[1]
     return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)
+
+
+def seen_in(packed: PackedPrompts) -> Bool[Array, "G N N"]:
+    """Whether slot n of packed texts sees slot m: of its own segment, the prompt and its own answer up to itself."""
+    of_seen = packed.answers[:, None]
+    in_segment = packed.segments[:, :, None] == packed.segments[:, None]
+    in_text = in_segment & ((of_seen == 0) | (of_seen == packed.answers[:, :, None]))
+    return in_text & jnp.tril(jnp.ones((in_text.shape[1],) * 2, bool))

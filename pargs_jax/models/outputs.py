@@ -31,8 +31,17 @@ class AnswerOutputs(abc.ABC):
         tokens."""
 
     @abc.abstractmethod
-    def map_logits(self, function: Callable[[Float[Array, "*B V"], Int[Array, "*B"]], Any]) -> Any:
-        """The results of `function(logits, tokens)` as `[B A R ...]`, where fp32 logits predict each answer token."""
+    def token_logits(self) -> Float[Array, "*B V"]:
+        """Logits (fp32) that predict each answer token, as the texts were laid out."""
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> Int[Array, "*B"]:
+        """The answers' tokens in that layout."""
+
+    @abc.abstractmethod
+    def by_answer(self, values: Array) -> Float[Array, "B A R ..."]:
+        """Values of the answers' tokens in that layout, arranged by answer."""
 
     @abc.abstractmethod
     def rewards(self) -> Float[Array, "B A R"]:
@@ -46,6 +55,12 @@ class AnswerOutputs(abc.ABC):
     def logits(self) -> Float[Array, "B A R V"]:
         """Logits (fp32) that predict each answer token, for a model with a vocabulary head."""
         return self.model.logits(self.params, self.states(before=1))
+
+    def map_logits(self, function: Callable[..., Any], *others: "AnswerOutputs") -> Any:
+        """The results of `function(logits, tokens, *logits_of_others)` as `[B A R ...]`. Logits are fp32 and predict
+        each answer token; the others' are for the same batch."""
+        logits, *more = (outputs.token_logits() for outputs in (self, *others))
+        return jax.tree.map(self.by_answer, function(logits, self.tokens, *more))
 
     def rewards_at(self, lengths: Int[Array, "B N"], *, descending: bool = False) -> Float[Array, "B N A"]:
         """Rewards of prefixes of these lengths (at least 1). Where an answer is shorter than the length, the reward of
@@ -73,8 +88,15 @@ class OnePassOutputs(AnswerOutputs):
     def states(self, before: int = 0) -> Float[Array, "B A R D"]:
         return self.hidden[:, :, 1 - before : self.hidden.shape[2] - before]
 
-    def map_logits(self, function: Callable[[Float[Array, "*B V"], Int[Array, "*B"]], Any]) -> Any:
-        return function(self.logits(), self.batch.answers)
+    def token_logits(self) -> Float[Array, "B A R V"]:
+        return self.logits()
+
+    @property
+    def tokens(self) -> Int[Array, "B A R"]:
+        return self.batch.answers
+
+    def by_answer(self, values: Float[Array, "B A R ..."]) -> Float[Array, "B A R ..."]:
+        return values
 
     def rewards(self) -> Float[Array, "B A R"]:
         return self.model.rewards(self.params, self.states())
@@ -95,15 +117,17 @@ class PackedOutputs(AnswerOutputs):
     """
 
     def states(self, before: int = 0) -> Float[Array, "B A R D"]:
-        return self._by_answer(self._states(before))
+        return self.by_answer(self._states(before))
 
-    def map_logits(self, function: Callable[[Float[Array, "*B V"], Int[Array, "*B"]], Any]) -> Any:
-        packed = self.batch.packed
-        logits = self.model.logits(self.params, self._states(before=1))
-        return jax.tree.map(self._by_answer, function(logits, packed.tokens.reshape(-1)[packed.answer_slots]))
+    def token_logits(self) -> Float[Array, "M V"]:
+        return self.model.logits(self.params, self._states(before=1))
+
+    @property
+    def tokens(self) -> Int[Array, "M"]:
+        return self.batch.packed.tokens.reshape(-1)[self.batch.packed.answer_slots]
 
     def rewards(self) -> Float[Array, "B A R"]:
-        return self._by_answer(self.model.rewards(self.params, self._states()))
+        return self.by_answer(self.model.rewards(self.params, self._states()))
 
     def rewards_of_next(self, candidates: Int[Array, "B A R K"]) -> Float[Array, "B A R K"]:
         batch, packed = self.batch, self.batch.packed
@@ -113,15 +137,15 @@ class PackedOutputs(AnswerOutputs):
         nexts = candidates[pairs, jnp.maximum(packed.answers - 1, 0), jnp.maximum(places, 0)]
         hidden = self.model.encode_packed_with_next(self.params, packed, nexts)
         rewards = self.model.rewards(self.params, hidden)
-        return self._by_answer(rewards.reshape(-1, candidates.shape[-1])[packed.answer_slots])
+        return self.by_answer(rewards.reshape(-1, candidates.shape[-1])[packed.answer_slots])
 
-    def _states(self, before: int = 0) -> Float[Array, "M D"]:
-        slots = self.batch.packed.slots_before if before else self.batch.packed.answer_slots
-        return self.hidden.reshape(-1, self.hidden.shape[-1])[slots]
-
-    def _by_answer(self, values: Float[Array, "M ..."]) -> Float[Array, "B A R ..."]:
-        """Values of the answers' tokens by answer; beyond an answer's end, its last value is repeated."""
+    def by_answer(self, values: Float[Array, "M ..."]) -> Float[Array, "B A R ..."]:
+        """Beyond an answer's end, its last value is repeated."""
         lengths = self.batch.answer_lengths
         first = jnp.cumsum(lengths.reshape(-1)).reshape(lengths.shape) - lengths
         offsets = jnp.minimum(jnp.arange(self.batch.answers.shape[2]), lengths[..., None] - 1)
         return values[first[..., None] + offsets]
+
+    def _states(self, before: int = 0) -> Float[Array, "M D"]:
+        slots = self.batch.packed.slots_before if before else self.batch.packed.answer_slots
+        return self.hidden.reshape(-1, self.hidden.shape[-1])[slots]

@@ -39,10 +39,11 @@ class Outputs(Protocol):
         """fp32 outputs of a head as wide as the vocabulary, at the token before each answer token."""
         ...
 
-    def map_logits(self, function: Callable[[Float[Array, "*B V"], Int[Array, "*B"]], Any]) -> Any:
-        """What a function makes of each answer token and the logits that predict it. `function(logits, tokens)` returns
-        an array, or a tree of arrays, `[*B ...]`; the result has `[B A R ...]`. Packed batches then need no logits for
-        the padding of answers, whose entries mean nothing."""
+    def map_logits(self, function: Callable[..., Any], *others: Outputs) -> Any:
+        """What a function makes of each answer token and the logits that predict it. `function(logits, tokens)` gets
+        `[*B V]` and `[*B]`, and then the logits of `others`, if any. It returns an array or a tree of arrays, `[*B
+        ...]`, which become `[B A R ...]`; entries beyond an answer's end mean nothing. In packed batches this needs no
+        logits for the padding of answers, which `logits` does."""
         ...
 
     def rewards(self) -> Float[Array, "B A R"]:

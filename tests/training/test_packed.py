@@ -2,8 +2,10 @@
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,10 +15,12 @@ from pargs_jax.config import ModelConfig, TrainConfig
 from pargs_jax.data.batches import Batches, Example
 from pargs_jax.data.packing import Packing
 from pargs_jax.errors import InputError
-from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.causal import CausalModel, seen_in
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.lora import Lora, split_params
-from pargs_jax.models.preference_lora import PreferenceLora
+from pargs_jax.models.heads import CAUSAL_HEADS
+from pargs_jax.models.lora import Lora, join_params, split_params
+from pargs_jax.models.one_pass import OnePass
+from pargs_jax.models.preference_lora import NAMES, PreferenceLora
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.models.rotary import Rotary
 from pargs_jax.objectives import OBJECTIVES
@@ -26,14 +30,38 @@ from pargs_jax.training.step import begin, make_train_step
 
 LONGEST = 11
 WIDTH = 14  # some pairs do not fit a row and are split
-FAMILIES = {
-    **{
-        f"{name} {head}": CausalModel(config, head)
-        for name, config in TINY_CONFIGS.items()
-        for head in ("vocabulary", "reward", "table")
-    },
-    "prefix_causal reward": PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal")),
-}
+LLAMA = TINY_CONFIGS["llama"]
+PREFIX_CAUSAL = PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanOfSeen(OnePass):
+    """A causal model that compiles at once: a state is a function of the mean embedding of what its token sees."""
+
+    head_kind: ClassVar = CAUSAL_HEADS["reward"]
+
+    def init(self, seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = {"backbone": (61, 8), "positions": (20, 8), "head": (8, 1), "vocabulary": (8, 61)}
+        return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    def encode(self, params, tokens, start, key=None, *, prompt_width):
+        slots = jnp.arange(tokens.shape[1])
+        sees = (slots[:, None] >= slots) & (slots >= start[:, None])[:, None]
+        return self._states(params, tokens, jnp.maximum(slots - start[:, None], 0), sees)
+
+    def encode_packed(self, params, packed, key=None):
+        return self._states(params, packed.tokens, packed.positions, seen_in(packed))
+
+    def _states(self, params, tokens, positions, sees):
+        weights = sees / jnp.maximum(sees.sum(axis=-1, keepdims=True), 1)
+        return jnp.tanh(weights @ (params["backbone"][tokens] * params["positions"][positions]))
+
+    def rewards(self, params, hidden):
+        return (hidden @ params["head"])[..., 0]
+
+    def logits(self, params, hidden):
+        return hidden @ params["vocabulary"]
 
 
 def batch_for(loss, packing, rows=6):
@@ -58,67 +86,80 @@ def batch_for(loss, packing, rows=6):
 
 
 @partial(jax.jit, static_argnums=0)
-def value_and_gradient(objective, params, batch, key):
-    """Of all floating-point parameters, the frozen models' included: those must be zero."""
-    return jax.value_and_grad(objective, has_aux=True)(params, batch, key, np.int32(0))
+def value_and_gradient(objective, params, frozen, batch, key):
+    def loss(params):
+        return objective(join_params(params, frozen), batch, key, np.int32(0))
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def check_equal(objective, params, batch):
+def check_equal(objective, params, batch, frozen=None):
     key = jax.random.key(0)
     packed, unpacked = (
-        value_and_gradient(objective, params, each, key) for each in (batch, batch._replace(packed=None))
+        value_and_gradient(objective, params, frozen or {}, each, key) for each in (batch, batch._replace(packed=None))
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), packed, unpacked)
     assert max(np.abs(x).max() for x in jax.tree.leaves(packed[1])) > 1e-3
 
 
-CASES = [
-    ("sft", "gpt2", {}),
-    ("bt", "opt", {}),
-    ("partial_bt", "llama", {}),
-    ("partial_bt", "gpt2", {"sample": 2}),
-    ("partial_bt", "prefix_causal", {}),
-    ("arm", "opt", {}),
-    ("dpo", "gpt2", {}),
-    ("rad", "gpt2", {}),
-    ("fudge", "llama", {}),
-    ("td_lambda", "prefix_causal", {}),
-    ("cd_q", "llama", {}),
-    ("ctl", "gpt2", {"n": 3}),
-    ("farma", "llama", {}),
-    ("distill", "llama", {"k": 2, "teacher": "some"}),
-]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sft", {}),
+        ("bt", {}),
+        ("partial_bt", {}),
+        ("partial_bt", {"sample": 2}),
+        ("arm", {}),
+        ("dpo", {}),
+        ("rad", {}),
+        ("fudge", {}),
+        ("td_lambda", {}),
+        ("cd_q", {}),
+        ("ctl", {"n": 3}),
+        ("farma", {}),
+        ("distill", {"k": 0, "teacher": "some/folder"}),
+    ],
+)
+def test_every_objective_has_the_values_of_the_unpacked_batch(name, options):
+    loss, model = OBJECTIVES[name](**options), MeanOfSeen()
+    objective = Objective(model, loss, frozen=tuple((other, model) for other in loss.frozen))
+    frozen = {other: model.init(seed) for seed, other in enumerate(loss.frozen, 1)}
+    check_equal(objective, model.init(), batch_for(loss, Packing(WIDTH)), frozen)
 
 
-@pytest.mark.parametrize(("name", "family", "options"), CASES)
-def test_loss_metrics_and_gradients_are_those_of_the_unpacked_batch(name, family, options):
-    loss = OBJECTIVES[name](**options)
-    model = FAMILIES[f"{family} {loss.head}"]
-    known = {"reference": FAMILIES.get(f"{family} vocabulary"), "teacher": FAMILIES["gpt2 reward"]}
-    frozen = tuple((other, known[other]) for other in loss.frozen)
-    params = random_params(model) | {other: random_params(of, seed=i + 1) for i, (other, of) in enumerate(frozen)}
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("sft", CausalModel(TINY_CONFIGS["gpt2"])),
+        ("arm", CausalModel(TINY_CONFIGS["opt"])),
+        ("partial_bt", CausalModel(TINY_CONFIGS["llama"], "reward")),
+        ("partial_bt", PREFIX_CAUSAL),
+    ],
+)
+def test_every_family_has_the_values_of_the_unpacked_batch(name, model):
+    loss = OBJECTIVES[name]()
     packing = Packing(WIDTH, shares_prompts=model.shares_prompts)
-    check_equal(Objective(model, loss, frozen=frozen), params, batch_for(loss, packing))
+    check_equal(Objective(model, loss), random_params(model), batch_for(loss, packing))
+
+
+def test_a_teacher_scores_candidates_of_packed_texts_as_of_others():
+    loss, model, teacher = OBJECTIVES["distill"](k=2, teacher="some/folder"), MeanOfSeen(), CausalModel(LLAMA, "reward")
+    objective = Objective(model, loss, frozen=(("teacher", teacher), ("reference", model)))
+    frozen = {"teacher": random_params(teacher), "reference": model.init(1)}
+    check_equal(objective, model.init(), batch_for(loss, Packing(WIDTH)), frozen)
 
 
 def test_each_packed_token_is_read_with_the_preferences_of_its_pair():
-    loss = OBJECTIVES["parm"]()
-    additions = PreferenceLora(objectives=2, rank=2)
-    model = dataclasses.replace(FAMILIES["llama vocabulary"], lora=additions)
-    params = jax.tree.map(lambda x: 0.3 + 0 * x if x.ndim < 3 else x, random_params(model))
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: (
-            np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)
-            if path[-1].key in ("own_in", "own_mix", "own_out")
-            else x
-        ),
-        params,
-    )
-    check_equal(Objective(model, loss), params, batch_for(loss, Packing(WIDTH)))
+    loss = OBJECTIVES["parm"](beta=1.0)
+    model = CausalModel(LLAMA, lora=PreferenceLora(objectives=2, rank=2))
+    trained, frozen = split_params(random_params(model), NAMES)
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), trained)
+    check_equal(Objective(model, loss), trained, batch_for(loss, Packing(WIDTH)), frozen)
 
 
 def test_accumulated_steps_on_packed_parts_equal_that_of_the_whole_batch_unpacked():
-    model = dataclasses.replace(FAMILIES["llama reward"], lora=Lora(rank=2))
+    model = CausalModel(LLAMA, "reward", lora=Lora(rank=2))
     objective, optimizer = Objective(model, OBJECTIVES["partial_bt"]()), optax.sgd(0.1)
     trained, frozen = split_params(random_params(model), ("head", "lora_in", "lora_out"))
 
@@ -131,9 +172,6 @@ def test_accumulated_steps_on_packed_parts_equal_that_of_the_whole_batch_unpacke
     expected, expected_metrics = stepped(batch._replace(packed=None), 1)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), state.params, expected.params)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), metrics, expected_metrics)
-
-
-LLAMA = TINY_CONFIGS["llama"]
 
 
 @pytest.mark.parametrize(
