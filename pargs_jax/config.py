@@ -293,8 +293,8 @@ class TrainConfig:
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
     pack: int = option(
         0,
-        "tokens of a row of packed texts, such as twice --max-length: several pairs share a row, and a prompt is read "
-        "once for all its answers; 0: one row for each prompt with each answer",
+        "tokens of a row of packed texts, best two to four times --max-length: several pairs share a row, and a prompt "
+        "is read once for all its answers; 0: one row for each prompt with each answer",
         at_least=0,
     )
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 
 class PackedTexts(NamedTuple):
@@ -30,11 +30,6 @@ class PackedTexts(NamedTuple):
     answers: Int[np.ndarray, "G N"]
     answer_slots: Int[np.ndarray, "M"]
     slots_before: Int[np.ndarray, "M"]
-
-    @property
-    def is_real(self) -> Bool[np.ndarray, "G N"]:
-        """Which slots hold a token."""
-        return self.segments >= 0
 
 
 class Segment(NamedTuple):
@@ -110,29 +105,30 @@ class Packing:
         entries: int,
     ) -> PackedTexts:
         """One part of a batch."""
-        count = len(answers[0])
-        tokens, positions, numbers, of_answer = (np.zeros((rows, self.width), np.int32) for _ in range(4))
-        numbers[:] = -1
+        tokens, positions, segments, numbers = (np.zeros((rows, self.width), np.int32) for _ in range(4))
+        segments[:] = -1
         slots: dict[tuple[int, int], Int[np.ndarray, "R"]] = {}
         before: dict[tuple[int, int], Int[np.ndarray, "R"]] = {}
         for g, row in enumerate(plan):
             end = 0
-            for segment in row:
-                prompt, number = prompts[segment.pair], segment.pair * count + segment.answers[0]
-                last_of_prompt = g * self.width + end + len(prompt) - 1
-                for a, ids, position in [(-1, prompt, 0)] + [
-                    (a, answers[segment.pair][a], len(prompt)) for a in segment.answers
-                ]:
-                    part = slice(end, end + len(ids))
-                    tokens[g, part], numbers[g, part], of_answer[g, part] = ids, number, a + 1
-                    positions[g, part] = position + np.arange(len(ids))
-                    if a >= 0:
-                        own = slots[segment.pair, a] = g * self.width + np.arange(part.start, part.stop)
-                        before[segment.pair, a] = np.r_[last_of_prompt, own[:-1]]
-                    end = part.stop
+            for pair, group, length in row:
+                prompt = prompts[pair]
+                segments[g, end : end + length] = pair * len(answers[pair]) + group[0]
+                tokens[g, end : end + len(prompt)] = prompt
+                positions[g, end : end + len(prompt)] = np.arange(len(prompt))
+                end += len(prompt)
+                last_of_prompt = g * self.width + end - 1
+                for a in group:
+                    ids = answers[pair][a]
+                    own = np.arange(end, end + len(ids))
+                    tokens[g, own], numbers[g, own] = ids, a + 1
+                    positions[g, own] = len(prompt) + np.arange(len(ids))
+                    slots[pair, a] = g * self.width + own
+                    before[pair, a] = np.r_[last_of_prompt, slots[pair, a][:-1]]
+                    end += len(ids)
         lists = [np.concatenate([of[key] for key in sorted(of)]) for of in (slots, before)]
         padded = (np.pad(each, (0, entries - len(each))).astype(np.int32) for each in lists)
-        return PackedTexts(tokens, positions, numbers, of_answer, *padded)
+        return PackedTexts(tokens, positions, segments, numbers, *padded)
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

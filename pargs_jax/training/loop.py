@@ -212,7 +212,7 @@ SHOWN = ("accuracy", "reward", "kl")
 def _describe_steps(values: dict[str, float]) -> str:
     more = "".join(f"  {name} {values[name]:.3f}" for name in SHOWN if name in values)
     if "padding_share" in values:
-        more += f"  padding {values['padding_share']:.0%}"
+        more += f"  padding {100 * values['padding_share']:.0f} %"
     return f"loss {values['loss']:.4f}{more}  {values['tokens_per_second']:,.0f} tokens/s"
 
 
