@@ -291,12 +291,7 @@ class TrainConfig:
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
     batch_size: int = option(8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1)
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
-    pack: int = option(
-        0,
-        "tokens of a row of packed texts, best two to four times --max-length: several pairs share a row, and a prompt "
-        "is read once for all its answers; 0: one row for each prompt with each answer",
-        at_least=0,
-    )
+    pack: int = option(0, "pack pairs into rows of so many tokens, with each prompt once; 0: do not pack", at_least=0)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
     keep: int = option(2, "how many of the newest checkpoints to keep", at_least=1, may_change=True)
@@ -345,23 +340,10 @@ class TrainConfig:
                 f"--steps and --epochs: got both ({self.steps} and {self.epochs:g}), give only one "
                 "(--steps null unsets the one in a config file)"
             )
-        self._check_pack()
         if self.batch_size % self.optim.accumulation:
             raise InputError(
                 f"--batch-size: got {self.batch_size}, must be a multiple of "
                 f"--optim.accumulation ({self.optim.accumulation})"
-            )
-
-    def _check_pack(self) -> None:
-        if self.pack and self.objective.loss.on_policy:
-            raise InputError(
-                f"--pack: got {self.pack}, but {self.objective.name} trains on answers that it samples, which are not "
-                "packed; leave it out"
-            )
-        if 0 < self.pack < self.max_length:
-            raise InputError(
-                f"--pack: got {self.pack}, must be at least --max-length ({self.max_length}), so that every text fits "
-                "a row, or 0"
             )
 
 

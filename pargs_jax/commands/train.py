@@ -63,6 +63,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """
     config.validate()
     check_objective(config)
+    check_packing(config)
     if config.objective.loss.on_policy:
         check_on_policy(config)
     require_packages(config.log)
@@ -80,6 +81,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     """
     config.validate()
     check_objective(config)
+    check_packing(config)
     if config.objective.loss.on_policy:
         raise InputError(
             f"--compile-only: cannot describe a step of {config.objective.name}, which samples answers too; "
@@ -197,6 +199,20 @@ def check_objective(config: TrainConfig) -> None:
         raise InputError(
             f"--data.train: {name} needs {loss.samples} scored answers to each prompt, but the demo has one; write "
             f"some (decode.py --method top_p --top-p 1 --n {loss.samples} --rm ... --out F.jsonl)"
+        )
+
+
+def check_packing(config: TrainConfig) -> None:
+    """Raises InputError if batches cannot be packed as the options say. `training_program` checks the models."""
+    if config.pack and config.objective.loss.on_policy:
+        raise InputError(
+            f"--pack: got {config.pack}, but {config.objective.name} trains on answers that it samples, which are not "
+            "packed; leave it out"
+        )
+    if 0 < config.pack < config.max_length:
+        raise InputError(
+            f"--pack: got {config.pack}, must be at least --max-length ({config.max_length}), so that every text fits "
+            "a row, or 0"
         )
 
 

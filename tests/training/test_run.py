@@ -342,7 +342,10 @@ def test_existing_files_are_not_overwritten(finished, settings, tmp_path):
         ({"model": ModelConfig(init="{tmp}")}, "no config.json"),
         ({"batch_size": 4, "optim": OptimConfig(accumulation=3)}, "--batch-size: got 4, must be a multiple"),
         ({"pack": 40}, "--pack: got 40, must be at least --max-length (48)"),
-        ({"pack": 64, "objective": ObjectiveConfig(name="rloo")}, "--pack: got 64, but rloo trains on answers that it"),
+        (
+            {"pack": 64, "objective": ObjectiveConfig(name="rloo", max_new_tokens=8)},
+            "--pack: got 64, but rloo trains on answers that it samples",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
