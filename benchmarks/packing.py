@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder or hub id of a tokenizer, for a shape")
     parser.add_argument("--dtype", choices=AGREEMENT, default="float32", help="of the matrix products")
     parser.add_argument("--max-length", type=int, default=512, help="most tokens of prompt and answer together")
-    parser.add_argument("--packs", type=int, nargs="+", default=[512, 1024], help="tokens of a packed row")
+    parser.add_argument("--packs", type=int, nargs="+", default=[640, 1024], help="tokens of a packed row")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
     parser.add_argument("--steps", type=int, default=4, help="steps of a timed run")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs")
