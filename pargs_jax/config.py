@@ -292,6 +292,7 @@ class TrainConfig:
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
     batch_size: int = option(8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1)
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
+    pack: int = option(0, "pack pairs into rows of so many tokens, with each prompt once; 0: do not pack", at_least=0)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
     keep: int = option(2, "how many of the newest checkpoints to keep", at_least=1, may_change=True)
