@@ -13,12 +13,12 @@ from pargs_jax.mesh import make_mesh
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params, tiny_tokenizer
 
 # Three samples of three prompts in four rows, so that rows are filled again, on a mesh with four copies of the model
 # once with filler.
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", ""))]
-GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",)}
+GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",), "gpt_neox": ("gemma3", "mistral")}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folders(save_tiny, tmp_path_factory):
     """Folders of a language model, and of its reward models, by family."""
 
     def reward_model(kind):
-        if kind in GUIDES:
+        if kind in TINY_CONFIGS:
             return save_tiny("reward", family=kind, seed=1)
         config = dataclasses.replace(TINY_DEBERTA, vocab_size=tiny_tokenizer().vocab_size, attention=kind)
         model = (EncoderModel if kind == "full" else PrefixCausalModel)(config)
@@ -62,6 +62,7 @@ def answers(folders):
         ("llama", "cpu-4,data=2,tensor=2"),
         ("gpt2", "cpu-4,data=2,tensor=2"),
         ("opt", "cpu-4,fsdp=2,tensor=2"),
+        ("gpt_neox", "cpu-4,fsdp=2,tensor=2"),
     ],
 )
 def test_four_devices_equal_one(answers, family, mesh):
