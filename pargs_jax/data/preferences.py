@@ -224,7 +224,8 @@ def _is_number(x: Any) -> bool:
 
 def _row_id(row: SourceRow) -> str:
     named = _fields(row).get("id")
-    return str(row.line if named is None else named)
+    _check_encodable(text := str(row.line if named is None else named))
+    return text
 
 
 def _preference(

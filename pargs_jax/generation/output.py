@@ -15,6 +15,7 @@ from pargs_jax.durable_files import append_all, opened_to_append, write_errors_n
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
+from pargs_jax.json_text import parse_json
 from pargs_jax.options import deciding_values
 
 
@@ -107,9 +108,10 @@ class AnswersFile(AbstractContextManager):
         done = {}
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 answered = row["id"], row.get("sample", 0)
                 digest, options = _digest(row["prompt"]), row.get("options")
+                done[answered] = digest
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{self._path}: line {number} is not an answer ({error!r}); use another file"
@@ -119,7 +121,6 @@ class AnswersFile(AbstractContextManager):
                     f"{self._path}: line {number} was not made with the options in {self._settings.name}; "
                     "use another file"
                 )
-            done[answered] = digest
         self._file.truncate(len(content) - len(cut_off))
         return done
 

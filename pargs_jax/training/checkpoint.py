@@ -23,6 +23,7 @@ import jax
 
 from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
+from pargs_jax.json_text import parse_json
 from pargs_jax.processes import largest, on_first
 from pargs_jax.training.step import TrainState
 
@@ -146,7 +147,7 @@ class Checkpoints(AbstractContextManager):
         were recorded, the files are trusted."""
         place = self.folder / str(step)
         try:
-            return json.loads((place / CHECKSUMS).read_bytes()) != _checksums(place)
+            return parse_json((place / CHECKSUMS).read_bytes()) != _checksums(place)
         except FileNotFoundError:
             return False
         except (OSError, ValueError):
@@ -228,7 +229,7 @@ def _drop_unreadable_metrics(folder: Path) -> None:
     checkpoint is complete without them."""
     for path in folder.glob("*/metrics/metrics"):
         try:
-            json.loads(path.read_bytes())
+            parse_json(path.read_bytes())
         except ValueError:
             path.unlink()
 
