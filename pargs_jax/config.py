@@ -20,6 +20,7 @@ from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.options import check_each, merged_options, option, options, shown, value_of
+from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.search_config import SearchConfig
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
@@ -34,6 +35,8 @@ GROUPED_METHODS = tuple(name for name, method in METHODS.items() if method.rewar
 """Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = tuple(name for name, method in METHODS.items() if not method.guided)
 LARGEST_SEED = 2**32 - 1
+MOST_ROWS = 2**16
+LARGEST_RANK = 2**13
 
 
 def column_names(words: tuple[str, ...], flag: str, known: tuple[str, ...] = COLUMNS) -> dict[str, str]:
@@ -189,6 +192,7 @@ class LoraConfig:
         0,
         "rank of the additions, such as 16; only they and the reward head are trained; 0: train the whole model",
         at_least=0,
+        at_most=LARGEST_RANK,
     )
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
@@ -213,33 +217,6 @@ class LoraConfig:
             re.compile(self.layers)
         except re.error as error:
             raise InputError(f"--lora.layers: {shown(self.layers)} is not a regular expression ({error})") from None
-
-
-@dataclass(frozen=True)
-class ProcessesConfig:
-    """The processes of a --distributed run."""
-
-    coordinator: str | None = option(
-        None,
-        "address of the first process, the same for all",
-        unset="found by JAX",
-        metavar="HOST:PORT",
-        may_change=True,
-    )
-    count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1, may_change=True)
-    index: int | None = option(
-        None, "number of this process, from 0", unset="found by JAX", at_least=0, may_change=True
-    )
-
-    def validate(self, distributed: bool) -> None:
-        """Raises InputError if they do not go together."""
-        given = (self.coordinator is not None, self.count is not None, self.index is not None)
-        if any(given) and not (all(given) and distributed):
-            raise InputError(
-                "--processes: give .coordinator, .count and .index together, with --distributed, or none of them"
-            )
-        if self.count is not None and self.index is not None and self.index >= self.count:
-            raise InputError(f"--processes.index: got {self.index}, must be below --processes.count ({self.count})")
 
 
 MESH = (
@@ -289,7 +266,9 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps", unset="computed from --epochs", at_least=1, may_change=True)
     epochs: float = option(1.0, "passes over the training pairs, if --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1)
+    batch_size: int = option(
+        8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1, at_most=MOST_ROWS
+    )
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
@@ -396,7 +375,13 @@ class DecodeConfig:
     trace_candidates: bool = option(
         False, "with --trace: also the candidates of every token, with their numbers", may_change=True
     )
-    n: int = option(1, "answers per prompt; more than one only with a method that samples", at_least=1, may_change=True)
+    n: int = option(
+        1,
+        "answers per prompt; more than one only with a method that samples",
+        at_least=1,
+        at_most=MOST_ROWS,
+        may_change=True,
+    )
     explain: str | None = option(
         None,
         "HTML page that explains the answers token by token, next to the unguided answers of the same seed; see "
@@ -428,7 +413,11 @@ class DecodeConfig:
     temperature: float | None = option(None, "temperature of methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(
-        16, "prompts decoded together; a search has several rows for each", at_least=1, may_change=True
+        16,
+        "prompts decoded together; a search has several rows for each",
+        at_least=1,
+        at_most=MOST_ROWS,
+        may_change=True,
     )
     seed: int = option(0, "seed for sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)

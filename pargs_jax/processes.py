@@ -11,8 +11,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from pargs_jax.config import ProcessesConfig
 from pargs_jax.errors import InputError, first_line
+from pargs_jax.processes_config import ProcessesConfig
 
 Result = TypeVar("Result")
 

@@ -29,11 +29,20 @@ MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "search_config": {"options"},
-    "config": {"decoding", "objectives", "search_config", "options", "errors"},  # of decoding, the table of methods
-    "config_files": {"options", "errors"},
+    "processes_config": {"options", "errors"},
+    "config": {
+        "decoding",
+        "objectives",
+        "search_config",
+        "processes_config",
+        "options",
+        "errors",
+    },  # of decoding, the table of methods
+    "names_elsewhere": set(),
+    "config_files": {"names_elsewhere", "options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
-    "processes": {"config", "errors"},
+    "processes": {"processes_config", "errors"},
     "json_text": {"errors"},
     "aot": {"errors"},
     "mesh": {"aot", "processes", "config", "errors"},
@@ -97,7 +106,15 @@ MAY_IMPORT = {
 MAY_IMPORT["commands"] = MAY_IMPORT.keys() - {"testing"}
 # Parts of `decoding` that know arrays, never models; and what needs no more than names.
 MAY_IMPORT_WITHIN = {
-    "config": {"decoding.methods", "objectives", "objectives.contract", "search_config", "options", "errors"},
+    "config": {
+        "decoding.methods",
+        "objectives",
+        "objectives.contract",
+        "search_config",
+        "processes_config",
+        "options",
+        "errors",
+    },
     "decoding.proposals": {"errors"},
     "decoding.rules": {"decoding.proposals"},
     "decoding.methods": {"decoding.proposals", "decoding.rules", "decoding.search"},
@@ -105,6 +122,8 @@ MAY_IMPORT_WITHIN = {
 }
 WITHOUT_JAX = (
     "search_config",
+    "processes_config",
+    "names_elsewhere",
     "errors",
     "signals",
     "options",
