@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
+from pargs_jax.data_config import DEMO, PROMPT_COLUMNS, DataConfig, PromptFormName, column_names
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
@@ -23,34 +24,15 @@ from pargs_jax.options import check_each, merged_options, option, options, shown
 from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.search_config import SearchConfig
 
-DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
-
-PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 DtypeName = Literal["float32", "bfloat16"]
 
-PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-COLUMNS = (*PROMPT_COLUMNS, "response", "completion", "messages", "text", "reward", "labels", "split")
 GROUPED_METHODS = tuple(name for name, method in METHODS.items() if method.reward_model in ("ratio", "look_ahead"))
 """Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = tuple(name for name, method in METHODS.items() if not method.guided)
 LARGEST_SEED = 2**32 - 1
 MOST_ROWS = 2**16
 LARGEST_RANK = 2**13
-
-
-def column_names(words: tuple[str, ...], flag: str, known: tuple[str, ...] = COLUMNS) -> dict[str, str]:
-    """What `NAME=COLUMN` words say: by which name of its own a source calls each column. Raises InputError for a word
-    of another shape, a name that is not known, and a name or a column given twice."""
-    columns: dict[str, str] = {}
-    for word in words:
-        name, _, column = word.partition("=")
-        if name not in known or not column:
-            raise InputError(f"{flag}: got {shown(word)}, must be NAME=COLUMN, with a NAME of {', '.join(known)}")
-        if name in columns or column in columns.values():
-            raise InputError(f"{flag}: {shown(name if name in columns else column)} is given twice")
-        columns[name] = column
-    return columns
 
 
 @dataclass(frozen=True)
@@ -77,52 +59,6 @@ class ModelConfig:
         "weights; layers: whole layers (least memory, a third more work)",
         may_change=True,
     )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The preference pairs, or scored answers."""
-
-    train: str = option(
-        DEMO,
-        "pairs to train on, or what the objective reads (prompts; scored answers: prompt, response, reward, or a "
-        "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
-        "file, or a hub id",
-        metavar="FILE_OR_HUB_ID",
-    )
-    eval: str | None = option(
-        None,
-        "held-out pairs to evaluate on",
-        unset="the demo's own with the demo, else no evaluation",
-        metavar="FILE_OR_HUB_ID",
-        may_change=True,
-    )
-    columns: tuple[str, ...] = option(
-        (), "the files' names for columns, where they differ: prompt=question chosen=best", metavar="NAME=COLUMN"
-    )
-    format: PromptFormName | None = option(
-        None,
-        "prompt format; it is saved with the model and used again in decoding",
-        unset="the one that --model.init was trained with, else plain",
-    )
-    prefix_tokenizer: str | None = option(
-        None,
-        "language model whose tokenizer decides where the prefixes of answers end, as in decoding; for models with "
-        "full attention",
-        unset="the reward model's own tokenizer",
-        metavar="PATH_OR_HUB_ID",
-    )
-    demo_pairs: int = option(3200, "pairs, or prompts, that the demo task generates for training", at_least=1)
-
-    def validate(self) -> None:
-        """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
-        if column_names(self.columns, "--data.columns") and self.train == DEMO and self.eval in (None, DEMO):
-            raise InputError("--data.columns: has no effect on the demo; leave it out, or give a file as --data.train")
-        if self.train != DEMO and self.demo_pairs != DataConfig.demo_pairs:
-            raise InputError(
-                f"--data.demo-pairs: got {self.demo_pairs}, but the pairs come from --data.train {self.train}; "
-                "leave it out, or train on the demo"
-            )
 
 
 @dataclass(frozen=True)

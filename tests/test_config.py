@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from pargs_jax.commands.command_line import parse
-from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig
 from pargs_jax.config_files import from_mapping, to_yaml
+from pargs_jax.data_config import column_names
 from pargs_jax.errors import InputError
 from pargs_jax.names_elsewhere import ELSEWHERE
 from pargs_jax.options import option, options
@@ -196,6 +197,11 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
         (
             "--data.train f.jsonl --data.demo-pairs 64",
             "--data.demo-pairs: got 64, but the pairs come from --data.train f.jsonl; leave it out, or train on",
+        ),
+        ("--data.held-out 0.1", "--data.held-out: got 0.1, but the demo has held-out pairs of its own; leave one"),
+        (
+            "--data.train f.jsonl --data.eval g.jsonl --data.held-out 0.1",
+            "--data.held-out: got 0.1, but --data.eval is g.jsonl; leave one of them out",
         ),
         ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so the whole model is trained; give a"),
         ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),

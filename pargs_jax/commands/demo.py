@@ -4,8 +4,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from pargs_jax.config import DEMO, DecodeConfig, TrainConfig
+from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.data.preferences import Preference, Prompt
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import Method
 from pargs_jax.demo import task
 from pargs_jax.errors import InputError

@@ -12,9 +12,10 @@ from jaxtyping import Bool
 from rich.console import Console
 
 from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
-from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
+from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt, load_prompts
+from pargs_jax.data_config import DEMO, PROMPT_COLUMNS, column_names
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile

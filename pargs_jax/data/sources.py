@@ -133,6 +133,14 @@ def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
                 yield SourceRow(line, raw.decode(errors="replace"), f"the line {error}")
 
 
+def _text_rows(path: Path) -> Iterator[SourceRow]:
+    """A prompt in each line."""
+    with open(path, encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                yield SourceRow(line, {"prompt": text.rstrip("\n")})
+
+
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     try:
         content = parse_json(path.read_bytes())
@@ -183,4 +191,5 @@ _FILE_READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".txt": _text_rows,
 }

@@ -4,7 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pargs_jax.config import COLUMNS, COMPILE_CACHE, MESH, MOST_ROWS, PromptFormName, column_names
+from pargs_jax.config import COMPILE_CACHE, MESH, MOST_ROWS
+from pargs_jax.data_config import COLUMNS, PromptFormName, column_names
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option
 

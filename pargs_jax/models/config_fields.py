@@ -16,6 +16,10 @@ class Requirement(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
+"""The largest sizes that are read: far beyond any model, and small enough that a typing error does not fill the memory."""
+
 NOT_SET = Requirement("left out or null", lambda value: value is None)
 EMPTY = Requirement("left out or empty", lambda value: not value)
 FALSE = Requirement("false", lambda value: not value)
@@ -95,9 +99,11 @@ class ConfigFields:
         Raises InputError for an invalid size, or for a field whose value is not supported.
         """
         for name in self.sizes:
-            value = fields.get(name)
+            value, most = fields.get(name), MOST_LAYERS if name == self.names.get("layers") else LARGEST_SIZE
             if value is not None and not (is_whole(value) and value > 0):
                 raise InputError(f"{name} is {value!r}, must be a whole number of at least 1")
+            if value is not None and value > most:
+                raise InputError(f"{name} is {value}, must be at most {most}")
         must = {**_EVERYWHERE, **self.must}
         for name, (words, holds) in must.items():
             if name in fields and not holds(fields[name]):

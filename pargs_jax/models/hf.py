@@ -20,7 +20,7 @@ from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
 from pargs_jax.models.families import FAMILIES
-from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
@@ -127,6 +127,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
+    if head not in CAUSAL_HEADS:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(CAUSAL_HEADS)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
@@ -223,6 +225,9 @@ def save_model(
     if additions:
         save_file(additions, partial / ADDITIONS)
     written = {file.name for file in partial.iterdir()}
+    mode = (partial / "config.json").stat().st_mode
+    for name in written:  # safetensors lets nobody else read its files; the umask decides about ours
+        (partial / name).chmod(mode)
     for name in sorted(written):
         os.replace(partial / name, target / name)
     for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:

@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_used_are_written_beside_the_run(finished):
         bad = [json.loads(line) for line in path.read_text().splitlines()]
         assert [(row["line"], row["row"]) for row in bad] == [(5, BAD_ROWS[0]), (6, BAD_ROWS[1])]
         assert "chosen is missing" in bad[0]["reason"] and "are the same" in bad[1]["reason"]
-        assert f"2 rows cannot be used; see {path}" in printed
+        assert f"({split}): 2 of 10 rows cannot be used; see {path}" in printed
 
 
 def test_a_model_learns_eight_pairs_by_heart_at_every_prefix(finished):
