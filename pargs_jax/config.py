@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pargs_jax.data_config import DEMO, PROMPT_COLUMNS, DataConfig, PromptFormName, column_names
-from pargs_jax.decoding.methods import METHODS
+from pargs_jax.decoding.methods import METHODS, NUMBERS
 from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.objectives.contract import Loss
@@ -370,6 +370,12 @@ class DecodeConfig:
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
     search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()
+
+    @property
+    def numbers_in_effect(self) -> str:
+        """The numbers that the method uses, its own where options are not given; empty without a method."""
+        given = {**self.search.given, **{name: getattr(self, name) for name in NUMBERS}}
+        return "" if self.method is None else METHODS[self.method].numbers(given)
 
     def validate(self) -> None:
         """Raises InputError, which names the command-line flag, for the first option that cannot be used."""

@@ -49,6 +49,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def to_short_yaml(config: Config) -> str:
+    """The options of `config` that differ from their defaults, as a YAML document; empty if none does."""
+    changed = _changed(asdict(config), asdict(type(config)()))
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True) if changed else ""
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = {name: (value, defaults[name]) for name, value in values.items() if value != defaults[name]}
+    return {
+        name: _changed(value, default) if isinstance(value, dict) else value for name, (value, default) in pairs.items()
+    }
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 

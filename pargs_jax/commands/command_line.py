@@ -12,12 +12,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pargs_jax.commands.process import DEBUG
-from pargs_jax.config_files import C, build, converted, from_text, nearest, read_options, read_yaml
+from pargs_jax.config_files import C, build, converted, from_text, nearest, read_options, read_yaml, to_short_yaml
 from pargs_jax.errors import InputError
 from pargs_jax.options import Option, options, sections, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -54,6 +57,12 @@ def parse(
     config = build(config_class, values)
     config.validate()
     return config
+
+
+def show_config(config: C, console: "Console", *more: str) -> None:
+    """Prints the options that differ from their defaults, and more lines below them."""
+    changed = to_short_yaml(config).rstrip() or "all options have their defaults (--help)"
+    console.print("\n".join([changed, *filter(None, more)]), highlight=False, markup=False, style="dim")
 
 
 class Parser(argparse.ArgumentParser):

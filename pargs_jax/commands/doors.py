@@ -64,7 +64,7 @@ def list_methods() -> str:
     from pargs_jax.decoding.methods import METHODS
 
     parts = (
-        f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
+        f"  {name}: {method.source}\n" + "".join(f"      {line}\n" for line in (method.score, method.numbers()) if line)
         for name, method in METHODS.items()
     )
     return "\n\nmethods, their scores and their default numbers (docs/methods.md):\n" + "".join(parts)

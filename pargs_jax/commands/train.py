@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from pargs_jax.aot.report import Report, Step
+from pargs_jax.commands.command_line import show_config
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
 from pargs_jax.commands.demo import demo_pairs, model_source
 from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
 from pargs_jax.config import TrainConfig
-from pargs_jax.config_files import to_yaml
 from pargs_jax.data.batches import Batch, Example, tokenise
 from pargs_jax.data.preferences import Preference, hold_out, load_preferences, write_bad_rows
 from pargs_jax.data_config import DEMO, column_names
@@ -241,7 +241,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         scorer = load_scorer(config, tokenizer, program.model.config.vocab_size)
         models = [[(scorer.source, scorer.prompt_form)], *models]
     config = _with_prompt_form(config, folder, models)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    show_config(config, console, f"(all options are in {folder / 'config.yaml'})")
     eval_source, sampler = config.data.eval or (DEMO if config.data.train == DEMO else None), None
     if scorer is not None:
         examples, held_out, sampler = prepare_rollouts(config, eval_source, tokenizer, scorer, console)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
+from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
 from pargs_jax.models.lora import join_params
@@ -268,5 +269,7 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     if generation.is_file():
         found.append(read_json(generation).get("eos_token_id"))
+        if not TOKEN_IDS.holds(found[-1]):
+            raise InputError(f"{generation}: eos_token_id is {found[-1]!r}, must be {TOKEN_IDS.words}")
     flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))
