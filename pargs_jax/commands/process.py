@@ -58,7 +58,7 @@ def run_as_command(main: Callable[[], None], memory_advice: str = "give it less 
         except Exception as error:
             if shows_stack:
                 traceback.print_exception(error)
-            _print_line("error", _reason(error, memory_advice) or _unforeseen(error, not shows_stack))
+            _print_line("error", reason_of(error, memory_advice) or _unforeseen(error, not shows_stack))
             try:
                 sys.stdout.flush()
             except OSError:
@@ -66,7 +66,7 @@ def run_as_command(main: Callable[[], None], memory_advice: str = "give it less 
             sys.exit(2)
 
 
-def _reason(error: Exception, memory_advice: str) -> str | None:
+def reason_of(error: Exception, memory_advice: str = "") -> str | None:
     """An error in words that a user can act on; None for a defect of ours."""
     if isinstance(error, InputError):
         return str(error)
