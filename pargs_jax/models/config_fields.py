@@ -35,7 +35,7 @@ CAUSAL: dict[str, Requirement] = {
     "attention_chunk_size": NOT_SET,
     "layer_types": Requirement(
         "left out, null or 'full_attention' for every layer",
-        lambda value: value is None or value == ["full_attention"] * len(value),
+        lambda value: value is None or (isinstance(value, list) and value == ["full_attention"] * len(value)),
     ),
     "kv_sharing_modes": NOT_SET,
 }

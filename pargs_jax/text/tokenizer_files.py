@@ -53,6 +53,8 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         own = tuple(name for name in tokenizer.vocab_files_names.values() if name not in _WHOLE)
         reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "has no tokens")
         raise InputError(f"tokenizer {str(source)!r}: {reason}")
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise InputError(f"tokenizer {str(source)!r}: model_max_length is {longest!r}, must be a number")
     if folder is not None:
         _check_merges(folder, tokenizer)
         if type(tokenizer) is PreTrainedTokenizerFast and not (folder / _WHOLE[0]).exists():
