@@ -26,6 +26,7 @@ from pargs_jax.search_config import SearchConfig
 
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 DtypeName = Literal["float32", "bfloat16"]
+WeightFormat = Literal["float32", "bfloat16", "int8"]
 
 GROUPED_METHODS = tuple(name for name, method in METHODS.items() if method.reward_model in ("ratio", "look_ahead"))
 """Those whose reward models guide together, several for one weight."""
@@ -362,6 +363,15 @@ class DecodeConfig:
     prompt_length: int = option(512, "with --compile-only: tokens in a prompt", at_least=2)
     distributed: bool = option(False, DISTRIBUTED, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
+    lm_dtype: WeightFormat | None = option(
+        None,
+        "number format of the language model's weights; int8: its layers' matrices, each output channel with a "
+        "scale, computed in --dtype",
+        unset="that of --dtype",
+    )
+    rm_dtype: WeightFormat | None = option(
+        None, "number format of the reward models' weights, as --lm-dtype", unset="that of --dtype"
+    )
     unroll: Literal["auto", "yes", "no"] = option(
         "auto",
         "run layers one by one instead of as a scan: faster steps, longer compilation; auto: yes except on TPU",

@@ -118,11 +118,13 @@ def place_params(params: Any) -> Any:
 
 
 def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """The result of `place_params` as `jax.ShapeDtypeStruct`s, with shardings on a mesh that may not be here."""
+    """The result of `place_params` as `jax.ShapeDtypeStruct`s, with shardings on a mesh that may not be here. `dtype`
+    is that of floating-point arrays."""
 
     def describe(path: str, x: Any) -> jax.ShapeDtypeStruct:
         shape = padded_shape(path, x.shape)
-        return jax.ShapeDtypeStruct(shape, dtype or x.dtype, sharding=param_sharding(mesh, path, shape))
+        own = dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        return jax.ShapeDtypeStruct(shape, own, sharding=param_sharding(mesh, path, shape))
 
     return map_paths(describe, params)
 

@@ -136,6 +136,8 @@ def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], meth
         [str(path) for path in reward_models],
         method=method,
         dtype=config.dtype,
+        lm_dtype=config.lm_dtype,
+        rm_dtype=config.rm_dtype,
         unroll=unrolls(config, jax.default_backend()),
     )
 

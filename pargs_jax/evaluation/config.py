@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pargs_jax.config import COMPILE_CACHE, MESH, MOST_ROWS
+from pargs_jax.config import COMPILE_CACHE, MESH, MOST_ROWS, WeightFormat
 from pargs_jax.data_config import COLUMNS, PromptFormName, column_names
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option
@@ -129,6 +129,12 @@ class EvaluateConfig:
     examples: int = option(10, "how many prompts the page shows with their answers", at_least=0)
     batch_size: int = option(16, "texts that a model reads together", at_least=1, at_most=MOST_ROWS)
     dtype: Literal["float32", "bfloat16"] = option("float32", "number format of the models' computation")
+    rm_dtype: WeightFormat | None = option(
+        None,
+        "number format of the reward models' weights; with int8, the report on pairs says how well the rewards agree "
+        "with those of --dtype",
+        unset="that of --dtype",
+    )
     mesh: str = option("auto", MESH, metavar="NAME")
     compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
     endpoint: EndpointConfig = EndpointConfig()

@@ -44,10 +44,18 @@ class ScoringModel:
     """Called with a note after every batch, for progress."""
 
     @classmethod
-    def load(cls, source: str, head: HeadName, *, dtype: str = "float32", batch_size: int = 16) -> "ScoringModel":
-        """Loads a reward model or a language model. Raises InputError if it is not one or does not suit its
-        tokenizer."""
-        loaded, tokenizer = load_with_tokenizer(source, head, dtype)
+    def load(
+        cls,
+        source: str,
+        head: HeadName,
+        *,
+        dtype: str = "float32",
+        weights: str | None = None,
+        batch_size: int = 16,
+    ) -> "ScoringModel":
+        """Loads a reward model or a language model; `load_with_tokenizer` explains the dtypes. Raises InputError if it
+        is not one or does not suit its tokenizer."""
+        loaded, tokenizer = load_with_tokenizer(source, head, dtype, weights)
         return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
 
     def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:

@@ -41,10 +41,16 @@ SMALLEST_WIDTH = 16
 WIDTH_STEP = 64
 
 
-def load_with_tokenizer(source: str, head: HeadName, dtype: str) -> tuple[Pretrained, TextTokenizer]:
-    """A model and its tokenizer. Raises InputError if it is not a model with this head, or if they do not fit."""
+def load_with_tokenizer(
+    source: str, head: HeadName, dtype: str, weights: str | None = None
+) -> tuple[Pretrained, TextTokenizer]:
+    """A model and its tokenizer. `dtype` is that of parameters and computation; `weights` is another one for this
+    model's parameters: `float32`, `bfloat16`, or `int8` for the matrices of its layers.
+
+    Raises InputError if it is not a model with this head, or if they do not fit."""
     folder = resolve(source)
-    loaded = load_model(folder, head, dtype=dtype)
+    is_int8 = weights == "int8"
+    loaded = load_model(folder, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
     if loaded.new_head:
         raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
     tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
@@ -81,15 +87,16 @@ class RewardModel:
         dtype: str,
         unroll: bool,
         role: Role = "scalar",
+        weights: str | None = None,
     ) -> "RewardModel":
-        """Loads from a folder or the hub. Raises InputError if it is not a reward model of this role, or does not fit
-        its tokenizer or the language model's."""
+        """Loads from a folder or the hub; `load_with_tokenizer` explains the dtypes. Raises InputError if it is not a
+        reward model of this role, or does not fit its tokenizer or the language model's."""
         if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
-        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype)
+        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype, weights)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
                 f"{source}: needs a preference vector, which only the method parm provides"

@@ -41,6 +41,8 @@ class Session:
         *,
         method: Method | None = None,
         dtype: str = "float32",
+        lm_dtype: str | None = None,
+        rm_dtype: str | None = None,
         unroll: bool | None = None,
     ) -> None:
         """Loads everything, and checks that the models fit together.
@@ -50,6 +52,8 @@ class Session:
             method: the method that the reward models will guide, which determines the kind of each model. Without it,
                 they are models with a scalar head.
             dtype: the dtype of parameters and computation; softmax and rewards stay float32.
+            lm_dtype, rm_dtype: another dtype for the weights of the language model, or of all reward models: `float32`,
+                `bfloat16`, or `int8` (`pargs_jax.models.int8`), which computes in `dtype`.
             unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
                 `CausalModel`).
 
@@ -59,7 +63,7 @@ class Session:
             raise InputError(f"lm: {DEMO!r} is a word of the commands; in Python give pargs_jax.demo.task.DEMO_LM")
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
-        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype)
+        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype, lm_dtype)
         if loaded.model.lora is not None:
             raise InputError(
                 f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
@@ -68,7 +72,15 @@ class Session:
         if unroll:
             self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
         self.reward_models = [
-            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
+            RewardModel.load(
+                path,
+                self.tokenizer,
+                self._lm.config.vocab_size,
+                dtype=dtype,
+                unroll=unroll,
+                role=role,
+                weights=rm_dtype,
+            )
             for path, role in zip(reward_models, roles, strict=True)
         ]
         self.remembered_forms = (

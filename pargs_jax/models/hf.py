@@ -22,6 +22,7 @@ from pargs_jax.errors import InputError, first_line, input_errors_named_after, w
 from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
+from pargs_jax.models.int8 import quantise_layers
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
@@ -72,10 +73,12 @@ def load_model(
     *,
     attention: Literal["full", "prefix_causal"] | None = None,
     dtype: DTypeLike = jnp.float32,
+    int8: bool = False,
     from_scratch: bool = False,
     seed: int = 0,
 ) -> Pretrained:
-    """Loads a checkpoint of a known family as a language model or a reward model, layers stacked.
+    """Loads a checkpoint of a known family as a language model or a reward model, layers stacked. With `int8`, the
+    matrices of the layers are rounded as they are read (`pargs_jax.models.int8`), and `dtype` is that of all else.
 
     `attention` overrides the attention of a DeBERTa checkpoint. A head that the checkpoint lacks is drawn at random
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
@@ -93,6 +96,8 @@ def load_model(
     eos_ids = _eos_ids(folder, special["eos_token_id"])
     if from_scratch:
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
+        if int8:
+            model, params = dataclasses.replace(model, int8=True), quantise_layers(params)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
     kind = model.head_kind
@@ -102,7 +107,8 @@ def load_model(
     if has_head and kind.labels(model.config) not in (None, hf.num_labels):
         raise InputError(f"{folder}: this classifier has {hf.num_labels} labels, a reward model must have 1")
     new_head = kind.may_be_new and not has_head
-    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
+    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed, int8=int8)
+    model = dataclasses.replace(model, int8=int8)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
         model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
         params = join_params(params, read_additions(folder, model, np.dtype(dtype)))
@@ -180,6 +186,8 @@ def save_model(
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
+    if model.int8:
+        raise ValueError("a model in int8 is for decoding only; save the model that it was made from")
     model, params = stack_layers(model, params)
     additions: dict[str, np.ndarray] = {}
     extra: dict[str, Any] = {}

@@ -29,12 +29,16 @@ class Row(NamedTuple):
 def linear(
     tensor: str, path: str, axes: Axes, transpose: bool = True, part: tuple[int, int] = (0, 1)
 ) -> tuple[Row, Row]:
-    """A matrix and its bias, if it has one. Biases along the width are small, so every device holds them in full."""
-    bias_axes = () if axes[-1] == "width" else axes[-1:]
+    """A matrix and its bias, if it has one."""
     return (
         Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose, part),
-        Row(f"{tensor}.bias", f"{path}.bias", bias_axes, part=part),
+        Row(f"{tensor}.bias", f"{path}.bias", _bias_axes(axes), part=part),
     )
+
+
+def _bias_axes(axes: Axes) -> Axes:
+    """Biases along the width are small, so every device holds them in full."""
+    return () if axes[-1:] == ("width",) else axes[-1:]
 
 
 def norm(tensor: str, path: str) -> tuple[Row, Row]:
@@ -44,4 +48,7 @@ def norm(tensor: str, path: str) -> tuple[Row, Row]:
 def name_dimensions_of(rows: Iterable[Row], below: str) -> None:
     """Tells `pargs_jax.sharding` how a table's arrays are split; `below` is `backbone` or `head`."""
     for row in rows:
-        name_dimensions(f"{below}.{row.path.replace('.{}', '')}", row.axes)
+        path = f"{below}.{row.path.replace('.{}', '')}"
+        name_dimensions(path, row.axes)
+        if path.endswith(".kernel"):  # its scales in int8 are placed like a bias
+            name_dimensions(f"{path}_scale", _bias_axes(row.axes))

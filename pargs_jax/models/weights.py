@@ -17,6 +17,7 @@ import numpy as np
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.json_text import parse_json
 from pargs_jax.models.family import Family
+from pargs_jax.models.int8 import MATRIX, quantise, quantise_layers
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.tables import Row
 from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
@@ -141,9 +142,18 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
 
 
 def import_params(
-    model: Model, family: Family, tensors: Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
+    model: Model,
+    family: Family,
+    tensors: Tensors,
+    folder: Path,
+    dtype: np.dtype,
+    new_head: bool,
+    seed: int,
+    *,
+    int8: bool = False,
 ) -> Params:
-    """Fills the model's parameters from the checkpoint; each device reads only its parts.
+    """Fills the model's parameters from the checkpoint; each device reads only its parts. With `int8`, each matrix of
+    the layers is rounded as soon as it is read, so that no more than one is there in `dtype`.
 
     Raises InputError for tensors that do not match the model: all of them in one error, before any is read. Once they
     are loaded, it also raises InputError for tensors with numbers that are not finite.
@@ -187,16 +197,22 @@ def import_params(
     problems += [f"{name} is not part of this architecture" for name in unexpected]
     if problems:
         raise InputError(f"{folder}: the weights do not match config.json: {_list(problems)}")
-    params = map_paths(
-        lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
-    )
+
+    def place(path: str, leaf: Any, reader: Any) -> Any:
+        array = place_param(path, leaf.shape, dtype, reader)
+        is_rounded = int8 and path.startswith("backbone.layers.") and path.endswith(f".{MATRIX}")
+        return quantise(array) if is_rounded else array
+
+    params = map_paths(place, model.abstract_params(), readers)
+    if int8:
+        params = quantise_layers(params, lambda matrix_and_scale: matrix_and_scale)
     _check_finite(params, model, family, folder, dtype)
     return params
 
 
 def _check_finite(params: Params, model: Model, family: Family, folder: Path, dtype: np.dtype) -> None:
     """Raises InputError, in all processes alike, that names the tensors with NaN or infinity."""
-    rows = {path: _row(family, model, path) for path, _ in _flatten(params)}
+    rows = {path: _row(family, model, (*path[:-1], path[-1].removesuffix("_scale"))) for path, _ in _flatten(params)}
     bad: dict[str, None] = {}
     for path, is_finite in _flatten(_are_finite(params)):
         tensor = rows[path].tensor

@@ -137,6 +137,19 @@ def test_one_prompt_is_answered_on_standard_output(decode, lm):
     assert code == 0 and out == f"{expected}\n" and len(expected) > 12
 
 
+def test_weights_in_int8_give_nearly_the_same_rewards(decode, lm, rm, prompts, tmp_path):
+    """The reward model only judges here, so both runs have the same answers."""
+    found = []
+    for number, formats in enumerate([(), ("--rm-dtype", "int8")]):
+        out = tmp_path / f"{number}.jsonl"
+        assert decode(*common(lm, rm, prompts, out), "--method", "top_k", *formats)[0] == 0
+        found.append({row["id"]: row for row in rows(out)})
+    plain, int8 = ([found[i][f"p{n}"]["guide_reward"] for n in range(5)] for i in range(2))
+    assert [row["response"] for row in found[0].values()] == [row["response"] for row in found[1].values()]
+    assert plain != int8
+    np.testing.assert_allclose(int8, plain, atol=0.05 * np.ptp(plain))
+
+
 def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm, rm, prompts, tmp_path):
     """Also those of several samples; more of them than an answers file has are added to it."""
     options = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--method", "pargs", "--max-new-tokens", 6, "--limit", 2)
