@@ -31,6 +31,8 @@ WIDEST_TENSOR = 8
 """By default decoding splits matrices over at most this many devices; with more, steps mostly wait for messages."""
 
 
+_NO_DEVICES = (RuntimeError, AssertionError)
+"""What JAX raises where a platform's devices are not here; the latter where its plugin is not installed."""
 _COUNT = re.compile("[1-9][0-9]{0,8}")
 
 
@@ -230,7 +232,7 @@ def _find_devices(request: MeshRequest, processes: int | None) -> list[jax.Devic
         _ask_for_virtual_devices(request, processes)
     try:
         devices = jax.devices(request.platform)
-    except RuntimeError as error:
+    except _NO_DEVICES as error:
         raise _not_here(request) from error
     if request.tpu is not None:
         if len(devices) != request.devices or devices[0].device_kind != TPUS[request.tpu].kind:
@@ -273,8 +275,10 @@ def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> Non
 def _not_here(request: MeshRequest) -> InputError:
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # the variable JAX_PLATFORMS names what is not here
-        raise InputError(f"mesh {request.text}: JAX finds no devices ({first_line(error)})") from error
+    except _NO_DEVICES as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        variable = f" of JAX_PLATFORMS={asked}" if asked else ""
+        raise InputError(f"mesh {request.text}: JAX finds no devices{variable} ({first_line(error)})") from error
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:

@@ -66,11 +66,19 @@ def test_where_no_mesh_is_set_one_device_is_used():
     assert jax.sharding.get_mesh().empty
 
 
-def test_a_platform_that_is_not_here_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda'\nmany lines"), "Unable to initialize backend 'cuda'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_platform_that_is_not_here_is_one_line(monkeypatch, error, reason):
     def devices(platform=None):
-        raise RuntimeError("Unable to initialize backend 'junk'\nmany lines")
+        raise error
 
     monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(InputError) as caught:
         make_mesh("auto", "train")
-    assert str(caught.value) == "mesh auto: JAX finds no devices (Unable to initialize backend 'junk')"
+    assert str(caught.value) == f"mesh auto: JAX finds no devices of JAX_PLATFORMS=cuda ({reason})"

@@ -68,7 +68,8 @@ def judged_by_oracle(answers: Sequence[Answer]) -> str:
     reward = Estimate.of(list(map(true_reward, answers)))
     kl = sum(answer.kl for answer in answers) / len(answers)
     speed = sum(answer.tokens for answer in answers) / sum(answer.seconds for answer in answers)
-    return f"{len(answers)} answers: true reward {reward}, KL {kl:.1f} nats, {speed:,.0f} tokens/s"
+    shown = reward if len(answers) > 1 else f"{reward.mean:.2f}"
+    return f"{len(answers)} answers: true reward {shown}, KL {kl:.1f} nats, {speed:,.0f} tokens/s"
 
 
 def demo_prompts(config: DecodeConfig) -> list[Prompt]:

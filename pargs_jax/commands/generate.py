@@ -108,7 +108,8 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
     session = open_models(config, [demo_reward_model(method)] if is_demo else config.rm, method)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
-    show_config(config, console, f"in effect: {config.numbers_in_effect}")
+    numbers = config.numbers_in_effect
+    show_config(config, console, numbers and f"in effect: {numbers}")
     return Prepared(config, session, _read_prompts(config, session), settings)
 
 

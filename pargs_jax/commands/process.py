@@ -58,6 +58,8 @@ def run_as_command(main: Callable[[], None], memory_advice: str = "give it less 
         except Exception as error:
             if shows_stack:
                 traceback.print_exception(error)
+            else:
+                sys.unraisablehook = lambda _: None  # what fails while half-made objects are deleted says nothing new
             _print_line("error", reason_of(error, memory_advice) or _unforeseen(error, not shows_stack))
             try:
                 sys.stdout.flush()

@@ -251,6 +251,13 @@ def _quiet_failure() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
+    except BaseException:
+
+        def hook(unraisable: Any, show: Callable[[Any], Any] = hook) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":  # reads that end long after the load has failed
+                show(unraisable)
+
+        raise
     finally:
         gc.collect()
         sys.unraisablehook = hook
