@@ -62,8 +62,8 @@ def opened_to_append(path: Path, command: str, advice: str) -> Iterator[IO[bytes
     """Opens a file without a buffer, makes its folder if it is missing, and locks it. Closes it again only if the block
     raises an error. Raises InputError, which ends in `advice`, for a file that cannot be written, or that another
     process of `command` is writing."""
-    _check_regular(path)
     with write_errors_named_after(path, advice):
+        _check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     try:

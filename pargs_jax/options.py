@@ -113,11 +113,11 @@ class Option:
             accepted = self._accepts_scalar(value)
         if not accepted:
             raise InputError(f"{name}: got {shown(value)}, must be {self.expects}")
-        for each in value if self.many else (value,):
+        is_limited = any(words in ("at most", "below") for words, _ in self.limits)
+        for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str) and not _is_clean(each):
                 raise InputError(f"{name}: got {shown(each)}, must be valid Unicode without NUL characters")
-            is_limited = any(words in ("at most", "below") for words, _ in self.limits)
-            if self.scalar is int and each is not None and each > LARGEST_NUMBER and not is_limited:
+            if isinstance(each, int) and each > LARGEST_NUMBER and not is_limited:
                 raise InputError(f"{name}: got {shown(each)}, must be at most {LARGEST_NUMBER}")
 
     def _accepts_scalar(self, value: object) -> bool:
