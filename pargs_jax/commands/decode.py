@@ -14,7 +14,8 @@ from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and
 from pargs_jax.commands.decode_and_explain import decode_and_explain
 from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.generate import generate, settings_of, unrolls
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DecodeConfig
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.guides import CausalGuide, Prompts
 from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS
@@ -99,7 +100,7 @@ def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram,
     guides = []
     for source, (model, _) in zip(sources, reward_models, strict=True):
         retokeniser = None if shares_tokens(source, model, lm.config.vocab_size, None) else _HostPart()
-        guides.append(make_guide(model, retokeniser, length, new, closing_id=0))
+        guides.append(make_guide(model, retokeniser, new, closing_id=0))
     program = DecodingProgram.assemble(
         lm, tuple(guides), method, settings.k, new, top_p=settings.top_p, eos_ids=(0,), pad_id=0
     )
