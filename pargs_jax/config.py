@@ -430,7 +430,7 @@ class DecodeConfig:
     temperature: float | None = option(None, "temperature of methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(
-        16, "prompts decoded together; a search has several rows for each", at_least=1, may_change=True
+        16, "answers decoded at once; in a search, prompts, each with several rows", at_least=1, may_change=True
     )
     seed: int = option(0, "seed for sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)

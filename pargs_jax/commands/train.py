@@ -260,7 +260,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     check_start(config)
-    source = resolve(model_source(config.model.init))
+    source = model_source(config.model.init)
     pretrained = load_model(
         source,
         config.objective.loss.head,
@@ -269,7 +269,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         from_scratch=config.model.from_scratch,
         seed=config.seed,
     )
-    tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
+    tokenizer = TextTokenizer.load(resolve(source), pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
     others = load_others(config, tokenizer)
     program = training_program(

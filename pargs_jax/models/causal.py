@@ -21,7 +21,7 @@ from pargs_jax.models.one_pass import OnePass
 
 @dataclasses.dataclass(frozen=True)
 class CausalModel(OnePass, Model):
-    """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
+    """A causal backbone with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
     reads_candidates: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class CausalModel(OnePass, Model):
         ends = place + jnp.arange(nexts.shape[1])
         slots = jnp.arange(tokens.shape[1])
         sees = (slots < ends[:, None]) & (slots >= start[:, None, None])
-        return self._read_nexts(params, nexts, ends - start[:, None], sees, kv)
+        return self._read_nexts(params, nexts, ends - start[:, None], sees, kv, slots - start[:, None])
 
     def encode_packed(
         self, params: Params, packed: PackedPrompts, key: PRNGKeyArray | None = None
@@ -71,7 +71,7 @@ class CausalModel(OnePass, Model):
         up to slot n with `nexts[:, n, k]` in place of the token there. The K tokens are read one after the other."""
         _, kv, sees = self._encode_packed(params, packed, None)
         before = sees & ~jnp.eye(sees.shape[1], dtype=bool)
-        return self._read_nexts(params, nexts, packed.positions, before, kv)
+        return self._read_nexts(params, nexts, packed.positions, before, kv, packed.positions)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits (fp32) of a model with a vocabulary head; with a table head, rewards of all next tokens."""
@@ -165,9 +165,10 @@ class CausalModel(OnePass, Model):
         positions: Int[Array, "B T"],
         sees: Bool[Array, "B T S"],
         kv: Any,
+        kv_positions: Int[Array, "B S"],
     ) -> Float[Array, "B T K D"]:
         """States of other tokens at these positions, each of which sees itself and the slots that `sees` says."""
-        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool))
+        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool), kv_positions)
         backbone = self.network(params).backbone
         states = jax.lax.map(lambda each: backbone(each, positions, sight, kv)[0], jnp.moveaxis(nexts, -1, 0))
         return jnp.moveaxis(states, 0, 2)
@@ -188,6 +189,12 @@ def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Arra
     """Moves the padding of left-padded prompts to the right."""
     width = prompts.shape[1]
     return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)
+
+
+def shift_right(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """The inverse of `shift_left`."""
+    width = prompts.shape[1]
+    return jnp.take_along_axis(prompts, (jnp.arange(width) + lengths[:, None]) % width, axis=1)
 
 
 def seen_in(packed: PackedPrompts) -> Bool[Array, "G N N"]:

@@ -404,7 +404,17 @@ def cost_table(summaries: Sequence[Summary], rows: Sequence[Row], batch: int) ->
         for each in summaries
         if each.batch == batch
     ]
-    headings = ["method", "LM tokens", "RM tokens", "operations", "ms", "least ms", "times unguided", "of the roofline", "runs"]
+    headings = [
+        "method",
+        "LM tokens",
+        "RM tokens",
+        "operations",
+        "ms",
+        "least ms",
+        "times unguided",
+        "of the roofline",
+        "runs",
+    ]
     timed = {each.name for each in summaries if each.batch == batch}
     reasons = {row["name"]: row["left_out"] for row in rows if "left_out" in row and row["batch"] in (0, batch)}
     left_out = [f"{name} ({reason})" for name, reason in reasons.items() if name not in timed]
