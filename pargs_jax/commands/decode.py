@@ -14,7 +14,8 @@ from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and
 from pargs_jax.commands.decode_and_explain import decode_and_explain
 from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.generate import generate, settings_of, unrolls
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DecodeConfig
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.guides import CausalGuide, Prompts
 from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from pargs_jax.commands.demo import REWARD_MODELS
 from pargs_jax.commands.generate import generate, open_session
-from pargs_jax.config import DEMO, DecodeConfig, column_names
+from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
+from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
 from pargs_jax.durable_files import write_errors_named_after, write_whole

@@ -129,8 +129,9 @@ class TruncationReport:
 
     def __str__(self) -> str:
         ungrouped = f", {self.ungrouped} left out because their prompts have too few others" if self.ungrouped else ""
+        used = self.rows - self.rows_left_out - self.ungrouped
         return (
-            f"{self.rows} rows: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
+            f"{used} of {self.rows} rows are used: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
             f"{self.tokens_lost} tokens lost, {self.rows_left_out} rows left out because their answers became the same"
             f"{ungrouped}"
         )

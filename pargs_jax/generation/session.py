@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
@@ -52,6 +53,8 @@ class Session:
 
         Raises InputError if a model cannot be used.
         """
+        if lm == DEMO:
+            raise InputError(f"lm: {DEMO!r} is a word of the commands; in Python give pargs_jax.demo.task.DEMO_LM")
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
         loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype, lm_dtype)

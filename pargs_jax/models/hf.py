@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
+from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
-from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
 from pargs_jax.models.int8 import quantise_layers
 from pargs_jax.models.labels import label_shares, split_label
 from pargs_jax.models.lora import join_params
@@ -141,6 +142,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
+    if head not in CAUSAL_HEADS:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(CAUSAL_HEADS)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
@@ -245,6 +248,9 @@ def save_model(
     if additions:
         save_file(additions, partial / ADDITIONS)
     written = {file.name for file in partial.iterdir()}
+    mode = (partial / "config.json").stat().st_mode
+    for name in written:  # safetensors lets nobody else read its files; the umask decides about ours
+        (partial / name).chmod(mode)
     for name in sorted(written):
         os.replace(partial / name, target / name)
     for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
@@ -285,5 +291,7 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     if generation.is_file():
         found.append(read_json(generation).get("eos_token_id"))
+        if not TOKEN_IDS.holds(found[-1]):
+            raise InputError(f"{generation}: eos_token_id is {found[-1]!r}, must be {TOKEN_IDS.words}")
     flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))

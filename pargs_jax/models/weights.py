@@ -3,7 +3,6 @@ the safetensors files that it holds."""
 
 import collections
 import dataclasses
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.json_text import parse_json
 from pargs_jax.models.family import Family
 from pargs_jax.models.int8 import MATRIX, quantise, quantise_layers
 from pargs_jax.models.model import Model, Params
@@ -119,9 +119,9 @@ def _files(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises InputError for a file that does not contain one."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
+        content = parse_json(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: not a JSON object (it {error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")
     return content

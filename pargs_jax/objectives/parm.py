@@ -37,7 +37,7 @@ class PreferenceAwareReward(AutoregressiveReward):
         "parameter of the Dirichlet distribution of preference vectors; below 1, most favour one objective",
         above=0,
     )
-    rank: int = option(4, "rank of both parts of the trained additions", at_least=1)
+    rank: int = option(4, "rank of both parts of the trained additions", at_least=1, at_most=8192)
     alpha: float = option(8.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
         "query|key|value", "regular expression for the names of the layers that get additions", metavar="REGEX"

@@ -12,8 +12,10 @@ from rich.console import Console
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batches, Example
 from pargs_jax.data.packing import Packing
+from pargs_jax.errors import InputError
 from pargs_jax.models.model import Params
 from pargs_jax.models.one_pass import OnePass
+from pargs_jax.options import LARGEST_NUMBER
 from pargs_jax.processes import on_first
 from pargs_jax.sharding import current_mesh, row_shards
 from pargs_jax.training.checkpoint import Checkpoints
@@ -100,6 +102,11 @@ def packing_of(config: TrainConfig, model: OnePass, mesh: Mesh | None, micro_bat
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:
-    """The number of steps that a run takes on this many pairs, or prompts."""
+    """The number of steps that a run takes on this many pairs, or prompts. Raises InputError if nothing can count
+    them."""
     rows = config.batch_size // config.objective.loss.answers_per_prompt
-    return config.steps or max(1, math.ceil(config.epochs * pairs / rows))
+    total = config.steps or config.epochs * pairs / rows
+    most = LARGEST_NUMBER // config.objective.loss.updates_per_step
+    if total > most:
+        raise InputError(f"steps, epochs: the run would take {total:g} steps, must be at most {most}")
+    return max(1, math.ceil(total))

@@ -33,8 +33,9 @@ import numpy as np
 from benchmarks.measure import Ceilings, Spread, ceilings, machine
 from benchmarks.models import SHAPES, random_params
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DecodeConfig
 from pargs_jax.data.preferences import Prompt
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo.task import DEMO_LM, preferences
 from pargs_jax.durable_files import write_whole

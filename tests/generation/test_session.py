@@ -332,3 +332,14 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_the_rows_id(lm, rm, metho
     save_file({**tensors, "score.weight": np.full_like(tensors["score.weight"], 3e38)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"prompt '2': a reward of .*/rm is not finite"):
         answers(Session(lm, [str(folder)]), method=method)
+
+
+def test_a_head_that_no_model_has_is_named(lm):
+    with pytest.raises(InputError) as error:
+        load_model(lm, "value")
+    assert str(error.value) == "head: got 'value', must be one of vocabulary, table, reward"
+
+
+def test_the_demo_is_a_word_of_the_commands():
+    with pytest.raises(InputError, match=r"in Python give pargs_jax\.demo\.task\.DEMO_LM"):
+        Session("demo")

@@ -282,6 +282,10 @@ DAMAGE = {
         lambda folder: (folder / "generation_config.json").write_text("{"),
         "generation_config.json",
     ),
+    "generation config with a text for a token": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
+        r"generation_config.json: eos_token_id is \['</s>'\], must be a token's number",
+    ),
     "missing tensor": (
         lambda folder: edit_tensors(folder, without("model.layers.1.mlp.up_proj.weight")),
         "layers.1.mlp.up_proj.weight is missing",

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from pargs_jax.commands import demo
 from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from pargs_jax.config_files import from_mapping, read_yaml
+from pargs_jax.config_files import from_mapping, read_yaml, to_short_yaml
 from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model, save_model
@@ -129,7 +130,9 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_model(finished):
     used = dataclasses.replace(config, data=dataclasses.replace(config.data, format="plain"))
     assert from_mapping(TrainConfig, read_yaml(out / "config.yaml"), "config.yaml") == used
     assert saved_steps(out) == [STEPS - 3, STEPS]
-    assert (out / "config.yaml").read_text().rstrip() in printed
+    assert printed.startswith(f"{to_short_yaml(used)}(all options are in {out / 'config.yaml'})\n")
+    os.umask(umask := os.umask(0))
+    assert (out / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
     lines = metrics_of(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -149,7 +152,13 @@ def test_rows_that_cannot_be_used_are_written_beside_the_run(finished):
         bad = [json.loads(line) for line in path.read_text().splitlines()]
         assert [(row["line"], row["row"]) for row in bad] == [(5, BAD_ROWS[0]), (6, BAD_ROWS[1])]
         assert "chosen is missing" in bad[0]["reason"] and "are the same" in bad[1]["reason"]
-        assert f"2 rows cannot be used; see {path}" in printed
+        assert f"({split}): 2 of 10 rows cannot be used; see {path}" in printed
+
+
+def test_a_share_of_the_pairs_is_held_out(settings, pairs):
+    printed = train(settings(steps=1, data=DataConfig(train=pairs, held_out=0.3)))
+    (train_rows, held_out) = (int(n) for n in re.findall(r"\((?:train|eval)\): (\d) of \1 rows are used", printed))
+    assert train_rows + held_out == len(PAIRS) and held_out > 0 and "step 1: held out: loss" in printed
 
 
 def test_a_model_learns_eight_pairs_by_heart_at_every_prefix(finished):
