@@ -94,7 +94,7 @@ class CausalModel(OnePass, Model):
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B P D"], Cache]:
         """`prefill` that returns the final hidden states of all prompt tokens, in the order of their cache slots."""
-        hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
+        hidden, new = self._encode(params, shift_left(prompts, lengths), None, None, lengths)
         return hidden, Cache(with_slots(new, slots), lengths)
 
     def siblings(
@@ -174,12 +174,19 @@ class CausalModel(OnePass, Model):
         return jnp.moveaxis(states, 0, 2)
 
     def _encode(
-        self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
+        self,
+        params: Params,
+        tokens: Array,
+        start: Array | None,
+        key: PRNGKeyArray | None,
+        lengths: Array | None = None,
     ) -> tuple[Array, Any]:
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if start is None else start
         slots = jnp.arange(length)
         positions = jnp.maximum(slots - start[:, None], 0)
+        if lengths is not None:  # padding must not count: some rotary scalings go by a row's longest position
+            positions = jnp.minimum(positions, jnp.maximum(lengths - 1, 0)[:, None])
         causal = slots[:, None] >= slots
         mask: Bool[Array, "B T T"] = causal & (slots >= start[:, None])[:, None, :]
         return self.network(params).backbone(tokens, positions, mask, key=key)
