@@ -115,7 +115,7 @@ def test_splits_and_columns_of_a_file(settings, tmp_path):
     )
     with pytest.raises(InputError, match=r"none of its 4 rows .*such as prompt=question"):
         command.train(settings("other", train=questions))
-    assert "(train): 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
+    assert "(train): 4 of 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
 
 
 def test_the_tokenizer_of_the_model_has_to_be_whole(settings, lm, tmp_path):
