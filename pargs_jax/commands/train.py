@@ -170,10 +170,12 @@ def _check_packed(config: TrainConfig, source: str, model: AnyRewardModel) -> No
             f"--pack: got {config.pack}, but {source} has full attention, which reads every prefix separately; leave "
             "it out, or give --model.attention prefix_causal"
         )
-    if model.shares_prompts and config.max_length > model.config.context_length:
+    rotary = getattr(model.config, "rotary", None)
+    longest = None if rotary is None else rotary.same_up_to(model.config.context_length)
+    if longest is not None and config.max_length > longest:
         raise InputError(
-            f"--pack: got {config.pack}, but beyond {model.config.context_length} tokens the positions of {source} "
-            "depend on the longest text of a row (dynamic RoPE scaling); leave it out, or lower --max-length"
+            f"--pack: got {config.pack}, but beyond {longest} tokens the positions of {source} depend on the longest "
+            f"text of a row ({rotary.kind} RoPE scaling); leave it out, or lower --max-length"
         )
 
 

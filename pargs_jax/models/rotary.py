@@ -136,6 +136,12 @@ class Rotary:
         """The number of positions that the model supports: dynamic scaling goes beyond the trained context."""
         return int(trained_length * dict(self.numbers)["factor"]) if self.kind == "dynamic" else trained_length
 
+    def same_up_to(self, trained_length: int) -> int | None:
+        """The most tokens of a text whose angles do not depend on its length; None if no text's do."""
+        if self.kind == "longrope":
+            return int(dict(self.numbers)["original_max_position_embeddings"])
+        return trained_length if self.kind == "dynamic" else None
+
     def cos_sin(
         self, positions: Int[Array, "B T"], head_dim: int, trained_length: int
     ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:

@@ -31,6 +31,10 @@ from pargs_jax.training.step import begin, make_train_step
 LONGEST = 11
 WIDTH = 14  # some pairs do not fit a row and are split
 LLAMA = TINY_CONFIGS["llama"]
+LONGROPE = Rotary(
+    kind="longrope",
+    numbers=(("long_factor", (1.0,) * 4), ("original_max_position_embeddings", 32), ("short_factor", (1.0,) * 4)),
+)
 PREFIX_CAUSAL = PrefixCausalModel(dataclasses.replace(TINY_DEBERTA, attention="prefix_causal"))
 
 
@@ -133,6 +137,7 @@ def test_every_objective_has_the_values_of_the_unpacked_batch(name, options):
         ("sft", CausalModel(TINY_CONFIGS["gpt2"])),
         ("arm", CausalModel(TINY_CONFIGS["opt"])),
         ("partial_bt", CausalModel(TINY_CONFIGS["llama"], "reward")),
+        ("bt", CausalModel(dataclasses.replace(LLAMA, windows=(None, 3)), "reward")),
         ("partial_bt", PREFIX_CAUSAL),
     ],
 )
@@ -183,7 +188,12 @@ def test_accumulated_steps_on_packed_parts_equal_that_of_the_whole_batch_unpacke
                 dataclasses.replace(LLAMA, rotary=Rotary(kind="dynamic", numbers=(("factor", 2.0),))), "reward"
             ),
             65,
-            "beyond 64 tokens the positions of some/folder depend on the longest text of a row",
+            "beyond 64 tokens the positions of some/folder depend on the longest text of a row .dynamic RoPE scaling",
+        ),
+        (
+            CausalModel(dataclasses.replace(LLAMA, rotary=LONGROPE), "reward"),
+            33,
+            "beyond 32 tokens the positions of some/folder depend on the longest text of a row .longrope RoPE scaling",
         ),
     ],
 )

@@ -408,7 +408,7 @@ def test_a_language_model_is_tuned_on_the_demo(settings, monkeypatch):
     printed = train(config)
     assert [line["step"] for line in metrics_of(config.out)] == [1, 2, 3]
     assert [line["step"] for line in metrics_of(config.out, "eval")] == [3]
-    assert "demo (train): 8 rows" in printed and "demo (eval): 4 rows" in printed
+    assert "demo (train): 8 of 8 rows" in printed and "demo (eval): 4 of 4 rows" in printed
     exported = load_model(Path(config.out) / "model", "vocabulary")
     start = load_model(config.model.init, "vocabulary")
     assert {x.dtype for x in jax.tree.leaves(exported.params)} == {jnp.dtype("float32")}
