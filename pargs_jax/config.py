@@ -273,7 +273,10 @@ class DecodeConfig:
         metavar="PATH_OR_HUB_ID",
     )
     rm: tuple[str, ...] = option(
-        (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
+        (),
+        "reward models that guide it: folders or hub ids, of the kind that the method needs; PATH#LABEL if one has "
+        "several labels",
+        metavar="PATH",
     )
     method: MethodName | None = option(
         None, "how to choose the next token: see the list below", unset="compare seven, on the demo only"

@@ -54,7 +54,7 @@ def _facts(source: str, model: Model, head: str | None) -> tuple[str, ...]:
         _with_unit(weights),
         f"{_with_unit(weights * BYTES)}B",
         f"{_with_unit(cache)}B" if model.one_pass else "none",
-        f"{config.max_positions:,}",
+        f"{config.context_length:,}",
         _with_unit(token_operations(model, seen=SEEN)),
     )
 

@@ -18,7 +18,7 @@ from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params, tiny_to
 # Three samples of three prompts in four rows, so that rows are filled again, on a mesh with four copies of the model
 # once with filler.
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", ""))]
-GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",), "gpt_neox": ("gemma3", "mistral")}
+GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",), "gpt_neox": ("gemma3",)}
 
 
 @pytest.fixture(scope="module")
