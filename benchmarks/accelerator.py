@@ -164,7 +164,7 @@ def train_rows(shape: str, pairs: int, rank: int, ceilings: measure.Ceilings) ->
     least = (2 if rank else 3) * passes.operations / ceilings.matmul
     kernel = chosen(jnp.dtype("bfloat16"), length, model.config.width // model.config.heads)
     for name in dict.fromkeys((kernel, "plain")):
-        attention.choose_kernel = lambda *_, name=name: name
+        attention.choose_kernel = lambda *_, name=name, **__: name
         try:
             seconds = train_seconds(model, batch, pairs, rank)
         finally:

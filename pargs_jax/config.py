@@ -207,6 +207,7 @@ class TrainConfig:
         8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1, at_most=MOST_ROWS
     )
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
+    pack: int = option(0, "pack pairs into rows of so many tokens, with each prompt once; 0: do not pack", at_least=0)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
     keep: int = option(2, "how many of the newest checkpoints to keep", at_least=1, may_change=True)
@@ -351,7 +352,7 @@ class DecodeConfig:
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(
         16,
-        "prompts decoded together; a search has several rows for each",
+        "answers decoded at once; in a search, prompts, each with several rows",
         at_least=1,
         at_most=MOST_ROWS,
         may_change=True,

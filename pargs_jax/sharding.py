@@ -178,6 +178,13 @@ def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def parts_of_rows(count: int) -> int:
+    """The number of parts that `count` rows, which are being computed, are split into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else row_shards(mesh)
+    return 1 if count % shards else shards
+
+
 def row_spec(mesh: Mesh | AbstractMesh, count: int) -> PartitionSpec:
     """How `count` rows are split: over `ROWS`, or not at all if `count` is not divisible."""
     return PartitionSpec() if count % row_shards(mesh) else PartitionSpec(ROWS)

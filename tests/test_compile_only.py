@@ -58,6 +58,13 @@ def test_int8_halves_the_weights():
 
 
 @needs_libtpu
+def test_the_step_on_packed_batches_is_described():
+    done = run("train.py", "--mesh", "tpu-v4-8", "--compile-only", "--pack", "256", "--optim.accumulation", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 answers of 64 each, packed in 8 rows of 256; computed in float32" in done.stdout
+
+
+@needs_libtpu
 def test_a_program_that_does_not_fit_says_so_and_what_would_help():
     shape = str(REPOSITORY / "configs" / "shapes" / "llama-2-7b")
     options = ("--mesh", "tpu-v5e-1", "--compile-only", "--prompt-length", "8", "--max-new-tokens", "4")

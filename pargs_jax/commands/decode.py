@@ -100,7 +100,7 @@ def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram,
     guides = []
     for source, (model, _) in zip(sources, reward_models, strict=True):
         retokeniser = None if shares_tokens(source, model, lm.config.vocab_size, None) else _HostPart()
-        guides.append(make_guide(model, retokeniser, length, new, closing_id=0))
+        guides.append(make_guide(model, retokeniser, new, closing_id=0))
     program = DecodingProgram.assemble(
         lm, tuple(guides), method, settings.k, new, top_p=settings.top_p, eos_ids=(0,), pad_id=0
     )

@@ -59,7 +59,7 @@ def settings_text(config: DecodeConfig) -> str:
 
 
 class AnswersFile(AbstractContextManager):
-    """Appends answers to a JSONL file, batch by batch. Only one process may do so at a time.
+    """Appends answers to a JSONL file as they end. Only one process may do so at a time.
 
     Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
     with other options it is refused. Every row has a digest of its options, and its prompt: the same id with another

@@ -30,30 +30,33 @@ def attend_whole(
     values: Float[Array, "B H T D"],
     mask: Bool[Array, "*B T T"],
     scale: float | Array,
+    cap: float | None = None,
     *,
     kernel: Kernel | None = None,
 ) -> Float[Array, "B Hq T D"]:
     """Attention of T tokens to each other; `mask[..., t, s]` says whether token t sees token s. With grouped queries
-    (Hq a multiple of H), queries share heads. A token that sees nothing gets some finite vector.
+    (Hq a multiple of H), queries share heads. `cap` limits scores smoothly (`soft_cap`). A token that sees nothing gets
+    some finite vector.
 
     `kernel` overrides the choice of `choose_kernel`.
     """
-    kernel = kernel or choose_kernel(queries.dtype, *queries.shape[-2:])
+    kernel = kernel or choose_kernel(queries.dtype, *queries.shape[-2:], is_capped=cap is not None)
     mask = jnp.broadcast_to(mask, (len(queries), *mask.shape[-2:]))
     if kernel == "cudnn":
         return _cudnn(queries, keys, values, mask, scale)
     if kernel == "splash":
-        return _splash(queries, keys, values, mask, scale)
-    return plain_attention(queries, keys, values, mask, scale)
+        return _splash(queries, keys, values, mask, scale, cap)
+    return plain_attention(queries, keys, values, mask, scale, cap)
 
 
-def choose_kernel(dtype: jnp.dtype, length: int, head_dim: int) -> Kernel:
-    """The kernel for texts of `length` tokens on the devices of the current mesh, or on the default device."""
+def choose_kernel(dtype: jnp.dtype, length: int, head_dim: int, is_capped: bool = False) -> Kernel:
+    """The kernel for texts of `length` tokens on the devices of the current mesh, or on the default device. cuDNN's
+    cannot cap scores."""
     mesh = jax.sharding.get_abstract_mesh()
     device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
     if dtype != jnp.bfloat16 or length < LANES:
         return "plain"
-    if "NVIDIA" in device.device_kind and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD:
+    if "NVIDIA" in device.device_kind and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD and not is_capped:
         return "cudnn"
     return "splash" if device.platform == "tpu" else "plain"
 
@@ -64,19 +67,29 @@ def plain_attention(
     values: Float[Array, "B H S D"],
     mask: Bool[Array, "*B T S"],
     scale: float | Array,
+    cap: float | None = None,
 ) -> Float[Array, "B Hq T D"]:
     """Attention that writes out all scores, with the softmax in fp32."""
-    return mix_values(jax.nn.softmax(masked_scores(queries, keys, mask, scale), axis=-1), values)
+    return mix_values(jax.nn.softmax(masked_scores(queries, keys, mask, scale, cap), axis=-1), values)
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """Numbers between -cap and cap: small ones stay nearly as they are. Without a cap, x unchanged."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def masked_scores(
-    queries: Float[Array, "B Hq T D"], keys: Float[Array, "B H S D"], mask: Bool[Array, "*B T S"], scale: float | Array
+    queries: Float[Array, "B Hq T D"],
+    keys: Float[Array, "B H S D"],
+    mask: Bool[Array, "*B T S"],
+    scale: float | Array,
+    cap: float | None = None,
 ) -> Float[Array, "B H G T S"]:
     """Scores in fp32; G queries share a head. Invisible ones are fp32's minimum: finite, so that a row that sees
     nothing is not NaN."""
     batch, query_heads, length, head_dim = queries.shape
     heads = keys.shape[1]
-    products = _products(queries.reshape(batch, heads, -1, head_dim), keys) * scale
+    products = soft_cap(_products(queries.reshape(batch, heads, -1, head_dim), keys) * scale, cap)
     products = products.reshape(batch, heads, query_heads // heads, length, keys.shape[2])
     return jnp.where(mask[:, None, None] if mask.ndim == 3 else mask, products, jnp.finfo(jnp.float32).min)
 
@@ -128,14 +141,21 @@ def _cudnn(queries: Array, keys: Array, values: Array, mask: Array, scale: float
 
 
 def _splash(
-    queries: Array, keys: Array, values: Array, mask: Array, scale: float | Array, *, interpret: bool = False
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    scale: float | Array,
+    cap: float | None = None,
+    *,
+    interpret: bool = False,
 ) -> Array:
     length = queries.shape[2]
     lacking = -length % LANES
     queries = queries * jnp.asarray(scale, queries.dtype)
     queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, lacking), (0, 0))) for x in (queries, keys, values))
     mask = jnp.pad(mask, ((0, 0), (0, lacking), (0, lacking)))
-    run = partial(_splash_rows, interpret=interpret)
+    run = partial(_splash_rows, cap=cap, interpret=interpret)
     spec = spec_of(keys.shape, ROWS, "tensor", None, None)
     if spec is not None:  # the compiler cannot split a kernel by itself
         rows = PartitionSpec(spec[0], None, None)
@@ -143,7 +163,9 @@ def _splash(
     return run(queries, keys, values, mask)[:, :, :length]
 
 
-def _splash_rows(queries: Array, keys: Array, values: Array, mask: Array, *, interpret: bool) -> Array:
+def _splash_rows(
+    queries: Array, keys: Array, values: Array, mask: Array, *, cap: float | None, interpret: bool
+) -> Array:
     """The kernel for one row after another, because each has its own mask; a TPU's core does one block at a time
     anyway."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -158,7 +180,7 @@ def _splash_rows(queries: Array, keys: Array, values: Array, mask: Array, *, int
         # Queries that share a head follow one another, so one kernel serves them all.
         own = queries.reshape(heads, 1, group * length, -1)
         kernel = splash.make_splash_mha_single_device(
-            jnp.tile(mask, (group, 1))[None], block_sizes=sizes, interpret=interpret
+            jnp.tile(mask, (group, 1))[None], block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret
         )
         # Its maker turns this flag into an array, on whose value it then cannot branch.
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)

@@ -29,15 +29,18 @@ TOKEN_IDS = Requirement(
 )
 
 # The code that all causal families of transformers share reads these.
-CAUSAL: dict[str, Requirement] = {
+CAUSAL_WITH_WINDOWS: dict[str, Requirement] = {
     "is_causal": Requirement("true", bool),
-    "sliding_window": NOT_SET,
     "attention_chunk_size": NOT_SET,
+    "kv_sharing_modes": NOT_SET,
+}
+CAUSAL: dict[str, Requirement] = {
+    **CAUSAL_WITH_WINDOWS,
+    "sliding_window": NOT_SET,
     "layer_types": Requirement(
         "left out, null or 'full_attention' for every layer",
         lambda value: value is None or (isinstance(value, list) and value == ["full_attention"] * len(value)),
     ),
-    "kv_sharing_modes": NOT_SET,
 }
 
 _EVERYWHERE: dict[str, Requirement] = {

@@ -23,6 +23,7 @@ from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
 from pargs_jax.models.int8 import quantise_layers
+from pargs_jax.models.labels import label_shares, split_label
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
@@ -50,7 +51,8 @@ class Pretrained(NamedTuple):
 
 def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
     """The folder to load from: a local folder, a training run's exported model, or a hub id (which is downloaded:
-    safetensors, configs and tokenizer files only)."""
+    safetensors, configs and tokenizer files only). A label in the source (`split_label`) makes no difference."""
+    source, _ = split_label(source)
     folder = Path(source)
     if folder.is_dir():
         exported = folder / EXPORTED
@@ -84,16 +86,21 @@ def load_model(
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
     language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
+    A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
+    (`label_shares`).
+
     Warns of unknown fields in the config. Raises InputError for an unknown architecture, an unsupported value in the
     config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
-    that are not floating-point or not finite, and a classifier with more than one label.
+    that are not floating-point or not finite, and a label that is missing or that the model does not have.
     """
-    folder = resolve(source)
+    folder, (named, label) = resolve(source), split_label(source)
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
     model = _describe(folder, hf, head, attention)
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
+    if label is not None and (from_scratch or model.head_kind.labels(model.config) is None):
+        raise InputError(f"{source}: only the weights of a classifier have labels; leave out #{label}")
     if from_scratch:
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
         if int8:
@@ -104,10 +111,11 @@ def load_model(
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
     has_head = all(row.tensor in tensors for row in kind.rows)
-    if has_head and kind.labels(model.config) not in (None, hf.num_labels):
-        raise InputError(f"{folder}: this classifier has {hf.num_labels} labels, a reward model must have 1")
     new_head = kind.may_be_new and not has_head
-    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed, int8=int8)
+    if label is not None and new_head:
+        raise InputError(f"{source}: is not a classifier, so it has no labels; leave out #{label}")
+    shares = label_shares(named, hf, label) if has_head and kind.labels(model.config) is not None else None
+    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed, shares, int8=int8)
     model = dataclasses.replace(model, int8=int8)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
         model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
@@ -164,6 +172,12 @@ def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
     if names[0].endswith(CLASSIFIER):
         return "reward"
     return "vocabulary" if names[0].endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def stored_labels(source: str | os.PathLike[str]) -> list[str]:
+    """The names of a classifier's labels according to config.json."""
+    hf = _read_config(resolve(source, patterns=("config.json",)))
+    return [str(hf.id2label[number]) for number in range(hf.num_labels)]
 
 
 def save_model(

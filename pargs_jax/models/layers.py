@@ -35,10 +35,11 @@ class KeyValues(NamedTuple):
 
 class BesideCache(NamedTuple):
     """New tokens attend to the real slots of the cache (or each to its own) and, by `mask`, to each other. Their keys
-    and values stay outside the cache."""
+    and values stay outside the cache. `positions` are those of the cached tokens; None if they equal the slots."""
 
     valid: Bool[Array, "B S"] | Bool[Array, "B T S"]
     mask: Bool[Array, "*B T T"]
+    positions: Int[Array, "B S"] | None = None
 
 
 class InCache(NamedTuple):
@@ -55,26 +56,31 @@ s."""
 
 
 def attend(
-    queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
+    queries: Float[Array, "B Hq T D"],
+    new: KeyValues,
+    sight: Sight,
+    cached: KeyValues | None,
+    scale: float | Array,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
     """Attention of T new tokens as `sight` says, softmax in fp32. Also returns the new keys and values (`BesideCache`,
     or no cache), or the cache with them written into it (`InCache`).
 
     Beside a cache, only the scores of cached and new tokens are joined; keys and values are never copied. With grouped
-    queries (Hq a multiple of H), queries share heads.
+    queries (Hq a multiple of H), queries share heads. `cap` limits scores smoothly (`soft_cap`).
     """
     if isinstance(sight, BesideCache):
         valid = sight.valid if sight.valid.ndim == 3 else sight.valid[:, None]
-        past = masked_scores(queries, cached.keys, valid, scale)
-        own = masked_scores(queries, new.keys, sight.mask, scale)
+        past = masked_scores(queries, cached.keys, valid, scale, cap)
+        own = masked_scores(queries, new.keys, sight.mask, scale, cap)
         weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
         split = past.shape[-1]
         mixed = mix_values(weights[..., :split], cached.values) + mix_values(weights[..., split:], new.values)
     elif isinstance(sight, InCache):
         new = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
-        mixed = plain_attention(queries, new.keys, new.values, sight.mask, scale)
+        mixed = plain_attention(queries, new.keys, new.values, sight.mask, scale, cap)
     else:
-        mixed = attend_whole(queries, new.keys, new.values, sight, scale)
+        mixed = attend_whole(queries, new.keys, new.values, sight, scale, cap)
     return join_heads(mixed), new
 
 

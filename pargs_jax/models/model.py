@@ -33,6 +33,18 @@ class PromptsWithAnswers(Protocol):
     answer_lengths: Int[Array, "B A"]
     prefixes: Any
     prefix_counts: Int[Array, "B A"]
+    packed: "PackedPrompts | None"
+
+
+class PackedPrompts(Protocol):
+    """The same, packed (`pargs_jax.data.packing.PackedTexts`)."""
+
+    tokens: Int[Array, "G N"]
+    positions: Int[Array, "G N"]
+    segments: Int[Array, "G N"]
+    answers: Int[Array, "G N"]
+    answer_slots: Int[Array, "M"]
+    slots_before: Int[Array, "M"]
 
 
 class AnyRewardModel(Protocol):

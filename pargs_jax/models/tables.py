@@ -1,4 +1,7 @@
-"""Weight tables: which tensor of a Hugging Face checkpoint becomes which array, and the names of its dimensions."""
+"""Weight tables: which tensor of a Hugging Face checkpoint becomes which array, and the names of its dimensions.
+
+Rows of the same tensor are arrays that lie side by side in it, in the order of the table.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -16,23 +19,19 @@ class Row(NamedTuple):
         path: the array's path below `backbone` or `head`.
         axes: names of the array's last dimensions (`sharding.AXIS_OF`), which say how it is split over a mesh.
         transpose: whether the tensor is transposed when read: torch stores linear layers as [out, in].
-        part: for a tensor that joins several arrays, this array's number and how many there are.
     """
 
     tensor: str
     path: str
     axes: Axes = ()
     transpose: bool = False
-    part: tuple[int, int] = (0, 1)
 
 
-def linear(
-    tensor: str, path: str, axes: Axes, transpose: bool = True, part: tuple[int, int] = (0, 1)
-) -> tuple[Row, Row]:
+def linear(tensor: str, path: str, axes: Axes, transpose: bool = True) -> tuple[Row, Row]:
     """A matrix and its bias, if it has one."""
     return (
-        Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose, part),
-        Row(f"{tensor}.bias", f"{path}.bias", _bias_axes(axes), part=part),
+        Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose),
+        Row(f"{tensor}.bias", f"{path}.bias", _bias_axes(axes)),
     )
 
 

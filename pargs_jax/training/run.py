@@ -6,14 +6,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batches, Example
+from pargs_jax.data.packing import Packing
 from pargs_jax.errors import InputError
 from pargs_jax.models.model import Params
+from pargs_jax.models.one_pass import OnePass
 from pargs_jax.options import LARGEST_NUMBER
 from pargs_jax.processes import on_first
+from pargs_jax.sharding import current_mesh, row_shards
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import Trainer, evaluate
 from pargs_jax.training.on_policy import OnPolicy, Sampler
@@ -52,7 +56,8 @@ def run(
     total = total_steps(config, len(examples))
     loss, prepared = program.objective.loss, partial(Batches, max_length=config.max_length, seed=config.seed)
     updates, copies = loss.updates_per_step, loss.answers_per_prompt
-    batches = prepared(examples, config.batch_size // copies, copies=copies)
+    packed = partial(packing_of, config, program.model, current_mesh())
+    batches = prepared(examples, config.batch_size // copies, copies=copies, packing=packed(config.optim.accumulation))
     optimizer, schedule = program.make_optimizer(total * updates)
     trained, frozen = program.begin_params(params, config.seed)
     state = begin(optimizer, trained)
@@ -64,7 +69,7 @@ def run(
         on_policy, rows = OnPolicy(program, sampler), config.batch_size
         step, evaluation = on_policy.make_step(step), on_policy.evaluate
     if held_out is not None:
-        evaluation = partial(evaluation, batches=prepared(held_out, rows))
+        evaluation = partial(evaluation, batches=prepared(held_out, rows, packing=packed()))
     on_first(partial(save_config, config, folder))
     with Checkpoints(folder / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
@@ -89,6 +94,11 @@ def run(
             )
             state = trainer.run(state)
     return program.model_params(state.params, frozen)
+
+
+def packing_of(config: TrainConfig, model: OnePass, mesh: Mesh | None, micro_batches: int = 1) -> Packing | None:
+    """How batches for a model are packed; None if they are not."""
+    return Packing(config.pack, micro_batches, row_shards(mesh), model.shares_prompts) if config.pack else None
 
 
 def total_steps(config: TrainConfig, pairs: int) -> int:

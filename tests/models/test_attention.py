@@ -52,18 +52,19 @@ def texts(key, *, rows=1, query_heads=2, heads=1, length=LANES, width=8, dtype=j
     return arrays, jnp.broadcast_to(mask, (rows, length, length))
 
 
-def with_gradients(attend, arrays, mask, scale=0.3):
+def with_gradients(attend, arrays, mask, scale=0.3, cap=None):
     def weighted(*arrays):
-        mixed = attend(*arrays, mask, scale).astype(jnp.float32)
+        mixed = attend(*arrays, mask, scale, cap).astype(jnp.float32)
         return (mixed * jnp.cos(jnp.arange(mixed.size)).reshape(mixed.shape))[:, :, 3:].sum()
 
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(*arrays)
 
 
-def test_the_splash_kernel_is_plain_attention():
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_the_splash_kernel_is_plain_attention(cap):
     arrays, mask = texts(jax.random.key(0), length=LANES - 2)  # not a multiple of its blocks
-    plain = with_gradients(plain_attention, arrays, mask)
-    found = with_gradients(partial(attention._splash, interpret=True), arrays, mask)
+    plain = with_gradients(plain_attention, arrays, mask, cap=cap)
+    found = with_gradients(partial(attention._splash, interpret=True), arrays, mask, cap=cap)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, plain)
 
 
@@ -93,6 +94,7 @@ def test_gradients_in_bfloat16_keep_keys_in_bfloat16():
 def test_the_device_and_the_shape_choose_the_kernel(monkeypatch, device, platform, dtype, length, width, kernel):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=device, platform=platform)])
     assert choose_kernel(jnp.dtype(dtype), length, width) == kernel
+    assert choose_kernel(jnp.dtype(dtype), length, width, is_capped=True) == {"cudnn": "plain"}.get(kernel, kernel)
 
 
 def test_operations_of_kernels_are_counted():

@@ -40,7 +40,9 @@ PREFERENCE_METRICS = {
     "loss", "accuracy", "margin", "reward_mean", "reward_min", "reward_max",
     "accuracy_10", "accuracy_25", "accuracy_50", "accuracy_75", "accuracy_100",
 }  # fmt: skip
-TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share"}
+TRAIN_METRICS = PREFERENCE_METRICS | {
+    "gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share", "padding_share",
+}  # fmt: skip
 WORDS = ("lamp", "kettle", "chair", "phone", "table", "radio", "clock", "fan")
 PAIRS = [
     {"prompt": f"Customer: my {word} broke\nAgent:", "chosen": f" Sorry, {word} sent.", "rejected": f" No {word}."}
@@ -210,12 +212,19 @@ def stop_before(monkeypatch, step, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "saved"),
-    [(KeyboardInterrupt(), 4), (MemoryError("killed"), 3)],
-    ids=["stopped", "killed"],
+    ("error", "saved", "changes"),
+    [
+        (KeyboardInterrupt(), 4, {}),
+        (MemoryError("killed"), 3, {}),
+        (MemoryError("killed"), 3, {"pack": 64, "optim": OptimConfig(accumulation=2)}),
+    ],
+    ids=["stopped", "killed", "packed and killed"],
 )
-def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkeypatch, error, saved):
-    config = settings()
+def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkeypatch, tmp_path, error, saved, changes):
+    config, whole = settings(**changes), Path(finished[0].out)
+    if changes:
+        whole = tmp_path / "whole"
+        train(dataclasses.replace(config, out=str(whole)))
     with monkeypatch.context() as patch:
         stop_before(patch, 5, error)
         with pytest.raises(type(error)):
@@ -226,7 +235,6 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkey
 
     printed = train(dataclasses.replace(config, resume=True))
     assert f"resuming after step {saved} of {STEPS}" in printed
-    whole = Path(finished[0].out)
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (Path(config.out), whole)]
     assert weights[0] == weights[1]
     for split in ("train", "eval"):
@@ -303,6 +311,7 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
         ({"seed": 1}, ["--seed 0", "this one has 1"]),
         ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one has 0.001"]),
         ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one has "bt"']),
+        ({"pack": 64}, ["--pack 0", "this one has 64"]),
     ],
 )
 def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
@@ -341,6 +350,11 @@ def test_existing_files_are_not_overwritten(finished, settings, tmp_path):
         ({"data": DataConfig(train="{pairs}", format="chat")}, "has no chat template"),
         ({"model": ModelConfig(init="{tmp}")}, "no config.json"),
         ({"batch_size": 4, "optim": OptimConfig(accumulation=3)}, "--batch-size: got 4, must be a multiple"),
+        ({"pack": 40}, "--pack: got 40, must be at least --max-length (48)"),
+        (
+            {"pack": 64, "objective": ObjectiveConfig(name="rloo", max_new_tokens=8)},
+            "--pack: got 64, but rloo trains on answers that it samples",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
