@@ -11,6 +11,7 @@ from pargs_jax.commands.process import run_as_command
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.cost import step_operations, token_operations
 from pargs_jax.generation.reward_models import shares_tokens
+from pargs_jax.models.deberta import LONGEST_TEXT
 from pargs_jax.models.hf import describe_model, resolve, stored_head, stored_labels
 from pargs_jax.models.model import Model
 from pargs_jax.text.tokenization import TextTokenizer
@@ -54,7 +55,7 @@ def _facts(source: str, model: Model, head: str | None) -> tuple[str, ...]:
         _with_unit(weights),
         f"{_with_unit(weights * BYTES)}B",
         f"{_with_unit(cache)}B" if model.one_pass else "none",
-        f"{config.context_length:,}",
+        f"{config.context_length:,}{' and more' * (config.max_positions >= LONGEST_TEXT)}",
         _with_unit(token_operations(model, seen=SEEN)),
     )
 

@@ -185,8 +185,8 @@ def activation(hf: Any, name: str, default: str = "") -> str:
 
 
 def check_divides(hf: Any, part: str, whole: str) -> None:
-    """Raises InputError unless one field divides another."""
-    if getattr(hf, whole) % getattr(hf, part):
+    """Raises InputError unless one field divides another; transformers leaves some at null."""
+    if whole_number(hf, whole, 0) % whole_number(hf, part, 1):
         raise InputError(f"{part} {getattr(hf, part)} does not divide {whole} {getattr(hf, whole)}")
 
 

@@ -38,7 +38,7 @@ from pargs_jax.models.model import HeadName
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.models.tables import Row, linear, norm
 
-LONGEST_TEXT = 2**20
+LONGEST_TEXT = 2**30
 """The most tokens of a text whose positions are only relative."""
 
 

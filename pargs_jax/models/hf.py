@@ -279,10 +279,13 @@ def _read_config(folder: Path) -> Any:
     if (folder / "adapter_config.json").is_file():
         warn(f"{folder}: the adapter in adapter_config.json is not applied; to use it, merge it into the weights first")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        hf = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())  # the first line alone often says little
         raise InputError(f"{path}: transformers cannot read it ({reason})") from error
+    if hf.model_type not in FAMILIES:  # as it does for a Mistral with layer_types
+        raise InputError(f"{path}: transformers takes it for a {hf.model_type}, which is not known")
+    return hf
 
 
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:

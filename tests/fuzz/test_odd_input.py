@@ -43,6 +43,7 @@ from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.output import AnswersFile
 from pargs_jax.generation.traces import read_traces
 from pargs_jax.mesh import parse_mesh
+from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import describe_model, load_model, save_model, stored_head
 from pargs_jax.options import options
 from pargs_jax.testing import TINY_CONFIGS, tiny_model, tiny_tokenizer
@@ -271,9 +272,14 @@ def test_model_folders(tmp_path_factory, data, family):
     for name, content in model_files(family).items():
         (folder / name).write_bytes(content)
     fields = json.loads(model_files(family)["config.json"])
-    which = data.draw(st.sampled_from(["fields", "config.json", "model.safetensors", "generation_config.json"]))
+    which = data.draw(
+        st.sampled_from(["fields", "fields", "config.json", "model.safetensors", "generation_config.json"])
+    )
     if which == "fields":
-        (folder / "config.json").write_text(json.dumps(data.draw(altered(fields))))
+        known = FAMILIES[fields["model_type"]].config.HF_FIELDS
+        names = st.sampled_from([*known.sizes, *known.names.values(), *known.read, *known.must])
+        one = st.builds(lambda name, value: fields | {name: value}, names, VALUES)
+        (folder / "config.json").write_text(json.dumps(data.draw(st.one_of(one, altered(fields)))))
     else:
         content = model_files(family).get(which, b'{"eos_token_id": [1, 2]}')
         # Most of the weights is numbers, all of which are fine; the header is what can be wrong.

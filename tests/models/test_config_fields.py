@@ -166,6 +166,7 @@ IMPOSSIBLE = [
       for value in ("2", {"a": 1}, [None], 1.5, True)),
     ("gpt2", {"architectures": [1]}, "architectures is [1], must be left out, null or a list of names"),
     ("gpt2", {"num_labels": 10**7}, "num_labels is 10000000, must be left out, null or a whole number from 0 to 65536"),
+    ("gpt2", {"num_attention_heads": None}, "n_head is None, must be a whole number"),
     ("gpt2", {"n_head": 3}, "n_head 3 does not divide n_embd 16"),
     ("opt", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
     ("deberta-v2", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
