@@ -62,25 +62,26 @@ def training_cases() -> dict[str, TrainConfig]:
 
 
 def decoding_cases() -> dict[str, DecodeConfig]:
-    guides = {
-        "alone": (),
-        "+ gpt2-large": ("gpt2-large",),
-        "+ deberta-v3-large (`data=4`)": ("deberta-v3-large",),
-        "+ deberta-v3-large, prefix_causal": ("deberta-v3-large-prefix-causal",),
+    models = {
+        "llama-2-7b alone": ("llama-2-7b",),
+        "llama-2-7b + gpt2-large": ("llama-2-7b", "gpt2-large"),
+        "llama-2-7b + deberta-v3-large (`data=4`)": ("llama-2-7b", "deberta-v3-large"),
+        "llama-2-7b + deberta-v3-large, prefix_causal": ("llama-2-7b", "deberta-v3-large-prefix-causal"),
+        "qwen2.5-7b + llama-3.1-8b": ("qwen2.5-7b", "llama-3.1-8b"),
     }
     return {
-        f"decode llama-2-7b {name}": DecodeConfig(
-            lm=f"{SHAPES}/llama-2-7b",
-            rm=tuple(f"{SHAPES}/{guide}" for guide in chosen),
+        f"decode {name}": DecodeConfig(
+            lm=f"{SHAPES}/{lm}",
+            rm=tuple(f"{SHAPES}/{guide}" for guide in guides),
             # An encoder reads so many texts that splitting rows is far cheaper than splitting its matrices.
-            mesh=f"{MESH},data=4" if chosen == ("deberta-v3-large",) else MESH,
+            mesh=f"{MESH},data=4" if guides == ["deberta-v3-large"] else MESH,
             compile_only=True,
             dtype="bfloat16",
             batch_size=32,
             prompt_length=512,
             max_new_tokens=128,
         )
-        for name, chosen in guides.items()
+        for name, (lm, *guides) in models.items()
     }
 
 

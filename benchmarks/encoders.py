@@ -156,7 +156,7 @@ def decode_rows(
                 static, params = on_device(model, rm_host, unrolled=True)
                 reward_model = RewardModel(name, static, params, rm_tokenizer, retokeniser)
                 own_prompts = reward_model.pad_prompts([own_ids], 1)
-                guides, guide_params = (reward_model.guide(own_prompts, args.tokens),), (params,)
+                guides, guide_params = (reward_model.guide(args.tokens),), (params,)
                 guide_prompts = (own_prompts,)
             decoder = Decoder(lm_static, guides, TopK(args.k), Greedy())
             contestants[name] = stepper(decoder, (lm_params, guide_params), inputs, args.tokens, guide_prompts)

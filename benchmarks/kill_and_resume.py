@@ -33,9 +33,10 @@ POLL = 0.001  # seconds; a save of this model takes some 50 times as long
 
 
 def save_language_model(folder: Path) -> None:
-    model, params = tiny_model("llama", "vocabulary", vocab_size=512)
+    tokenizer = tiny_tokenizer()
+    model, params = tiny_model("llama", "vocabulary", vocab_size=tokenizer.vocab_size)
     save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
-    tiny_tokenizer().save(folder)
+    tokenizer.save(folder)
 
 
 def training(work: Path, out: str) -> list[str]:

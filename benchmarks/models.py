@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHAPES: Mapping[str, Any] = {
     "tiny": GPT2Config(vocab_size=512, context_length=256, width=64, layers=2, heads=4, feedforward=256),
     "small": GPT2Config(vocab_size=1024, context_length=256, width=256, layers=4, heads=4, feedforward=1024),
+    "width-384": GPT2Config(width=384, layers=4, heads=6, feedforward=1536),
     "gpt2": GPT2Config(),
     "gpt2-large": GPT2Config(width=1280, layers=36, heads=20, feedforward=5120),
     "llama-2-7b": LlamaConfig(),

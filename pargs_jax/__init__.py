@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from pargs_jax.objectives.bradley_terry import bradley_terry, partial_bradley_terry
     from pargs_jax.objectives.likelihood import answer_likelihood
     from pargs_jax.text.retokenisation import Retokeniser
+    from pargs_jax.text.tokenization import TextTokenizer
     from pargs_jax.training.objective import Objective
     from pargs_jax.training.step import make_optimizer, make_train_step
 
@@ -105,6 +106,7 @@ _HOMES = {
     "pargs_jax.data.batches": "Batch",
     "pargs_jax.data.preferences": "Prompt",
     "pargs_jax.text.retokenisation": "Retokeniser",
+    "pargs_jax.text.tokenization": "TextTokenizer",
     "pargs_jax.decoding.guides": (
         "AutoregressiveGuide CandidateGuide Capacity CausalGuide Chosen EncoderGuide LookAheadGuide "
         "NextTokenGuide PreferenceGuide PreferredPrompts Prompts RatioGuide RetokenisedGuide SimilarityGuide Text "

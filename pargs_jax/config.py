@@ -15,39 +15,25 @@ from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
-from pargs_jax.decoding.methods import METHODS
+from pargs_jax.data_config import DEMO, PROMPT_COLUMNS, DataConfig, PromptFormName, column_names
+from pargs_jax.decoding.methods import METHODS, NUMBERS
 from pargs_jax.errors import InputError
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.options import check_each, merged_options, option, options, shown, value_of
+from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.search_config import SearchConfig
 
-DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
-
-PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
 MethodName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 DtypeName = Literal["float32", "bfloat16"]
+WeightFormat = Literal["float32", "bfloat16", "int8"]
 
-PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
-COLUMNS = (*PROMPT_COLUMNS, "response", "completion", "messages", "text", "reward", "labels", "split")
 GROUPED_METHODS = tuple(name for name, method in METHODS.items() if method.reward_model in ("ratio", "look_ahead"))
 """Those whose reward models guide together, several for one weight."""
 UNGUIDED_METHODS = tuple(name for name, method in METHODS.items() if not method.guided)
 LARGEST_SEED = 2**32 - 1
-
-
-def column_names(words: tuple[str, ...], flag: str, known: tuple[str, ...] = COLUMNS) -> dict[str, str]:
-    """What `NAME=COLUMN` words say: by which name of its own a source calls each column. Raises InputError for a word
-    of another shape, a name that is not known, and a name or a column given twice."""
-    columns: dict[str, str] = {}
-    for word in words:
-        name, _, column = word.partition("=")
-        if name not in known or not column:
-            raise InputError(f"{flag}: got {shown(word)}, must be NAME=COLUMN, with a NAME of {', '.join(known)}")
-        if name in columns or column in columns.values():
-            raise InputError(f"{flag}: {shown(name if name in columns else column)} is given twice")
-        columns[name] = column
-    return columns
+MOST_ROWS = 2**16
+LARGEST_RANK = 2**13
 
 
 @dataclass(frozen=True)
@@ -74,52 +60,6 @@ class ModelConfig:
         "weights; layers: whole layers (least memory, a third more work)",
         may_change=True,
     )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The preference pairs, or scored answers."""
-
-    train: str = option(
-        DEMO,
-        "pairs to train on, or what the objective reads (prompts; scored answers: prompt, response, reward, or a "
-        "file that decode.py wrote with one reward model): 'demo' (generated), a JSONL(.gz), JSON, CSV or Parquet "
-        "file, or a hub id",
-        metavar="FILE_OR_HUB_ID",
-    )
-    eval: str | None = option(
-        None,
-        "held-out pairs to evaluate on",
-        unset="the demo's own with the demo, else no evaluation",
-        metavar="FILE_OR_HUB_ID",
-        may_change=True,
-    )
-    columns: tuple[str, ...] = option(
-        (), "the files' names for columns, where they differ: prompt=question chosen=best", metavar="NAME=COLUMN"
-    )
-    format: PromptFormName | None = option(
-        None,
-        "prompt format; it is saved with the model and used again in decoding",
-        unset="the one that --model.init was trained with, else plain",
-    )
-    prefix_tokenizer: str | None = option(
-        None,
-        "language model whose tokenizer decides where the prefixes of answers end, as in decoding; for models with "
-        "full attention",
-        unset="the reward model's own tokenizer",
-        metavar="PATH_OR_HUB_ID",
-    )
-    demo_pairs: int = option(3200, "pairs, or prompts, that the demo task generates for training", at_least=1)
-
-    def validate(self) -> None:
-        """Raises InputError for columns that no file can have, and for what is the demo's where it is not used."""
-        if column_names(self.columns, "--data.columns") and self.train == DEMO and self.eval in (None, DEMO):
-            raise InputError("--data.columns: has no effect on the demo; leave it out, or give a file as --data.train")
-        if self.train != DEMO and self.demo_pairs != DataConfig.demo_pairs:
-            raise InputError(
-                f"--data.demo-pairs: got {self.demo_pairs}, but the pairs come from --data.train {self.train}; "
-                "leave it out, or train on the demo"
-            )
 
 
 @dataclass(frozen=True)
@@ -189,6 +129,7 @@ class LoraConfig:
         0,
         "rank of the additions, such as 16; only they and the reward head are trained; 0: train the whole model",
         at_least=0,
+        at_most=LARGEST_RANK,
     )
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
@@ -213,33 +154,6 @@ class LoraConfig:
             re.compile(self.layers)
         except re.error as error:
             raise InputError(f"--lora.layers: {shown(self.layers)} is not a regular expression ({error})") from None
-
-
-@dataclass(frozen=True)
-class ProcessesConfig:
-    """The processes of a --distributed run."""
-
-    coordinator: str | None = option(
-        None,
-        "address of the first process, the same for all",
-        unset="found by JAX",
-        metavar="HOST:PORT",
-        may_change=True,
-    )
-    count: int | None = option(None, "number of processes", unset="found by JAX", at_least=1, may_change=True)
-    index: int | None = option(
-        None, "number of this process, from 0", unset="found by JAX", at_least=0, may_change=True
-    )
-
-    def validate(self, distributed: bool) -> None:
-        """Raises InputError if they do not go together."""
-        given = (self.coordinator is not None, self.count is not None, self.index is not None)
-        if any(given) and not (all(given) and distributed):
-            raise InputError(
-                "--processes: give .coordinator, .count and .index together, with --distributed, or none of them"
-            )
-        if self.count is not None and self.index is not None and self.index >= self.count:
-            raise InputError(f"--processes.index: got {self.index}, must be below --processes.count ({self.count})")
 
 
 MESH = (
@@ -289,8 +203,11 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps", unset="computed from --epochs", at_least=1, may_change=True)
     epochs: float = option(1.0, "passes over the training pairs, if --steps is not given", above=0, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; weights, losses and rewards stay float32")
-    batch_size: int = option(8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1)
+    batch_size: int = option(
+        8, "pairs per optimizer step; in ppo and rloo, answers per step", at_least=1, at_most=MOST_ROWS
+    )
     max_length: int = option(128, "most tokens of prompt and answer together; longer texts are cut", at_least=2)
+    pack: int = option(0, "pack pairs into rows of so many tokens, with each prompt once; 0: do not pack", at_least=0)
     eval_every: int = option(0, "steps between evaluations; 0: only at the end", at_least=0, may_change=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", at_least=0, may_change=True)
     keep: int = option(2, "how many of the newest checkpoints to keep", at_least=1, may_change=True)
@@ -356,7 +273,10 @@ class DecodeConfig:
         metavar="PATH_OR_HUB_ID",
     )
     rm: tuple[str, ...] = option(
-        (), "reward models that guide it: folders or hub ids, of the kind that the method needs", metavar="PATH"
+        (),
+        "reward models that guide it: folders or hub ids, of the kind that the method needs; PATH#LABEL if one has "
+        "several labels",
+        metavar="PATH",
     )
     method: MethodName | None = option(
         None, "how to choose the next token: see the list below", unset="compare seven, on the demo only"
@@ -396,7 +316,13 @@ class DecodeConfig:
     trace_candidates: bool = option(
         False, "with --trace: also the candidates of every token, with their numbers", may_change=True
     )
-    n: int = option(1, "answers per prompt; more than one only with a method that samples", at_least=1, may_change=True)
+    n: int = option(
+        1,
+        "answers per prompt; more than one only with a method that samples",
+        at_least=1,
+        at_most=MOST_ROWS,
+        may_change=True,
+    )
     explain: str | None = option(
         None,
         "HTML page that explains the answers token by token, next to the unguided answers of the same seed; see "
@@ -428,7 +354,11 @@ class DecodeConfig:
     temperature: float | None = option(None, "temperature of methods that sample", unset="the method's", above=0)
     max_new_tokens: int = option(128, "longest answer, in tokens", at_least=1)
     batch_size: int = option(
-        16, "prompts decoded together; a search has several rows for each", at_least=1, may_change=True
+        16,
+        "answers decoded at once; in a search, prompts, each with several rows",
+        at_least=1,
+        at_most=MOST_ROWS,
+        may_change=True,
     )
     seed: int = option(0, "seed for sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
@@ -437,6 +367,15 @@ class DecodeConfig:
     prompt_length: int = option(512, "with --compile-only: tokens in a prompt", at_least=2)
     distributed: bool = option(False, DISTRIBUTED, may_change=True)
     dtype: DtypeName = option("float32", "number format of the computation; softmax and rewards stay float32")
+    lm_dtype: WeightFormat | None = option(
+        None,
+        "number format of the language model's weights; int8: its layers' matrices, each output channel with a "
+        "scale, computed in --dtype",
+        unset="that of --dtype",
+    )
+    rm_dtype: WeightFormat | None = option(
+        None, "number format of the reward models' weights, as --lm-dtype", unset="that of --dtype"
+    )
     unroll: Literal["auto", "yes", "no"] = option(
         "auto",
         "run layers one by one instead of as a scan: faster steps, longer compilation; auto: yes except on TPU",
@@ -445,6 +384,12 @@ class DecodeConfig:
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
     search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()
+
+    @property
+    def numbers_in_effect(self) -> str:
+        """The numbers that the method uses, its own where options are not given; empty without a method."""
+        given = {**self.search.given, **{name: getattr(self, name) for name in NUMBERS}}
+        return "" if self.method is None else METHODS[self.method].numbers(given)
 
     def validate(self) -> None:
         """Raises InputError, which names the command-line flag, for the first option that cannot be used."""

@@ -15,7 +15,11 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 import yaml
 
 from pargs_jax.errors import InputError, input_errors_named_after
+from pargs_jax.names_elsewhere import ELSEWHERE
 from pargs_jax.options import Option, options, sections, shown
+
+DEEPEST = 32
+"""The most levels of a config file."""
 
 
 class Config(Protocol):
@@ -45,19 +49,32 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def to_short_yaml(config: Config) -> str:
+    """The options of `config` that differ from their defaults, as a YAML document; empty if none does."""
+    changed = _changed(asdict(config), asdict(type(config)()))
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True) if changed else ""
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = {name: (value, defaults[name]) for name, value in values.items() if value != defaults[name]}
+    return {
+        name: _changed(value, default) if isinstance(value, dict) else value for name, (value, default) in pairs.items()
+    }
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
     Raises InputError if the file cannot be read, is not valid YAML, repeats a key, or does not hold a mapping.
     """
     try:
-        content = yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
+        content = yaml.load(Path(path).read_bytes(), Loader=_StrictLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot read the config file ({error.strerror})") from None
     except yaml.MarkedYAMLError as error:
         place = f"{path}: line {error.problem_mark.line + 1}" if error.problem_mark else str(path)
         raise InputError(f"{place}: not a valid config file ({error.problem})") from None
-    except (yaml.YAMLError, ValueError) as error:  # bytes that are not text; a date that does not exist
+    except Exception as error:  # bytes that are not text, a date that does not exist, and what PyYAML does not foresee
         raise InputError(f"{path}: not a valid config file ({' '.join(str(error).split())})") from None
     if content is None:
         return {}
@@ -66,8 +83,22 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader, except that a key given twice is an error instead of the last one winning."""
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader, except that three things are errors: a key given twice, of which the last would win; an alias, which
+    may make a value that contains itself; and deep nesting, which Python cannot handle later."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
+        if self._depth == DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -81,10 +112,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def nearest(typed: str, names: Sequence[str]) -> str | None:
-    """The name that was probably meant: the same in another section (`lr`: `optim.lr`), or else the most similar."""
+    """The name that was probably meant: the same in another section (`lr`: `optim.lr`), the one that another tool calls
+    so (`learning_rate`), or else the most similar."""
+    typed = typed.replace("-", "_")
     last_part = typed.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last_part]
-    return (same or difflib.get_close_matches(typed, names, n=1, cutoff=0.5) or [None])[0]
+    same += [name for name in ELSEWHERE.get(last_part, ()) if name in names]
+    return (same or difflib.get_close_matches(typed[:100], names, n=1, cutoff=0.5) or [None])[0]
 
 
 def read_options(config_class: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -16,13 +16,22 @@ _FOREIGN_OS_ERROR = re.compile(r"os[_ ]error\D*(\d+)")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers find the old text or the new one, even after a kill."""
+    """Replaces a text file in one step: readers find the old text or the new one, even after a kill. Raises InputError
+    for a path that is a folder or a device."""
+    _check_regular(path)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _check_regular(path: Path) -> None:
+    """Raises InputError for what is there but is not a file: a device such as `/dev/full` has no end, and must not be
+    replaced by a file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a {'folder' if path.is_dir() else 'device'}, must be a file")
 
 
 def append_all(file: IO[bytes], text: str) -> None:
@@ -53,9 +62,8 @@ def opened_to_append(path: Path, command: str, advice: str) -> Iterator[IO[bytes
     """Opens a file without a buffer, makes its folder if it is missing, and locks it. Closes it again only if the block
     raises an error. Raises InputError, which ends in `advice`, for a file that cannot be written, or that another
     process of `command` is writing."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, must be a file")
     with write_errors_named_after(path, advice):
+        _check_regular(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     try:

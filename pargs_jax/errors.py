@@ -12,6 +12,10 @@ class InputError(ValueError):
     code 2; library callers may catch it as a `ValueError`.
     """
 
+    def __init__(self, message: str) -> None:
+        """Breaks of lines, which a name or a value in the message may have, become spaces."""
+        super().__init__(" ".join(filter(None, message.splitlines())))
+
 
 class InputWarning(UserWarning):
     """Input that is used but may be a mistake. The message is one line, and the commands print it."""

@@ -26,8 +26,14 @@ from pargs_jax.processes import start_processes
 AXES = ("data", "fsdp", "tensor")
 Task = Literal["train", "decode"]
 
+MOST_VIRTUAL_DEVICES = 1024
 WIDEST_TENSOR = 8
 """By default decoding splits matrices over at most this many devices; with more, steps mostly wait for messages."""
+
+
+_NO_DEVICES = (RuntimeError, AssertionError)
+"""What JAX raises where a platform's devices are not here; the latter where its plugin is not installed."""
+_COUNT = re.compile("[1-9][0-9]{0,8}")
 
 
 class TpuGeneration(NamedTuple):
@@ -108,7 +114,7 @@ def parse_mesh(text: str) -> MeshRequest:
     axes: dict[str, int] = {}
     for word in words:
         axis, _, size = word.partition("=")
-        if axis not in AXES or not size.isdecimal() or int(size) < 1 or axis in axes:
+        if axis not in AXES or not _COUNT.fullmatch(size) or axis in axes:
             raise InputError(
                 f"mesh {text}: {word!r} is not an axis; axes are {', '.join(AXES)}, each once, such as 'data=2,fsdp=4'"
             )
@@ -116,7 +122,7 @@ def parse_mesh(text: str) -> MeshRequest:
     request = MeshRequest(text, axes=tuple(axes.items()))
     if name == "auto":
         return request
-    if found := re.fullmatch(r"(cpu|gpu)(?:-([1-9]\d*))?", name):
+    if found := re.fullmatch(rf"(cpu|gpu)(?:-({_COUNT.pattern}))?", name):
         count = int(found[2]) if found[2] else None
         return dataclasses.replace(request, platform=found[1], devices=count)
     if name in presets():
@@ -226,7 +232,7 @@ def _find_devices(request: MeshRequest, processes: int | None) -> list[jax.Devic
         _ask_for_virtual_devices(request, processes)
     try:
         devices = jax.devices(request.platform)
-    except RuntimeError as error:
+    except _NO_DEVICES as error:
         raise _not_here(request) from error
     if request.tpu is not None:
         if len(devices) != request.devices or devices[0].device_kind != TPUS[request.tpu].kind:
@@ -256,6 +262,8 @@ def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> Non
     wanted = request.devices or math.prod(size for _, size in request.axes)
     if processes is None and wanted > 1:
         raise InputError(f"mesh {request.text}: virtual devices of several processes need the option processes.count")
+    if wanted > MOST_VIRTUAL_DEVICES:
+        raise InputError(f"mesh {request.text}: needs {wanted} virtual devices, must be at most {MOST_VIRTUAL_DEVICES}")
     jax.config.update("jax_platforms", "cpu")
     # The devices exist already, and their number is fixed: _find_devices checks whether they suffice.
     with contextlib.suppress(RuntimeError):
@@ -265,7 +273,12 @@ def _ask_for_virtual_devices(request: MeshRequest, processes: int | None) -> Non
 
 
 def _not_here(request: MeshRequest) -> InputError:
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except _NO_DEVICES as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        variable = f" of JAX_PLATFORMS={asked}" if asked else ""
+        raise InputError(f"mesh {request.text}: JAX finds no devices{variable} ({first_line(error)})") from error
     kinds = sorted({device.device_kind for device in devices})
     here = f"{len(devices)} x {', '.join(kinds)}"
     if request.tpu is not None:

@@ -6,8 +6,8 @@ at once.
 """
 
 import json
-import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pargs_jax.errors import InputError
 
+LARGEST_NUMBER = 2**31 - 1
+"""The largest whole number that an option may be if it declares no limit: programs count in 32 bits."""
 _COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -111,6 +113,12 @@ class Option:
             accepted = self._accepts_scalar(value)
         if not accepted:
             raise InputError(f"{name}: got {shown(value)}, must be {self.expects}")
+        is_limited = any(words in ("at most", "below") for words, _ in self.limits)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and not _is_clean(each):
+                raise InputError(f"{name}: got {shown(each)}, must be valid Unicode without NUL characters")
+            if isinstance(each, int) and each > LARGEST_NUMBER and not is_limited:
+                raise InputError(f"{name}: got {shown(each)}, must be at most {LARGEST_NUMBER}")
 
     def _accepts_scalar(self, value: object) -> bool:
         if self.choices:
@@ -121,7 +129,13 @@ class Option:
             return isinstance(value, str) and (value != "" or self.may_be_empty)
         if not isinstance(value, int | float if self.scalar is float else int):
             return False
-        return math.isfinite(value) and all(_COMPARISONS[words](value, bound) for words, bound in self.limits)
+        is_finite = self.scalar is int or abs(value) <= sys.float_info.max  # of an int, too
+        return is_finite and all(_COMPARISONS[words](value, bound) for words, bound in self.limits)
+
+
+def _is_clean(text: str) -> bool:
+    """Whether files and programs can take a text: half a surrogate pair cannot be written, and NUL ends a path."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def shown(value: object) -> str:

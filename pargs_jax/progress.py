@@ -5,8 +5,11 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 SECONDS_BETWEEN_LINES = 30.0
+WIDE = 100
+"""Columns of a terminal that has space for the time passed, too."""
 
 
 class ShownProgress:
@@ -14,9 +17,12 @@ class ShownProgress:
 
     def __init__(self, console: Console, name: str, total: int, done: int = 0, *, transient: bool = False) -> None:
         """Starts at `done`. A `transient` bar is removed at the end."""
+        # Where there is little space, the bar gives way: nothing of the numbers is cut off.
+        elapsed = [TimeElapsedColumn(Column(no_wrap=True))] if console.width >= WIDE else []
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}"), *elapsed, TextColumn("left"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )  # fmt: skip
         self._has_bar = console.is_terminal or console.is_jupyter
         self._bar = Progress(

@@ -118,11 +118,13 @@ def place_params(params: Any) -> Any:
 
 
 def abstract_params(mesh: Mesh, params: Any, dtype: Any = None) -> Any:
-    """The result of `place_params` as `jax.ShapeDtypeStruct`s, with shardings on a mesh that may not be here."""
+    """The result of `place_params` as `jax.ShapeDtypeStruct`s, with shardings on a mesh that may not be here. `dtype`
+    is that of floating-point arrays."""
 
     def describe(path: str, x: Any) -> jax.ShapeDtypeStruct:
         shape = padded_shape(path, x.shape)
-        return jax.ShapeDtypeStruct(shape, dtype or x.dtype, sharding=param_sharding(mesh, path, shape))
+        own = dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        return jax.ShapeDtypeStruct(shape, own, sharding=param_sharding(mesh, path, shape))
 
     return map_paths(describe, params)
 
@@ -174,6 +176,13 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, me
 def row_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """The number of parts that a batch's rows are split into."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def parts_of_rows(count: int) -> int:
+    """The number of parts that `count` rows, which are being computed, are split into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else row_shards(mesh)
+    return 1 if count % shards else shards
 
 
 def row_spec(mesh: Mesh | AbstractMesh, count: int) -> PartitionSpec:

@@ -14,20 +14,37 @@ from pargs_jax.data.preferences import Preference
 from pargs_jax.demo import task as demo
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.deberta import DebertaConfig
+from pargs_jax.models.gemma3 import Gemma3Config
 from pargs_jax.models.gpt2 import GPT2Config
+from pargs_jax.models.gpt_neox import GPTNeoXConfig
 from pargs_jax.models.llama import LlamaConfig
+from pargs_jax.models.mistral import MistralConfig
 from pargs_jax.models.model import HeadName, Model, Params
 from pargs_jax.models.opt import OPTConfig
 from pargs_jax.models.rotary import Rotary
 from pargs_jax.text.tokenization import TextTokenizer
 
-Family = Literal["gpt2", "llama", "opt"]
+Family = Literal["gemma3", "gpt2", "gpt_neox", "llama", "mistral", "opt"]
 
 TINY_CONFIGS: dict[Family, Any] = {
+    # A sliding window in one of two layers.
+    "gemma3": Gemma3Config(
+        vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
+        activation="gelu_pytorch_tanh", rotary=Rotary(theta=100.0), local_rotary=Rotary(theta=30.0), query_scalar=12,
+        windows=(5, None), logit_cap=5.0, tied_embeddings=True,
+    ),
     "gpt2": GPT2Config(vocab_size=61, context_length=64, width=32, layers=2, heads=4, feedforward=64),
     "llama": LlamaConfig(
         vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
         rotary=Rotary(theta=100.0),
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        vocab_size=61, context_length=64, width=32, layers=2, heads=4, feedforward=64,
+        rotary=Rotary(theta=100.0, share=0.5),
+    ),
+    "mistral": MistralConfig(
+        vocab_size=61, context_length=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, feedforward=48,
+        rotary=Rotary(theta=100.0), windows=(5, 5),
     ),
     # Like OPT-350m, which has everything that the others lack.
     "opt": OPTConfig(

@@ -7,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from pargs_jax.aot.gpu import is_installed
+from pargs_jax.commands.compile_only import bytes_of
+from pargs_jax.commands.decode import describe_program
+from pargs_jax.config import DecodeConfig
+from pargs_jax.mesh import make_mesh
 
 REPOSITORY = Path(__file__).parents[1]
 SMALLEST = "train the demo's model, 8 pairs"
@@ -38,6 +43,25 @@ def test_the_documented_table_is_still_true_of_its_smallest_case():
     assert [re.sub(r"[\d.e+]+", "#", cell) for cell in said] == [re.sub(r"[\d.e+]+", "#", cell) for cell in seen]
     numbers = [[float(x) for x in re.findall(r"\d[\d.e+-]*", " ".join(cells[2:]))] for cells in (said, seen)]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.2, abs=0.01)
+
+
+def test_int8_halves_the_weights():
+    """What a program takes is known without compiling it: the bytes of its arguments."""
+    shape = str(REPOSITORY / "configs" / "shapes" / "llama-2-7b")
+    options = {"lm": shape, "rm": (shape,), "method": "pargs", "dtype": "bfloat16", "prompt_length": 64}
+    with jax.set_mesh(mesh := make_mesh("cpu-4", "decode")):
+        plain, int8 = (
+            sum(map(bytes_of, describe_program(DecodeConfig(**options, **more), mesh)[1][0]))
+            for more in ({}, {"lm_dtype": "int8", "rm_dtype": "int8"})
+        )
+    assert 0.5 < int8 / plain < 0.53
+
+
+@needs_libtpu
+def test_the_step_on_packed_batches_is_described():
+    done = run("train.py", "--mesh", "tpu-v4-8", "--compile-only", "--pack", "256", "--optim.accumulation", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 answers of 64 each, packed in 8 rows of 256; computed in float32" in done.stdout
 
 
 @needs_libtpu

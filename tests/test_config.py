@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from pargs_jax.commands.command_line import parse
-from pargs_jax.commands.process import run_as_command
-from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig, column_names
+from pargs_jax.config import DecodeConfig, MethodName, ObjectiveConfig, OptimConfig, TrainConfig
 from pargs_jax.config_files import from_mapping, to_yaml
+from pargs_jax.data_config import column_names
 from pargs_jax.errors import InputError
+from pargs_jax.names_elsewhere import ELSEWHERE
 from pargs_jax.options import option, options
 
 
@@ -93,8 +94,8 @@ def test_switches_and_spellings():
         ("optim: {lr: fast}", 'c.yaml: optim.lr: got "fast", must be a finite number, above 0'),
         ("optim: {lr: .inf}", "c.yaml: optim.lr: got Infinity, must be a finite number, above 0"),
         ("epochs: true", "c.yaml: epochs: got true, must be a finite number, above 0"),
-        ("batch_size: 6.0", "c.yaml: batch_size: got 6.0, must be a whole number, at least 1"),
-        ("batch_size: true", "c.yaml: batch_size: got true, must be a whole number, at least 1"),
+        ("batch_size: 6.0", "c.yaml: batch_size: got 6.0, must be a whole number, at least 1 and at most 65536"),
+        ("batch_size: true", "c.yaml: batch_size: got true, must be a whole number, at least 1 and at most 65536"),
         ("steps: '5'", 'c.yaml: steps: got "5", must be a whole number, at least 1, or null'),
         ("resume: 1", "c.yaml: resume: got 1, must be true or false"),
         ("out: 2024", "c.yaml: out: got 2024, must be non-empty text, or null"),
@@ -197,6 +198,11 @@ def test_options_of_decoding_that_contradict_each_other(argv, expected):
             "--data.train f.jsonl --data.demo-pairs 64",
             "--data.demo-pairs: got 64, but the pairs come from --data.train f.jsonl; leave it out, or train on",
         ),
+        ("--data.held-out 0.1", "--data.held-out: got 0.1, but the demo has held-out pairs of its own; leave one"),
+        (
+            "--data.train f.jsonl --data.eval g.jsonl --data.held-out 0.1",
+            "--data.held-out: got 0.1, but --data.eval is g.jsonl; leave one of them out",
+        ),
         ("--lora.alpha 16", "--lora.alpha: got 16.0, but --lora.rank is 0, so the whole model is trained; give a"),
         ("--lora.layers query", '--lora.layers: got "query", but --lora.rank is 0'),
         ("--lora.rank 4 --lora.layers (", '--lora.layers: "(" is not a regular expression ('),
@@ -241,7 +247,7 @@ def test_configs_made_in_python_are_checked_alike():
     config = replace(TrainConfig(), batch_size=10, optim=OptimConfig(accumulation=5))
     config.validate()
     assert message(replace(config, batch_size="64").validate) == (
-        '--batch-size: got "64", must be a whole number, at least 1'
+        '--batch-size: got "64", must be a whole number, at least 1 and at most 65536'
     )
     assert message(DecodeConfig(rm="folder").validate) == '--rm: got "folder", must be non-empty text, one or several'
     DecodeConfig(lm="x", prompt="", method="greedy").validate()
@@ -332,21 +338,6 @@ def test_any_dataclass_of_options_gives_a_command_line():
         parse(Benchmark, ["--help"], prog="b.py", description="")
 
 
-def test_commands_end_with_one_line_and_the_right_code(capsys):
-    def ends_with(error):
-        def main():
-            raise error
-
-        with pytest.raises(SystemExit) as caught:
-            run_as_command(main)
-        return caught.value.code, capsys.readouterr().err
-
-    assert ends_with(InputError("pairs.jsonl: empty\nfile")) == (2, "error: pairs.jsonl: empty file\n")
-    assert ends_with(KeyboardInterrupt()) == (130, "interrupted\n")
-    with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
-        run_as_command(lambda: 1 // 0)
-
-
 def run_python(program):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
@@ -359,10 +350,69 @@ def test_options_are_read_without_importing_the_heavy_libraries():
     assert result.stdout == "set()\n", result.stdout + result.stderr
 
 
-def test_a_reader_that_leaves_early_ends_the_command_quietly():
-    result = run_python(
-        "import os, sys; from pargs_jax.commands.process import run_as_command\n"
-        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "run_as_command(lambda: print('row'))"
-    )
-    assert (result.returncode, result.stderr) == (141, "")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("out: &a [*a]", "c.yaml: line 1: not a valid config file (aliases (*name) are not supported)"),
+        ("a: " + "[" * 3000 + "]" * 3000, "c.yaml: line 1: not a valid config file (nested more than 32 levels deep)"),
+        ("seed: " + "9" * 5000, "c.yaml: not a valid config file (Exceeds the limit"),
+        ("seed: !!int ''", "c.yaml: not a valid config file ("),
+        ("seed: !!bool x", "c.yaml: not a valid config file ("),
+        ('out: "a\\0b"', 'c.yaml: out: got "a\\u0000b", must be valid Unicode without NUL characters'),
+        ('out: "\\ud800"', 'c.yaml: out: got "\ud800", must be valid Unicode without NUL characters'),
+        ("epochs: 1" + "0" * 400, "c.yaml: epochs: got 1000000000"),
+        (f"steps: {10**12}", "c.yaml: steps: got 1000000000000, must be at most 2147483647"),
+        (
+            "batch_size: 1000000",
+            "c.yaml: batch_size: got 1000000, must be a whole number, at least 1 and at most 65536",
+        ),
+        (
+            "lora: {rank: 1000000}",
+            "c.yaml: lora.rank: got 1000000, must be a whole number, at least 0 and at most 8192",
+        ),
+    ],
+)
+def test_values_that_would_fail_later_are_one_line(config_file, text, expected):
+    assert message(train, "--config", config_file(text)).startswith(expected)
+
+
+def test_half_a_surrogate_pair_is_not_an_option():
+    expected = '--out: got "\udcff", must be valid Unicode without NUL characters'  # how Python reads the byte 0xff
+    assert message(train, "--out", "\udcff") == expected
+    assert "must be valid Unicode" in message(decode, "--rm", "a", "b\ud800")
+
+
+@pytest.mark.parametrize(
+    ("read", "typed", "meant"),
+    [
+        (train, "--learning-rate", "optim.lr"),
+        (train, "--output_dir", "out"),
+        (train, "--num_train_epochs", "epochs"),
+        (train, "--beta", "objective.beta"),
+        (decode, "--beta", "weight"),
+        (decode, "--top_k", "k"),
+        (decode, "--model", "lm"),
+        (train, "--model", "model.init"),
+    ],
+)
+def test_the_names_of_other_tools_are_understood(read, typed, meant):
+    assert message(read, typed, "3") == f"{typed}: unknown option; did you mean --{meant}?"
+
+
+def test_every_name_of_another_tool_means_an_option():
+    keys = {known.key for config_class in (TrainConfig, DecodeConfig) for known in options(config_class)}
+    assert {key for meant in ELSEWHERE.values() for key in meant} <= keys
+    assert not keys & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", ":1234", "host:", "host:0", "host:65536", "host:port"])
+def test_the_address_of_a_coordinator_has_a_host_and_a_port(address):
+    words = ("--distributed", "--processes.count", "2", "--processes.index", "0", "--processes.coordinator")
+    assert f'got "{address}", must be HOST:PORT, with a port from 1 to 65535' in message(train, *words, address)
+    assert train(*words, "[::1]:1234").processes.coordinator == "[::1]:1234"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train("--version")
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("pargs_jax 0.")

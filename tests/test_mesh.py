@@ -44,6 +44,10 @@ def test_slices_are_named_after_cores_or_chips_as_they_are_sold():
          "for it (compile_only)"),
         ("gpu-8", "this machine has 4 x cpu; use mesh auto for the devices of this machine"),
         ("cpu-64", "this machine has 4 x cpu; use mesh auto for the devices of this machine"),
+        ("cpu-100000000", "needs 100000000 virtual devices, must be at most 1024"),
+        ("cpu,data=5000,fsdp=5000", "needs 25000000 virtual devices, must be at most 1024"),
+        ("data=" + "9" * 5000, f"'data={'9' * 5000}' is not an axis; axes are data, fsdp, tensor, each once, such as "
+         "'data=2,fsdp=4'"),
     ],
 )  # fmt: skip
 def test_impossible_meshes_are_one_line(text, message):
@@ -60,3 +64,21 @@ def test_where_no_mesh_is_set_one_device_is_used():
         with ensured_mesh() as same:
             assert same == mesh
     assert jax.sharding.get_mesh().empty
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda'\nmany lines"), "Unable to initialize backend 'cuda'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_platform_that_is_not_here_is_one_line(monkeypatch, error, reason):
+    def devices(platform=None):
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(InputError) as caught:
+        make_mesh("auto", "train")
+    assert str(caught.value) == f"mesh auto: JAX finds no devices of JAX_PLATFORMS=cuda ({reason})"

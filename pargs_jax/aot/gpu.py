@@ -56,15 +56,28 @@ def describe_h100() -> list[Any]:
     return topology.devices
 
 
-def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowered":
-    """`program.lower(*arguments)` for arguments on `describe_h100()`, also for programs that call the host.
+@contextmanager
+def tracing_for_h100() -> Iterator[None]:
+    """Lets programs be traced and lowered for `describe_h100()`, also those that call the host or cuDNN.
 
-    For a host call, JAX asks for the GPU's client, which it then does not use, and passes the Python function to the
-    compiler, which needs a real GPU for it. Neither matters for inspecting the program.
-
-    Raises InputError if this version of JAX is not supported.
+    For a host call, JAX asks for the GPU's client, which it then does not use; for flash attention, it asks for cuDNN's
+    version, which it then does not run. Neither matters for inspecting the program. Raises InputError if this version
+    of JAX is not supported.
     """
-    with _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client):
+    with (
+        _replaced("interpreters.mlir", "ModuleContext.get_backend", _no_client),
+        _replaced("cudnn.fused_attention_stablehlo", "check_cudnn_version", _know_cudnn),
+    ):
+        yield
+
+
+def lower_for_h100(program: Any, arguments: tuple[Any, ...]) -> "jax.stages.Lowered":
+    """`program.lower(*arguments)` for arguments on `describe_h100()`.
+
+    JAX passes the Python functions of host calls to the compiler, which needs a real GPU for them, so they are left
+    out. Raises InputError if this version of JAX is not supported.
+    """
+    with tracing_for_h100():
         lowered = program.lower(*arguments)
     try:
         lowered._lowering.compile_args["host_callbacks"] = []
@@ -92,6 +105,11 @@ def _know_cuda(resolve: Callable[[str], str]) -> Callable[[str], str]:
 
 def _no_client(_: Any) -> Callable[..., None]:
     return lambda *_, **__: None
+
+
+def _know_cudnn(_: Any) -> Callable[[], int]:
+    """The version in the chip's description."""
+    return lambda: 91000
 
 
 @contextmanager

@@ -15,7 +15,9 @@ def count_operations(function: Callable[..., Any], *args: Any, choice: Choice = 
 
     A multiply-add is two operations; elementwise work is not counted. Recomputation in the backward pass
     (`jax.checkpoint`) is in the jaxpr, so it is counted. Of a `cond`, the more expensive branch counts. The body of a
-    `while_loop` counts once, because the number of iterations is not known here; a `scan` counts every step.
+    `while_loop` counts once, because the number of iterations is not known here; a `scan` counts every step. A Pallas
+    kernel counts every block, although it may skip some. cuDNN's attention counts its products, scores that the
+    backward pass computes again among them.
 
     Args:
         function: anything that `jax.make_jaxpr` traces.
@@ -36,11 +38,17 @@ def _equation_operations(equation: JaxprEqn, choice: Choice) -> float:
             return _product_operations(equation)
         case "conv_general_dilated":
             return _convolution_operations(equation)
+        case "dot_product_attention_fwd_wrapper":
+            return _attention_operations(equation, products=2)
+        case "dot_product_attention_bwd_wrapper":
+            return _attention_operations(equation, products=5)
         case "cond":
             branches = [_jaxpr_operations(branch.jaxpr, choice) for branch in params["branches"]]
             return choice(branches) if len(branches) > 2 else max(branches)
         case "scan":
             repeats = params["length"]
+        case "pallas_call":
+            repeats = math.prod(params["grid_mapping"].grid)
         case "shard_map":
             # The body is the work of one device; the axes of an outer shard_map were counted there.
             axes = params["newly_manual_axes"]
@@ -66,6 +74,12 @@ def _product_operations(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _attention_operations(equation: JaxprEqn, products: int) -> float:
+    """Each product is of all queries `[B T N D]` with all keys `[B S K D]`, or as large."""
+    queries, keys = (variable.aval.shape for variable in equation.invars[:2])
+    return 2.0 * products * math.prod(queries) * keys[1]
 
 
 def _convolution_operations(equation: JaxprEqn) -> float:

@@ -7,15 +7,20 @@ with one line that names the option, what was got, and what would be right.
 """
 
 import argparse
+import importlib.metadata
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pargs_jax.config_files import C, build, converted, from_text, nearest, read_options, read_yaml
+from pargs_jax.commands.process import DEBUG
+from pargs_jax.config_files import C, build, converted, from_text, nearest, read_options, read_yaml, to_short_yaml
 from pargs_jax.errors import InputError
 from pargs_jax.options import Option, options, sections, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -34,14 +39,17 @@ def parse(
 
     Raises:
         InputError: an unknown option or YAML key, a value of the wrong type, or one that cannot be used.
-        SystemExit: with code 0, after `--help`.
+        SystemExit: with code 0, after `--help` and `--version`.
     """
     known = {option.key: option for option in options(config_class)}
     parser = _parser(config_class, prog, description, epilog)
     given, unknown = parser.parse_known_args(_dashed(sys.argv[1:] if argv is None else argv, known.values()))
     if unknown:
         raise _unknown_word(unknown[0], known.values())
-    words = vars(given)
+    words = {key: word for key, word in vars(given).items() if key != "debug"}  # the process has seen that one
+    if words.pop("version", False):
+        print(f"pargs_jax {importlib.metadata.version('pargs-jax')}")
+        sys.exit(0)
     config_file = words.pop("config", None)
     values = {} if config_file is None else read_options(config_class, read_yaml(config_file), f"{config_file}: ")
     for key, word in words.items():
@@ -49,6 +57,12 @@ def parse(
     config = build(config_class, values)
     config.validate()
     return config
+
+
+def show_config(config: C, console: "Console", *more: str) -> None:
+    """Prints the options that differ from their defaults, and more lines below them."""
+    changed = to_short_yaml(config).rstrip() or "all options have their defaults (--help)"
+    console.print("\n".join([changed, *filter(None, more)]), highlight=False, markup=False, style="dim")
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +87,8 @@ def _parser(config_class: type, prog: str, description: str, epilog: str) -> Par
     )
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="help", help="show this text")
+    general.add_argument("--version", action="store_true", help="print the version")
+    general.add_argument(DEBUG, action="store_true", help="show where in the program an error came from")
     general.add_argument(
         "--config",
         metavar="F.yaml",
@@ -119,6 +135,6 @@ def _unknown_word(word: str, known: Iterable[Option]) -> InputError:
     if not word.startswith("-"):
         return InputError(f"unexpected argument {shown(word)}; options begin with -- (see --help)")
     flag = word.partition("=")[0]
-    names = [option.flag.removeprefix("--") for option in known]
-    match = nearest(flag.lstrip("-"), [*names, "config", "help"])
-    return InputError(f"{flag}: unknown option; " + (f"did you mean --{match}?" if match else "see --help"))
+    match = nearest(flag.lstrip("-"), [*(option.key for option in known), "config", "help", "version", "debug"])
+    hint = f"did you mean --{match.replace('_', '-')}?" if match else "see --help"
+    return InputError(f"{flag}: unknown option; {hint}")

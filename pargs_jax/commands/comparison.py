@@ -1,8 +1,8 @@
 """The demo's comparison: methods on the same unseen prompts, judged by the oracle, as a table and a figure."""
 
 import dataclasses
-import json
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -12,21 +12,19 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from pargs_jax.commands.demo import REWARD_MODELS, demo_prompts, demo_reward_model
+from pargs_jax.commands.command_line import show_config
+from pargs_jax.commands.comparison_file import ComparisonFile
+from pargs_jax.commands.demo import REWARD_MODELS, demo_prompts, demo_reward_model, true_reward
 from pargs_jax.commands.demo_figure import Curve, draw_comparison
 from pargs_jax.commands.generate import decode_all, open_session, settings_of
 from pargs_jax.config import DecodeConfig
-from pargs_jax.config_files import to_yaml
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search.order_statistics import best_of_n_curve, best_of_n_kl
-from pargs_jax.demo import task as demo
-from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.statistics import Estimate
-from pargs_jax.generation.output import answer_row
 from pargs_jax.generation.session import Answer, Session, Settings
-from pargs_jax.processes import on_first
+from pargs_jax.processes import from_first, on_first
 
 COMPARED: dict[str, float | None] = {
     "greedy": None,
@@ -67,25 +65,28 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
 
     ARGS is guided by the reward model trained on full answers where there is one (`runs/bt`), as it was published, and
     by the partial one where not; the table says which. GenARM is left out where its reward model (`runs/arm`) is
-    missing. With `--rm`, all guided methods use those, and GenARM is left out. With `--out`, every
-    answer of the table is written there with its method and true reward, and the figure lies beside it. Returns the
-    table's rows.
+    missing. With `--rm`, all guided methods use those, and GenARM is left out. With `--out`, every answer
+    of the table is written there with its method and true reward, method after method, and a second run continues after
+    them; the figure lies beside it. Returns the table's rows, in the first process alone.
     """
     config.validate()
     console = console or Console(quiet=jax.process_index() > 0)
     if config.prompt is not None or config.prompts is not None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}, to answer prompts of your own")
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
-    if config.out is not None and Path(config.out).exists():
-        raise InputError(f"{config.out}: already exists; give another --out")
+    show_config(config, console)
     comparison = _Comparison(config, demo_prompts(config), console)
     compared = comparison.methods()
-    answers = {name: comparison.answers(name, COMPARED[name]) for name in compared}
-    rows = [comparison.row(name, found) for name, found in answers.items()]
-    console.print(_table(rows, len(comparison.prompts)))
-    _print_examples(answers, [prompt.id for prompt in comparison.prompts[:SHOWN_EXAMPLES]], console)
+    with ExitStack() as stack:
+        file = None
+        if config.out is not None:
+            opened = partial(ComparisonFile, Path(config.out), config, comparison.prompts)
+            file = on_first(lambda: stack.enter_context(opened()))
+        answers = {name: _found_or_decoded(file, name, comparison) for name in compared}
+    rows = on_first(lambda: [comparison.row(name, found) for name, found in answers.items()]) or []
+    on_first(lambda: console.print(_table(rows, len(comparison.prompts))))
+    shown = [prompt.id for prompt in comparison.prompts[:SHOWN_EXAMPLES]]
+    on_first(lambda: _print_examples(answers, shown, console))
     if config.out is not None:
-        on_first(partial(_write, Path(config.out), answers))
         console.print(f"all answers are in {config.out}", highlight=False)
     curves = [comparison.curve(name, label) for name, label in CURVES.items() if name in compared]
     curves.append(comparison.best_of_n_curve())
@@ -127,7 +128,7 @@ class _Comparison:
             name,
             self._guide(METHODS[name]) if METHODS[name].guided else "",
             settings.weights[0] if settings.weights and not METHODS[name].judged else None,
-            Estimate.of(list(map(_true_reward, answers))),
+            Estimate.of(list(map(true_reward, answers))),
             Estimate.of([answer.kl for answer in answers]),
             tokens / sum(answer.seconds for answer in answers),
         )
@@ -137,7 +138,7 @@ class _Comparison:
         points = []
         for weight in CURVE_WEIGHTS:
             found = self.answers(name, weight, self.prompts[:CURVE_PROMPTS])
-            kl, reward = np.mean([answer.kl for answer in found]), Estimate.of(list(map(_true_reward, found)))
+            kl, reward = np.mean([answer.kl for answer in found]), Estimate.of(list(map(true_reward, found)))
             points.append((float(kl), reward, f"{weight:g}"))
         return Curve(label, points)
 
@@ -147,7 +148,7 @@ class _Comparison:
         found = self._decode("top_k", settings, self.prompts[:CURVE_PROMPTS])
         by_prompt: dict[str, list[tuple[float, float]]] = {}
         for answer in found:
-            by_prompt.setdefault(answer.id, []).append((sum(answer.guide_rewards), _true_reward(answer)))
+            by_prompt.setdefault(answer.id, []).append((sum(answer.guide_rewards), true_reward(answer)))
         means = np.array([best_of_n_curve(*np.array(pairs).T) for pairs in by_prompt.values()])
         start = float(np.mean([answer.kl for answer in found]))
         points = [(start + best_of_n_kl(n), Estimate.of(means[:, n - 1]), f"{n}") for n in (1, 2, 4, BEST_OF)]
@@ -186,14 +187,21 @@ class _Comparison:
         return str(demo_reward_model(METHODS["args" if is_args else "pargs"]))
 
 
+def _found_or_decoded(file: ComparisonFile | None, name: str, comparison: _Comparison) -> list[Answer]:
+    """The answers of a method: those in the file, or else new ones, which are written there. Only the first process has
+    those in the file."""
+    is_found = on_first(lambda: file is not None and name in file.found)
+    if from_first(np.asarray(bool(is_found))):
+        return on_first(lambda: file.found[name]) or []
+    answers = comparison.answers(name, COMPARED[name])
+    on_first(lambda: None if file is None else file.write(name, answers))
+    return answers
+
+
 def _python() -> str:
     """This interpreter as one would type it here: one in a folder below, such as `.venv`, need not be activated."""
     here, running = Path.cwd(), Path(sys.executable)
     return str(running.relative_to(here)) if running.is_relative_to(here) else "python"
-
-
-def _true_reward(answer: Answer) -> float:
-    return demo.oracle(answer.prompt, answer.response)
 
 
 def _table(rows: list[Row], prompts: int) -> Table:
@@ -217,18 +225,10 @@ def _table(rows: list[Row], prompts: int) -> Table:
 def _print_examples(answers: dict[str, list[Answer]], prompt_ids: list[str], console: Console) -> None:
     for prompt_id in prompt_ids:
         chosen = {name: next(a for a in answers[name] if a.id == prompt_id) for name in SHOWN_METHODS}
-        table = Table("method", "answer", "true reward", title=chosen[SHOWN_METHODS[0]].prompt, title_justify="left")
+        table = Table(title=chosen[SHOWN_METHODS[0]].prompt, title_justify="left")
+        table.add_column("method", no_wrap=True)
+        table.add_column("answer")
+        table.add_column("true reward")
         for name, answer in chosen.items():
-            table.add_row(name, answer.response.strip(), f"{_true_reward(answer):.2f}")
+            table.add_row(name, answer.response.strip(), f"{true_reward(answer):.2f}")
         console.print(table)
-
-
-def _write(path: Path, answers: dict[str, list[Answer]]) -> None:
-    rows = (
-        {"method": name, **answer_row(answer), "true_reward": _true_reward(answer)}
-        for name, found in answers.items()
-        for answer in found
-    )
-    with write_errors_named_after(path, "give another --out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,6 +1,7 @@
 """What `--compile-only` shares among commands: a program compiled for devices that are not here, and its report."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pargs_jax.aot.chips import CHIPS
-from pargs_jax.aot.gpu import lower_for_h100
+from pargs_jax.aot.gpu import lower_for_h100, tracing_for_h100
 from pargs_jax.aot.operations import count_operations
 from pargs_jax.aot.report import Report, Step, compile_report
 from pargs_jax.mesh import parse_mesh
@@ -65,7 +66,8 @@ def compile_and_print(
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"{name}: {mesh.size} devices ({axes}); {what}", highlight=False)
     with console.status("compiling"):
-        with jax.set_mesh(mesh):
+        traced = nullcontext() if mesh.devices.flat[0].platform == "tpu" else tracing_for_h100()
+        with jax.set_mesh(mesh), traced:
             least, most = (count_operations(program, *arguments, choice=choice) for choice in (min, max))
         report = compile_report(
             lower(mesh, program, arguments),

@@ -14,7 +14,8 @@ from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and
 from pargs_jax.commands.decode_and_explain import decode_and_explain
 from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.generate import generate, settings_of, unrolls
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DecodeConfig
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.guides import CausalGuide, Prompts
 from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS
@@ -74,11 +75,13 @@ def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram,
     batch, length, new = config.batch_size, config.prompt_length, config.max_new_tokens
     unrolled = unrolls(config, mesh.devices.flat[0].platform)
 
-    def described(model: Model) -> tuple[Any, Params]:
-        model = dataclasses.replace(model, unrolled=unrolled)
-        return model, abstract_params(mesh, model.abstract_params(), config.dtype)
+    def described(model: Model, weights: str | None) -> tuple[Any, Params]:
+        is_int8 = weights == "int8"
+        model = dataclasses.replace(model, unrolled=unrolled, int8=is_int8)
+        dtype = config.dtype if weights is None or is_int8 else weights
+        return model, abstract_params(mesh, model.abstract_params(), dtype)
 
-    lm, lm_params = described(describe_model(model_source(config.lm), "vocabulary"))
+    lm, lm_params = described(describe_model(model_source(config.lm), "vocabulary"), config.lm_dtype)
     if length + new > lm.config.max_positions:
         raise InputError(
             f"--prompt-length: {length} and --max-new-tokens {new} together exceed the language model's context of "
@@ -93,11 +96,11 @@ def describe_program(config: DecodeConfig, mesh: Mesh) -> tuple[DecodingProgram,
         raise InputError(f"--method {config.method}: --compile-only does not support searches")
     settings = settings_of(config, method)
     sources = config.rm if method.guided else ()
-    reward_models = [described(describe_model(source, "reward")) for source in sources]
+    reward_models = [described(describe_model(source, "reward"), config.rm_dtype) for source in sources]
     guides = []
     for source, (model, _) in zip(sources, reward_models, strict=True):
         retokeniser = None if shares_tokens(source, model, lm.config.vocab_size, None) else _HostPart()
-        guides.append(make_guide(model, retokeniser, length, new, closing_id=0))
+        guides.append(make_guide(model, retokeniser, new, closing_id=0))
     program = DecodingProgram.assemble(
         lm, tuple(guides), method, settings.k, new, top_p=settings.top_p, eos_ids=(0,), pad_id=0
     )
@@ -159,4 +162,6 @@ class _HostPart:
 def _ways_to_less_memory(config: DecodeConfig) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = ["--dtype bfloat16"] if config.dtype != "bfloat16" else []
+    ways += ["--lm-dtype int8"] if config.lm_dtype != "int8" else []
+    ways += ["--rm-dtype int8"] if config.rm and config.rm_dtype != "int8" else []
     return [*ways, f"--batch-size {max(1, config.batch_size // 2)}", "more devices, or a larger tensor axis"]

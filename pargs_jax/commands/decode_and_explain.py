@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pargs_jax.commands.generate import decode_all, error_console, prepare, print_responses
+from pargs_jax.commands.generate import decode_all, error_console, prepare, print_responses, say_true_reward
 from pargs_jax.config import DecodeConfig
 from pargs_jax.evaluation.explanation import write_page
 from pargs_jax.generation.output import options_digest
@@ -33,6 +33,7 @@ def decode_and_explain(config: DecodeConfig, console: Console | None = None) -> 
     options = options_digest(config)
     on_first(lambda: write_page(Path(config.explain), _traces(answers, options), _traces(unguided, options)))
     print_responses(answers)
+    say_true_reward(config, answers, console)
     console.print(f"wrote the page that explains {len(answers)} answers to {config.explain}", highlight=False)
     return answers
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from pargs_jax.config import DEMO, DecodeConfig, TrainConfig
+from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.data.preferences import Preference, Prompt
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import Method
 from pargs_jax.demo import task
 from pargs_jax.errors import InputError
+from pargs_jax.evaluation.statistics import Estimate
+from pargs_jax.generation.answers import Answer
 
 HELD_OUT_PAIRS = 256
 """Pairs of the evaluation split."""
@@ -52,6 +56,20 @@ def demo_reward_model(method: Method) -> Path:
         objective = "" if method.reward_model == "partial" else f" --objective.name {path.name}"
         raise InputError(f"{path}: the demo's reward model is missing; run 'python train.py{objective}' first")
     return path
+
+
+def true_reward(answer: Answer) -> float:
+    """The oracle's reward of an answer to one of the demo's prompts."""
+    return task.oracle(answer.prompt, answer.response)
+
+
+def judged_by_oracle(answers: Sequence[Answer]) -> str:
+    """What the oracle says of some answers, with their KL and speed, in one line."""
+    reward = Estimate.of(list(map(true_reward, answers)))
+    kl = sum(answer.kl for answer in answers) / len(answers)
+    speed = sum(answer.tokens for answer in answers) / sum(answer.seconds for answer in answers)
+    shown = reward if len(answers) > 1 else f"{reward.mean:.2f}"
+    return f"{len(answers)} answers: true reward {shown}, KL {kl:.1f} nats, {speed:,.0f} tokens/s"
 
 
 def demo_prompts(config: DecodeConfig) -> list[Prompt]:

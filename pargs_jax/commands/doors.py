@@ -24,6 +24,7 @@ class Door(NamedTuple):
         examples: command lines, in which `{prog}` is the command's name; one a line, with what it does.
         options: the module of that class.
         more: gives what stands below the examples.
+        memory_advice: what needs less memory.
     """
 
     module: str
@@ -32,9 +33,10 @@ class Door(NamedTuple):
     examples: str
     options: str = "pargs_jax.config"
     more: Callable[[], str] = str
+    memory_advice: str = "try a smaller --batch-size"
 
     def __call__(self) -> None:
-        run_as_command(self._run)
+        run_as_command(self._run, self.memory_advice)
 
     def _run(self) -> None:
         from pargs_jax.commands.command_line import parse
@@ -62,7 +64,7 @@ def list_methods() -> str:
     from pargs_jax.decoding.methods import METHODS
 
     parts = (
-        f"  {name}: {method.source}\n      {method.score}\n" + (f"      {method.defaults}\n" if method.defaults else "")
+        f"  {name}: {method.source}\n" + "".join(f"      {line}\n" for line in (method.score, method.numbers()) if line)
         for name, method in METHODS.items()
     )
     return "\n\nmethods, their scores and their default numbers (docs/methods.md):\n" + "".join(parts)
@@ -81,6 +83,7 @@ train = Door(
   {prog} --config configs/hh.yaml --seed 1 --resume
   {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
   {prog} --data.train answers.csv --data.columns prompt=question chosen=best rejected=worst --out runs/mine""",
+    memory_advice="try --optim.accumulation 2 or more, --model.remat layers, or a smaller --batch-size",
 )
 
 decode = Door(
@@ -95,6 +98,7 @@ decode = Door(
   {prog} --lm gpt2 --method top_k --prompt "The lighthouse keeper"
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
     more=list_methods,
+    memory_advice="try a smaller --batch-size, or --dtype bfloat16",
 )
 
 evaluate = Door(

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from pargs_jax.commands.demo import REWARD_MODELS
 from pargs_jax.commands.generate import generate, open_session
-from pargs_jax.config import DEMO, DecodeConfig, column_names
+from pargs_jax.config import DecodeConfig
 from pargs_jax.config_files import read_yaml
 from pargs_jax.data.preferences import Preference, load_preferences
+from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo import task as demo
 from pargs_jax.durable_files import write_errors_named_after, write_whole
@@ -33,10 +34,12 @@ from pargs_jax.evaluation.judges import (
 )
 from pargs_jax.evaluation.page import page
 from pargs_jax.evaluation.prefixes import (
+    PrefixRewards,
     RewardModelReport,
     function_prefix_rewards,
     model_prefix_rewards,
     report_on,
+    with_agreement,
 )
 from pargs_jax.evaluation.report import (
     Metric,
@@ -229,7 +232,7 @@ def _judged(
     problems: list[str],
 ) -> list[Metric]:
     """The scores of every judge; one that fails becomes a line in `problems`."""
-    options = {"dtype": config.dtype, "batch_size": config.batch_size}
+    options = {"dtype": config.dtype, "weights": config.rm_dtype, "batch_size": config.batch_size}
     makers: list[tuple[str, Callable[[], Judge]]] = [
         (name, lambda judge=judge: judge) for name, judge in functions.items()
     ]
@@ -328,15 +331,30 @@ def _reward_models(
                     )
             else:
                 name = source
-                model = ScoringModel.load(source, "reward", dtype=config.dtype, batch_size=config.batch_size)
-                pairs = pairs_of(model)
-                with _progress(name, 1) as progress:
-                    model.read = lambda note, p=progress: p.update(0, note)
-                    rewards = model_prefix_rewards(model, pairs, config.pairs.max_length)
+                rewards = _prefix_rewards(config, source, config.rm_dtype, pairs_of)
+                if config.rm_dtype == "int8":
+                    exact = _prefix_rewards(config, source, None, pairs_of)
+                    rewards = with_agreement(rewards, exact, config.dtype)
             found.append(report_on(name, rewards, config.seed))
         except InputError as error:
             problems.append(f"reward model {source}: {first_line(error)}")
     return found
+
+
+def _prefix_rewards(
+    config: EvaluateConfig,
+    source: str,
+    weights: str | None,
+    pairs_of: Callable[[ScoringModel | None], list[Preference]],
+) -> PrefixRewards:
+    """A model's rewards of the pairs' prefixes, with progress; `weights` is the format of its weights, if not that of
+    the computation."""
+    options = {"dtype": config.dtype, "weights": weights, "batch_size": config.batch_size}
+    model = ScoringModel.load(source, "reward", **options)
+    pairs = pairs_of(model)
+    with _progress(source, 1) as progress:
+        model.read = lambda note: progress.update(0, note)
+        return model_prefix_rewards(model, pairs, config.pairs.max_length)
 
 
 def _pairs_reader(config: EvaluateConfig) -> Callable[[ScoringModel | None], list[Preference]]:

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Bool
 from rich.console import Console
 
-from pargs_jax.commands.demo import demo_prompts, demo_reward_model, model_source
-from pargs_jax.config import DEMO, PROMPT_COLUMNS, DecodeConfig, column_names
-from pargs_jax.config_files import to_yaml
+from pargs_jax.commands.command_line import show_config
+from pargs_jax.commands.demo import demo_prompts, demo_reward_model, judged_by_oracle, model_source
+from pargs_jax.config import DecodeConfig
 from pargs_jax.data.preferences import Prompt, load_prompts
+from pargs_jax.data_config import DEMO, PROMPT_COLUMNS, column_names
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.output import AnswersFile
@@ -67,6 +68,7 @@ def generate(
     if config.out is None:
         answers = decode_all(session, prompts, settings, config.method, console)
         print_responses(answers)
+        say_true_reward(config, answers, console)
         return answers
     with ExitStack() as stack:
         file = on_first(lambda: stack.enter_context(AnswersFile(Path(config.out), config)))
@@ -80,6 +82,7 @@ def generate(
                 file.write(batch)
             answers += batch
     console.print(f"wrote {len(answers)} answers to {config.out}", highlight=False)
+    say_true_reward(config, answers, console)
     return answers
 
 
@@ -105,13 +108,20 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
     session = open_models(config, [demo_reward_model(method)] if is_demo else config.rm, method)
     form = choose_form(config.format, session.remembered_forms, "--format")
     config = dataclasses.replace(config, format=form)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    numbers = config.numbers_in_effect
+    show_config(config, console, numbers and f"in effect: {numbers}")
     return Prepared(config, session, _read_prompts(config, session), settings)
 
 
 def error_console() -> Console:
     """Standard error, of the first process alone."""
     return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+
+
+def say_true_reward(config: DecodeConfig, answers: Sequence[Answer], console: Console) -> None:
+    """Sums up answers to the demo's prompts; others have no true reward."""
+    if answers and config.lm == DEMO and config.prompt is None and config.prompts is None:
+        console.print(judged_by_oracle(answers), highlight=False)
 
 
 def print_responses(answers: Sequence[Answer]) -> None:
@@ -127,6 +137,8 @@ def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], meth
         [str(path) for path in reward_models],
         method=method,
         dtype=config.dtype,
+        lm_dtype=config.lm_dtype,
+        rm_dtype=config.rm_dtype,
         unroll=unrolls(config, jax.default_backend()),
     )
 

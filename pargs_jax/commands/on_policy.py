@@ -4,9 +4,10 @@ import numpy as np
 from rich.console import Console
 
 from pargs_jax.commands.demo import demo_reward_model, demo_training_prompts
-from pargs_jax.config import DEMO, TrainConfig, column_names
+from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Example
 from pargs_jax.data.preferences import load_prompts
+from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
 from pargs_jax.generation.reward_models import RewardModel
@@ -29,6 +30,11 @@ def check_on_policy(config: TrainConfig) -> None:
         raise InputError(
             f"--model.dropout: got {config.model.dropout:g}, must be 0 for {name}, which compares probabilities before "
             "and after an update"
+        )
+    if config.data.held_out:
+        raise InputError(
+            f"--data.held-out: got {config.data.held_out:g}, but {name} reads prompts; give some to evaluate on as "
+            "--data.eval"
         )
     if config.data.prefix_tokenizer is not None:
         raise InputError(f"--data.prefix-tokenizer: has no effect on {name}, which compares no prefixes; leave it out")

@@ -1,24 +1,26 @@
 """`train.py`: a whole training run, from a config to a folder, or only its program, compiled."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from pargs_jax.aot.report import Report, Step
+from pargs_jax.commands.command_line import show_config
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
 from pargs_jax.commands.demo import demo_pairs, model_source
 from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
-from pargs_jax.config import DEMO, TrainConfig, column_names
-from pargs_jax.config_files import to_yaml
-from pargs_jax.data.batches import Batch, Example, tokenise
-from pargs_jax.data.preferences import load_preferences, write_bad_rows
+from pargs_jax.config import TrainConfig
+from pargs_jax.data.batches import Batch, Batches, Example, tokenise
+from pargs_jax.data.preferences import Preference, hold_out, load_preferences, write_bad_rows
+from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.durable_files import write_errors_named_after
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
 from pargs_jax.models.hf import (
     EXPORTED,
@@ -40,6 +42,7 @@ from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 from pargs_jax.training.metrics_log import require_packages
 from pargs_jax.training.program import REFERENCE, TrainingProgram, lora_of
+from pargs_jax.training.run import packing_of
 from pargs_jax.training.run import run as run_in_folder
 from pargs_jax.training.run_folder import claimed_folder, saved_prompt_form
 
@@ -61,6 +64,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """
     config.validate()
     check_objective(config)
+    check_packing(config)
     if config.objective.loss.on_policy:
         check_on_policy(config)
     require_packages(config.log)
@@ -78,6 +82,7 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     """
     config.validate()
     check_objective(config)
+    check_packing(config)
     if config.objective.loss.on_policy:
         raise InputError(
             f"--compile-only: cannot describe a step of {config.objective.name}, which samples answers too; "
@@ -96,17 +101,14 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     state, frozen = program.abstract_state(optimizer, mesh)
     answers = config.objective.loss.samples or config.objective.loss.answers
     half = config.max_length // 2
-    rows = partial(abstract_rows, mesh, config.batch_size)
-    batch = Batch(rows(half), rows(), rows(answers, config.max_length - half), rows(answers), rows(dtype="float32"))
-    if config.objective.loss.reward_range is not None:
-        batch = batch._replace(rewards=rows(answers, dtype="float32"))
-    if config.objective.loss.labels:
-        batch = batch._replace(labels=rows(config.objective.loss.labels, dtype="float32"))
+    batch = _half_full(config, model, mesh)
+    batch = jax.tree.map(lambda x: abstract_rows(mesh, len(x), *x.shape[1:], dtype=str(x.dtype)), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     what = (
         f"one step of {config.objective.name}: {config.batch_size} rows in {config.optim.accumulation} micro-batches, "
-        f"prompts of {half} tokens, {answers} answer{'s' * (answers > 1)} of {config.max_length - half} each; "
+        f"prompts of {half} tokens, {answers} answer{'s' * (answers > 1)} of {config.max_length - half} each"
+        f"{'' if batch.packed is None else ', packed in {} rows of {}'.format(*batch.packed.tokens.shape)}; "
         f"computed in {config.dtype}"
     )
     advice = _ways_to_less_memory(config, mesh, reads_apart=not model.one_pass)
@@ -125,6 +127,19 @@ def compile_only(config: TrainConfig, console: Console | None = None) -> Report:
     )
 
 
+def _half_full(config: TrainConfig, model: Model, mesh: Mesh) -> Batch:
+    """A batch whose prompts and answers are half of `max_length` each, laid out as in a run."""
+    loss, half = config.objective.loss, config.max_length // 2
+    answers = loss.samples or loss.answers
+    ids = np.zeros(half, np.int32), np.zeros(config.max_length - half, np.int32)
+    rewards = None if loss.reward_range is None else (0.0,) * answers
+    labels = (0.0,) * loss.labels if loss.labels else None
+    example = Example(ids[0], (ids[1],) * answers, rewards=rewards, labels=labels)
+    packing = packing_of(config, model, mesh, config.optim.accumulation)
+    rows = [example] * config.batch_size
+    return Batches(rows, config.batch_size, config.max_length, config.seed, packing=packing).batch(0)
+
+
 def training_program(
     config: TrainConfig, model: Model, *, closing_id: int, others: Mapping[str, AnyRewardModel] | None = None
 ) -> TrainingProgram:
@@ -137,6 +152,8 @@ def training_program(
     for source, each in sources.items():
         if config.max_length > (positions := each.config.max_positions):
             raise InputError(f"--max-length: got {config.max_length}, but {source} reads at most {positions} tokens")
+        if config.pack:
+            _check_packed(config, source, each)
     for name, other in (others or {}).items():
         if (size := other.config.vocab_size) < model.config.vocab_size:
             raise InputError(
@@ -144,6 +161,22 @@ def training_program(
                 f"{model.config.vocab_size} as {config.model.init}"
             )
     return TrainingProgram.assemble(config, model, closing_id=closing_id, others=others)
+
+
+def _check_packed(config: TrainConfig, source: str, model: AnyRewardModel) -> None:
+    """Raises InputError if a model cannot read packed texts."""
+    if not model.one_pass:
+        raise InputError(
+            f"--pack: got {config.pack}, but {source} has full attention, which reads every prefix separately; leave "
+            "it out, or give --model.attention prefix_causal"
+        )
+    rotary = getattr(model.config, "rotary", None)
+    longest = None if rotary is None else rotary.same_up_to(model.config.context_length)
+    if longest is not None and config.max_length > longest:
+        raise InputError(
+            f"--pack: got {config.pack}, but beyond {longest} tokens the positions of {source} depend on the longest "
+            f"text of a row ({rotary.kind} RoPE scaling); leave it out, or lower --max-length"
+        )
 
 
 def other_sources(config: TrainConfig) -> dict[str, str]:
@@ -169,6 +202,20 @@ def check_objective(config: TrainConfig) -> None:
         raise InputError(
             f"--data.train: {name} needs {loss.samples} scored answers to each prompt, but the demo has one; write "
             f"some (decode.py --method top_p --top-p 1 --n {loss.samples} --rm ... --out F.jsonl)"
+        )
+
+
+def check_packing(config: TrainConfig) -> None:
+    """Raises InputError if batches cannot be packed as the options say. `training_program` checks the models."""
+    if config.pack and config.objective.loss.on_policy:
+        raise InputError(
+            f"--pack: got {config.pack}, but {config.objective.name} trains on answers that it samples, which are not "
+            "packed; leave it out"
+        )
+    if 0 < config.pack < config.max_length:
+        raise InputError(
+            f"--pack: got {config.pack}, must be at least --max-length ({config.max_length}), so that every text fits "
+            "a row, or 0"
         )
 
 
@@ -216,7 +263,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
 
 def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     check_start(config)
-    source = resolve(model_source(config.model.init))
+    source = model_source(config.model.init)
     pretrained = load_model(
         source,
         config.objective.loss.head,
@@ -225,7 +272,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         from_scratch=config.model.from_scratch,
         seed=config.seed,
     )
-    tokenizer = TextTokenizer.load(source, pretrained.eos_ids)
+    tokenizer = TextTokenizer.load(resolve(source), pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
     others = load_others(config, tokenizer)
     program = training_program(
@@ -240,14 +287,21 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         scorer = load_scorer(config, tokenizer, program.model.config.vocab_size)
         models = [[(scorer.source, scorer.prompt_form)], *models]
     config = _with_prompt_form(config, folder, models)
-    console.print(to_yaml(config).rstrip(), highlight=False, style="dim")
+    show_config(config, console, f"(all options are in {folder / 'config.yaml'})")
     eval_source, sampler = config.data.eval or (DEMO if config.data.train == DEMO else None), None
     if scorer is not None:
         examples, held_out, sampler = prepare_rollouts(config, eval_source, tokenizer, scorer, console)
     else:
-        load = partial(_load_examples, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
-        examples = load(config.data.train, "train")
-        held_out = None if eval_source is None else load(eval_source, "eval")
+        load = partial(_load_rows, config, tokenizer=tokenizer, console=console)
+        rows, held_out_rows = load(config.data.train, "train"), None
+        if eval_source is not None:
+            held_out_rows = load(eval_source, "eval")
+        elif config.data.held_out:
+            with input_errors_named_after(f"--data.held-out: {config.data.train}"):
+                rows, held_out_rows = hold_out(rows, config.data.held_out)
+        cut = partial(_tokenise, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
+        examples = cut(rows, f"{config.data.train} (train)")
+        held_out = None if held_out_rows is None else cut(held_out_rows, f"{eval_source or config.data.train} (eval)")
 
     params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
     params = run_in_folder(config, folder, program, params, examples, held_out, console, sampler)
@@ -289,16 +343,10 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
     return TextTokenizer.load(resolve(model_source(source)))
 
 
-def _load_examples(
-    config: TrainConfig,
-    source: str,
-    split: str,
-    *,
-    tokenizer: TextTokenizer,
-    prefix_tokenizer: TextTokenizer | None,
-    console: Console,
-) -> list[Example]:
-    """Reads, renders and tokenises one set; says what was refused and what was cut."""
+def _load_rows(
+    config: TrainConfig, source: str, split: str, *, tokenizer: TextTokenizer, console: Console
+) -> list[Preference]:
+    """Reads one set and writes its prompts in the prompt form; says what was refused."""
     form = get_form(config.data.format)
     answers = config.objective.loss.answers
     if source == DEMO:
@@ -322,10 +370,24 @@ def _load_examples(
             path = config.output_folder / f"bad_rows.{split}.jsonl"
             with write_errors_named_after(path, "give another --out"):
                 on_first(partial(write_bad_rows, path, loaded.bad_rows))
-            console.print(f"{source}: {len(loaded.bad_rows)} rows cannot be used; see {path}", style="yellow")
-    samples = config.objective.loss.samples
-    examples, report = tokenise(rows, tokenizer, config.max_length, answers, prefix_tokenizer, samples)
-    console.print(f"{source} ({split}): {report}", highlight=False)
+            bad = f"{len(loaded.bad_rows)} of {len(rows) + len(loaded.bad_rows)} rows"
+            console.print(f"{source} ({split}): {bad} cannot be used; see {path}", style="yellow", highlight=False)
+    return rows
+
+
+def _tokenise(
+    config: TrainConfig,
+    rows: Sequence[Preference],
+    name: str,
+    *,
+    tokenizer: TextTokenizer,
+    prefix_tokenizer: TextTokenizer | None,
+    console: Console,
+) -> list[Example]:
+    """Tokenises a set; says what was cut."""
+    loss = config.objective.loss
+    examples, report = tokenise(rows, tokenizer, config.max_length, loss.answers, prefix_tokenizer, loss.samples)
+    console.print(f"{name}: {report}", highlight=False)
     return examples
 
 

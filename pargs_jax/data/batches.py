@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
+from pargs_jax.data.packing import PackedTexts, Packing, deal
 from pargs_jax.data.preferences import Preference
 from pargs_jax.errors import InputError
 from pargs_jax.text.tokenization import TextTokenizer
 
 WINDOW = 16
 """The most batches that are filled together from rows sorted by size."""
+PACKED_WINDOW = 32
+"""The most packed batches whose rows are dealt out together."""
 
 
 class PrefixTexts(NamedTuple):
@@ -59,6 +62,7 @@ class Batch(NamedTuple):
         labels: for each of M objectives, 1 where the first answer is better, 0 where the second is; None if rows have
             none.
         rollout: the numbers of answers that the trained model sampled; None for other answers.
+        packed: the same prompts and answers once more, packed. If they are there, models with one pass read these.
     """
 
     prompts: Int[np.ndarray, "B P"]
@@ -70,6 +74,7 @@ class Batch(NamedTuple):
     rewards: Float[np.ndarray, "B A"] | None = None
     labels: Float[np.ndarray, "B M"] | None = None
     rollout: Rollout | None = None
+    packed: PackedTexts | None = None
 
     @property
     def prefix_counts(self) -> Int[np.ndarray, "B A"]:
@@ -124,8 +129,9 @@ class TruncationReport:
 
     def __str__(self) -> str:
         ungrouped = f", {self.ungrouped} left out because their prompts have too few others" if self.ungrouped else ""
+        used = self.rows - self.rows_left_out - self.ungrouped
         return (
-            f"{self.rows} rows: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
+            f"{used} of {self.rows} rows are used: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
             f"{self.tokens_lost} tokens lost, {self.rows_left_out} rows left out because their answers became the same"
             f"{ungrouped}"
         )
@@ -256,10 +262,21 @@ class Batches:
     P and R each have two widths, so a jitted step compiles for at most four shapes. The widths are the largest length
     and the length that 70 % of the rows do not exceed, rounded up to a multiple of 8 but never above the maximum
     length.
+
+    With `packing`, the rows of a window of up to `PACKED_WINDOW` batches are dealt out so that all of its batches have
+    nearly the same number of tokens, because a jitted step compiles for each number of packed rows. P and R then have
+    one width each.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, max_length: int, seed: int, *, copies: int = 1
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        *,
+        copies: int = 1,
+        packing: Packing | None = None,
     ) -> None:
         """Makes the stream.
 
@@ -270,6 +287,7 @@ class Batches:
             seed: together with the step, decides the order.
             copies: how often each row is in its batch; a row's copies are consecutive, and `batch_size` counts them
                 once.
+            packing: how batches are packed, if they are.
 
         Raises InputError if there are no examples, or the batch size or the seed is out of range.
         """
@@ -283,6 +301,7 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._copies = copies
+        self._packing = packing
         self._prompt_lengths = np.array([len(example.prompt) for example in examples])
         answer_lengths = np.array([max(map(len, example.answers), default=0) for example in examples])
         counts = np.array([max(example.prefix_counts, default=0) for example in examples])
@@ -290,6 +309,14 @@ class Batches:
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
         self._answer_widths = self._widths_of_answers[np.searchsorted(self._widths_of_answers, answer_lengths)]
+        if packing is not None:
+            self._widths_of_prompts, self._widths_of_answers = (
+                widths[-1:] for widths in (self._widths_of_prompts, self._widths_of_answers)
+            )
+            lengths = [list(map(len, example.answers)) for example in examples]
+            self._answer_sizes = np.array(list(map(sum, lengths)))
+            self._sizes = np.array(list(map(packing.size, self._prompt_lengths, lengths)))
+            self._row_multiple = packing.row_multiple(self._sizes.mean() * batch_size * copies / packing.parts)
         self._window: tuple[range, list[Int[np.ndarray, "B"]]] = (range(0), [])
         self._orders: dict[int, Int[np.ndarray, "N"]] = {}
 
@@ -299,15 +326,17 @@ class Batches:
             window = self._window_of(step)
             self._window = (window, self._rows_of_window(window))
         window, batches = self._window
-        return self._collate(batches[step - window.start], self._batch_size)
+        rows = batches[step - window.start]
+        return self._collate(rows, np.ones(len(rows)))
 
     def evaluation(self) -> Iterator[Batch]:
-        """Yields every row once, sorted by size; the last batch is filled up with copies of weight 0."""
+        """Yields every row once, sorted by size unless packed; what is missing is filled up with copies of weight 0."""
         order = self._by_size(np.arange(len(self._examples)))
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            filled = np.pad(rows, (0, self._batch_size - len(rows)), mode="edge")
-            yield self._collate(filled, real_rows=len(rows))
+        missing = -len(order) % self._batch_size
+        rows = np.concatenate([order, np.repeat(order[:1], missing)])
+        is_real = np.arange(len(rows)) < len(order)
+        for places in self._divided(rows, len(rows) // self._batch_size):
+            yield self._collate(rows[places], is_real[places])
 
     def _window_of(self, step: int) -> range:
         """The steps whose batches are filled together with this one; only this step if its batch crosses an epoch's
@@ -317,17 +346,25 @@ class Batches:
         first, end = -(-epoch * rows // size), (epoch + 1) * rows // size  # batches inside the epoch
         if not first <= step < end:
             return range(step, step + 1)
-        start = step - (step - first) % WINDOW
-        return range(start, min(start + WINDOW, end))
+        length = WINDOW if self._packing is None else PACKED_WINDOW
+        start = step - (step - first) % length
+        return range(start, min(start + length, end))
 
     def _rows_of_window(self, window: range) -> list[Int[np.ndarray, "B"]]:
         """Row numbers of each batch in a window."""
         places = np.arange(window.start * self._batch_size, window.stop * self._batch_size)
         epochs, places = np.divmod(places, len(self._examples))
         rows = np.concatenate([self._order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-        batches = np.split(self._by_size(rows), len(window))
+        rows = self._by_size(rows)
+        batches = [rows[places] for places in self._divided(rows, len(window))]
         order = np.random.default_rng([self._seed, 1, window.start]).permutation(len(window))
         return [batches[i] for i in order]
+
+    def _divided(self, rows: Int[np.ndarray, "N"], batches: int) -> list[Int[np.ndarray, "B"]]:
+        """Which of the sorted rows are in each batch: neighbours, or, if packed, rows of every size."""
+        if self._packing is None:
+            return np.split(np.arange(len(rows)), batches)
+        return deal(self._sizes[rows], self._answer_sizes[rows], batches)
 
     def _order(self, epoch: int) -> Int[np.ndarray, "N"]:
         """The rows of an epoch in the order of the stream; they depend on the seed and the epoch only.
@@ -365,9 +402,9 @@ class Batches:
         R."""
         return rows[np.lexsort((self._prompt_lengths[rows], self._answer_widths[rows]))]
 
-    def _collate(self, rows: Int[np.ndarray, "B"], real_rows: int) -> Batch:
-        """The batch of these rows; the first `real_rows` have weight 1."""
-        rows, real_rows = np.repeat(rows, self._copies), real_rows * self._copies
+    def _collate(self, rows: Int[np.ndarray, "B"], weights: Num[np.ndarray, "B"]) -> Batch:
+        """The batch of these rows."""
+        rows, weights = (np.repeat(each, self._copies) for each in (rows, weights))
         examples = [self._examples[row] for row in rows]
         prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
         answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
@@ -378,12 +415,14 @@ class Batches:
             prompts[b, prompts.shape[1] - len(example.prompt) :] = example.prompt
             for a, ids in enumerate(example.answers):
                 answers[b, a, : len(ids)] = ids
-        weights = (np.arange(len(rows)) < real_rows).astype(np.float32)
-        batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights)
+        batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights.astype(np.float32))
         if examples[0].rewards is not None:
             batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
         if examples[0].labels is not None:
             batch = batch._replace(labels=np.array([example.labels for example in examples], np.float32))
+        if self._packing is not None:
+            texts = [example.prompt for example in examples], [example.answers for example in examples]
+            batch = batch._replace(packed=self._packing.pack(*texts, self._row_multiple))
         return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
 
     def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:

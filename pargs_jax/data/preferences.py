@@ -4,6 +4,7 @@ Every row is converted to a `Preference`. A row that cannot be converted is set 
 source without usable rows raises `InputError`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pargs_jax.data.layouts import with_our_columns
 from pargs_jax.data.sources import Rows, SourceRow
 from pargs_jax.errors import InputError
 from pargs_jax.text.prompts import PromptForm, Turn, form_of_dialogue
@@ -100,11 +102,12 @@ def load_preferences(
     """Reads preference pairs, answers to imitate, or scored answers, and writes their prompts in `form`.
 
     Each row may be
-    - explicit: `prompt`, `chosen`, `rejected`;
+    - explicit: `prompt`, `chosen`, `rejected`; the rejected answer may be empty;
     - implicit: `chosen` and `rejected` are whole dialogues in `form` (with `plain`, in any form that has markers); the
       prompt is what they share up to the last answer marker;
     - conversational: the prompt is a list of `{"role", "content"}`; so are the answers, with or without the turns
       before them;
+    - as it was published (`pargs_jax.data.layouts`): SHP, WebGPT comparisons, PKU-SafeRLHF, ShareGPT, Orca;
     - if `require_rejected` is false, also: `prompt` with `response`, `completion` or `chosen`; `messages`; or `text`,
       which is an answer to the empty prompt;
     - with `labels`, also: `labels`, a list of that many numbers from 0 to 1, one for each objective: 1 where `chosen`
@@ -148,6 +151,21 @@ def load_preferences(
             f"{source}: none of its {len(bad_rows)} rows can be used; line {first.line}: {first.reason}{hint}"
         )
     return LoadedPreferences(preferences, bad_rows, rows.other_splits)
+
+
+def hold_out(rows: Sequence[Preference], share: float) -> tuple[list[Preference], list[Preference]]:
+    """Divides rows into those to train on and those to evaluate on, which are about `share` of all.
+
+    A hash of the prompt decides. So rows with the same prompt stay together, and every run divides them alike. Raises
+    InputError, with only the reason, if one side would be empty.
+    """
+    sides: tuple[list[Preference], list[Preference]] = ([], [])
+    for row in rows:
+        number = int.from_bytes(hashlib.blake2b(row.prompt.encode(), digest_size=8).digest(), "big")
+        sides[number < share * 2**64].append(row)
+    if not all(sides):
+        raise InputError(f"a share of {share:g} of these {len(rows)} rows leaves nothing to train on or to evaluate on")
+    return sides
 
 
 def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
@@ -205,7 +223,7 @@ def _fields(row: SourceRow) -> dict[str, Any]:
         raise InputError(row.problem)
     if not isinstance(row.content, dict):
         raise InputError(f"the row is of type {type(row.content).__name__}, must be an object with named fields")
-    return row.content
+    return with_our_columns(row.content)
 
 
 def _numbers(fields: dict[str, Any], name: str) -> tuple[float, ...] | None:
@@ -224,7 +242,8 @@ def _is_number(x: Any) -> bool:
 
 def _row_id(row: SourceRow) -> str:
     named = _fields(row).get("id")
-    return str(row.line if named is None else named)
+    _check_encodable(text := str(row.line if named is None else named))
+    return text
 
 
 def _preference(
@@ -245,8 +264,6 @@ def _preference(
             raise InputError("chosen and rejected do not answer the same prompt")
     if not chosen.strip():
         raise InputError("the chosen answer is empty")
-    if rejected is not None and not rejected.strip():
-        raise InputError("the rejected answer is empty")
     if chosen == rejected:
         raise InputError("chosen and rejected are the same")
     for text in (prompt, chosen, rejected or ""):

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import itertools
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pargs_jax.errors import InputError, first_line
+from pargs_jax.json_text import parse_json
 from pargs_jax.text.tokenizer_files import HUB_ID
 
 SPLITS = {
@@ -128,20 +128,24 @@ def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
             if not raw.strip():
                 continue
             try:
-                yield SourceRow(line, json.loads(raw.decode("utf-8-sig")))
-            except UnicodeDecodeError:
-                yield SourceRow(line, raw.decode(errors="replace"), "the line is not UTF-8")
-            except json.JSONDecodeError as error:
-                yield SourceRow(line, raw.decode(), f"the line is not JSON: {error.msg} at column {error.colno}")
+                yield SourceRow(line, parse_json(raw))
+            except InputError as error:
+                yield SourceRow(line, raw.decode(errors="replace"), f"the line {error}")
+
+
+def _text_rows(path: Path) -> Iterator[SourceRow]:
+    """A prompt in each line."""
+    with open(path, encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                yield SourceRow(line, {"prompt": text.rstrip("\n")})
 
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not JSON (a file with one object per line must end in .jsonl): {error.msg} at line {error.lineno}"
-        ) from error
+        content = parse_json(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: {error}; a file with one object per line must end in .jsonl") from error
     if isinstance(content, dict):
         content = content.get("data")
     if not isinstance(content, list):
@@ -163,7 +167,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter for dates that Python lacks
         raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from error
     yield from map(SourceRow, itertools.count(1), rows)
 
@@ -187,4 +191,5 @@ _FILE_READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".txt": _text_rows,
 }

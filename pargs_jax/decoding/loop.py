@@ -114,7 +114,8 @@ class Decoder:
             guide.prefill(guide_param, Prompts(prompts, lengths), capacity, own_prompts)
             for guide, guide_param, own_prompts in zip(self.guides, guide_params, guide_prompts, strict=True)
         )
-        tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, max_new_tokens)))
+        # As many as a cache has slots: then prompts of many widths need states of the same size.
+        tokens = jnp.pad(shift_left(prompts, lengths), ((0, 0), (0, cache.slots - width)))
         return DecodeState(
             Text(tokens, lengths, lengths),
             lengths == 0,
@@ -126,14 +127,17 @@ class Decoder:
             self._blank_trace(batch, max_new_tokens),
         )
 
-    def advance(self, params: AllParams, state: DecodeState, steps: int) -> DecodeState:
-        """Draws `steps` more tokens for every unfinished row, in one scan. After the last row has finished, steps are
-        skipped."""
+    def advance(
+        self, params: AllParams, state: DecodeState, steps: int, enough: int | Int[Array, ""] | None = None
+    ) -> DecodeState:
+        """Draws `steps` more tokens for every unfinished row, in one scan. When `enough` rows have finished (by default
+        all), steps are skipped."""
+        enough = len(state.done) if enough is None else enough
 
         def body(state: DecodeState, _: None) -> tuple[DecodeState, None]:
             # A loop that runs at most once. Unlike a `cond`, it updates caches in place.
             _, state = jax.lax.while_loop(
-                lambda carry: carry[0] & ~carry[1].done.all(),
+                lambda carry: carry[0] & (carry[1].done.sum() < enough),
                 lambda carry: (jnp.zeros((), bool), self._step(params, carry[1])),
                 (jnp.ones((), bool), state),
             )
@@ -222,13 +226,14 @@ class Decoder:
         weights = state.settings.weights
         if state.settings.gate_entropy is not None:
             weights = jnp.where((entropies >= state.settings.gate_entropy)[:, None], weights, 0.0)
+        text = state.live_text
         rewards: list[Any] = [None] * len(self.guides)
         pending: list[Any] = [None] * len(self.guides)
         of_vocabulary = jnp.zeros_like(logits)
         parts = list(zip(self.guides, guide_params, state.guides, strict=True))
         for j, (guide, guide_param, guide_state) in enumerate(parts):
             if guide.scores_vocabulary:
-                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text)
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, text)
                 of_vocabulary = of_vocabulary + weights[:, j, None] * rewards[j]
         tokens, is_candidate = self.proposer(logits, of_vocabulary, state.settings.candidates)
         rest = None
@@ -240,7 +245,7 @@ class Decoder:
             if guide.scores_vocabulary:
                 rewards[j] = jnp.take_along_axis(rewards[j], tokens, axis=1)
             else:
-                rewards[j], pending[j] = guide.score(guide_param, guide_state, state.text, tokens)
+                rewards[j], pending[j] = guide.score(guide_param, guide_state, text, tokens)
 
         log_probs = jnp.take_along_axis(logits, tokens, axis=1) - normaliser
         stacked = jnp.stack(rewards, axis=-1) if rewards else jnp.zeros((*tokens.shape, 0))

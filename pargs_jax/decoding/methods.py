@@ -6,7 +6,7 @@ docs/methods.md says what each method needs, what it costs, and what to watch.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pargs_jax.decoding.proposals import Proposer
@@ -18,6 +18,9 @@ RewardModelKind = Literal["full", "partial", "autoregressive", "preference", "ra
 log-probabilities are rewards; one such model that takes a preference vector; pairs of language models, tuned and
 reference, whose log-ratio is the reward; or an aligned language model with a reward model of full answers that scores
 its continuations."""
+
+NUMBERS = ("k", "weight", "temperature", "top_p", "look_ahead")
+"""The options of methods that are numbers, other than those of searches."""
 
 CandidateKind = Literal["top_k", "top_k_of_sum", "top_p", "all"]
 SearchKind = Literal["best_of_n", "chunk_beam", "cards", "speculative_rejection", "smc"]
@@ -122,16 +125,19 @@ class Method:
             reasons["k"] = "does not take the k most likely tokens"
         return {name: reason for name, reason in reasons.items() if reason}
 
-    @property
-    def defaults(self) -> str:
-        """The default numbers of the options that it has."""
-        numbers = [
-            f"{name} {getattr(self, name.replace(' ', '_')):g}"
-            for name in ("k", "weight", "temperature", "top_p", "look_ahead")
-            if name not in self.unused and not (name == "k" and self.judged and self.candidates == "all")
-        ]
-        numbers += [f"{name} {value}" for name, value in self.search_options if value is not None]
-        return ", ".join(numbers).replace("_", " ")
+    def numbers(self, given: Mapping[str, Any] | None = None) -> str:
+        """The values of its options in words: the given ones, by name, and its own elsewhere. None and an empty tuple
+        count as not given."""
+        given = {name: value for name, value in (given or {}).items() if value not in (None, ())}
+        needless = "k" if self.judged and self.candidates == "all" and "k" not in given else ""
+        own = {name: getattr(self, name) for name in NUMBERS if name not in self.unused and name != needless}
+        values = {name: given.get(name, value) for name, value in [*own.items(), *self.search_options]}
+        words = ((name, value if isinstance(value, tuple) else (value,)) for name, value in values.items())
+        return ", ".join(
+            f"{name.replace('_', ' ')} {' '.join(f'{x:g}' if type(x) is float else str(x) for x in value)}"
+            for name, value in words
+            if value != (None,)
+        )
 
 
 METHODS: dict[str, Method] = {

@@ -86,6 +86,13 @@ class DecodeState(NamedTuple):
     trace: Trace
 
     @property
+    def live_text(self) -> Text:
+        """The texts; those of finished rows are empty, so that guides need not read them."""
+        live = ~self.done
+        text = self.text
+        return Text(text.tokens, text.prompt_lengths * live, text.lengths * live)
+
+    @property
     def last_tokens(self) -> Int[Array, "B"]:
         """The newest token of each row, which the language model has not read yet."""
         at = jnp.maximum(self.text.lengths - 1, 0)
@@ -98,6 +105,7 @@ def take(state: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
 
 
 def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "N"]) -> DecodeState:
-    """Replaces rows with those of another state, started by the same decoder with the same capacity. Row n of `new`
-    goes to `rows[n]`, or nowhere if there is no such row. Its prompts may be padded to a smaller width."""
+    """Replaces rows with those of another state, started by the same decoder with the same longest answer. Row n of
+    `new` goes to `rows[n]`, or nowhere if there is no such row. Prompts may be padded to another width; the result has
+    the larger of both."""
     return put_rows(state, new, rows)

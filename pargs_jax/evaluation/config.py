@@ -4,7 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pargs_jax.config import COLUMNS, COMPILE_CACHE, MESH, PromptFormName, column_names
+from pargs_jax.config import COMPILE_CACHE, MESH, MOST_ROWS, WeightFormat
+from pargs_jax.data_config import COLUMNS, PromptFormName, column_names
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option
 
@@ -28,8 +29,8 @@ class EndpointConfig:
         metavar="F.jsonl",
     )
     timeout: float = option(60.0, "seconds to wait for a reply", above=0)
-    retries: int = option(4, "retries after a failure, each after a longer wait", at_least=0)
-    parallel: int = option(8, "requests in flight at once", at_least=1)
+    retries: int = option(4, "retries after a failure, each after a longer wait", at_least=0, at_most=100)
+    parallel: int = option(8, "requests in flight at once", at_least=1, at_most=1024)
     temperature: float | None = option(0.0, "temperature of the replies", unset="the endpoint's", at_least=0)
     max_tokens: int | None = option(None, "longest reply, in tokens", unset="the endpoint's", at_least=1)
 
@@ -126,8 +127,14 @@ class EvaluateConfig:
     seed: int = option(0, "seed of the bootstrap", at_least=0)
     figures: bool = option(True, "draw figures; needs the extra report")
     examples: int = option(10, "how many prompts the page shows with their answers", at_least=0)
-    batch_size: int = option(16, "texts that a model reads together", at_least=1)
+    batch_size: int = option(16, "texts that a model reads together", at_least=1, at_most=MOST_ROWS)
     dtype: Literal["float32", "bfloat16"] = option("float32", "number format of the models' computation")
+    rm_dtype: WeightFormat | None = option(
+        None,
+        "number format of the reward models' weights; with int8, the report on pairs says how well the rewards agree "
+        "with those of --dtype",
+        unset="that of --dtype",
+    )
     mesh: str = option("auto", MESH, metavar="NAME")
     compile_cache: str | None = option(None, COMPILE_CACHE, metavar="DIR")
     endpoint: EndpointConfig = EndpointConfig()

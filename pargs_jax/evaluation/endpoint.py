@@ -20,6 +20,7 @@ from pargs_jax.durable_files import append_all, opened_to_append, write_errors_n
 from pargs_jax.errors import InputError, first_line
 from pargs_jax.evaluation.answers import System
 from pargs_jax.evaluation.config import EndpointConfig
+from pargs_jax.json_text import parse_json
 
 Verdict = Literal["A", "B", "tie", "unparsable"]
 GIVE_UP_AFTER = 5
@@ -261,7 +262,7 @@ class Replies:
 
 def _reply(path: Path, number: int, line: bytes) -> tuple[str, str]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         key, reply = row["request"], row["reply"]
         if not isinstance(key, str) or not isinstance(reply, str):
             raise TypeError("no texts")

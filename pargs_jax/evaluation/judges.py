@@ -112,9 +112,17 @@ class RewardModelJudge:
     was cut at its longest is not.
     """
 
-    def __init__(self, source: str, *, is_guide: bool = False, dtype: str = "float32", batch_size: int = 16) -> None:
-        """Loads it. Raises InputError if it is not a reward model."""
-        self.model = ScoringModel.load(source, "reward", dtype=dtype, batch_size=batch_size)
+    def __init__(
+        self,
+        source: str,
+        *,
+        is_guide: bool = False,
+        dtype: str = "float32",
+        weights: str | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Loads it (`ScoringModel.load`). Raises InputError if it is not a reward model."""
+        self.model = ScoringModel.load(source, "reward", dtype=dtype, weights=weights, batch_size=batch_size)
         self.name = source
         self.is_guide = is_guide
         self.meaning = f"the reward model {source}" + (", which guided some of the answers" if is_guide else "")

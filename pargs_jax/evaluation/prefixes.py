@@ -165,6 +165,16 @@ def function_prefix_rewards(
     return PrefixRewards(*np.stack(found).transpose(2, 0, 3, 1), _groups(prompts), note)
 
 
+def with_agreement(rewards: PrefixRewards, exact: PrefixRewards, exact_format: str) -> PrefixRewards:
+    """Rewards with a note on how a model with rounded weights agrees with the exact one, whose weights are in
+    `exact_format`: the rank correlation of their rewards over all prefixes and over whole answers."""
+    rounded, unrounded = rewards.own_length, exact.own_length
+    over_all = float(spearman(rounded.ravel(), unrounded.ravel()))
+    over_whole = float(spearman(rounded[:, -1].ravel(), unrounded[:, -1].ravel()))
+    note = f"rank correlation with rewards of {exact_format} weights {over_whole:.4f}, over all prefixes {over_all:.4f}"
+    return rewards._replace(notes=f"{rewards.notes}; {note}")
+
+
 def _prefix_counts(
     lengths: Sequence[int], percents: Sequence[int] = PERCENTS
 ) -> tuple[list[list[int]], list[list[int]]]:

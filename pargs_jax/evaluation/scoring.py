@@ -16,7 +16,7 @@ from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_wi
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.one_pass import OnePass
-from pargs_jax.objectives.likelihood import prefix_log_probs
+from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -44,10 +44,18 @@ class ScoringModel:
     """Called with a note after every batch, for progress."""
 
     @classmethod
-    def load(cls, source: str, head: HeadName, *, dtype: str = "float32", batch_size: int = 16) -> "ScoringModel":
-        """Loads a reward model or a language model. Raises InputError if it is not one or does not suit its
-        tokenizer."""
-        loaded, tokenizer = load_with_tokenizer(source, head, dtype)
+    def load(
+        cls,
+        source: str,
+        head: HeadName,
+        *,
+        dtype: str = "float32",
+        weights: str | None = None,
+        batch_size: int = 16,
+    ) -> "ScoringModel":
+        """Loads a reward model or a language model; `load_with_tokenizer` explains the dtypes. Raises InputError if it
+        is not one or does not suit its tokenizer."""
+        loaded, tokenizer = load_with_tokenizer(source, head, dtype, weights)
         return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
 
     def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:
@@ -131,5 +139,5 @@ def _rewards_of_prefixes(
 @partial(jax.jit, static_argnums=0)
 def _answer_log_likelihoods(model: CausalModel, params: Params, batch: Batch) -> Float[Array, "B"]:
     """`sum_i log p(y_i | x, y_<i)` over each answer's tokens."""
-    logits = model.read_answers(params, batch).logits()
-    return on_every_device(prefix_log_probs(logits, batch.answers, batch.answer_lengths)[:, 0, -1])
+    log_probs = model.read_answers(params, batch).map_logits(token_log_probs)
+    return on_every_device(prefix_log_probs(log_probs, batch.answer_lengths)[:, 0, -1])

@@ -27,10 +27,11 @@ class Answer:
     tokens under the language model, in nats. `kl` is the sum over its tokens of KL(q || p), where q is the distribution
     that a token was drawn from and p the language model's; for a search see docs/search.md. `kl_is` says whether `kl`
     is exact, an upper bound or an estimate. `guide_rewards` are the reward models' rewards of the whole answer, one for
-    each group that guides together. `tokens` includes the end-of-sequence token. `seconds` is the row's share of its
-    batch's time, without compiling. `sample` numbers the answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are
-    the tokens that the language model, and all reward models together, read for it (`TokensRead`). `log_z` is given
-    only for particles, `trace` only on request.
+    each group that guides together. `tokens` includes the end-of-sequence token. `seconds` is the answer's
+    share of the device's time, without compiling: its share of a step is that of a row among those that drew a token.
+    `sample` numbers the answers to one prompt, from 0. `lm_tokens` and `rm_tokens` are the tokens that the language
+    model, and all reward models together, read for it (`TokensRead`). `log_z` is given only for particles, `trace` only
+    on request.
     """
 
     id: str
@@ -70,14 +71,17 @@ class AnswerReader:
         self._tokenizer = tokenizer
         self._reward_models = reward_models
 
-    def read(self, batch: Batch, outcome: Decoded | Found, seconds: float, settings: Settings) -> list[Answer]:
-        """The answers of a decoded batch; `seconds` is the time per row. Raises InputError for a number that is not
+    def read(
+        self, batch: Batch, outcome: Decoded | Found, seconds: Sequence[float], settings: Settings
+    ) -> list[Answer]:
+        """The answers to a batch of requests; `seconds` are those of each. Raises InputError for a number that is not
         valid in an answer, such as NaN."""
         found = outcome if isinstance(outcome, Found) else None
         decoded = outcome if found is None else found.answers
         kls = decoded.trace.kls.sum(axis=1) if found is None else found.kls
-        tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.prompts))]
-        texts = list(map(self._tokenizer.decode_answer, batch.lm_ids, tokens))
+        tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.requests))]
+        prompts = [request.lm_ids for request in batch.requests]
+        texts = list(map(self._tokenizer.decode_answer, prompts, tokens))
         rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
         self._check_finite(batch, decoded, rewards, settings)
         answers = [
@@ -90,8 +94,8 @@ class AnswerReader:
                 float(kls[row]),
                 tuple(map(float, rewards[row])),
                 int(decoded.lengths[row]),
-                seconds,
-                batch.samples[row],
+                seconds[row],
+                batch.requests[row].sample,
                 *self._tokens_read(batch, row, int(decoded.lengths[row]), settings, found),
                 settings.kl_is,
                 None if found is None or found.log_z is None else float(found.log_z[row]),
@@ -120,7 +124,8 @@ class AnswerReader:
         if found is not None:
             return TokensRead(int(found.tokens.lm[row]), int(found.tokens.rm[row]))
         method, candidates = settings.method, settings.candidates + settings.method.keeps_rest
-        prompt, own_prompts = len(batch.lm_ids[row]), [int(own.lengths[row]) for own in batch.own_prompts]
+        request = batch.requests[row]
+        prompt, own_prompts = len(request.lm_ids), list(map(len, request.own_ids))
         lm = prompt - 1 + answer
         if method.draws == "contrastive":
             lm += prompt + candidates * answer
@@ -156,7 +161,7 @@ class AnswerReader:
     def _trace(
         self, answer: Answer, batch: Batch, tokens: list[int], row: int, decoded: Decoded, settings: Settings
     ) -> AnswerTrace:
-        growing = texts_as_they_grow(self._text_reader, batch.lm_ids[row], tokens)
+        growing = texts_as_they_grow(self._text_reader, batch.requests[row].lm_ids, tokens)
         noted = decoded.trace
         rewards = noted.rewards if settings.method.guided else noted.rewards[..., :0]
         per_token = (noted.log_probs, noted.guided_log_probs, rewards, noted.entropies, noted.kls)

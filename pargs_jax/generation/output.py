@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pargs_jax.durable_files import append_all, opened_to_append, write_errors_n
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.traces import TracesFile, one_or_all
+from pargs_jax.json_text import parse_json
 from pargs_jax.options import deciding_values
 
 
@@ -27,8 +28,38 @@ def answer_row(answer: Answer) -> dict[str, Any]:
     return row
 
 
+def answer_of_row(row: Mapping[str, Any]) -> Answer:
+    """The reverse of `answer_row`; other fields of the row are ignored. Raises InputError if one is missing."""
+    rewards = row.get("guide_reward")
+    rewards = () if rewards is None else tuple(rewards) if isinstance(rewards, list) else (rewards,)
+    names = {field.name for field in dataclasses.fields(Answer)} - {"guide_rewards", "trace"}
+    try:
+        return Answer(guide_rewards=rewards, **{name: row[name] for name in names & row.keys()})
+    except TypeError as error:
+        raise InputError(f"is not an answer ({error})") from error
+
+
+def settings_path(path: Path) -> Path:
+    """The file beside a file of answers that says how they were made."""
+    return path.with_name(path.name + ".config.yaml")
+
+
+def made_with(path: Path) -> DecodeConfig:
+    """The config that a file of answers was made with. Raises InputError if decode.py did not make it."""
+    settings = settings_path(path)
+    if not settings.exists():
+        raise InputError(f"{path}: already exists and was not written by decode.py; use another file")
+    return from_mapping(DecodeConfig, read_yaml(settings), str(settings))
+
+
+def settings_text(config: DecodeConfig) -> str:
+    """What lies beside a file of answers: all options, and the numbers of the method where it uses its own."""
+    numbers = config.numbers_in_effect
+    return to_yaml(config) + (f"# in effect: {numbers}\n" if numbers else "")
+
+
 class AnswersFile(AbstractContextManager):
-    """Appends answers to a JSONL file, batch by batch. Only one process may do so at a time.
+    """Appends answers to a JSONL file as they end. Only one process may do so at a time.
 
     Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
     with other options it is refused. Every row has a digest of its options, and its prompt: the same id with another
@@ -44,13 +75,13 @@ class AnswersFile(AbstractContextManager):
         """
         self._path = path
         self._options = options_digest(config)
-        self._settings = path.with_name(path.name + ".config.yaml")
+        self._settings = settings_path(path)
         with opened_to_append(path, "decode.py", "use another file") as self._file:
             before = self._earlier_config(config)
             self._done = self._read_done(config, before)
             self._traces = self._open_traces(config, before)
             with write_errors_named_after(self._settings, "use another file"):
-                write_whole(self._settings, to_yaml(config))
+                write_whole(self._settings, settings_text(config))
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
@@ -83,14 +114,10 @@ class AnswersFile(AbstractContextManager):
     def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
         """The config of the run that made the file; None if there is nothing to continue."""
         has_rows = self._path.stat().st_size > 0
-        if not self._settings.exists():
-            if has_rows:
-                raise InputError(f"{self._path}: already exists and was not written by decode.py; use another file")
-            return None
         # A run that was killed before its first answers may have left traces.
-        if not has_rows and config.trace is None:
+        if not has_rows and (config.trace is None or not self._settings.exists()):
             return None
-        return from_mapping(DecodeConfig, read_yaml(self._settings), str(self._settings))
+        return made_with(self._path)
 
     def _read_done(self, config: DecodeConfig, before: DecodeConfig | None) -> dict[tuple[str, int], bytes]:
         """The digest of each answered prompt, by the prompt's id and the answer's sample."""
@@ -107,9 +134,10 @@ class AnswersFile(AbstractContextManager):
         done = {}
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 answered = row["id"], row.get("sample", 0)
                 digest, options = _digest(row["prompt"]), row.get("options")
+                done[answered] = digest
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{self._path}: line {number} is not an answer ({error!r}); use another file"
@@ -119,7 +147,6 @@ class AnswersFile(AbstractContextManager):
                     f"{self._path}: line {number} was not made with the options in {self._settings.name}; "
                     "use another file"
                 )
-            done[answered] = digest
         self._file.truncate(len(content) - len(cut_off))
         return done
 

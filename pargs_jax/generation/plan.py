@@ -1,15 +1,18 @@
-"""The settings of decoding, and the batches that prompts are decoded in."""
+"""The settings of decoding, and the requests and batches that prompts become."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.guides import Prompts
+from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
@@ -131,39 +134,6 @@ class Settings:
             )
         return weights * guides if len(weights) == 1 else weights[:guides]
 
-    def of_rows(self, prompts: Sequence[Prompt], rows: int, reward_models: int) -> RowSettings:
-        """The settings of `rows` rows; the first ones have these prompts. Raises InputError as `guide_weights` does."""
-        settings = RowSettings.alike(
-            rows,
-            weights=self.guide_weights(reward_models),
-            temperature=self.sampling_temperature,
-            candidates=self.candidates,
-            max_new_tokens=self.max_new_tokens,
-            gate_entropy=self.gate_entropy,
-        )
-        if all(prompt.weights is None for prompt in prompts):
-            return settings
-        weights = np.array(settings.weights)
-        for row, prompt in enumerate(prompts):
-            weights[row] = self.guide_weights(reward_models, prompt.weights)
-        return settings._replace(weights=jnp.asarray(weights))
-
-    def preferences_of(self, prompts: Sequence[Prompt], rows: int) -> Float[np.ndarray, "B M"] | None:
-        """The preference vector of each row, for a method that takes one. Raises InputError if a prompt has none, or if
-        their lengths differ."""
-        if self.method.reward_model != "preference":
-            return None
-        found = [prompt.preference or self.preference for prompt in prompts]
-        for prompt, vector in zip(prompts, found, strict=True):
-            if not vector:
-                raise InputError(
-                    f"prompt {prompt.id!r}: {self.method.source} needs a preference vector; set the option "
-                    "preference, or add a column 'preference'"
-                )
-            if len(vector) != len(found[0]):
-                raise InputError(f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(found[0])}")
-        return np.asarray([*found, *[found[0]] * (rows - len(found))], np.float32)
-
 
 def check_preference(vector: Sequence[float], name: str) -> None:
     """Raises InputError unless the numbers are shares that sum to one."""
@@ -173,27 +143,143 @@ def check_preference(vector: Sequence[float], name: str) -> None:
         )
 
 
-class Batch(NamedTuple):
-    """Answers that are decoded together. Row b is sample `samples[b]` of the answers to `prompts[b]`; further rows fill
-    up the mesh."""
+class Request(NamedTuple):
+    """An answer that is wanted: number `sample` of the answers to a prompt. Requests with different settings can be
+    decoded together if they have the same method."""
 
-    prompts: list[Prompt]
-    samples: list[int]
-    lm_ids: list[list[int]]
+    prompt: Prompt
+    sample: int
+    settings: Settings
+    lm_ids: list[int]
+    own_ids: list[list[int]]
+    """The same prompt in the tokens of each reward model."""
+
+    @property
+    def preference(self) -> tuple[float, ...]:
+        """The preference vector, for a method that takes one. Raises InputError if there is none."""
+        vector = self.prompt.preference or self.settings.preference
+        if not vector:
+            raise InputError(
+                f"prompt {self.prompt.id!r}: {self.settings.method.source} needs a preference vector; set the option "
+                "preference, or add a column 'preference'"
+            )
+        return vector
+
+
+class Widths(NamedTuple):
+    """The widths that prompts are padded to: in the tokens of the language model, and of each reward model."""
+
+    lm: int
+    own: tuple[int, ...]
+
+    def widened(self, other: "Widths") -> "Widths":
+        """The larger of each two."""
+        return Widths(max(self.lm, other.lm), tuple(map(max, self.own, other.own)))
+
+
+class Batch(NamedTuple):
+    """Requests that are decoded together, one in each row. Further rows are filler."""
+
+    requests: Sequence[Request]
     lm_prompts: Prompts
     own_prompts: list[Prompts]
     """The same prompts in the tokens of each reward model."""
 
+    @classmethod
+    def of(
+        cls, requests: Sequence[Request], rows: int, reward_models: Sequence[RewardModel], least: Widths | None = None
+    ) -> "Batch":
+        """Pads the prompts of at most `rows` requests to a few widths, which are at least `least`."""
+        lm_ids = [request.lm_ids for request in requests]
+        least = least or Widths(0, (0,) * len(reward_models))
+        return cls(
+            requests,
+            left_pad(lm_ids, rows, max(padded_width(max(map(len, lm_ids))), least.lm)),
+            [
+                model.pad_prompts([request.own_ids[j] for request in requests], rows, width)
+                for j, (model, width) in enumerate(zip(reward_models, least.own, strict=True))
+            ],
+        )
 
-def plan_batches(
+    @property
+    def rows(self) -> int:
+        return len(self.lm_prompts.lengths)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [request.prompt for request in self.requests]
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.lm_prompts.tokens.shape[1], tuple(own.tokens.shape[1] for own in self.own_prompts))
+
+    @property
+    def numbers(self) -> "Numbers":
+        """What the rows' keys are made of."""
+        filler = [(0, 0, 0)] * (self.rows - len(self.requests))
+        each = [(request.settings.seed, prompt_number(request.prompt.id), request.sample) for request in self.requests]
+        return Numbers(*np.array([*each, *filler], np.uint32).T)
+
+    def settings(self, reward_models: int) -> RowSettings:
+        """The settings of each row. Raises InputError if the numbers of weights and guides differ."""
+        each = [request.settings for request in self.requests]
+        weights = [
+            own.guide_weights(reward_models, prompt.weights) for own, prompt in zip(each, self.prompts, strict=True)
+        ]
+        return RowSettings(
+            self._of_rows(weights),
+            self._of_rows([own.sampling_temperature for own in each]),
+            self._of_rows([own.candidates for own in each], np.int32),
+            self._of_rows([own.max_new_tokens for own in each], np.int32),
+            self._of_rows([-np.inf if own.gate_entropy is None else own.gate_entropy for own in each]),
+        )
+
+    def preferences(self) -> Float[np.ndarray, "B M"]:
+        """The preference vector of each row. Raises InputError if a prompt has none, or if their lengths differ."""
+        vectors = [request.preference for request in self.requests]
+        for prompt, vector in zip(self.prompts, vectors, strict=True):
+            if len(vector) != len(vectors[0]):
+                raise InputError(
+                    f"prompt {prompt.id!r}: its preference has {len(vector)} numbers, not {len(vectors[0])}"
+                )
+        return self._of_rows(vectors)
+
+    def _of_rows(self, values: Sequence[Any], dtype: Any = np.float32) -> Float[np.ndarray, "B ..."]:
+        """One value for each row; filler rows have the first request's."""
+        return np.array([*values, *[values[0]] * (self.rows - len(values))], dtype)
+
+
+class Numbers(NamedTuple):
+    """Seed, hash of the prompt's id, and sample of each row: its key is made of nothing else, so that an answer does
+    not depend on its batch."""
+
+    seeds: UInt32[Array, "B"]
+    prompts: UInt32[Array, "B"]
+    samples: UInt32[Array, "B"]
+
+    def keys(self) -> PRNGKeyArray:
+        """One key per row."""
+        first = jax.vmap(lambda seed, prompt: row_keys(seed, prompt[None])[0])(self.seeds, self.prompts)
+        # Far from the numbers of tokens, which are folded in later.
+        others = jax.vmap(jax.random.fold_in)(first, jnp.uint32(2**32 - 1) - self.samples)
+        return jnp.where(self.samples == 0, first, others)
+
+
+def prompt_number(prompt_id: str) -> int:
+    """A 32-bit hash of a prompt's id, for its row's randomness: the same in every batch, file and process."""
+    return zlib.crc32(prompt_id.encode())
+
+
+def plan_requests(
     lm: CausalModel,
     tokenizer: TextTokenizer,
     reward_models: Sequence[RewardModel],
     prompts: Sequence[Prompt],
     settings: Settings,
     answered: Bool[np.ndarray, "P n"] | None = None,
-) -> Iterator[Batch]:
-    """Groups prompts into batches, shortest first, so that few rows are padded far beyond their length.
+) -> list[Request]:
+    """The answers that are wanted, shortest prompts first: those of similar length are then decoded together, and few
+    are padded far beyond their length.
 
     Args:
         lm, tokenizer: the language model and its tokenizer.
@@ -201,28 +287,23 @@ def plan_batches(
         prompts, settings: the prompts to answer, and how.
         answered: the samples of each prompt that exist already; they are left out.
 
-    Raises InputError before the first batch, if a prompt with its answer does not fit a model.
+    Raises InputError if a prompt with its answer does not fit a model.
     """
     encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
     own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]
     _check_lengths(lm, reward_models, prompts, encoded, own_encoded, settings)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    wanted = [(i, sample) for i in order for sample in range(settings.n) if answered is None or not answered[i][sample]]
+    return [
+        Request(prompts[i], sample, settings, encoded[i], [own[i] for own in own_encoded])
+        for i in sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+        for sample in range(settings.n)
+        if answered is None or not answered[i][sample]
+    ]
+
+
+def count_rows(batch_size: int, requests: int) -> int:
+    """The rows that `requests` answers are decoded in: at most `batch_size`, rounded up to fill the mesh."""
     shards = row_shards(current_mesh())
-    rows = -(-max(1, min(settings.batch_size, len(wanted))) // shards) * shards
-    for first in range(0, len(wanted), rows):
-        chosen = wanted[first : first + rows]
-        lm_ids = [encoded[i] for i, _ in chosen]
-        yield Batch(
-            [prompts[i] for i, _ in chosen],
-            [sample for _, sample in chosen],
-            lm_ids,
-            left_pad(lm_ids, rows, padded_width(max(map(len, lm_ids)))),
-            [
-                model.pad_prompts([own[i] for i, _ in chosen], rows)
-                for model, own in zip(reward_models, own_encoded, strict=True)
-            ],
-        )
+    return -(-max(1, min(batch_size, requests)) // shards) * shards
 
 
 def _check_lengths(

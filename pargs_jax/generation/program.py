@@ -1,12 +1,15 @@
-"""The computation that decodes a batch, assembled from models and a method. It is the same whether the models'
-parameters are loaded or only described."""
+"""The computation that decodes rows, assembled from models and a method, and its compiled forms. It is the same whether
+the models' parameters are loaded or only described."""
 
-from collections.abc import Mapping, Sequence
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from pargs_jax.decoding.guides import (
@@ -31,65 +34,68 @@ from pargs_jax.models.model import Params
 from pargs_jax.sharding import on_every_device
 
 
-class Guides(NamedTuple):
-    """The guides of a batch, with their params and prompts."""
+class Models(NamedTuple):
+    """A language model with its parameters, the tokens that end its answers and the one that fills them up, and its
+    reward models."""
 
-    guides: tuple[Guide, ...]
-    params: tuple[Any, ...]
-    prompts: tuple[Any, ...]
-    """The guides' own prompts, as `decode` takes them."""
+    lm: CausalModel
+    lm_params: Params
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    reward_models: Sequence[RewardModel]
 
 
 def make_guides(
-    lm: tuple[CausalModel, Params],
-    reward_models: Sequence[RewardModel],
-    batch: Batch,
-    settings: Settings,
-    answer_widths: Sequence[int],
-    eos_ids: tuple[int, ...],
-) -> Guides:
-    """The guides of a method for a batch of prompts. Raises InputError for preference vectors that do not fit.
+    models: Models, settings: Settings, answer_widths: Sequence[int]
+) -> tuple[tuple[Guide, ...], tuple[Any, ...]]:
+    """The guides of a method, and their parameters.
 
     Args:
-        lm: the language model and its parameters.
-        reward_models: the session's reward models.
-        batch, settings: the prompts, and how they are decoded.
+        models: the language model and the reward models.
+        settings: the method, and its options.
         answer_widths: the answer width that each reward model's texts need, as far as it is known.
-        eos_ids: tokens that end an answer.
     """
-    method = settings.method
+    method, reward_models = settings.method, models.reward_models
     if method.draws == "contrastive":
-        return Guides((SimilarityGuide(lm[0]),), (lm[1],), (None,))
+        return (SimilarityGuide(models.lm),), (models.lm_params,)
     if not method.guided:
-        return Guides((), (), ())
+        return (), ()
     params = tuple(model.params for model in reward_models)
-    parts = list(zip(reward_models, batch.own_prompts, strict=True))
-    prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in parts)
     if method.reward_model == "look_ahead":
         aligned, *judges = (model.model for model in reward_models)
-        guide = LookAheadGuide(aligned, tuple(judges), settings.tokens_ahead, eos_ids)
-        return Guides((guide,), (params,), (prompts,))
-    guides = tuple(
-        model.guide(own, settings.max_new_tokens, answer_width)
-        for (model, own), answer_width in zip(parts, answer_widths, strict=True)
-    )
+        return (LookAheadGuide(aligned, tuple(judges), settings.tokens_ahead, models.eos_ids),), (params,)
+    parts = zip(reward_models, answer_widths, strict=True)
+    guides = tuple(model.guide(settings.max_new_tokens, width) for model, width in parts)
     if method.reward_model == "ratio":
-        pairs = [slice(i, i + 2) for i in range(0, len(guides), 2)]
-        return Guides(
-            tuple(RatioGuide(*guides[pair]) for pair in pairs),
-            tuple(params[pair] for pair in pairs),
-            tuple(prompts[pair] for pair in pairs),
-        )
+        return tuple(RatioGuide(*pair) for pair in _pairs(guides)), _pairs(params)
+    return guides, params
+
+
+def guide_prompts(method: Method, reward_models: Sequence[RewardModel], batch: Batch) -> tuple[Any, ...]:
+    """Each guide's own prompts, as `decode` takes them. Raises InputError for preference vectors that do not fit."""
+    if method.draws == "contrastive":
+        return (None,)
+    if not method.guided:
+        return ()
+    parts = zip(reward_models, batch.own_prompts, strict=True)
+    prompts = tuple(model.guide_prompts(own, batch.lm_prompts) for model, own in parts)
+    if method.reward_model == "look_ahead":
+        return (prompts,)
+    if method.reward_model == "ratio":
+        return _pairs(prompts)
     if method.reward_model == "preference":
-        preferences = settings.preferences_of(batch.prompts, len(batch.lm_prompts.lengths))
-        objectives = reward_models[0].model.lora.objectives
+        preferences, objectives = batch.preferences(), reward_models[0].model.lora.objectives
         if preferences.shape[1] != objectives:
             raise InputError(
                 f"a preference has {preferences.shape[1]} numbers, but {reward_models[0].source} was trained for "
                 f"{objectives} objectives"
             )
-        return Guides(guides, params, (PreferredPrompts(prompts[0], jnp.asarray(preferences)),))
-    return Guides(guides, params, prompts)
+        return (PreferredPrompts(prompts[0], preferences),)
+    return prompts
+
+
+def _pairs(of_models: tuple[Any, ...]) -> tuple[tuple[Any, Any], ...]:
+    return tuple(zip(of_models[::2], of_models[1::2], strict=True))
 
 
 class DecodingProgram(NamedTuple):
@@ -144,21 +150,81 @@ class DecodingProgram(NamedTuple):
         search = None if method.search is None else method.make_search(search_options or {})
         return cls(decoder, max_new_tokens, retokenised, search, judges)
 
+    @classmethod
+    def of(cls, models: Models, guides: tuple[Guide, ...], settings: Settings) -> "DecodingProgram":
+        """The program of these models with these settings."""
+        return cls.assemble(
+            models.lm,
+            guides,
+            settings.method,
+            settings.k,
+            settings.max_new_tokens,
+            top_p=settings.top_p,
+            eos_ids=models.eos_ids,
+            pad_id=models.pad_id,
+            keeps_candidates=settings.trace == "candidates",
+            search_options=dict(settings.search),
+        )
+
+    @property
+    def guides(self) -> tuple[Guide, ...]:
+        """The guides that were assembled, judges among them."""
+        return self.judges or self.decoder.guides
+
     def __call__(self, *arguments: Any) -> tuple[Decoded | Found, tuple[Int[Array, ""], ...]]:
         """Decodes a batch. The arguments are the parameters of the language model and of each guide or judge, the
         prompts, their lengths, keys, `RowSettings`, and each guide's own prompts (see `decode`).
 
         Returns the answers, and the longest answer of each guide in `retokenised`, in that guide's tokens.
         """
-        return _run(self, *arguments)
+        return run_batch(self, *arguments)
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """Lowers the program for arguments of these shapes, ready to be compiled."""
-        return _run.lower(self, *arguments)
+        return run_batch.lower(self, *arguments)
+
+
+class Programs:
+    """Functions, compiled once for each shape of their arguments. They are compiled before they run, so that times have
+    no compiling in them."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, function: Any, static: tuple[Any, ...], *arguments: Any) -> tuple[Any, float]:
+        """Calls a jitted function; its first arguments are static. Returns its result when it is there, and the seconds
+        that it took."""
+        arrays, structure = jax.tree.flatten(arguments)
+        shapes = function, static, structure, *((x.shape, x.dtype) for x in arrays)
+        if shapes not in self._compiled:
+            with warnings.catch_warnings():
+                # A state that grows cannot be updated in place.
+                warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+                self._compiled[shapes] = function.lower(*static, *arguments).compile()
+        began = time.perf_counter()
+        with input_errors_of_callbacks():
+            result = jax.block_until_ready(self._compiled[shapes](*arguments))
+        return result, time.perf_counter() - began
+
+    def count(self, function: Any) -> int:
+        """The number of shapes that a function was compiled for."""
+        return sum(shapes[0] is function for shapes in self._compiled)
+
+
+@contextmanager
+def input_errors_of_callbacks() -> Iterator[None]:
+    """Raises the InputError of a host callback as itself, because XLA only passes on its text."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"InputError: (.*)", str(error))
+        if found is None:
+            raise
+        raise InputError(found[1]) from error
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(
+def run_batch(
     program: DecodingProgram,
     params: Any,
     prompts: Int[Array, "B P"],

@@ -41,10 +41,16 @@ SMALLEST_WIDTH = 16
 WIDTH_STEP = 64
 
 
-def load_with_tokenizer(source: str, head: HeadName, dtype: str) -> tuple[Pretrained, TextTokenizer]:
-    """A model and its tokenizer. Raises InputError if it is not a model with this head, or if they do not fit."""
+def load_with_tokenizer(
+    source: str, head: HeadName, dtype: str, weights: str | None = None
+) -> tuple[Pretrained, TextTokenizer]:
+    """A model and its tokenizer. `dtype` is that of parameters and computation; `weights` is another one for this
+    model's parameters: `float32`, `bfloat16`, or `int8` for the matrices of its layers.
+
+    Raises InputError if it is not a model with this head, or if they do not fit."""
     folder = resolve(source)
-    loaded = load_model(folder, head, dtype=dtype)
+    is_int8 = weights == "int8"
+    loaded = load_model(folder, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
     if loaded.new_head:
         raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
     tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
@@ -81,15 +87,16 @@ class RewardModel:
         dtype: str,
         unroll: bool,
         role: Role = "scalar",
+        weights: str | None = None,
     ) -> "RewardModel":
-        """Loads from a folder or the hub. Raises InputError if it is not a reward model of this role, or does not fit
-        its tokenizer or the language model's."""
+        """Loads from a folder or the hub; `load_with_tokenizer` explains the dtypes. Raises InputError if it is not a
+        reward model of this role, or does not fit its tokenizer or the language model's."""
         if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
             )
-        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype)
+        loaded, tokenizer = load_with_tokenizer(source, _HEAD_OF[role], dtype, weights)
         if (loaded.model.lora is not None) != (role == "preference"):
             raise InputError(
                 f"{source}: needs a preference vector, which only the method parm provides"
@@ -134,25 +141,22 @@ class RewardModel:
                 f"{ahead} it exceeds that model's context of {self.model.config.max_positions} tokens"
             )
 
-    def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int) -> Prompts:
-        """Prompts in this model's tokens as a batch, at the smallest of a few widths that holds them."""
+    def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int, least: int = 0) -> Prompts:
+        """Prompts in this model's tokens as a batch, at the smallest of a few widths that holds them, or at `least` if
+        that is more."""
         longest = max(map(len, prompts))
         width = padded_width(longest)
         if self.retokeniser is not None:
             # An encoder reads padding again at every step for every candidate, so a few more compilations are worth it.
             step = max(SMALLEST_WIDTH, width // 4) if self.model.one_pass else SMALLEST_WIDTH
             width = min(-(-longest // step) * step, self.model.config.max_positions)
-        return left_pad(prompts, rows, width)
+        return left_pad(prompts, rows, max(width, least))
 
-    def guide(self, prompts: Prompts, max_new_tokens: int, min_answer_width: int = 0) -> Guide:
-        """The guide for a batch of prompts in this model's tokens. Its answers may have at least `min_answer_width`
-        of its own tokens, as far as the model has positions for them."""
+    def guide(self, max_new_tokens: int, min_answer_width: int = 0) -> Guide:
+        """The guide that this model makes. Its answers may have at least `min_answer_width` of its own tokens."""
         if self.role != "scalar":
             return _NEXT_TOKEN_GUIDES[self.role](self.model, self.lm_vocab_size)
-        longest = int(prompts.lengths.max())
-        return make_guide(
-            self.model, self.retokeniser, longest, max_new_tokens, self.tokenizer.eos_id, min_answer_width
-        )
+        return make_guide(self.model, self.retokeniser, max_new_tokens, self.tokenizer.eos_id, min_answer_width)
 
     def guide_prompts(self, prompts: Prompts, lm_prompts: Prompts) -> Prompts | None:
         """A batch of prompts in this model's tokens, as its guide takes them; None if they equal the language
@@ -168,17 +172,18 @@ class RewardModel:
             return prompt + candidates * answer
         return candidates * (answer * prompt + answer * (answer + 1) // 2)
 
-    def larger_answer_width(self, needed: int, prompts: Prompts, max_new_tokens: int) -> int:
-        """The answer width to use after an answer needed `needed` of this model's tokens and did not fit. Raises
-        InputError if the model has too few positions for it."""
-        width = padded_width(needed)
-        most = self.guide(prompts, max_new_tokens, width).answer_width
-        if most < needed:
+    def fits(self, guide: Guide, needed: int, prompt: int) -> bool:
+        """Whether an answer that needed `needed` of this model's tokens with its candidates, after a prompt of `prompt`
+        of them, was read whole by this guide, which has its own tokenizer. Raises InputError if the model has too few
+        positions for it."""
+        positions = table_of_positions(self.model)
+        most = None if positions is None else positions - prompt - (not self.model.one_pass)
+        if most is not None and needed > most:
             raise InputError(
-                f"{self.source}: an answer with a candidate needs {needed} of its tokens, but after the longest prompt "
-                f"only {most} fit its context; ask for fewer new tokens"
+                f"{self.source}: an answer with a candidate needs {needed} of its tokens, but after a prompt of "
+                f"{prompt} only {most} fit its context; ask for fewer new tokens"
             )
-        return width
+        return needed <= guide.answer_width
 
     def score(
         self,
@@ -243,19 +248,15 @@ def shares_tokens(
 def make_guide(
     model: AnyRewardModel,
     retokeniser: RetokeniserContract | None,
-    longest_prompt: int,
     max_new_tokens: int,
     closing_id: int,
     min_answer_width: int = 0,
 ) -> Guide:
-    """The guide of a reward model. With a `retokeniser`, the model has its own tokenizer, and `longest_prompt` and
-    `min_answer_width` count its tokens."""
+    """The guide of a reward model. With a `retokeniser`, the model has its own tokenizer, and `min_answer_width` counts
+    its tokens."""
     if retokeniser is None:
         return CausalGuide(model)
     answer_width = max(first_answer_width(max_new_tokens), min_answer_width)
-    if (positions := table_of_positions(model)) is not None:
-        closing = int(not model.one_pass)
-        answer_width = min(answer_width, positions - longest_prompt - closing)
     if model.one_pass:
         return RetokenisedGuide(model, retokeniser, answer_width)
     return EncoderGuide(model, retokeniser, answer_width, closing_id)
@@ -263,7 +264,7 @@ def make_guide(
 
 def first_answer_width(max_new_tokens: int) -> int:
     """The first answer width to try, in the reward model's tokens: usually they are fewer than twice the language
-    model's. If that is too few, see `RewardModel.larger_answer_width`."""
+    model's. Answers that need more are decoded again with a larger width."""
     return 2 * max_new_tokens + SMALLEST_WIDTH
 
 

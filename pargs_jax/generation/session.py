@@ -1,28 +1,23 @@
 """A language model and its reward models, loaded and ready to answer prompts in batches."""
 
 import dataclasses
-import re
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Bool, PRNGKeyArray
 
 from pargs_jax.data.preferences import Prompt
-from pargs_jax.decoding.loop import Decoded, row_keys
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
 from pargs_jax.generation.guidance import check_roles, roles_of
-from pargs_jax.generation.plan import Batch, Settings, plan_batches
-from pargs_jax.generation.program import DecodingProgram, make_guides
-from pargs_jax.generation.reward_models import RewardModel, load_with_tokenizer
+from pargs_jax.generation.plan import Batch, Numbers, Request, Settings, count_rows, plan_requests
+from pargs_jax.generation.program import DecodingProgram, Models, Programs, guide_prompts, make_guides, run_batch
+from pargs_jax.generation.reward_models import RewardModel, load_with_tokenizer, padded_width
+from pargs_jax.generation.scheduler import Scheduler
 from pargs_jax.models.model import unrolls_by_default, unstack_layers
 from pargs_jax.sharding import on_every_device
 
@@ -40,6 +35,8 @@ class Session:
         *,
         method: Method | None = None,
         dtype: str = "float32",
+        lm_dtype: str | None = None,
+        rm_dtype: str | None = None,
         unroll: bool | None = None,
     ) -> None:
         """Loads everything, and checks that the models fit together.
@@ -49,25 +46,36 @@ class Session:
             method: the method that the reward models will guide, which determines the kind of each model. Without it,
                 they are models with a scalar head.
             dtype: the dtype of parameters and computation; softmax and rewards stay float32.
+            lm_dtype, rm_dtype: another dtype for the weights of the language model, or of all reward models: `float32`,
+                `bfloat16`, or `int8` (`pargs_jax.models.int8`), which computes in `dtype`.
             unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
                 `CausalModel`).
 
         Raises InputError if a model cannot be used.
         """
+        if lm == DEMO:
+            raise InputError(f"lm: {DEMO!r} is a word of the commands; in Python give pargs_jax.demo.task.DEMO_LM")
         unroll = unrolls_by_default(jax.default_backend()) if unroll is None else unroll
         roles = roles_of(method, reward_models)
-        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype)
+        loaded, self.tokenizer = load_with_tokenizer(lm, "vocabulary", dtype, lm_dtype)
         if loaded.model.lora is not None:
             raise InputError(
                 f"{lm}: takes a preference vector, so it is not a language model; use it as the reward model of parm"
             )
-        self._lm, self._lm_params = loaded.model, loaded.params
-        if unroll:
-            self._lm, self._lm_params = unstack_layers(self._lm, self._lm_params)
+        model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         self.reward_models = [
-            RewardModel.load(path, self.tokenizer, self._lm.config.vocab_size, dtype=dtype, unroll=unroll, role=role)
+            RewardModel.load(
+                path,
+                self.tokenizer,
+                model.config.vocab_size,
+                dtype=dtype,
+                unroll=unroll,
+                role=role,
+                weights=rm_dtype,
+            )
             for path, role in zip(reward_models, roles, strict=True)
         ]
+        self._models = Models(model, params, self.tokenizer.eos_ids, self.tokenizer.eos_id, self.reward_models)
         self.remembered_forms = (
             [(model.source, model.prompt_form) for model in self.reward_models],
             [(lm, loaded.prompt_form)],
@@ -75,27 +83,34 @@ class Session:
         """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self.lm = lm
         self._reader = AnswerReader(lm, self.tokenizer, self.reward_models)
-        self._compiled: dict[Any, Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]] = {}
+        self._programs = Programs()
 
     def answer(
         self, prompts: Sequence[Prompt], settings: Settings, answered: Bool[np.ndarray, "P n"] | None = None
     ) -> Iterator[list[Answer]]:
-        """Answers prompts, shortest first; yields each batch's answers when it is done.
+        """Answers prompts, shortest first; yields answers as they end. `settings.batch_size` rows are decoded together,
+        and the next prompt enters where an answer has ended (`Scheduler`). A search decodes whole batches.
 
         Guided methods use all of the session's reward models. With other methods, the reward models score the finished
         answers. Samples that are `answered` are left out.
 
         Raises InputError before any decoding, if a prompt does not fit or the settings do not match the models; and
-        after a batch in which a log-probability or a reward is not finite.
+        after an answer in which a log-probability or a reward is not finite.
         """
         check_roles(settings.method, self.reward_models)
         if settings.measures_rewards:
             settings = settings.with_reward_scale(*self._reward_scale(prompts, settings))
-        answer_widths = [0] * len(self.reward_models)
-        batches = plan_batches(self._lm, self.tokenizer, self.reward_models, prompts, settings, answered)
-        for batch in batches:
-            decoded, seconds = self._decode(batch, settings, answer_widths)
-            yield self._reader.read(batch, decoded, seconds / len(batch.prompts), settings)
+        requests = plan_requests(self._models.lm, self.tokenizer, self.reward_models, prompts, settings, answered)
+        rows = count_rows(settings.batch_size, len(requests))
+        if settings.method.search is not None:
+            yield from self._search(requests, settings, rows)
+            return
+        scheduler = Scheduler(self._models, self._programs, settings, rows)
+        scheduler.add(requests)
+        while not scheduler.is_idle:
+            answers = [answer for ended in scheduler.step() for answer in self._reader.read(*ended, settings)]
+            if answers:
+                yield answers
 
     def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
         """Mean and standard deviation of the weighted rewards of unguided answers to the first prompts: one answer per
@@ -120,77 +135,35 @@ class Session:
             )
         return float(np.mean(rewards)), float(np.std(rewards))
 
-    def _decode(self, batch: Batch, settings: Settings, answer_widths: list[int]) -> tuple[Decoded | Found, float]:
-        """Decodes a batch; also returns the seconds that it took. `answer_widths` are the widths that the guides' texts
-        have needed so far; they grow where a text needs more."""
-        rows = len(batch.lm_prompts.lengths)
-        numbers, samples = np.zeros((2, rows), np.uint32)
-        numbers[: len(batch.prompts)] = [prompt_number(prompt.id) for prompt in batch.prompts]
-        samples[: len(batch.prompts)] = batch.samples
-        keys = _row_keys(settings.seed, numbers, samples)
-        row_settings = settings.of_rows(batch.prompts, rows, len(self.reward_models))
+    def _search(self, requests: Sequence[Request], settings: Settings, rows: int) -> Iterator[list[Answer]]:
+        """Answers requests by a search, in batches of so many rows."""
+        answer_widths = [0] * len(self.reward_models)
+        for first in range(0, len(requests), rows):
+            batch = Batch.of(requests[first : first + rows], rows, self.reward_models)
+            found, seconds = self._search_batch(batch, settings, answer_widths)
+            yield self._reader.read(batch, found, [seconds / len(batch.requests)] * len(batch.requests), settings)
+
+    def _search_batch(self, batch: Batch, settings: Settings, answer_widths: list[int]) -> tuple[Found, float]:
+        """Also returns the seconds that it took. `answer_widths` are the widths that the guides' texts have needed so
+        far; they grow where a text needs more, and the batch is then searched again."""
         while True:
-            guides, params, guide_prompts = make_guides(
-                (self._lm, self._lm_params), self.reward_models, batch, settings, answer_widths, self.tokenizer.eos_ids
-            )
-            arguments = (self._lm_params, params), *batch.lm_prompts, keys, row_settings, guide_prompts
-            program = DecodingProgram.assemble(
-                self._lm,
-                guides,
-                settings.method,
-                settings.k,
-                settings.max_new_tokens,
-                top_p=settings.top_p,
-                eos_ids=self.tokenizer.eos_ids,
-                pad_id=self.tokenizer.eos_id,
-                keeps_candidates=settings.trace == "candidates",
-                search_options=dict(settings.search),
-            )
-            run = self._compile(program, arguments)
-            began = time.perf_counter()
-            with input_errors_of_callbacks():
-                decoded, needed = jax.block_until_ready(run(*arguments))
-            seconds = time.perf_counter() - began
-            # A text may need more of a reward model's tokens than expected. Then the batch is decoded again.
+            guides, params = make_guides(self._models, settings, answer_widths)
+            program = DecodingProgram.of(self._models, guides, settings)
+            keys, _ = self._programs(_keys, (), batch.numbers)
+            own_prompts = guide_prompts(settings.method, self.reward_models, batch)
+            arguments = (*batch.lm_prompts, keys, batch.settings(len(self.reward_models)), own_prompts)
+            params = self._models.lm_params, params
+            (found, needed), seconds = self._programs(run_batch, (program,), params, *arguments)
             is_invalid = False
             for j, most in zip(program.retokenised, map(int, needed), strict=True):
-                model, own = self.reward_models[j], batch.own_prompts[j]
-                if most > guides[j].answer_width:
-                    answer_widths[j] = model.larger_answer_width(most, own, settings.max_new_tokens)
+                longest = int(batch.own_prompts[j].lengths.max())
+                if not self.reward_models[j].fits(guides[j], most, longest):
+                    answer_widths[j] = padded_width(most)
                     is_invalid = True
             if not is_invalid:
-                return jax.device_get(decoded), seconds
-
-    def _compile(
-        self, program: DecodingProgram, arguments: tuple[Any, ...]
-    ) -> Callable[..., tuple[Decoded | Found, tuple[Any, ...]]]:
-        arrays, structure = jax.tree.flatten(arguments[1:])
-        shape = (program, tuple(np.shape(x) for x in arrays), structure)
-        if shape not in self._compiled:
-            self._compiled[shape] = program.lower(*arguments).compile()
-        return self._compiled[shape]
-
-
-@contextmanager
-def input_errors_of_callbacks() -> Iterator[None]:
-    """Raises the InputError of a host callback as itself, because XLA only passes on its text."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"InputError: (.*)", str(error))
-        if found is None:
-            raise
-        raise InputError(found[1]) from error
+                return jax.device_get(found), seconds
 
 
 @jax.jit
-def _row_keys(seed: int, numbers: Int[Array, "B"], samples: Int[Array, "B"]) -> PRNGKeyArray:
-    first = row_keys(seed, numbers)
-    # Far from the numbers of tokens, which are folded in later.
-    others = jax.vmap(jax.random.fold_in)(first, jnp.uint32(2**32 - 1) - samples)
-    return on_every_device(jnp.where(samples == 0, first, others))
-
-
-def prompt_number(prompt_id: str) -> int:
-    """A 32-bit hash of a prompt's id, for its row's randomness: the same in every batch, file and process."""
-    return zlib.crc32(prompt_id.encode())
+def _keys(numbers: Numbers) -> PRNGKeyArray:
+    return on_every_device(numbers.keys())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
 from pargs_jax.errors import InputError
+from pargs_jax.json_text import parse_json
 
 
 class TracedCandidate(NamedTuple):
@@ -110,10 +111,10 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
     Raises InputError if the file cannot be read, or one of its lines is not a trace.
     """
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    trace = AnswerTrace.from_row(json.loads(line))
+                    trace = AnswerTrace.from_row(parse_json(line))
                 except ValueError as error:
                     raise InputError(
                         f"{path}: line {number} is not a trace ({error}); the option trace of decode.py writes them"
@@ -121,10 +122,6 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
                 yield trace
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is not a file of traces ({error.reason}); the option trace of decode.py writes them"
-        ) from error
 
 
 class TracesFile:
@@ -180,7 +177,7 @@ class TracesFile:
 def _identity(line: bytes) -> tuple[str, int, str] | None:
     """The answer that a line traces, and the digest of its options; None if the line is not a complete trace."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         return row["id"], row["sample"], row["options"]
     except (ValueError, KeyError, TypeError):
         return None

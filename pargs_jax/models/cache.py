@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
@@ -160,28 +161,45 @@ def _copy_row(x: Array, axis: int, source: Int[Array, "B"], place: Int[Array, "B
 
 
 def put_rows(tree: Any, new: Any, rows: Int[Array, "N"]) -> Any:
-    """Replaces rows of all arrays of a tree: row n of `new` goes to `rows[n]`, or nowhere if there is no such row. The
-    new arrays may be narrower; the missing columns become zero."""
+    """Replaces rows of all arrays of a tree: row n of `new` goes to `rows[n]`, or nowhere if there is no such row.
+    Where one of two arrays is narrower, its missing columns are zero."""
 
     def put(x: Array, y: Array, axis: int) -> Array:
-        lacks = [(0, 0 if d == axis else x.shape[d] - y.shape[d]) for d in range(x.ndim)]
-        wide = jnp.pad(y, lacks) if any(sum(lacks, ())) else y
-        return x.at[(slice(None),) * axis + (rows,)].set(wide, mode="drop")
+        shape = np.maximum(x.shape, y.shape)
+        x, y = (_widen(each, (*shape[:axis], each.shape[axis], *shape[axis + 1 :])) for each in (x, y))
+        return x.at[(slice(None),) * axis + (rows,)].set(y, mode="drop")
 
     return _map_rows(put, tree, new)
+
+
+def _widen(x: Array, shape: tuple[int, ...]) -> Array:
+    return x if x.shape == tuple(shape) else jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, shape, strict=True)])
+
+
+def split_rows(tree: Any) -> Any:
+    """Requires the arrays of a tree to be split over the mesh by rows, and caches by heads too."""
+
+    def of_node(node: Any) -> Any:
+        if not _is_cache(node):
+            return constrain(node, ROWS, *(None,) * (node.ndim - 1))
+        kv = jax.tree.map(lambda x: constrain(x, ROWS, "tensor", None, None), node.kv)
+        return node._replace(kv=kv, lengths=constrain(node.lengths, ROWS))
+
+    return jax.tree.map(of_node, tree, is_leaf=_is_cache)
 
 
 def _map_rows(function: Any, tree: Any, *others: Any) -> Any:
     """Maps a function over all arrays that have rows, with the dimension that counts them. A cache's `tables` have
     none."""
 
-    def is_cache(x: Any) -> bool:
-        return isinstance(x, Cache)
-
     def of_node(node: Any, *more: Any) -> Any:
-        if not is_cache(node):
+        if not _is_cache(node):
             return function(node, *more, 0)
         kv = jax.tree.map(lambda x, *ys: function(x, *ys, x.ndim - 4), node.kv, *(other.kv for other in more))
         return node._replace(kv=kv, lengths=function(node.lengths, *(other.lengths for other in more), 0))
 
-    return jax.tree.map(of_node, tree, *others, is_leaf=is_cache)
+    return jax.tree.map(of_node, tree, *others, is_leaf=_is_cache)
+
+
+def _is_cache(x: Any) -> bool:
+    return isinstance(x, Cache)

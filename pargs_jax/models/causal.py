@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.heads import CAUSAL_HEADS
 from pargs_jax.models.layers import BesideCache, InCache
-from pargs_jax.models.model import Model, Params
+from pargs_jax.models.model import Model, PackedPrompts, Params
 from pargs_jax.models.one_pass import OnePass
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalModel(OnePass, Model):
-    """A GPT-2, Llama or OPT with a vocabulary head (a language model), a scalar head or a table (reward models)."""
+    """A causal backbone with a vocabulary head (a language model), a scalar head or a table (reward models)."""
 
     heads: ClassVar = CAUSAL_HEADS
     reads_candidates: ClassVar[bool] = True
@@ -55,12 +55,23 @@ class CausalModel(OnePass, Model):
         ends = place + jnp.arange(nexts.shape[1])
         slots = jnp.arange(tokens.shape[1])
         sees = (slots < ends[:, None]) & (slots >= start[:, None, None])
-        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool))
-        backbone = self.network(params).backbone
-        states = jax.lax.map(
-            lambda each: backbone(each, ends - start[:, None], sight, kv)[0], jnp.moveaxis(nexts, -1, 0)
-        )
-        return jnp.moveaxis(states, 0, 2)
+        return self._read_nexts(params, nexts, ends - start[:, None], sees, kv, slots - start[:, None])
+
+    def encode_packed(
+        self, params: Params, packed: PackedPrompts, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "G N D"]:
+        """Final hidden states of packed texts. A token sees its own prompt, and what precedes it in its own answer. A
+        key turns dropout on."""
+        return self._encode_packed(params, packed, key)[0]
+
+    def encode_packed_with_next(
+        self, params: Params, packed: PackedPrompts, nexts: Int[Array, "G N K"]
+    ) -> Float[Array, "G N K D"]:
+        """Final hidden states of packed texts that are cut and get another last token: entry (n, k) is that of the text
+        up to slot n with `nexts[:, n, k]` in place of the token there. The K tokens are read one after the other."""
+        _, kv, sees = self._encode_packed(params, packed, None)
+        before = sees & ~jnp.eye(sees.shape[1], dtype=bool)
+        return self._read_nexts(params, nexts, packed.positions, before, kv, packed.positions)
 
     def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Next-token logits (fp32) of a model with a vocabulary head; with a table head, rewards of all next tokens."""
@@ -83,7 +94,7 @@ class CausalModel(OnePass, Model):
         self, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], slots: int
     ) -> tuple[Float[Array, "B P D"], Cache]:
         """`prefill` that returns the final hidden states of all prompt tokens, in the order of their cache slots."""
-        hidden, new = self._encode(params, shift_left(prompts, lengths), None, None)
+        hidden, new = self._encode(params, shift_left(prompts, lengths), None, None, lengths)
         return hidden, Cache(with_slots(new, slots), lengths)
 
     def siblings(
@@ -140,13 +151,42 @@ class CausalModel(OnePass, Model):
         positions = cache.lengths[:, None] + offsets
         return self.network(params).backbone(tokens, positions, BesideCache(cache.valid, mask), cache.kv)
 
+    def _encode_packed(
+        self, params: Params, packed: PackedPrompts, key: PRNGKeyArray | None
+    ) -> tuple[Array, Any, Bool[Array, "G N N"]]:
+        sees = seen_in(packed)
+        hidden, kv = self.network(params).backbone(packed.tokens, packed.positions, sees, key=key)
+        return hidden, kv, sees
+
+    def _read_nexts(
+        self,
+        params: Params,
+        nexts: Int[Array, "B T K"],
+        positions: Int[Array, "B T"],
+        sees: Bool[Array, "B T S"],
+        kv: Any,
+        kv_positions: Int[Array, "B S"],
+    ) -> Float[Array, "B T K D"]:
+        """States of other tokens at these positions, each of which sees itself and the slots that `sees` says."""
+        sight = BesideCache(sees, jnp.eye(nexts.shape[1], dtype=bool), kv_positions)
+        backbone = self.network(params).backbone
+        states = jax.lax.map(lambda each: backbone(each, positions, sight, kv)[0], jnp.moveaxis(nexts, -1, 0))
+        return jnp.moveaxis(states, 0, 2)
+
     def _encode(
-        self, params: Params, tokens: Array, start: Array | None, key: PRNGKeyArray | None
+        self,
+        params: Params,
+        tokens: Array,
+        start: Array | None,
+        key: PRNGKeyArray | None,
+        lengths: Array | None = None,
     ) -> tuple[Array, Any]:
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if start is None else start
         slots = jnp.arange(length)
         positions = jnp.maximum(slots - start[:, None], 0)
+        if lengths is not None:  # padding must not count: some rotary scalings go by a row's longest position
+            positions = jnp.minimum(positions, jnp.maximum(lengths - 1, 0)[:, None])
         causal = slots[:, None] >= slots
         mask: Bool[Array, "B T T"] = causal & (slots >= start[:, None])[:, None, :]
         return self.network(params).backbone(tokens, positions, mask, key=key)
@@ -156,3 +196,17 @@ def shift_left(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Arra
     """Moves the padding of left-padded prompts to the right."""
     width = prompts.shape[1]
     return jnp.take_along_axis(prompts, (jnp.arange(width) - lengths[:, None]) % width, axis=1)
+
+
+def shift_right(prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """The inverse of `shift_left`."""
+    width = prompts.shape[1]
+    return jnp.take_along_axis(prompts, (jnp.arange(width) + lengths[:, None]) % width, axis=1)
+
+
+def seen_in(packed: PackedPrompts) -> Bool[Array, "G N N"]:
+    """Whether slot n of packed texts sees slot m: of its own segment, the prompt and its own answer up to itself."""
+    of_seen = packed.answers[:, None]
+    in_segment = packed.segments[:, :, None] == packed.segments[:, None]
+    in_text = in_segment & ((of_seen == 0) | (of_seen == packed.answers[:, :, None]))
+    return in_text & jnp.tril(jnp.ones((in_text.shape[1],) * 2, bool))

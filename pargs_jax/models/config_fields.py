@@ -16,26 +16,48 @@ class Requirement(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
+"""The largest sizes that are read: far beyond any model, and small enough for a typing error to be harmless."""
+
 NOT_SET = Requirement("left out or null", lambda value: value is None)
 EMPTY = Requirement("left out or empty", lambda value: not value)
 FALSE = Requirement("false", lambda value: not value)
+TOKEN_IDS = Requirement(
+    "a token's number, a list of them, or null",
+    lambda value: value is None or all(map(is_whole, value if isinstance(value, list) else [value])),
+)
 
 # The code that all causal families of transformers share reads these.
-CAUSAL: dict[str, Requirement] = {
+CAUSAL_WITH_WINDOWS: dict[str, Requirement] = {
     "is_causal": Requirement("true", bool),
-    "sliding_window": NOT_SET,
     "attention_chunk_size": NOT_SET,
+    "kv_sharing_modes": NOT_SET,
+}
+CAUSAL: dict[str, Requirement] = {
+    **CAUSAL_WITH_WINDOWS,
+    "sliding_window": NOT_SET,
     "layer_types": Requirement(
         "left out, null or 'full_attention' for every layer",
-        lambda value: value is None or value == ["full_attention"] * len(value),
+        lambda value: value is None or (isinstance(value, list) and value == ["full_attention"] * len(value)),
     ),
-    "kv_sharing_modes": NOT_SET,
 }
 
 _EVERYWHERE: dict[str, Requirement] = {
     "quantization_config": Requirement(
         "left out, since quantised checkpoints cannot be read", lambda value: value is None
     ),
+    "architectures": Requirement(
+        "left out, null or a list of names",
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+    ),
+    "num_labels": Requirement(
+        "left out, null or a whole number from 0 to 65536",  # transformers makes a name for each
+        lambda value: value is None or (is_whole(value) and 0 <= value <= 2**16),
+    ),
+    "bos_token_id": TOKEN_IDS,
+    "eos_token_id": TOKEN_IDS,
+    "pad_token_id": TOKEN_IDS,
     "per_layer_config": EMPTY,
     "pruned_heads": EMPTY,
     "is_encoder_decoder": FALSE,
@@ -43,11 +65,11 @@ _EVERYWHERE: dict[str, Requirement] = {
     "configuration_files": NOT_SET,
 }
 
-_READ = ("model_type", "num_labels", "id2label", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map")
+_READ = ("model_type", "id2label", "auto_map")
 
 _HARMLESS = (
     # Where a file came from.
-    "transformers_version", "architectures", "name_or_path", "_name_or_path", "_commit_hash", "dtype", "torch_dtype",
+    "transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "dtype", "torch_dtype",
     "use_bfloat16", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "label2id", "_num_labels",
     "problem_type",
     # Other special tokens.
@@ -95,9 +117,11 @@ class ConfigFields:
         Raises InputError for an invalid size, or for a field whose value is not supported.
         """
         for name in self.sizes:
-            value = fields.get(name)
+            value, most = fields.get(name), MOST_LAYERS if name == self.names.get("layers") else LARGEST_SIZE
             if value is not None and not (is_whole(value) and value > 0):
                 raise InputError(f"{name} is {value!r}, must be a whole number of at least 1")
+            if value is not None and value > most:
+                raise InputError(f"{name} is {value}, must be at most {most}")
         must = {**_EVERYWHERE, **self.must}
         for name, (words, holds) in must.items():
             if name in fields and not holds(fields[name]):
@@ -161,8 +185,8 @@ def activation(hf: Any, name: str, default: str = "") -> str:
 
 
 def check_divides(hf: Any, part: str, whole: str) -> None:
-    """Raises InputError unless one field divides another."""
-    if getattr(hf, whole) % getattr(hf, part):
+    """Raises InputError unless one field divides another; transformers leaves some at null."""
+    if whole_number(hf, whole, 0) % whole_number(hf, part, 1):
         raise InputError(f"{part} {getattr(hf, part)} does not divide {whole} {getattr(hf, whole)}")
 
 

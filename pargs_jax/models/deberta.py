@@ -38,6 +38,9 @@ from pargs_jax.models.model import HeadName
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.models.tables import Row, linear, norm
 
+LONGEST_TEXT = 2**30
+"""The most tokens of a text whose positions are only relative."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig(EvenHeads):
@@ -102,6 +105,11 @@ class DebertaConfig(EvenHeads):
             "legacy", "tie_word_embeddings", "padding_idx",
         ),
     )  # fmt: skip
+
+    @property
+    def max_positions(self) -> int:
+        """Only a table of absolute positions ends; relative ones go on, also beyond the length that was trained."""
+        return self.context_length if self.absolute_positions else LONGEST_TEXT
 
     @property
     def span(self) -> int:

@@ -19,6 +19,7 @@ class Family:
         rows: the backbone's tensors and arrays. Rows for tensors that only some variants have do no harm.
         class_prefix: the prefix of its class names in transformers: `Llama` in `LlamaForCausalLM`.
         class_names: class names that do not follow the pattern, by head.
+        head_names: names of a head's tensors in its checkpoints, where they differ from those of the head's rows.
         ignored: a regular expression for names (without prefix) of tensors that checkpoints may contain but nobody
             needs.
     """
@@ -29,6 +30,7 @@ class Family:
     rows: tuple[Row, ...]
     class_prefix: str
     class_names: Mapping[HeadName, str] = dataclasses.field(default_factory=dict)
+    head_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: str = ""
 
     def __post_init__(self) -> None:
@@ -38,9 +40,12 @@ class Family:
         """The name of the transformers class that loads a model."""
         return self.class_names.get(model.head, self.class_prefix + model.head_kind.class_suffix)
 
-    def without_prefix(self, tensor: str) -> str:
+    def name_in_rows(self, tensor: str) -> str:
         """A stored tensor's name as the rows spell it. Checkpoints of a bare backbone lack the prefix, or its first
         part: `model.decoder.` may be `decoder.` there."""
+        for name, stored in self.head_names.items():
+            if tensor == stored:
+                return name
         prefix = self.backbone_prefix
         while prefix and not tensor.startswith(prefix):
             prefix = prefix.partition(".")[2]

@@ -166,9 +166,9 @@ FAMILY = Family(
         Row("wpe.weight", "positions.embedding", (None, "width")),
         *norm("h.{}.ln_1", "layers.{}.norm1"),
         # GPT-2 keeps its linear layers as [in, out], which is our order already.
-        *linear("h.{}.attn.c_attn", "layers.{}.query", ("width", "heads"), transpose=False, part=(0, 3)),
-        *linear("h.{}.attn.c_attn", "layers.{}.key", ("width", "heads"), transpose=False, part=(1, 3)),
-        *linear("h.{}.attn.c_attn", "layers.{}.value", ("width", "heads"), transpose=False, part=(2, 3)),
+        *linear("h.{}.attn.c_attn", "layers.{}.query", ("width", "heads"), transpose=False),
+        *linear("h.{}.attn.c_attn", "layers.{}.key", ("width", "heads"), transpose=False),
+        *linear("h.{}.attn.c_attn", "layers.{}.value", ("width", "heads"), transpose=False),
         *linear("h.{}.attn.c_proj", "layers.{}.out", ("heads", "width"), transpose=False),
         *norm("h.{}.ln_2", "layers.{}.norm2"),
         *linear("h.{}.mlp.c_fc", "layers.{}.up", ("width", "feedforward"), transpose=False),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pargs_jax.models.attention import soft_cap
 from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
 from pargs_jax.models.tables import Row, linear, name_dimensions_of
 
@@ -54,15 +55,19 @@ class Head:
 
 
 class VocabularyHead(nnx.Module):
-    """Next-token logits in fp32, from the head's own matrix or, with tied embeddings, from the embedding table."""
+    """Next-token logits in fp32, from the head's own matrix or, with tied embeddings, from the embedding table. `cap`
+    limits them smoothly (`soft_cap`)."""
 
-    def __init__(self, width: int, vocab_size: int, tied: bool, std: float, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, vocab_size: int, tied: bool, std: float, cap: float | None = None, *, rngs: nnx.Rngs
+    ) -> None:
         normal = nnx.initializers.normal(std)
+        self.cap = cap
         self.linear = None if tied else Linear(width, vocab_size, use_bias=False, kernel_init=normal, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"], embed: Embedding) -> Float[Array, "*B V"]:
         logits = embed.attend(hidden) if self.linear is None else self.linear(hidden)
-        return logits.astype(jnp.float32)
+        return soft_cap(logits.astype(jnp.float32), self.cap)
 
 
 class RewardHead(nnx.Module):
@@ -99,7 +104,7 @@ def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"
 
 _VOCABULARY = Head(
     lambda config, std, rngs: VocabularyHead(
-        config.head_width, config.vocab_size, config.tied_embeddings, std, rngs=rngs
+        config.head_width, config.vocab_size, config.tied_embeddings, std, getattr(config, "logit_cap", None), rngs=rngs
     ),
     outputs=lambda config: config.vocab_size,
     rows=(Row("lm_head.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),

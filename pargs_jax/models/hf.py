@@ -19,8 +19,11 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
+from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
-from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
+from pargs_jax.models.int8 import quantise_layers
+from pargs_jax.models.labels import label_shares, split_label
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
@@ -48,7 +51,8 @@ class Pretrained(NamedTuple):
 
 def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
     """The folder to load from: a local folder, a training run's exported model, or a hub id (which is downloaded:
-    safetensors, configs and tokenizer files only)."""
+    safetensors, configs and tokenizer files only). A label in the source (`split_label`) makes no difference."""
+    source, _ = split_label(source)
     folder = Path(source)
     if folder.is_dir():
         exported = folder / EXPORTED
@@ -71,37 +75,48 @@ def load_model(
     *,
     attention: Literal["full", "prefix_causal"] | None = None,
     dtype: DTypeLike = jnp.float32,
+    int8: bool = False,
     from_scratch: bool = False,
     seed: int = 0,
 ) -> Pretrained:
-    """Loads a checkpoint of a known family as a language model or a reward model, layers stacked.
+    """Loads a checkpoint of a known family as a language model or a reward model, layers stacked. With `int8`, the
+    matrices of the layers are rounded as they are read (`pargs_jax.models.int8`), and `dtype` is that of all else.
 
     `attention` overrides the attention of a DeBERTa checkpoint. A head that the checkpoint lacks is drawn at random
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
     language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
+    A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
+    (`label_shares`).
+
     Warns of unknown fields in the config. Raises InputError for an unknown architecture, an unsupported value in the
     config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
-    that are not floating-point or not finite, and a classifier with more than one label.
+    that are not floating-point or not finite, and a label that is missing or that the model does not have.
     """
-    folder = resolve(source)
+    folder, (named, label) = resolve(source), split_label(source)
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
     model = _describe(folder, hf, head, attention)
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
+    if label is not None and (from_scratch or model.head_kind.labels(model.config) is None):
+        raise InputError(f"{source}: only the weights of a classifier have labels; leave out #{label}")
     if from_scratch:
         params = place_computed(lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(key)), seed)
+        if int8:
+            model, params = dataclasses.replace(model, int8=True), quantise_layers(params)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
     kind = model.head_kind
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
     has_head = all(row.tensor in tensors for row in kind.rows)
-    if has_head and kind.labels(model.config) not in (None, hf.num_labels):
-        raise InputError(f"{folder}: this classifier has {hf.num_labels} labels, a reward model must have 1")
     new_head = kind.may_be_new and not has_head
-    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed)
+    if label is not None and new_head:
+        raise InputError(f"{source}: is not a classifier, so it has no labels; leave out #{label}")
+    shares = label_shares(named, hf, label) if has_head and kind.labels(model.config) is not None else None
+    params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed, shares, int8=int8)
+    model = dataclasses.replace(model, int8=int8)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
         model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
         params = join_params(params, read_additions(folder, model, np.dtype(dtype)))
@@ -127,6 +142,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
+    if head not in CAUSAL_HEADS:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(CAUSAL_HEADS)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
@@ -157,6 +174,12 @@ def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
     return "vocabulary" if names[0].endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
+def stored_labels(source: str | os.PathLike[str]) -> list[str]:
+    """The names of a classifier's labels according to config.json."""
+    hf = _read_config(resolve(source, patterns=("config.json",)))
+    return [str(hf.id2label[number]) for number in range(hf.num_labels)]
+
+
 def save_model(
     folder: str | os.PathLike[str],
     model: Model,
@@ -177,6 +200,8 @@ def save_model(
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
+    if model.int8:
+        raise ValueError("a model in int8 is for decoding only; save the model that it was made from")
     model, params = stack_layers(model, params)
     additions: dict[str, np.ndarray] = {}
     extra: dict[str, Any] = {}
@@ -223,6 +248,9 @@ def save_model(
     if additions:
         save_file(additions, partial / ADDITIONS)
     written = {file.name for file in partial.iterdir()}
+    mode = (partial / "config.json").stat().st_mode
+    for name in written:  # safetensors lets nobody else read its files; the umask decides about ours
+        (partial / name).chmod(mode)
     for name in sorted(written):
         os.replace(partial / name, target / name)
     for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
@@ -251,10 +279,13 @@ def _read_config(folder: Path) -> Any:
     if (folder / "adapter_config.json").is_file():
         warn(f"{folder}: the adapter in adapter_config.json is not applied; to use it, merge it into the weights first")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        hf = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())  # the first line alone often says little
         raise InputError(f"{path}: transformers cannot read it ({reason})") from error
+    if hf.model_type not in FAMILIES:  # as it does for a Mistral with layer_types
+        raise InputError(f"{path}: transformers takes it for a {hf.model_type}, which is not known")
+    return hf
 
 
 def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
@@ -263,5 +294,7 @@ def _eos_ids(folder: Path, eos: int | list[int] | None) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     if generation.is_file():
         found.append(read_json(generation).get("eos_token_id"))
+        if not TOKEN_IDS.holds(found[-1]):
+            raise InputError(f"{generation}: eos_token_id is {found[-1]!r}, must be {TOKEN_IDS.words}")
     flat = [i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return tuple(dict.fromkeys(flat))

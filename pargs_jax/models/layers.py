@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from pargs_jax.models.attention import attend_whole, masked_scores, mix_values, plain_attention
 from pargs_jax.models.cache import write_rows
 from pargs_jax.sharding import ROWS, constrain
 
@@ -34,10 +35,11 @@ class KeyValues(NamedTuple):
 
 class BesideCache(NamedTuple):
     """New tokens attend to the real slots of the cache (or each to its own) and, by `mask`, to each other. Their keys
-    and values stay outside the cache."""
+    and values stay outside the cache. `positions` are those of the cached tokens; None if they equal the slots."""
 
     valid: Bool[Array, "B S"] | Bool[Array, "B T S"]
     mask: Bool[Array, "*B T T"]
+    positions: Int[Array, "B S"] | None = None
 
 
 class InCache(NamedTuple):
@@ -54,47 +56,37 @@ s."""
 
 
 def attend(
-    queries: Float[Array, "B Hq T D"], new: KeyValues, sight: Sight, cached: KeyValues | None, scale: float | Array
+    queries: Float[Array, "B Hq T D"],
+    new: KeyValues,
+    sight: Sight,
+    cached: KeyValues | None,
+    scale: float | Array,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T HqD"], KeyValues]:
     """Attention of T new tokens as `sight` says, softmax in fp32. Also returns the new keys and values (`BesideCache`,
     or no cache), or the cache with them written into it (`InCache`).
 
     Beside a cache, only the scores of cached and new tokens are joined; keys and values are never copied. With grouped
-    queries (Hq a multiple of H), queries share heads.
+    queries (Hq a multiple of H), queries share heads. `cap` limits scores smoothly (`soft_cap`).
     """
-    if isinstance(sight, InCache):
-        new = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
-    mask = sight.mask if isinstance(sight, BesideCache | InCache) else sight
-    batch, query_heads, length, head_dim = queries.shape
-    heads = new.keys.shape[1]
-    group = query_heads // heads
-    grouped = queries.reshape(batch, heads, group * length, head_dim)
-
-    def scores(keys: Array, visible: Array) -> Array:
-        """[B H group T S]. Invisible entries are fp32's minimum: finite, so that a row that sees nothing is not NaN."""
-        raw = jnp.einsum("bhqd,bhsd->bhqs", grouped, keys, preferred_element_type=jnp.float32) * scale
-        raw = raw.reshape(batch, heads, group, length, keys.shape[2])
-        return jnp.where(visible, raw, jnp.finfo(jnp.float32).min)
-
-    def mix(weights: Array, values: Array) -> Array:
-        flat = weights.astype(values.dtype).reshape(batch, heads, group * length, values.shape[2])
-        return jnp.einsum("bhqs,bhsd->bhqd", flat, values)
-
-    own = scores(new.keys, mask[:, None, None] if mask.ndim == 3 else mask)
     if isinstance(sight, BesideCache):
         valid = sight.valid if sight.valid.ndim == 3 else sight.valid[:, None]
-        past = scores(cached.keys, valid[:, None, None])
+        past = masked_scores(queries, cached.keys, valid, scale, cap)
+        own = masked_scores(queries, new.keys, sight.mask, scale, cap)
         weights = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1)
         split = past.shape[-1]
-        mixed = mix(weights[..., :split], cached.values) + mix(weights[..., split:], new.values)
+        mixed = mix_values(weights[..., :split], cached.values) + mix_values(weights[..., split:], new.values)
+    elif isinstance(sight, InCache):
+        new = jax.tree.map(lambda stored, x: write_rows(stored, x, sight.places), cached, new)
+        mixed = plain_attention(queries, new.keys, new.values, sight.mask, scale, cap)
     else:
-        mixed = mix(jax.nn.softmax(own, axis=-1), new.values)
-    mixed = mixed.reshape(batch, query_heads, length, head_dim)
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, query_heads * head_dim), new
+        mixed = attend_whole(queries, new.keys, new.values, sight, scale, cap)
+    return join_heads(mixed), new
 
 
 class Linear(nnx.Module):
-    """A linear layer. `pargs_jax.models.lora` and `preference_lora` add low-rank terms to its matrix."""
+    """A linear layer. `pargs_jax.models.lora` and `preference_lora` add low-rank terms to its matrix; `int8` gives it a
+    matrix in int8 with scales."""
 
     def __init__(
         self,
@@ -106,6 +98,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs)))
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
         self.lora_in: nnx.Param | None = nnx.data(None)
         self.lora_out: nnx.Param | None = nnx.data(None)
@@ -113,7 +106,9 @@ class Linear(nnx.Module):
         self.addition: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        out = x @ self.kernel[...]
+        out = x @ self.kernel[...].astype(x.dtype)
+        if self.kernel_scale is not None:
+            out = out * self.kernel_scale[...]
         if self.lora_in is not None:
             out = out + self.lora_scale * (x @ self.lora_in[...] @ self.lora_out[...])
         if self.addition is not None:
@@ -144,6 +139,10 @@ class Embedding(nnx.Module):
 
 def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def join_heads(x: Float[Array, "B H T D"]) -> Float[Array, "B T HD"]:
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:

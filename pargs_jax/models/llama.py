@@ -1,14 +1,17 @@
-"""Llama 1, 2 and 3 (Touvron et al., 2023): rotary positions, RMS norms, grouped queries, a gated feed-forward."""
+"""Llama 1, 2 and 3 (Touvron et al., 2023): rotary positions, RMS norms, grouped queries, a gated feed-forward.
+
+Mistral, Phi-3, Qwen and Gemma are made of the same parts; their files say what they change.
+"""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.config_fields import CAUSAL, ConfigFields, check_divides
 from pargs_jax.models.family import Family
@@ -27,14 +30,42 @@ from pargs_jax.models.layers import (
 )
 from pargs_jax.models.rotary import Rotary, rotate
 from pargs_jax.models.tables import Row, linear
+from pargs_jax.models.windows import Windows, sights_of_layers
+
+SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+NAMES = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "feedforward": "intermediate_size",
+    "activation": "hidden_act",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
+ROTARY_FIELDS = (
+    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings",
+)  # fmt: skip
+"""Fields of config.json that all families with these parts have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model.
+    """The shape of a Llama model, or of a relative.
 
+    `attention_bias` says whether queries, keys and values have biases. `windows` are the sliding windows of the layers.
     `dropout` acts on embeddings and residual branches, and only when a key is given. `remat` is for training: see
     `run_layers`.
+
+    Relatives override what is the same in all their models: `head_norms` (whether each head's queries and keys are
+    normalised), `out_bias` (whether attention's output has a bias), `attention_scale` and `attention_cap` (see
+    `attend`), and `may_rotate_partly` (whether a part of each head may stay unrotated).
     """
 
     vocab_size: int = 32000
@@ -50,39 +81,27 @@ class LlamaConfig:
     rotary: Rotary = Rotary()  # noqa: RUF009 (frozen)
     attention_bias: bool = False
     mlp_bias: bool = False
+    windows: Windows = ()
     tied_embeddings: bool = False
     initializer_range: float = 0.02
     dropout: float = 0.0
     remat: Remat = "none"
 
+    head_norms: ClassVar[bool] = False
+    attention_cap: ClassVar[float | None] = None
+    may_rotate_partly: ClassVar[bool] = False
+    model_type: ClassVar[str] = "llama"
     HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
-        sizes=(
-            "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim",
-        ),
-        names={
-            "vocab_size": "vocab_size",
-            "context_length": "max_position_embeddings",
-            "width": "hidden_size",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-            "feedforward": "intermediate_size",
-            "activation": "hidden_act",
-            "norm_epsilon": "rms_norm_eps",
-            "attention_bias": "attention_bias",
-            "mlp_bias": "mlp_bias",
-            "tied_embeddings": "tie_word_embeddings",
-            "initializer_range": "initializer_range",
-        },
-        read=(
-            "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
-            "original_max_position_embeddings",
-        ),
+        sizes=SIZES,
+        names={**NAMES, "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        read=ROTARY_FIELDS,
         harmless=("attention_dropout", "pretraining_tp"),
         must=CAUSAL,
-    )  # fmt: skip
+    )
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows has {len(self.windows)} entries, must have one for each of {self.layers} layers")
 
     @property
     def head_width(self) -> int:
@@ -92,28 +111,44 @@ class LlamaConfig:
     def max_positions(self) -> int:
         return self.rotary.reach(self.context_length)
 
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5
+
     @classmethod
-    def from_hf(cls, hf: Any) -> "LlamaConfig":
-        """Reads a `transformers.LlamaConfig`; transformers itself translates the older `rope_theta`/`rope_scaling`.
+    def from_hf(cls, hf: Any, **others: Any) -> Self:
+        """Reads a config of transformers; transformers itself translates the older `rope_theta`/`rope_scaling`.
+        `others` are values that a relative has read itself.
 
         Raises InputError for one that is invalid or not supported.
         """
-        check_divides(hf, "num_attention_heads", "hidden_size")
+        head_dim = getattr(hf, "head_dim", None)
+        if head_dim is None:
+            check_divides(hf, "num_attention_heads", "hidden_size")
+            head_dim = hf.hidden_size // hf.num_attention_heads
         check_divides(hf, "num_key_value_heads", "num_attention_heads")
-        rotary = Rotary.from_hf(_rope_parameters(hf))
-        if hf.head_dim % 2 or (hf.head_dim == 2 and rotary.kind == "dynamic"):
-            raise InputError(f"head_dim is {hf.head_dim}, which rotary positions ({rotary.kind}) cannot rotate")
-        return cls(rotary=rotary, **cls.HF_FIELDS.read_named(hf))
+        if "rotary" not in others:
+            others["rotary"] = Rotary.from_hf(rope_parameters(hf), head_dim, may_be_partial=cls.may_rotate_partly)
+        return cls(head_dim=head_dim, **others, **cls.HF_FIELDS.read_named(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        """The fields of a `transformers.LlamaConfig`."""
-        return {"model_type": "llama", "rope_parameters": self.rotary.to_hf(), **self.HF_FIELDS.write_named(self)}
+        """The fields of a config of transformers."""
+        return {
+            "model_type": self.model_type,
+            "head_dim": self.head_dim,
+            "rope_parameters": self.rotary.to_hf(),
+            **self.HF_FIELDS.write_named(self),
+        }
 
     def make(self, *, unrolled: bool, rngs: nnx.Rngs) -> "Llama":
         return Llama(self, unrolled=unrolled, rngs=rngs)
 
 
-def _rope_parameters(hf: Any) -> dict[str, Any]:
+def rope_parameters(hf: Any) -> dict[str, Any]:
     """The parameters that transformers' rotary embedding uses. It reads the config a second time; only then does an
     `original_max_position_embeddings` beside `rope_parameters` replace the one inside."""
     hf.standardize_rope_params()
@@ -134,6 +169,10 @@ class RMSNorm(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One layer. Gemma's inherits from it, with another norm."""
+
+    make_norm: ClassVar[Callable[[int, float], nnx.Module]] = RMSNorm
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         width, query_width, kv_width = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -142,12 +181,15 @@ class Block(nnx.Module):
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, use_bias=bias, kernel_init=normal, rngs=rngs)
 
-        self.norm1 = RMSNorm(width, config.norm_epsilon)
+        self.norm1 = self.make_norm(width, config.norm_epsilon)
         self.query = linear(width, query_width, config.attention_bias)
         self.key = linear(width, kv_width, config.attention_bias)
         self.value = linear(width, kv_width, config.attention_bias)
-        self.out = linear(query_width, width, config.attention_bias)
-        self.norm2 = RMSNorm(width, config.norm_epsilon)
+        if config.head_norms:
+            self.query_norm = self.make_norm(config.head_dim, config.norm_epsilon)
+            self.key_norm = self.make_norm(config.head_dim, config.norm_epsilon)
+        self.out = linear(query_width, width, config.out_bias)
+        self.norm2 = self.make_norm(width, config.norm_epsilon)
         self.gate = linear(width, config.feedforward, config.mlp_bias)
         self.up = linear(width, config.feedforward, config.mlp_bias)
         self.down = linear(config.feedforward, width, config.mlp_bias)
@@ -160,17 +202,26 @@ class Block(nnx.Module):
         cached: KeyValues | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        config = self.config
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        normed = self.norm1(x)
-        q = rotate(split_heads(self.query(normed), config.heads), cos_sin)
-        k = rotate(split_heads(self.key(normed), config.kv_heads), cos_sin)
-        v = split_heads(self.value(normed), config.kv_heads)
-        mixed, kv = attend(q, KeyValues(k, v), sight, cached, config.head_dim**-0.5)
-        x = x + dropout(self.out(mixed), config.dropout, attention_key)
-        normed = self.norm2(x)
-        hidden = ACTIVATIONS[config.activation](self.gate(normed)) * self.up(normed)
-        return x + dropout(self.down(hidden), config.dropout, mlp_key), kv
+        mixed, kv = self.attention(self.norm1(x), cos_sin, sight, cached)
+        x = x + dropout(mixed, self.config.dropout, attention_key)
+        return x + dropout(self.feedforward(self.norm2(x)), self.config.dropout, mlp_key), kv
+
+    def attention(
+        self, x: Float[Array, "B T D"], cos_sin: tuple[Array, Array], sight: Sight, cached: KeyValues | None
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        config = self.config
+        q = split_heads(self.query(x), config.heads)
+        k = split_heads(self.key(x), config.kv_heads)
+        v = split_heads(self.value(x), config.kv_heads)
+        if config.head_norms:
+            q, k = self.query_norm(q), self.key_norm(k)
+        new = KeyValues(rotate(k, cos_sin), v)
+        mixed, kv = attend(rotate(q, cos_sin), new, sight, cached, config.attention_scale, config.attention_cap)
+        return self.out(mixed), kv
+
+    def feedforward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x))
 
 
 class Llama(nnx.Module):
@@ -194,31 +245,34 @@ class Llama(nnx.Module):
         embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
         x = dropout(self.embed(tokens), self.config.dropout, embed_key)
         cos_sin = self.config.rotary.cos_sin(positions, self.config.head_dim, self.config.context_length)
+        sights = sights_of_layers(sight, positions, self.config.windows)
 
         def step(block: Block, x: Array, index: Any, kv: KeyValues | None, key: Any) -> tuple[Array, KeyValues]:
-            return block(x, cos_sin, sight, kv, key)
+            return block(x, cos_sin, sights(index), kv, key)
 
         x, new = run_layers(self.layers, step, x, self.config.layers, cache, layers_key, remat=self.config.remat)
         return self.norm(x), new
 
 
-FAMILY = Family(
-    CausalModel,
-    LlamaConfig,
-    "model.",
-    (
-        Row("embed_tokens.weight", "embed.embedding", ("vocabulary", "width")),
-        Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
-        *linear("layers.{}.self_attn.q_proj", "layers.{}.query", ("width", "heads")),
-        *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
-        *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
-        *linear("layers.{}.self_attn.o_proj", "layers.{}.out", ("heads", "width")),
-        Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale"),
-        *linear("layers.{}.mlp.gate_proj", "layers.{}.gate", ("width", "feedforward")),
-        *linear("layers.{}.mlp.up_proj", "layers.{}.up", ("width", "feedforward")),
-        *linear("layers.{}.mlp.down_proj", "layers.{}.down", ("feedforward", "width")),
-        Row("norm.weight", "norm.scale"),
-    ),
-    class_prefix="Llama",
-    ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+SHARED_ROWS = (
+    Row("embed_tokens.weight", "embed.embedding", ("vocabulary", "width")),
+    Row("layers.{}.input_layernorm.weight", "layers.{}.norm1.scale"),
+    *linear("layers.{}.self_attn.o_proj", "layers.{}.out", ("heads", "width")),
+    *linear("layers.{}.mlp.down_proj", "layers.{}.down", ("feedforward", "width")),
+    Row("norm.weight", "norm.scale"),
 )
+NORM2_ROW = Row("layers.{}.post_attention_layernorm.weight", "layers.{}.norm2.scale")
+SEPARATE_ROWS = (
+    *linear("layers.{}.self_attn.q_proj", "layers.{}.query", ("width", "heads")),
+    *linear("layers.{}.self_attn.k_proj", "layers.{}.key", ("width", "heads")),
+    *linear("layers.{}.self_attn.v_proj", "layers.{}.value", ("width", "heads")),
+    Row("layers.{}.self_attn.q_norm.weight", "layers.{}.query_norm.scale"),
+    Row("layers.{}.self_attn.k_norm.weight", "layers.{}.key_norm.scale"),
+    *linear("layers.{}.mlp.gate_proj", "layers.{}.gate", ("width", "feedforward")),
+    *linear("layers.{}.mlp.up_proj", "layers.{}.up", ("width", "feedforward")),
+)
+ROWS = (*SHARED_ROWS, NORM2_ROW, *SEPARATE_ROWS)
+FREQUENCIES = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+"""Tensors that old checkpoints contain and nobody needs."""
+
+FAMILY = Family(CausalModel, LlamaConfig, "model.", ROWS, class_prefix="Llama", ignored=FREQUENCIES)

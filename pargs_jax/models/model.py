@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from pargs_jax.models import int8
 from pargs_jax.models.heads import Head
 from pargs_jax.models.lora import Lora
 from pargs_jax.models.preference_lora import PreferenceLora
@@ -32,6 +33,18 @@ class PromptsWithAnswers(Protocol):
     answer_lengths: Int[Array, "B A"]
     prefixes: Any
     prefix_counts: Int[Array, "B A"]
+    packed: "PackedPrompts | None"
+
+
+class PackedPrompts(Protocol):
+    """The same, packed (`pargs_jax.data.packing.PackedTexts`)."""
+
+    tokens: Int[Array, "G N"]
+    positions: Int[Array, "G N"]
+    segments: Int[Array, "G N"]
+    answers: Int[Array, "G N"]
+    answer_slots: Int[Array, "M"]
+    slots_before: Int[Array, "M"]
 
 
 class AnyRewardModel(Protocol):
@@ -90,9 +103,11 @@ class Network(nnx.Module):
 
     def __init__(self, model: "Model", *, rngs: nnx.Rngs) -> None:
         self.backbone = model.config.make(unrolled=model.unrolled, rngs=rngs)
-        if model.lora is not None:
-            layers = self.backbone.layers
-            for block in layers if model.unrolled else [layers]:
+        layers = self.backbone.layers
+        for block in layers if model.unrolled else [layers]:
+            if model.int8:
+                int8.adapt(block)
+            if model.lora is not None:
                 model.lora.adapt(block)
         head = model.head_kind
         self.head = head.make(model.config, head.std(model.config), rngs)
@@ -104,13 +119,15 @@ class Model:
 
     `unrolled` says how `params` hold the layers. False: stacked on a leading axis and run by a scan, which gives small
     programs that compile quickly. True: one by one, which decodes faster where a step is bound by reading weights from
-    memory. `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions.
+    memory. `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions; with
+    `int8`, their matrices are in int8 (`pargs_jax.models.int8`), for decoding.
     """
 
     config: Any
     head: HeadName = "vocabulary"
     unrolled: bool = False
     lora: Lora | PreferenceLora | None = None
+    int8: bool = False
 
     heads: ClassVar[Mapping[HeadName, Head]]
     """The heads that models of this class can have."""

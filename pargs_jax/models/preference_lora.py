@@ -27,7 +27,8 @@ ADDITIONS = "preference_lora.safetensors"
 
 
 class BilinearAddition(nnx.Module):
-    """The addition to one linear layer, zero at first. `preference` is `[M]`, or `[B M]` with one vector per row."""
+    """The addition to one linear layer, zero at first. `preference` is `[M]`, `[B M]` with one vector per row, or
+    `[B T M]` with one per token."""
 
     def __init__(
         self, stack: tuple[int, ...], inputs: int, outputs: int, rank: int, objectives: int, scale: float
@@ -47,7 +48,9 @@ class BilinearAddition(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         mix = jnp.einsum("...m,mrs->...rs", self.preference[...].astype(x.dtype), self.own_mix[...])
         shared = x @ self.shared_in[...] @ self.shared_mix[...] @ self.shared_out[...]
-        return self.scale * (shared + x @ self.own_in[...] @ mix @ self.own_out[...])
+        own = x @ self.own_in[...]
+        own = jnp.einsum("btr,btrs->bts", own, mix) if mix.ndim == 4 else own @ mix
+        return self.scale * (shared + own @ self.own_out[...])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +107,8 @@ def draw_additions(abstract: Any, key: PRNGKeyArray) -> Any:
     return jax.tree_util.tree_map_with_path(draw, split_params(abstract, ("addition",))[0])
 
 
-def with_preferences(params: Any, preferences: Float[Array, "B M"]) -> Any:
-    """Sets the preference vector of each row in the params of a model with `PreferenceLora`."""
+def with_preferences(params: Any, preferences: Float[Array, "B M"] | Float[Array, "B T M"]) -> Any:
+    """Sets the preference vector of each row, or token, in the params of a model with `PreferenceLora`."""
     if not isinstance(params, dict):
         return params
     return {

@@ -16,7 +16,7 @@ from pargs_jax.models.cache import Cache, with_slots
 from pargs_jax.models.causal import shift_left
 from pargs_jax.models.disentangled import CachedLayer
 from pargs_jax.models.heads import ENCODER_HEADS
-from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.model import HeadName, Model, PackedPrompts, Params
 from pargs_jax.models.one_pass import OnePass
 
 
@@ -31,6 +31,8 @@ class PrefixCausalModel(OnePass, Model):
     head: HeadName = "reward"
     heads: ClassVar = ENCODER_HEADS
     reads_candidates: ClassVar[bool] = False
+    shares_prompts: ClassVar[bool] = False
+    """Relative positions are distances between slots, which a second answer to a packed prompt would not have."""
 
     def __post_init__(self) -> None:
         if self.config.convolution_width:
@@ -50,6 +52,17 @@ class PrefixCausalModel(OnePass, Model):
         start = jnp.zeros(len(tokens), jnp.int32) if start is None else start
         valid = jnp.arange(tokens.shape[1]) >= start[:, None]
         return self._encode(params, tokens, valid, key, prompt_width, keep=False)[0]
+
+    def encode_packed(
+        self, params: Params, packed: PackedPrompts, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "G N D"]:
+        """Final hidden states of packed texts, each prompt with one answer. A key turns dropout on."""
+        slots = jnp.arange(packed.tokens.shape[1])
+        in_segment = packed.segments[:, :, None] == packed.segments[:, None]
+        sees = in_segment & ((packed.answers[:, None] == 0) | (slots[:, None] >= slots))
+        is_answer = (packed.answers > 0).astype(jnp.int32)
+        backbone = self.network(params).backbone
+        return backbone(packed.tokens, packed.positions, sees, packed.segments >= 0, is_answer, key)[0]
 
     def rewards(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         """Rewards (fp32) of the texts that end at each hidden state."""

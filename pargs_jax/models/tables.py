@@ -1,4 +1,7 @@
-"""Weight tables: which tensor of a Hugging Face checkpoint becomes which array, and the names of its dimensions."""
+"""Weight tables: which tensor of a Hugging Face checkpoint becomes which array, and the names of its dimensions.
+
+Rows of the same tensor are arrays that lie side by side in it, in the order of the table.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -16,25 +19,25 @@ class Row(NamedTuple):
         path: the array's path below `backbone` or `head`.
         axes: names of the array's last dimensions (`sharding.AXIS_OF`), which say how it is split over a mesh.
         transpose: whether the tensor is transposed when read: torch stores linear layers as [out, in].
-        part: for a tensor that joins several arrays, this array's number and how many there are.
     """
 
     tensor: str
     path: str
     axes: Axes = ()
     transpose: bool = False
-    part: tuple[int, int] = (0, 1)
 
 
-def linear(
-    tensor: str, path: str, axes: Axes, transpose: bool = True, part: tuple[int, int] = (0, 1)
-) -> tuple[Row, Row]:
-    """A matrix and its bias, if it has one. Biases along the width are small, so every device holds them in full."""
-    bias_axes = () if axes[-1] == "width" else axes[-1:]
+def linear(tensor: str, path: str, axes: Axes, transpose: bool = True) -> tuple[Row, Row]:
+    """A matrix and its bias, if it has one."""
     return (
-        Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose, part),
-        Row(f"{tensor}.bias", f"{path}.bias", bias_axes, part=part),
+        Row(f"{tensor}.weight", f"{path}.kernel", axes, transpose),
+        Row(f"{tensor}.bias", f"{path}.bias", _bias_axes(axes)),
     )
+
+
+def _bias_axes(axes: Axes) -> Axes:
+    """Biases along the width are small, so every device holds them in full."""
+    return () if axes[-1:] == ("width",) else axes[-1:]
 
 
 def norm(tensor: str, path: str) -> tuple[Row, Row]:
@@ -44,4 +47,7 @@ def norm(tensor: str, path: str) -> tuple[Row, Row]:
 def name_dimensions_of(rows: Iterable[Row], below: str) -> None:
     """Tells `pargs_jax.sharding` how a table's arrays are split; `below` is `backbone` or `head`."""
     for row in rows:
-        name_dimensions(f"{below}.{row.path.replace('.{}', '')}", row.axes)
+        path = f"{below}.{row.path.replace('.{}', '')}"
+        name_dimensions(path, row.axes)
+        if path.endswith(".kernel"):  # its scales in int8 are placed like a bias
+            name_dimensions(f"{path}_scale", _bias_axes(row.axes))

@@ -1,8 +1,8 @@
 """Reads and writes the tensors of a Hugging Face checkpoint by its family's table. Each device reads only the parts of
 the safetensors files that it holds."""
 
+import collections
 import dataclasses
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.json_text import parse_json
 from pargs_jax.models.family import Family
+from pargs_jax.models.int8 import MATRIX, quantise, quantise_layers
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.tables import Row
 from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
@@ -44,14 +47,13 @@ class Tensors(dict[str, Stored]):
         shape = self[row.tensor.format(layer)].shape
         return shape[::-1] if row.transpose else shape
 
-    def read(self, row: Row, layer: int, size: int, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, row: Row, layer: int, columns: range, index: tuple[slice, ...]) -> np.ndarray:
         """Reads the part `index` of the array that a row makes of a tensor, and nothing else.
 
-        `size` is the size of the array's last dimension.
+        `columns` says where the array's last dimension lies in the tensor's.
         """
-        start, stop, _ = index[-1].indices(size)
-        before = row.part[0] * size
-        index = (*index[:-1], slice(before + start, before + stop))
+        chosen = columns[index[-1]]
+        index = (*index[:-1], slice(chosen.start, chosen.stop))
         with self._open(row.tensor.format(layer)) as tensor:
             return tensor[index[::-1]].T if row.transpose else tensor[index]
 
@@ -84,7 +86,7 @@ def open_tensors(folder: Path, family: Family) -> Tensors:
         try:
             with safe_open(path, framework="numpy") as file:
                 for stored in file.keys():  # noqa: SIM118
-                    name, part = family.without_prefix(stored), file.get_slice(stored)
+                    name, part = family.name_in_rows(stored), file.get_slice(stored)
                     if name in tensors and tensors[name].name != stored:
                         raise InputError(f"{path}: {tensors[name].name} and {stored} are both {name} of the model")
                     tensors[name] = Stored(path, stored, tuple(part.get_shape()), part.get_dtype())
@@ -117,9 +119,9 @@ def _files(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises InputError for a file that does not contain one."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
+        content = parse_json(path.read_bytes())
+    except InputError as error:
+        raise InputError(f"{path}: not a JSON object (it {error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")
     return content
@@ -141,31 +143,47 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
 
 
 def import_params(
-    model: Model, family: Family, tensors: Tensors, folder: Path, dtype: np.dtype, new_head: bool, seed: int
+    model: Model,
+    family: Family,
+    tensors: Tensors,
+    folder: Path,
+    dtype: np.dtype,
+    new_head: bool,
+    seed: int,
+    label_shares: Float[np.ndarray, "labels"] | None = None,
+    *,
+    int8: bool = False,
 ) -> Params:
-    """Fills the model's parameters from the checkpoint; each device reads only its parts.
+    """Fills the model's parameters from the checkpoint; each device reads only its parts. `label_shares` says how the
+    rewards of a stored classifier's labels add up to the model's one reward. With `int8`, each matrix of the layers is
+    rounded as soon as it is read, so that no more than one is there in `dtype`.
 
     Raises InputError for tensors that do not match the model: all of them in one error, before any is read. Once they
     are loaded, it also raises InputError for tensors with numbers that are not finite.
     """
     problems: list[str] = []
     used: set[str] = set()
+    columns, widths = _columns(family, model)
 
     def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
         name = row.tensor.format(layer)
-        if row.part[0] == 0:
+        if name not in used:
             used.add(name)
-            whole = (*shape[:-1], shape[-1] * row.part[1])
+            whole = (*shape[:-1], widths[row.tensor])
             if name not in tensors:
                 problems.append(f"{name} is missing")
             elif (stored := tensors.shape(row, layer)) != whole:
                 problems.append(f"{name} has shape {stored}, the config needs {whole}")
 
-    def read(row: Row, size: int, index: tuple[slice, ...]) -> np.ndarray:
+    def read(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in row.tensor:
-            return tensors.read(row, 0, size, index)
+            return tensors.read(row, 0, columns[row.path], index)
         layers = range(model.config.layers)[index[0]]
-        return np.stack([tensors.read(row, layer, size, index[1:]) for layer in layers])
+        return np.stack([tensors.read(row, layer, columns[row.path], index[1:]) for layer in layers])
+
+    def mix_labels(row: Row, index: tuple[slice, ...]) -> np.ndarray:
+        stored = read(row, (*index[:-1], slice(None)))
+        return (stored.astype(np.float32) @ label_shares)[..., None]
 
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
@@ -175,28 +193,37 @@ def import_params(
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
             _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
             continue
+        is_mixed = label_shares is not None and path[0] == "head" and leaf.shape[-1] == 1
+        if is_mixed:
+            columns[row.path], widths[row.tensor] = range(len(label_shares)), len(label_shares)
         if "{}" in row.tensor:
             for layer in range(leaf.shape[0]):
                 check(row, layer, leaf.shape[1:])
         else:
             check(row, 0, leaf.shape)
-        _set(readers, path, partial(read, row, leaf.shape[-1]))
+        _set(readers, path, partial(mix_labels if is_mixed else read, row))
     # A language model may be read as a reward model and vice versa, so an unused head is not an error.
     used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
     problems += [f"{name} is not part of this architecture" for name in unexpected]
     if problems:
         raise InputError(f"{folder}: the weights do not match config.json: {_list(problems)}")
-    params = map_paths(
-        lambda path, leaf, reader: place_param(path, leaf.shape, dtype, reader), model.abstract_params(), readers
-    )
+
+    def place(path: str, leaf: Any, reader: Any) -> Any:
+        array = place_param(path, leaf.shape, dtype, reader)
+        is_rounded = int8 and path.startswith("backbone.layers.") and path.endswith(f".{MATRIX}")
+        return quantise(array) if is_rounded else array
+
+    params = map_paths(place, model.abstract_params(), readers)
+    if int8:
+        params = quantise_layers(params, lambda matrix_and_scale: matrix_and_scale)
     _check_finite(params, model, family, folder, dtype)
     return params
 
 
 def _check_finite(params: Params, model: Model, family: Family, folder: Path, dtype: np.dtype) -> None:
     """Raises InputError, in all processes alike, that names the tensors with NaN or infinity."""
-    rows = {path: _row(family, model, path) for path, _ in _flatten(params)}
+    rows = {path: _row(family, model, (*path[:-1], path[-1].removesuffix("_scale"))) for path, _ in _flatten(params)}
     bad: dict[str, None] = {}
     for path, is_finite in _flatten(_are_finite(params)):
         tensor = rows[path].tensor
@@ -222,23 +249,24 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
     """Yields the tensors of a checkpoint one by one, for a model with stacked layers. Every process must consume them
     all."""
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
+    columns, widths = _columns(family, model)
     parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):
         row = _row(family, model, path)
-        prefix = "" if path[0] == "head" else family.backbone_prefix
+        is_head = path[0] == "head"
+        name = family.head_names.get(row.tensor, row.tensor) if is_head else family.backbone_prefix + row.tensor
         value = to_host(leaf)[tuple(map(slice, shapes[path]))]  # without the padding of a sharded vocabulary
-        place, count = row.part
-        if count > 1:
+        if value.shape[-1] < widths[row.tensor]:
             found = parts.setdefault(row.tensor, {})
-            found[place] = value
-            if len(found) < count:
+            found[columns[row.path].start] = value
+            if sum(part.shape[-1] for part in found.values()) < widths[row.tensor]:
                 continue
-            value = np.concatenate([found[place] for place in range(count)], axis=-1)
+            value = np.concatenate([part for _, part in sorted(found.items())], axis=-1)
         if "{}" in row.tensor:
             for layer, single in enumerate(value):
-                yield prefix + row.tensor.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
+                yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
         else:
-            yield prefix + row.tensor, np.ascontiguousarray(value.T if row.transpose else value)
+            yield name, np.ascontiguousarray(value.T if row.transpose else value)
 
 
 def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
@@ -246,6 +274,19 @@ def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
     rows = model.head_kind.rows if path[0] == "head" else family.rows
     wanted = ".".join(path[1:])
     return next(row for row in rows if row.path.replace(".{}", "") == wanted)
+
+
+def _columns(family: Family, model: Model) -> tuple[dict[str, range], collections.Counter[str]]:
+    """Where the last dimension of each row's array lies in its tensor, by path, and the width of every tensor, by
+    name."""
+    sizes = {_row(family, model, path).path: leaf.shape[-1] for path, leaf in _flatten(model.abstract_params())}
+    columns: dict[str, range] = {}
+    widths: collections.Counter[str] = collections.Counter()
+    for row in (*family.rows, *model.head_kind.rows):
+        if row.path in sizes:
+            columns[row.path] = range(widths[row.tensor], widths[row.tensor] + sizes[row.path])
+            widths[row.tensor] += sizes[row.path]
+    return columns, widths
 
 
 def _flatten(tree: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

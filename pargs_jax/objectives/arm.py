@@ -43,9 +43,9 @@ class AutoregressiveReward(Loss):
         return math.log(2)
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
-        from pargs_jax.objectives.likelihood import prefix_log_probs
+        from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs
 
-        return self.compare(prefix_log_probs(outputs.logits(), batch.answers, batch.answer_lengths), batch)
+        return self.compare(prefix_log_probs(outputs.map_logits(token_log_probs), batch.answer_lengths), batch)
 
     def compare(self, log_probs: Float[Array, "B 2 R"], batch: Batch) -> LossResult:
         """The loss with rewards of `beta` times these numbers, one for each prefix of the answers."""

@@ -11,9 +11,14 @@ from pargs_jax.objectives.contract import LossResult
 from pargs_jax.objectives.prefix_values import mean_over_prefixes, value_metrics
 
 
+def token_values(table: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """The values of these next tokens."""
+    return jnp.take_along_axis(table, tokens[..., None], axis=-1)[..., 0]
+
+
 def backed_up(
-    table: Float[Array, "B R V"], logits: Float[Array, "B R V"], backup: Literal["expectation", "soft", "max"]
-) -> Float[Array, "B R"]:
+    table: Float[Array, "*B V"], logits: Float[Array, "*B V"], backup: Literal["expectation", "soft", "max"]
+) -> Float[Array, "*B"]:
     """The value of each text from those of its next tokens: `E_p V` (CD-Q), `log E_p exp V` (the optimum under a KL
     penalty), or `max V` (FaRMA). No gradient flows through it.
 
@@ -31,17 +36,16 @@ def backed_up(
     return (jnp.exp(log_probs) * table).sum(axis=-1)
 
 
-def backup_loss(table: Float[Array, "B R V"], nexts: Float[Array, "B R"], batch: Batch) -> LossResult:
+def backup_loss(values: Float[Array, "B R"], nexts: Float[Array, "B R"], batch: Batch) -> LossResult:
     """Half the squared distance of each prefix's value to the backed-up value after it, and of a full answer's to its
     reward; a mean over all prefixes of a batch. Metrics as `value_metrics` has them, an answer counting by its length.
 
     Args:
-        table: values of all next tokens, one token before each of the answers' tokens.
-        nexts: backed-up values at the same places.
+        values: of the answers' tokens, in the tables one token before each.
+        nexts: backed-up values of the same tables.
         batch: scored answers, one in each row.
     """
     lengths, rewards = batch.answer_lengths[:, 0], batch.rewards[:, 0]
-    values = jnp.take_along_axis(table, batch.answers[:, 0, :, None], axis=-1)[..., 0]
     places = jnp.arange(values.shape[1])
     is_last = places == lengths[:, None] - 1
     targets = jnp.where(is_last, rewards[:, None], jnp.roll(nexts, -1, axis=1))
@@ -52,8 +56,8 @@ def backup_loss(table: Float[Array, "B R V"], nexts: Float[Array, "B R"], batch:
 
 
 def consistency_error(
-    table: Float[Array, "B R V"],
-    answers: Int[Array, "B R"],
+    values: Float[Array, "B R"],
+    largest: Float[Array, "B R"],
     lengths: Int[Array, "B"],
     weights: Float[Array, "B"],
     minimum_length: int = 1,
@@ -65,21 +69,23 @@ def consistency_error(
     because no token follows it.
 
     Args:
-        table: R, the rewards of all next tokens, one token before each of the answers' tokens.
-        answers, lengths: right-padded token ids (end-of-sequence included), and how many are real.
+        values: R of the answers' tokens, in the tables one token before each.
+        largest: the largest R in the same tables.
+        lengths: tokens of each answer (end-of-sequence included).
         weights: the weight of each answer.
         minimum_length: the length of the shortest prefix that counts. An answer without one adds 0.
     """
-    values = jnp.take_along_axis(table, answers[..., None], axis=-1)[..., 0]
-    errors = jnp.square(values[:, :-1] - table[:, 1:].max(axis=-1))
+    errors = jnp.square(values[:, :-1] - largest[:, 1:])
     prefixes = jnp.arange(1, values.shape[1])
     counted = (prefixes >= minimum_length) & (prefixes < lengths[:, None])
     per_answer = (errors * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1)
     return (per_answer * weights).sum() / weights.sum()
 
 
-def spread(table: Float[Array, "B R V"], lengths: Int[Array, "B"], weights: Float[Array, "B"]) -> Float[Array, ""]:
-    """The standard deviation of the rewards of all next tokens; a mean over an answer's places, then over answers."""
-    counted = jnp.arange(table.shape[1]) < lengths[:, None]
-    per_answer = (table.std(axis=-1) * counted).sum(axis=1) / lengths
+def mean_over_answers(
+    each: Float[Array, "B R"], lengths: Int[Array, "B"], weights: Float[Array, "B"]
+) -> Float[Array, ""]:
+    """The mean over an answer's tokens, then over answers."""
+    counted = jnp.arange(each.shape[1]) < lengths[:, None]
+    per_answer = (each * counted).sum(axis=1) / lengths
     return (per_answer * weights).sum() / weights.sum()

@@ -33,8 +33,10 @@ class ControlledDecoding(ScoredLoss):
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs
     ) -> LossResult:
-        from pargs_jax.objectives.backups import backed_up, backup_loss
+        from pargs_jax.objectives.backups import backed_up, backup_loss, token_values
 
-        table = outputs.logits()[:, 0]
-        nexts = backed_up(table, reference.logits()[:, 0], self.backup)
-        return backup_loss(table, nexts, batch)
+        values, nexts = outputs.map_logits(
+            lambda table, tokens, logits: (token_values(table, tokens), backed_up(table, logits, self.backup)),
+            reference,
+        )
+        return backup_loss(values[:, 0], nexts[:, 0], batch)

@@ -10,7 +10,7 @@ Help texts list the options of all objectives and must appear quickly, so no obj
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -37,6 +37,13 @@ class Outputs(Protocol):
 
     def logits(self) -> Float[Array, "B A R V"]:
         """fp32 outputs of a head as wide as the vocabulary, at the token before each answer token."""
+        ...
+
+    def map_logits(self, function: Callable[..., Any], *others: Outputs) -> Any:
+        """What a function makes of each answer token and the logits that predict it. `function(logits, tokens)` gets
+        `[*B V]` and `[*B]`, and then the logits of `others`, if any. It returns an array or a tree of arrays, `[*B
+        ...]`, which become `[B A R ...]`; entries beyond an answer's end mean nothing. In packed batches this needs no
+        logits for the padding of answers, which `logits` does."""
         ...
 
     def rewards(self) -> Float[Array, "B A R"]:

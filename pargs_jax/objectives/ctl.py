@@ -46,14 +46,10 @@ class ContrastiveTwist(ScoredLoss):
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs
     ) -> LossResult:
-        import jax
-
-        from pargs_jax.objectives.twists import contrastive_twist_loss
+        from pargs_jax.objectives.twists import contrastive_twist_loss, twists_of
 
         loss, metrics = contrastive_twist_loss(
-            outputs.logits(),
-            jax.nn.log_softmax(reference.logits()),
-            batch.answers,
+            *outputs.map_logits(twists_of, reference),
             batch.answer_lengths,
             self.reward_weight * batch.rewards,
             batch.weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pargs_jax.errors import InputError
@@ -64,15 +65,12 @@ class Distillation(Loss):
         teacher: Outputs,
         reference: Outputs | None = None,
     ) -> LossResult:
-        import jax
-        import jax.numpy as jnp
-
-        from pargs_jax.objectives.distillation import distillation_loss
+        from pargs_jax.objectives.backups import token_values
+        from pargs_jax.objectives.distillation import distillation_loss, rewards_of_likeliest
 
         if self.k:
-            candidates = jax.lax.top_k(reference.logits(), self.k)[1]
+            candidates, rewards = outputs.map_logits(partial(rewards_of_likeliest, self.k), reference)
             targets = teacher.rewards_of_next(candidates)
         else:
-            candidates, targets = batch.answers[..., None], teacher.rewards()[..., None]
-        rewards = jnp.take_along_axis(outputs.logits(), candidates, axis=-1)
+            rewards, targets = (x[..., None] for x in (outputs.map_logits(token_values), teacher.rewards()))
         return distillation_loss(rewards[:, 0], targets[:, 0], batch.answer_lengths[:, 0], batch.weights)

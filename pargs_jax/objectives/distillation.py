@@ -8,6 +8,14 @@ from pargs_jax.objectives.contract import LossResult
 from pargs_jax.objectives.prefix_values import mean_over_prefixes
 
 
+def rewards_of_likeliest(
+    k: int, table: Float[Array, "*B V"], tokens: Int[Array, "*B"], logits: Float[Array, "*B V"]
+) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
+    """The k next tokens that are likeliest by these logits, and their rewards in a table."""
+    candidates = jax.lax.top_k(logits, k)[1]
+    return candidates, jnp.take_along_axis(table, candidates, axis=-1)
+
+
 def distillation_loss(
     rewards: Float[Array, "B R K"],
     targets: Float[Array, "B R K"],

@@ -30,9 +30,7 @@ class DirectPreference(AutoregressiveReward):
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs
     ) -> LossResult:
-        from pargs_jax.objectives.likelihood import prefix_log_probs
+        from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs
 
-        log_probs, before = (
-            prefix_log_probs(said.logits(), batch.answers, batch.answer_lengths) for said in (outputs, reference)
-        )
-        return self.compare(log_probs - before, batch)
+        log_ratios = outputs.map_logits(token_log_probs) - reference.map_logits(token_log_probs)
+        return self.compare(prefix_log_probs(log_ratios, batch.answer_lengths), batch)

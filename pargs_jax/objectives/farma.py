@@ -11,7 +11,7 @@ from pargs_jax.objectives.contract import Loss, LossResult, Outputs
 from pargs_jax.options import option
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, PRNGKeyArray
+    from jaxtyping import Array, Int, PRNGKeyArray
 
     from pargs_jax.data.batches import Batch
 
@@ -57,15 +57,17 @@ class FasterReward(Loss):
     ) -> LossResult:
         import jax.numpy as jnp
 
-        from pargs_jax.objectives.backups import consistency_error, spread
+        from pargs_jax.objectives.backups import consistency_error, mean_over_answers, token_values
         from pargs_jax.objectives.bradley_terry import bradley_terry
 
-        table = outputs.logits()
-        rewards: Float[Array, "B 2 R"] = jnp.take_along_axis(table, batch.answers[..., None], axis=-1)[..., 0]
+        rewards, largest, spreads = outputs.map_logits(
+            lambda table, tokens: (token_values(table, tokens), table.max(axis=-1), table.std(axis=-1))
+        )
         full_loss, metrics = bradley_terry(rewards, batch.answer_lengths, batch.weights)
-        chosen = table[:, 0], batch.answers[:, 0], batch.answer_lengths[:, 0], batch.weights
-        consistency = consistency_error(*chosen, self.minimum_length)
-        metrics |= {"full_loss": full_loss, "consistency": consistency, "spread": spread(chosen[0], *chosen[2:])}
+        chosen = batch.answer_lengths[:, 0], batch.weights
+        consistency = consistency_error(rewards[:, 0], largest[:, 0], *chosen, self.minimum_length)
+        spread = mean_over_answers(spreads[:, 0], *chosen)
+        metrics |= {"full_loss": full_loss, "consistency": consistency, "spread": spread}
         if step is None:
             return LossResult(full_loss + consistency, metrics, batch.weights.sum())
         loss = jnp.where(self.is_consistency(step), consistency, full_loss)

@@ -37,7 +37,7 @@ class PreferenceAwareReward(AutoregressiveReward):
         "parameter of the Dirichlet distribution of preference vectors; below 1, most favour one objective",
         above=0,
     )
-    rank: int = option(4, "rank of both parts of the trained additions", at_least=1)
+    rank: int = option(4, "rank of both parts of the trained additions", at_least=1, at_most=8192)
     alpha: float = option(8.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
         "query|key|value", "regular expression for the names of the layers that get additions", metavar="REGEX"
@@ -62,9 +62,9 @@ class PreferenceAwareReward(AutoregressiveReward):
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
         from pargs_jax.objectives.bradley_terry import labelled_bradley_terry
-        from pargs_jax.objectives.likelihood import prefix_log_probs
+        from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs
 
-        whole = prefix_log_probs(outputs.logits(), batch.answers, batch.answer_lengths)[..., -1]
+        whole = prefix_log_probs(outputs.map_logits(token_log_probs), batch.answer_lengths)[..., -1]
         gains = self.factor * (whole[:, 0] - whole[:, 1])
         loss, metrics = labelled_bradley_terry(gains, batch.labels, self.preferences(batch, key), batch.weights)
         return LossResult(loss, metrics, batch.weights.sum())

@@ -27,8 +27,9 @@ class SupervisedFineTuning(Loss):
         return math.log(vocab_size)
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
-        from pargs_jax.objectives.likelihood import answer_likelihood
+        from pargs_jax.objectives.likelihood import mean_likelihood, token_likelihoods
 
         lengths = batch.answer_lengths[:, 0]
-        loss, metrics = answer_likelihood(outputs.logits()[:, 0], batch.answers[:, 0], lengths, batch.weights)
+        log_probs, is_likeliest = outputs.map_logits(token_likelihoods)
+        loss, metrics = mean_likelihood(log_probs[:, 0], is_likeliest[:, 0], lengths, batch.weights)
         return LossResult(loss, metrics, (lengths * batch.weights).sum())

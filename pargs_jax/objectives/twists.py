@@ -4,13 +4,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pargs_jax.objectives.backups import token_values
 from pargs_jax.objectives.bradley_terry import Metrics
 
 
+def twists_of(
+    table: Float[Array, "*B V"], tokens: Int[Array, "*B"], logits: Float[Array, "*B V"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """`log psi` of each sample's next token, and `log E_p psi`, the sum over all next tokens.
+
+    Args:
+        table: log psi of a prefix with each next token.
+        tokens: the samples' next tokens.
+        logits: of p, for the next token.
+    """
+    summed = jax.nn.logsumexp(jax.nn.log_softmax(logits) + table, axis=-1)
+    return token_values(table, tokens), summed
+
+
 def contrastive_twist_loss(
-    table: Float[Array, "B N R V"],
-    log_probs: Float[Array, "B N R V"],
-    answers: Int[Array, "B N R"],
+    values: Float[Array, "B N R"],
+    summed: Float[Array, "B N R"],
     lengths: Int[Array, "B N"],
     log_targets: Float[Array, "B N"],
     weights: Float[Array, "B"],
@@ -25,9 +39,8 @@ def contrastive_twist_loss(
     tokens without a sample learn, too. A sample that has ended stays as it is.
 
     Args:
-        table: log psi of the answers' prefixes with each next token, one token before each of the answers' tokens.
-        log_probs: log p at the same places.
-        answers, lengths: right-padded token ids (end-of-sequence included), and how many are real.
+        values, summed: `twists_of` the answers' tokens.
+        lengths: tokens of each answer (end-of-sequence included).
         log_targets: log phi of the whole answers, such as w r(y).
         weights: the weight of each prompt.
 
@@ -35,14 +48,13 @@ def contrastive_twist_loss(
         The loss, and means over prompts: `full_loss`, the loss at the last t alone, and `effective_samples`,
         1 / (the sum of squared weights under sigma). If it is near 1, the samples tell little of the target.
     """
-    places = jnp.arange(answers.shape[-1])
+    places = jnp.arange(values.shape[-1])
     is_open = places < lengths[..., None]
-    values = jnp.take_along_axis(table, answers[..., None], axis=-1)[..., 0]
     ended = jnp.take_along_axis(values, lengths[..., None] - 1, axis=-1)
     sampled = jnp.where(is_open, values, ended)
-    summed = jnp.where(is_open, jax.nn.logsumexp(log_probs + table, axis=-1), ended)
+    summed = jnp.where(is_open, summed, ended)
     posterior = jax.nn.softmax(log_targets, axis=1)
-    normaliser = jax.nn.logsumexp(summed, axis=1) - jnp.log(answers.shape[1])
+    normaliser = jax.nn.logsumexp(summed, axis=1) - jnp.log(values.shape[1])
     losses = normaliser - (posterior[..., None] * sampled).sum(axis=1)
     longest = lengths.max(axis=1)
     per_prompt = jnp.where(places < longest[:, None], losses, 0.0).sum(axis=1) / longest

@@ -4,12 +4,12 @@ If the files with the vocabulary are missing, transformers makes a tokenizer of 
 texts into the same few ids. Here that is an error that names the files.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pargs_jax.errors import InputError, first_line, warn
+from pargs_jax.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,8 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
         own = tuple(name for name in tokenizer.vocab_files_names.values() if name not in _WHOLE)
         reason = _without_vocabulary(folder, (_WHOLE, own) if own else (_WHOLE,), "has no tokens")
         raise InputError(f"tokenizer {str(source)!r}: {reason}")
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise InputError(f"tokenizer {str(source)!r}: model_max_length is {longest!r}, must be a number")
     if folder is not None:
         _check_merges(folder, tokenizer)
         if type(tokenizer) is PreTrainedTokenizerFast and not (folder / _WHOLE[0]).exists():
@@ -81,7 +83,7 @@ def _broken_json(folder: Path) -> str:
     """A message that names a file of the folder that is not JSON; empty if there is none."""
     for name in (*_WHOLE, "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
         try:
-            json.loads((folder / name).read_bytes())
+            parse_json((folder / name).read_bytes())
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -97,7 +99,7 @@ def _check_merges(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     made = {"".join(line.split(" ")) for line in lines if not line.startswith("#version")}
     special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    merged = [token for token in json.loads((folder / "vocab.json").read_bytes()) if len(token) > 1]
+    merged = [token for token in parse_json((folder / "vocab.json").read_bytes()) if len(token) > 1]
     unmade = [token for token in merged if token not in made and token not in special]
     if len(unmade) > _LARGEST_UNMADE_SHARE * len(merged):
         raise InputError(

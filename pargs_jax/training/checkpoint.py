@@ -10,7 +10,6 @@ import logging
 import math
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -23,10 +22,12 @@ import jax
 
 from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
+from pargs_jax.json_text import parse_json
 from pargs_jax.processes import largest, on_first
+from pargs_jax.training.fingerprints import fingerprints
 from pargs_jax.training.step import TrainState
 
-CHECKSUMS = "checksums.json"
+FINGERPRINTS = "fingerprints.json"
 MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
@@ -123,8 +124,9 @@ class Checkpoints(AbstractContextManager):
         if step == self.latest_step:
             return
         with write_errors_named_after(self.folder / str(step), self._advice):
+            marks = fingerprints(state._asdict())
             response = self._writer.save_async(step, state._asdict(), metrics=held_out)
-            self._save_in_progress = step, self._finisher.submit(self._finish, step, response)
+            self._save_in_progress = step, self._finisher.submit(self._finish, step, response, marks)
 
     def wait(self) -> None:
         """Waits until the last save is complete. Raises InputError if it failed."""
@@ -134,19 +136,20 @@ class Checkpoints(AbstractContextManager):
         with write_errors_named_after(self.folder / str(step), self._advice):
             saving.result()
 
-    def _finish(self, step: int, response: Any) -> None:
-        """Waits for a save and records its files' checksums, because Orbax does not notice altered files."""
+    def _finish(self, step: int, response: Any, marks: dict[str, jax.Array]) -> None:
+        """Waits for a save and records its arrays' fingerprints, because Orbax does not notice altered files."""
         response.result()
         if jax.process_index() == 0:
-            place = self.folder / str(step)
-            write_whole(place / CHECKSUMS, json.dumps(_checksums(place)))
+            write_whole(self.folder / str(step) / FINGERPRINTS, json.dumps(_numbers(marks)))
 
-    def _is_altered(self, step: int) -> bool:
-        """Whether a checkpoint's files changed since they were written. If the run was killed before their checksums
-        were recorded, the files are trusted."""
-        place = self.folder / str(step)
+    def _is_altered(self, step: int, restored: dict[str, Any]) -> bool:
+        """Whether arrays differ from those that were saved. If the run was killed before their fingerprints were
+        recorded, they are trusted."""
+        marks = fingerprints(restored)
         try:
-            return json.loads((place / CHECKSUMS).read_bytes()) != _checksums(place)
+            return jax.process_index() == 0 and _numbers(marks) != parse_json(
+                (self.folder / str(step) / FINGERPRINTS).read_bytes()
+            )
         except FileNotFoundError:
             return False
         except (OSError, ValueError):
@@ -162,9 +165,8 @@ class Checkpoints(AbstractContextManager):
         steps = [known.step for known in reversed(self._writer.checkpoints)]
         for place, step in enumerate(steps):
             self._check_shapes(step, target)
-            is_altered = largest(jax.process_index() == 0 and self._is_altered(step))
-            restored = None if is_altered else self._load(step, target)
-            if not largest(restored is None):
+            restored = self._load(step, target)
+            if not largest(restored is None) and not largest(self._is_altered(step, restored)):
                 for damaged in steps[:place]:
                     on_first(partial(self._put_aside, damaged))
                     self._writer.reload()
@@ -211,16 +213,8 @@ class Checkpoints(AbstractContextManager):
             (self.folder / str(step)).rename(aside)
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of every file of a checkpoint's arrays, by its path."""
-    sums = {}
-    for path in (path for path in (folder / "state").rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            total = 0
-            while part := file.read(1 << 24):
-                total = zlib.crc32(part, total)
-        sums[str(path.relative_to(folder))] = total
-    return sums
+def _numbers(marks: dict[str, jax.Array]) -> dict[str, int]:
+    return {name: int(mark) for name, mark in jax.device_get(marks).items()}
 
 
 def _drop_unreadable_metrics(folder: Path) -> None:
@@ -228,7 +222,7 @@ def _drop_unreadable_metrics(folder: Path) -> None:
     checkpoint is complete without them."""
     for path in folder.glob("*/metrics/metrics"):
         try:
-            json.loads(path.read_bytes())
+            parse_json(path.read_bytes())
         except ValueError:
             path.unlink()
 
@@ -257,6 +251,13 @@ def _quiet_failure() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
+    except BaseException:
+
+        def hook(unraisable: Any, show: Callable[[Any], Any] = hook) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":  # reads that end long after the load has failed
+                show(unraisable)
+
+        raise
     finally:
         gc.collect()
         sys.unraisablehook = hook

@@ -23,7 +23,7 @@ from pargs_jax.progress import ShownProgress
 from pargs_jax.sharding import current_mesh, on_every_device, place_rows, place_whole
 from pargs_jax.signals import ERRORS, StopRequest, signals_wait
 from pargs_jax.training.checkpoint import Checkpoints
-from pargs_jax.training.meter import Meter, count_tokens, stack_metrics
+from pargs_jax.training.meter import BatchSize, Meter, size_of, stack_metrics
 from pargs_jax.training.metrics_log import MetricsLog
 from pargs_jax.training.objective import Metrics, Objective
 from pargs_jax.training.prefetch import Prefetch
@@ -83,9 +83,9 @@ class Trainer:
         key = place_whole(mesh, lambda: jax.random.key(self.config.seed))
         self._state, self._largest_loss = state, None
 
-        def load(index: int) -> tuple[Batch, int]:
+        def load(index: int) -> tuple[Batch, BatchSize]:
             batch = self.batches.batch(index)
-            return place_rows(mesh, batch), count_tokens(batch)
+            return place_rows(mesh, batch), size_of(batch)
 
         with (
             MetricsLog(self.config, first) as self._log,
@@ -95,9 +95,9 @@ class Trainer:
         ):
             self._meter = Meter(lambda: prefetch.waited)
             try:
-                for number, (batch, tokens) in enumerate(prefetch, first + 1):
+                for number, (batch, size) in enumerate(prefetch, first + 1):
                     self._state, metrics = self.step(self._state, batch, key, self.frozen)
-                    self._meter.add(metrics, tokens)
+                    self._meter.add(metrics, size)
                     reports = self._after_step(number, progress)
                     if (ending := agreed(stop, reports)) is not None:
                         raise ending
@@ -211,6 +211,8 @@ SHOWN = ("accuracy", "reward", "kl")
 
 def _describe_steps(values: dict[str, float]) -> str:
     more = "".join(f"  {name} {values[name]:.3f}" for name in SHOWN if name in values)
+    if "padding_share" in values:
+        more += f"  padding {100 * values['padding_share']:.0f} %"
     return f"loss {values['loss']:.4f}{more}  {values['tokens_per_second']:,.0f} tokens/s"
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +16,27 @@ SAMPLED = "sampled_tokens"
 """The metric of a step that counts the tokens it has sampled itself."""
 
 
-def count_tokens(batch: Batch) -> int:
-    """Tokens of a batch's texts without padding; a prompt counts once per answer. 0 in a batch of prompts."""
-    return int(batch.prompt_lengths.sum()) * batch.answers.shape[1] + int(batch.answer_lengths.sum())
+class BatchSize(NamedTuple):
+    """The size of a batch; all 0 for a batch of prompts.
+
+    Attributes:
+        tokens: tokens of its texts; a prompt counts once per answer, whether or not it is packed.
+        slots: token slots that a pass reads, and how many of them are `padding`.
+    """
+
+    tokens: int
+    slots: int
+    padding: int
+
+
+def size_of(batch: Batch) -> BatchSize:
+    """The size of a batch on the host."""
+    count = batch.answers.shape[1]
+    tokens = int(batch.prompt_lengths.sum()) * count + int(batch.answer_lengths.sum())
+    if batch.packed is not None:
+        return BatchSize(tokens, batch.packed.tokens.size, int((batch.packed.segments < 0).sum()))
+    slots = batch.prompts.size * count + batch.answers.size
+    return BatchSize(tokens, slots, slots - tokens)
 
 
 def stack_metrics(parts: list[Metrics]) -> dict[str, np.ndarray]:
@@ -31,7 +50,8 @@ class Meter:
     Besides the metrics' means, a reading has `tokens_per_second` (those of the batches, and those that steps sampled)
     and `data_wait_share`, over the time since the last reading without pauses. `data_wait_share` is the share of that
     time (0 to 1) that the loop waited for batches. Steps are dispatched asynchronously, so it is an upper bound on the
-    share that the device was idle for lack of data.
+    share that the device was idle for lack of data. `padding_share` is the share of the batches' slots that hold no
+    token; batches of prompts have none.
     """
 
     def __init__(self, waited: Callable[[], float]) -> None:
@@ -44,21 +64,24 @@ class Meter:
         """The number of steps since the last reading."""
         return len(self._steps)
 
-    def add(self, metrics: Metrics, tokens: int) -> None:
-        """Adds a step, which may still be running, and the number of tokens in its batch."""
+    def add(self, metrics: Metrics, size: BatchSize) -> None:
+        """Adds a step, which may still be running, and the size of its batch."""
         self._steps.append(metrics)
-        self._tokens += tokens
+        self._sizes.append(size)
 
     def read(self) -> tuple[list[Metrics], dict[str, float]]:
         """The metrics of each step since the last reading, and their means with the rates. Waits for the device."""
         steps = jax.device_get(self._steps)
         means = merge_metrics(stack_metrics(steps), np.ones(len(steps)))
         seconds = time.perf_counter() - self._since
-        tokens = self._tokens + sum(int(step.get(SAMPLED, 0)) for step in steps)
+        read, slots, padding = map(sum, zip(*self._sizes, strict=True))
+        tokens = read + sum(int(step.get(SAMPLED, 0)) for step in steps)
         rates = {
             "tokens_per_second": tokens / seconds,
             "data_wait_share": (self._waited_in_all() - self._waited) / seconds,
         }
+        if slots:
+            rates["padding_share"] = padding / slots
         self._steps.clear()
         self._start_again()
         return steps, {name: float(value) for name, value in means.items()} | rates
@@ -71,4 +94,5 @@ class Meter:
         self._since += time.perf_counter() - began
 
     def _start_again(self) -> None:
-        self._tokens, self._waited, self._since = 0, self._waited_in_all(), time.perf_counter()
+        self._sizes: list[BatchSize] = []
+        self._waited, self._since = self._waited_in_all(), time.perf_counter()

@@ -12,7 +12,8 @@ import jax
 
 from pargs_jax.config import LogConfig, TrainConfig
 from pargs_jax.durable_files import append_all, write_errors_named_after, write_whole
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, warn
+from pargs_jax.json_text import parse_json
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 
 
@@ -21,10 +22,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Drops the lines of later steps. Raises InputError if the file cannot be written."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
         with write_errors_named_after(path, MEND_AND_RESUME):
-            write_whole(path, "".join(line + "\n" for line in kept))
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            steps = [_step_of(line) for line in lines]
+            if unreadable := steps[:-1].count(None):  # a kill may cut off the last line
+                warn(f"{path}: {unreadable} lines are not metrics of a step; they are dropped")
+            kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resumed_step]
+            write_whole(path, "".join(line.decode() + "\n" for line in kept))
         self._path = path
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
@@ -34,6 +38,15 @@ class MetricsFile:
 
     def close(self) -> None:
         """Does nothing: every line is in the file already."""
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step whose metrics a line of the file has; None if it has none."""
+    try:
+        step = parse_json(line)["step"]
+        return step if isinstance(step, int) else None
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 class TensorBoard:
@@ -64,7 +77,7 @@ class WeightsAndBiases:
             project=config.log.wandb,
             name=folder.name,
             dir=str(folder),
-            id=id_file.read_text(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             config=asdict(config),
         )

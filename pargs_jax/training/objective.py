@@ -69,7 +69,7 @@ class Objective:
         others = {name: params.pop(name) for name, _ in self.frozen if name in params}
         base = split_params(params, LORA_NAMES)[1] if len(others) < len(self.frozen) else None
         if preferences is not None:  # every answer of a row is read with the row's vector
-            params = with_preferences(params, jnp.repeat(preferences, batch.answers.shape[1], axis=0))
+            params = with_preferences(params, _of_texts(preferences, batch))
         more = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         outputs = self.model.read_answers(params, batch, key, **options)
         if critic is not None:
@@ -95,3 +95,11 @@ class Objective:
             else jax.tree.map(lambda x: x.astype(self.dtype), part)
             for name, part in params.items()
         }
+
+
+def _of_texts(preferences: Float[Array, "B M"], batch: Batch) -> Float[Array, "BA M"] | Float[Array, "G N M"]:
+    """The vector of each text that models read for a batch, or of each packed token."""
+    count = batch.answers.shape[1]
+    if batch.packed is None:
+        return jnp.repeat(preferences, count, axis=0)
+    return preferences[jnp.maximum(batch.packed.segments, 0) // count]

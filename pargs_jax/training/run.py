@@ -6,12 +6,18 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batches, Example
+from pargs_jax.data.packing import Packing
+from pargs_jax.errors import InputError
 from pargs_jax.models.model import Params
+from pargs_jax.models.one_pass import OnePass
+from pargs_jax.options import LARGEST_NUMBER
 from pargs_jax.processes import on_first
+from pargs_jax.sharding import current_mesh, row_shards
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import Trainer, evaluate
 from pargs_jax.training.on_policy import OnPolicy, Sampler
@@ -50,7 +56,8 @@ def run(
     total = total_steps(config, len(examples))
     loss, prepared = program.objective.loss, partial(Batches, max_length=config.max_length, seed=config.seed)
     updates, copies = loss.updates_per_step, loss.answers_per_prompt
-    batches = prepared(examples, config.batch_size // copies, copies=copies)
+    packed = partial(packing_of, config, program.model, current_mesh())
+    batches = prepared(examples, config.batch_size // copies, copies=copies, packing=packed(config.optim.accumulation))
     optimizer, schedule = program.make_optimizer(total * updates)
     trained, frozen = program.begin_params(params, config.seed)
     state = begin(optimizer, trained)
@@ -62,7 +69,7 @@ def run(
         on_policy, rows = OnPolicy(program, sampler), config.batch_size
         step, evaluation = on_policy.make_step(step), on_policy.evaluate
     if held_out is not None:
-        evaluation = partial(evaluation, batches=prepared(held_out, rows))
+        evaluation = partial(evaluation, batches=prepared(held_out, rows, packing=packed()))
     on_first(partial(save_config, config, folder))
     with Checkpoints(folder / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:
@@ -89,7 +96,17 @@ def run(
     return program.model_params(state.params, frozen)
 
 
+def packing_of(config: TrainConfig, model: OnePass, mesh: Mesh | None, micro_batches: int = 1) -> Packing | None:
+    """How batches for a model are packed; None if they are not."""
+    return Packing(config.pack, micro_batches, row_shards(mesh), model.shares_prompts) if config.pack else None
+
+
 def total_steps(config: TrainConfig, pairs: int) -> int:
-    """The number of steps that a run takes on this many pairs, or prompts."""
+    """The number of steps that a run takes on this many pairs, or prompts. Raises InputError if nothing can count
+    them."""
     rows = config.batch_size // config.objective.loss.answers_per_prompt
-    return config.steps or max(1, math.ceil(config.epochs * pairs / rows))
+    total = config.steps or config.epochs * pairs / rows
+    most = LARGEST_NUMBER // config.objective.loss.updates_per_step
+    if total > most:
+        raise InputError(f"steps, epochs: the run would take {total:g} steps, must be at most {most}")
+    return max(1, math.ceil(total))

@@ -11,6 +11,7 @@ from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Example
 from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError, warn
+from pargs_jax.json_text import parse_json
 from pargs_jax.training.step import make_optimizer
 
 DATA_FILE = "data.json"
@@ -26,7 +27,7 @@ def check_same_data(folder: Path, source: str, examples: Sequence[Example], *, r
     now = {"source": source, "rows": len(examples), "digest": digest_of(examples)}
     if resumes and path.exists():
         try:
-            before = json.loads(path.read_bytes())
+            before = parse_json(path.read_bytes())
             rows, digest = before["rows"], before["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(

@@ -33,8 +33,9 @@ import numpy as np
 from benchmarks.measure import Ceilings, Spread, ceilings, machine
 from benchmarks.models import SHAPES, random_params
 from pargs_jax.commands.process import run_as_command
-from pargs_jax.config import DEMO, DecodeConfig
+from pargs_jax.config import DecodeConfig
 from pargs_jax.data.preferences import Prompt
+from pargs_jax.data_config import DEMO
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.demo.task import DEMO_LM, preferences
 from pargs_jax.durable_files import write_whole
@@ -388,6 +389,7 @@ def report(rows: Sequence[Row], folder: Path, page: Path | None) -> None:
 
 
 def cost_table(summaries: Sequence[Summary], rows: Sequence[Row], batch: int) -> str:
+    least_alone = next((each.least for each in summaries if (each.name, each.batch) == (UNGUIDED, batch)), np.nan)
     lines = [
         [
             each.name,
@@ -397,12 +399,23 @@ def cost_table(summaries: Sequence[Summary], rows: Sequence[Row], batch: int) ->
             f"{each.milliseconds.median:.1f}",
             f"{each.least:.1f}",
             str(each.times) if len(each.times.runs) > 1 else f"{each.times.median:.2f}",
+            f"{each.least / least_alone / each.times.median:.2f}",
             str(len(each.times.runs)),
         ]
         for each in summaries
         if each.batch == batch
     ]
-    headings = ["method", "LM tokens", "RM tokens", "operations", "ms", "least ms", "times unguided", "runs"]
+    headings = [
+        "method",
+        "LM tokens",
+        "RM tokens",
+        "operations",
+        "ms",
+        "least ms",
+        "times unguided",
+        "of the roofline",
+        "runs",
+    ]
     timed = {each.name for each in summaries if each.batch == batch}
     reasons = {row["name"]: row["left_out"] for row in rows if "left_out" in row and row["batch"] in (0, batch)}
     left_out = [f"{name} ({reason})" for name, reason in reasons.items() if name not in timed]

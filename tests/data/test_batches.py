@@ -70,7 +70,8 @@ def test_rows_that_truncation_makes_equal_are_left_out_and_counted():
     assert [letters(example.answers[0]) for example in examples] == ["x>"]
     assert report.rows_left_out == 1
     assert str(report) == (
-        "2 rows: 1 prompts and 2 answers cut, 7 tokens lost, 1 rows left out because their answers became the same"
+        "1 of 2 rows are used: 1 prompts and 2 answers cut, 7 tokens lost, 1 rows left out because their answers "
+        "became the same"
     )
     with pytest.raises(InputError, match="no rows are left after cutting to max_length 8"):
         tokenise(rows[:1], LetterTokenizer(), max_length=8)

@@ -125,7 +125,6 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
         ({**ROW, "chosen": 3}, "chosen is of type int"),
         ({**ROW, "prompt": {"a": 1}}, "prompt is of type dict"),
         ({**ROW, "chosen": " \n"}, "chosen answer is empty"),
-        ({**ROW, "rejected": ""}, "rejected answer is empty"),
         ({**ROW, "chosen": "No."}, "the same"),
         ({"chosen": "What? Yes", "rejected": "What? No"}, "prompt is missing, and chosen and rejected"),
         ({"chosen": "Human: Yes", "rejected": "Human: No"}, "prompt is missing, and chosen and rejected"),
@@ -156,7 +155,7 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path):
     [
         ("missing.jsonl", None, "no such file"),
         ("no/such/place", None, "no such file"),
-        ("rows.txt", b"Why?", "must end in .jsonl"),
+        ("rows.text", b"Why?", "must end in .jsonl"),
         ("rows.jsonl", b"\n", "no rows"),
         ("rows.json", b"[]", "no rows"),
         ("rows.json", b'{"rows": []}', "with the list under 'data'"),

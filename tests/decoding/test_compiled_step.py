@@ -15,7 +15,7 @@ from pargs_jax.aot.gpu import is_installed
 from pargs_jax.aot.hlo import parse_module
 
 REPOSITORY = Path(__file__).parents[2]
-ROWS, PROMPT, NEW, K, HEADS, WIDTH = 4, 192, 64, 10, 4, 256
+ROWS, PROMPT, NEW, K, HEADS, WIDTH = 4, 256, 64, 10, 4, 256
 SHAPES = {
     "llama": {
         "model_type": "llama", "vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -83,7 +83,7 @@ def copies_of_caches(text):
     return found
 
 
-KEYS = ROWS * (PROMPT + NEW) * WIDTH  # more than any weight and any activation
+KEYS = ROWS * (PROMPT + NEW) * WIDTH  # more than any weight and any activation, those that read the prompts included
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -206,6 +206,11 @@ def main():
         pytest.param(Pair(("llama", True), ("gpt2", False)), 5, 0.7, LENGTHS, id="unrolled-llama"),
         pytest.param(Pair(("gpt2", True), ("llama", False)), VOCABULARY, None, LENGTHS, id="unrolled-gpt2-k=V"),
         pytest.param(Pair(("llama", False), ("gpt2", True)), 5, 1.0, (1,) * 8, id="llama-prompts-of-one-token"),
+        pytest.param(Pair(("gpt_neox", False), ("gemma3", True)), 5, 1.0, LENGTHS, id="neox-guided-by-unrolled-gemma"),
+        pytest.param(Pair(("gemma3", False), ("mistral", False)), 5, 1.0, LENGTHS, id="gemma-guided-by-mistral"),
+        pytest.param(
+            Pair(("mistral", True), ("gpt_neox", True)), 5, 1.0, LENGTHS, id="unrolled-mistral-guided-by-neox"
+        ),
     ],
 )
 def test_scan_equals_a_loop_that_reruns_everything(pair, k, temperature, lengths):

@@ -83,7 +83,7 @@ def test_methods_with_special_candidates_and_reward_forms():
 
 
 def test_numbers_that_do_not_apply_to_a_method_are_not_among_its_defaults():
-    assert {name: METHODS[name].defaults for name in ("greedy", "top_p", "contrastive", "rad", "genarm")} == {
+    assert {name: METHODS[name].numbers() for name in ("greedy", "top_p", "contrastive", "rad", "genarm")} == {
         "greedy": "", "top_p": "temperature 1, top p 0.95", "contrastive": "k 8, weight 0.6",
         "rad": "k 20, weight 30, temperature 1", "genarm": "weight 1, temperature 1",
     }  # fmt: skip

@@ -105,13 +105,15 @@ def test_references_perplexity_pairs_and_figures_in_one_report(evaluate, answers
         "--answers", answers_file("top_k", TOP_K), f"mine={answers_file('pargs', PARGS)}", "--baseline", "mine",
         "--references.file", references, "--references.columns", "reference=summary", "--perplexity", lm,
         "--function", judge, "--pairs.file", "demo", "--pairs.limit", 6, "--rm", rm, "--pairs.max-length", 60,
+        "--rm-dtype", "int8",
     )  # fmt: skip
     assert code == 0, err
     assert report["baseline"] == "mine" and set(report["versus_baseline"]) == {"top_k"}
     assert metric(report, "rouge_1")["systems"]["top_k"]["mean"] == pytest.approx((1 + 0) / 2)
     assert metric(report, "nats_per_token")["systems"]["top_k"]["perplexity"] > 1
     assert [each["name"] for each in report["reward_models"]] == [rm, "length"]
-    assert "answers cut" in report["reward_models"][0]["notes"]
+    notes = report["reward_models"][0]["notes"]
+    assert "answers cut" in notes and "rank correlation with rewards of float32 weights 0.9" in notes
     assert {path.name for path in (tmp_path / "out" / "figures").iterdir()} >= {"scores.png", "wins.svg"}
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
 

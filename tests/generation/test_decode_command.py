@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,13 @@ import pytest
 
 from pargs_jax.commands import doors
 from pargs_jax.commands.comparison import COMPARED
+from pargs_jax.commands.comparison_file import ComparisonFile
+from pargs_jax.config import DecodeConfig
+from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.demo import task as demo
+from pargs_jax.errors import InputError
+from pargs_jax.generation.answers import Answer
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -130,6 +137,19 @@ def test_one_prompt_is_answered_on_standard_output(decode, lm):
     assert code == 0 and out == f"{expected}\n" and len(expected) > 12
 
 
+def test_weights_in_int8_give_nearly_the_same_rewards(decode, lm, rm, prompts, tmp_path):
+    """The reward model only judges here, so both runs have the same answers."""
+    found = []
+    for number, formats in enumerate([(), ("--rm-dtype", "int8")]):
+        out = tmp_path / f"{number}.jsonl"
+        assert decode(*common(lm, rm, prompts, out), "--method", "top_k", *formats)[0] == 0
+        found.append({row["id"]: row for row in rows(out)})
+    plain, int8 = ([found[i][f"p{n}"]["guide_reward"] for n in range(5)] for i in range(2))
+    assert [row["response"] for row in found[0].values()] == [row["response"] for row in found[1].values()]
+    assert plain != int8
+    np.testing.assert_allclose(int8, plain, atol=0.05 * np.ptp(plain))
+
+
 def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm, rm, prompts, tmp_path):
     """Also those of several samples; more of them than an answers file has are added to it."""
     options = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--method", "pargs", "--max-new-tokens", 6, "--limit", 2)
@@ -243,3 +263,63 @@ def test_a_page_explains_the_answers_beside_those_without_guidance(decode, lm, r
     assert code == 2 and "--explain: cannot be used with --out" in err and not page.exists()
     code, _, err = decode("--explain", page)
     assert code == 2 and "--explain: needs --method NAME" in err
+
+
+def test_one_method_on_the_demo_is_summed_up(decode):
+    code, out, err = decode("--method", "greedy", "--limit", 3, "--max-new-tokens", 4)
+    assert code == 0 and len(out.splitlines()) >= 3
+    *config, summary = err.splitlines()
+    # Greedy answers of four tokens are all the beginning of a plain sentence.
+    assert re.fullmatch(r"3 answers: true reward -?\d+\.\d\d ± \d+\.\d\d, KL \d+\.\d nats, [\d,]+ tokens/s", summary)
+    shown = "\n".join(config)
+    assert "method: greedy" in shown and "max_new_tokens: 4" in shown and "batch_size" not in shown
+
+
+def test_the_numbers_in_effect_are_shown_and_saved(decode, lm, rm, prompts, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    words = ("--lm", lm, "--rm", rm, "--prompts", prompts, "--out", out, "--max-new-tokens", 2, "--limit", 1)
+    code, _, err = decode(*words, "--method", "pargs", "--weight", 3)
+    assert code == 0 and "in effect: k 10, weight 3, temperature 1" in err
+    assert "# in effect: k 10, weight 3, temperature 1" in (tmp_path / "answers.jsonl.config.yaml").read_text()
+    assert decode(*words, "--method", "pargs", "--weight", 3)[0] == 0
+
+
+def comparison_answer(number, method):
+    prompt = "Customer: Hi, this is Maria. My kettle arrived broken. What can I do?\nAgent:"
+    return Answer(f"p{number}", prompt, f"{method} {number}", "stop", -1.0, 0.5, (), 3, 0.5)
+
+
+def test_a_stopped_comparison_goes_on_after_its_last_whole_method(tmp_path):
+    path, config = tmp_path / "answers.jsonl", DecodeConfig(out="answers.jsonl")
+    prompts = [Prompt(f"p{number}", "My lamp broke.") for number in range(3)]
+    made = {method: [comparison_answer(number, method) for number in range(3)] for method in ("greedy", "top_k")}
+    with ComparisonFile(path, config, prompts) as file:
+        assert file.found == {}
+        for method, answers in made.items():
+            file.write(method, answers)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept, found in ((6, ["greedy", "top_k"]), (5, ["greedy"]), (3, ["greedy"]), (2, [])):
+        path.write_bytes(b"".join(lines[:kept]) + b'{"method": "cut o')
+        with ComparisonFile(path, config, prompts) as file:
+            assert file.found == {method: made[method] for method in found}
+            assert path.read_bytes() == b"".join(lines[: 3 * len(found)])
+            for method in made.keys() - set(found):
+                file.write(method, made[method])
+        path.write_bytes(whole)
+    for other, words in ((replace(config, seed=1), "with other options"), (config, "answer other prompts")):
+        with pytest.raises(InputError, match=words):
+            ComparisonFile(path, other, prompts[1:])
+    path.write_bytes(whole + b"{}\n")
+    with pytest.raises(InputError, match="line 7: is not an answer of a comparison"):
+        ComparisonFile(path, config, prompts)
+    (tmp_path / "answers.jsonl.config.yaml").unlink()
+    with pytest.raises(InputError, match="was not written by decode"):
+        ComparisonFile(path, config, prompts)
+
+
+def test_a_comparison_that_cannot_be_written_decodes_nothing(decode, rm):
+    code, _, err = decode("--rm", rm, "--out", "/proc/answers.jsonl")
+    assert code == 2 and err.splitlines() == [
+        "error: /proc/answers.jsonl: cannot be written (No such file or directory); give another --out"
+    ]

@@ -13,11 +13,12 @@ from pargs_jax.mesh import make_mesh
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_DEBERTA, random_params, tiny_tokenizer
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params, tiny_tokenizer
 
-# Three prompts: a mesh with four copies of the model has to fill up its rows.
+# Three samples of three prompts in four rows, so that rows are filled again, on a mesh with four copies of the model
+# once with filler.
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", ""))]
-GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",)}
+GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",), "gpt_neox": ("gemma3",)}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folders(save_tiny, tmp_path_factory):
     """Folders of a language model, and of its reward models, by family."""
 
     def reward_model(kind):
-        if kind in GUIDES:
+        if kind in TINY_CONFIGS:
             return save_tiny("reward", family=kind, seed=1)
         config = dataclasses.replace(TINY_DEBERTA, vocab_size=tiny_tokenizer().vocab_size, attention=kind)
         model = (EncoderModel if kind == "full" else PrefixCausalModel)(config)
@@ -45,8 +46,9 @@ def answers(folders):
     def answer(family, mesh):
         with jax.set_mesh(make_mesh(mesh, "decode")):
             session = Session(*folders(family))
-            settings = Settings(METHODS["pargs"], max_new_tokens=8, temperature=3.0)
-            return {answer.id: answer for batch in session.answer(PROMPTS, settings) for answer in batch}
+            settings = Settings(METHODS["pargs"], max_new_tokens=8, temperature=3.0, n=3, batch_size=4)
+            found = (answer for batch in session.answer(PROMPTS, settings) for answer in batch)
+            return {(answer.id, answer.sample): answer for answer in found}
 
     return answer
 
@@ -60,13 +62,14 @@ def answers(folders):
         ("llama", "cpu-4,data=2,tensor=2"),
         ("gpt2", "cpu-4,data=2,tensor=2"),
         ("opt", "cpu-4,fsdp=2,tensor=2"),
+        ("gpt_neox", "cpu-4,fsdp=2,tensor=2"),
     ],
 )
 def test_four_devices_equal_one(answers, family, mesh):
     expected, found = answers(family, "cpu-1"), answers(family, mesh)
-    assert found.keys() == expected.keys() == {"0", "1", "2"}
-    for prompt_id, answer in expected.items():
-        assert found[prompt_id].response == answer.response
-        assert found[prompt_id].tokens == answer.tokens
-        assert found[prompt_id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
-        assert found[prompt_id].log_probability == pytest.approx(answer.log_probability, abs=1e-3)
+    assert found.keys() == expected.keys() == {(prompt, sample) for prompt in "012" for sample in range(3)}
+    for key, answer in expected.items():
+        assert found[key].response == answer.response
+        assert found[key].tokens == answer.tokens
+        assert found[key].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
+        assert found[key].log_probability == pytest.approx(answer.log_probability, abs=1e-3)

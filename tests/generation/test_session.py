@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError
-from pargs_jax.generation import reward_models
+from pargs_jax.generation import reward_models, scheduler
 from pargs_jax.generation.reward_models import padded_width
 from pargs_jax.generation.session import Session, Settings
 from pargs_jax.models.encoder import EncoderModel
@@ -191,7 +191,8 @@ def test_prompts_of_all_lengths_compile_once_a_width(lm):
     settings = Settings(METHODS["greedy"], max_new_tokens=1, batch_size=1)
     lengths = {len(session.tokenizer.encode_prompt(prompt.text)) for prompt in prompts}
     assert len(lengths) == 24 and len(list(session.answer(prompts, settings))) == 24
-    assert len(session._compiled) == len({padded_width(length) for length in lengths}) == 3
+    assert session._programs.count(scheduler._start) == len({padded_width(length) for length in lengths}) == 3
+    assert session._programs.count(scheduler._advance) == 2  # for caches of 64 and of 128 slots
 
 
 def test_two_reward_models_weigh_in_separately(lm, rm, save_tiny):
@@ -225,7 +226,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(lm, rm, rewards_o
         assert found[answer.id].guide_rewards == pytest.approx(answer.guide_rewards, abs=1e-4)
 
 
-def test_a_batch_is_decoded_again_when_texts_exceed_the_answer_width(lm, tmp_path, monkeypatch):
+def test_answers_are_decoded_again_when_texts_exceed_the_answer_width(lm, tmp_path, monkeypatch):
     """To the same answers; or, where a model has no positions for them, to one line."""
     tokenizer = tiny_tokenizer()
     config = dataclasses.replace(TINY_DEBERTA, vocab_size=tokenizer.vocab_size, attention="prefix_causal")
@@ -239,7 +240,7 @@ def test_a_batch_is_decoded_again_when_texts_exceed_the_answer_width(lm, tmp_pat
     assert [a.response for a in answers(session).values()] == [a.response for a in expected.values()]
     monkeypatch.setattr(reward_models, "table_of_positions", lambda _: longest + 4)
     with pytest.raises(
-        InputError, match=r"needs \d+ of its tokens, but after the longest prompt only 4 fit its context;"
+        InputError, match=r"needs \d+ of its tokens, but after a prompt of \d+ only \d+ fit its context;"
     ):
         answers(session)
 
@@ -331,3 +332,14 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_the_rows_id(lm, rm, metho
     save_file({**tensors, "score.weight": np.full_like(tensors["score.weight"], 3e38)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"prompt '2': a reward of .*/rm is not finite"):
         answers(Session(lm, [str(folder)]), method=method)
+
+
+def test_a_head_that_no_model_has_is_named(lm):
+    with pytest.raises(InputError) as error:
+        load_model(lm, "value")
+    assert str(error.value) == "head: got 'value', must be one of vocabulary, table, reward"
+
+
+def test_the_demo_is_a_word_of_the_commands():
+    with pytest.raises(InputError, match=r"in Python give pargs_jax\.demo\.task\.DEMO_LM"):
+        Session("demo")

@@ -13,16 +13,25 @@ from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import describe_model
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+SIZES = {
+    "vocab_size": 61,
+    "max_position_embeddings": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
 SMALL = {
+    "gemma2": {**GROUPED, "head_dim": 4},
+    "gemma3_text": {**GROUPED, "head_dim": 4},
+    "gpt_neox": {**SIZES, "rotary_pct": 0.5},
+    "mistral": GROUPED,
+    "phi3": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 4},
     "gpt2": {"vocab_size": 61, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 4},
-    "llama": {
-        "vocab_size": 61,
-        "max_position_embeddings": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
+    "llama": SIZES,
     "opt": {
         "vocab_size": 61,
         "max_position_embeddings": 32,
@@ -32,12 +41,7 @@ SMALL = {
         "num_attention_heads": 4,
     },
     "deberta-v2": {
-        "vocab_size": 61,
-        "max_position_embeddings": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **SIZES,
         "relative_attention": True,
         "pos_att_type": ["c2p", "p2c"],
     },
@@ -105,19 +109,27 @@ EVERYWHERE = {
 }
 IN_CAUSAL = {
     "is_causal": False,
-    "sliding_window": 8,
     "attention_chunk_size": 8,
-    "layer_types": ["full_attention", "sliding_attention"],
     "kv_sharing_modes": ["own", "reuse"],
 }
+WINDOWS = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
+WITHOUT_WINDOWS = ("gpt2", "gpt_neox", "llama", "opt")
+CAUSAL = FAMILIES.keys() - {"deberta-v2"}
+GEMMA = {"use_bidirectional_attention": True, "attn_logit_softcapping": 50.0}
 
 
 @pytest.mark.parametrize(
     ("family", "name", "value"),
     [
         *((family, name, value) for family in FAMILIES for name, value in EVERYWHERE.items()),
-        *((family, name, value) for family in ("gpt2", "llama", "opt") for name, value in IN_CAUSAL.items()),
+        *((family, name, value) for family in sorted(CAUSAL) for name, value in IN_CAUSAL.items()),
+        *((family, name, value) for family in WITHOUT_WINDOWS for name, value in WINDOWS.items()),
         ("gpt2", "add_cross_attention", True),
+        *(("gemma3_text", name, value) for name, value in GEMMA.items()),
+        ("gemma2", "use_bidirectional_attention", True),
+        *((family, "layer_types", ["full_attention", "full_attention"]) for family in ("mistral", "phi3")),
+        *(("phi3", name, True) for name in ("attention_bias", "mlp_bias", "lm_head_bias")),
+        ("qwen2", "use_mrope", True),
     ],
 )
 def test_a_field_that_would_change_the_computation_is_refused_by_name(family, name, value, tmp_path):
@@ -129,9 +141,10 @@ def test_the_same_fields_are_read_where_they_change_nothing(family, tmp_path):
     expected = describe(tmp_path, family)
     not_null = ("is_causal", "is_encoder_decoder", "configuration_files")
     harmless = {name: None for name in (*EVERYWHERE, *IN_CAUSAL) if name not in not_null}
-    if family != "deberta-v2":
+    if family in CAUSAL:
         assert describe(tmp_path, family, **harmless, is_causal=True) == expected
-        assert describe(tmp_path, family, layer_types=["full_attention"] * 2) == expected
+    if family in WITHOUT_WINDOWS:
+        assert describe(tmp_path, family, sliding_window=None, layer_types=["full_attention"] * 2) == expected
     assert describe(tmp_path, family, is_encoder_decoder=False, quantization_config=None) == expected
 
 
@@ -145,6 +158,15 @@ IMPOSSIBLE = [
           ("deberta-v2", "num_attention_heads", 0), ("deberta-v2", "num_hidden_layers", 0),
           ("deberta-v2", "embedding_size", 0), ("deberta-v2", "max_position_embeddings", True),
       ]),
+    ("llama", {"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000, must be at most 1024"),
+    ("gpt2", {"n_embd": 10**12}, "n_embd is 1000000000000, must be at most 16777216"),
+    ("llama", {"layer_types": -1}, "layer_types is -1, must be left out, null or 'full_attention' for every layer"),
+    ("llama", {"rope_theta": "x"}, "rope_theta is 'x' in rope_parameters, must be a number above 0"),
+    *(("opt", {"eos_token_id": value}, f"eos_token_id is {value!r}, must be a token's number, a list of them, or null")
+      for value in ("2", {"a": 1}, [None], 1.5, True)),
+    ("gpt2", {"architectures": [1]}, "architectures is [1], must be left out, null or a list of names"),
+    ("gpt2", {"num_labels": 10**7}, "num_labels is 10000000, must be left out, null or a whole number from 0 to 65536"),
+    ("gpt2", {"num_attention_heads": None}, "n_head is None, must be a whole number"),
     ("gpt2", {"n_head": 3}, "n_head 3 does not divide n_embd 16"),
     ("opt", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
     ("deberta-v2", {"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 16"),
@@ -154,6 +176,12 @@ IMPOSSIBLE = [
     ("llama", {"head_dim": 3}, "head_dim is 3, which rotary positions (default) cannot rotate"),
     ("llama", {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
      "head_dim is 2, which rotary positions (dynamic) cannot rotate"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]},
+     "layer_types has sliding_attention, but sliding_window is not set"),
+    ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]},
+     "layer_types has chunked_attention, must be full_attention or sliding_attention"),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0, must be a whole number of at least 1"),
+    ("gpt_neox", {"rotary_pct": 0.1}, "head_dim is 4 with partial_rotary_factor 0.1, which rotary positions"),
     ("deberta-v2", {"pooler_hidden_act": "no such thing"}, "pooler_hidden_act 'no such thing' is not known; known are"),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "mish"}, "conv_act 'mish' is not known; known are"),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 3}, "conv_groups 3 does not divide hidden_size 16"),

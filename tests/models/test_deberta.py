@@ -26,6 +26,7 @@ VARIANTS = {
     "own position projections": dataclasses.replace(TINY_DEBERTA, share_attention_key=False, normalise_positions=False),
     "content to position only": dataclasses.replace(TINY_DEBERTA, position_to_content=False, share_attention_key=False),
     "no buckets": dataclasses.replace(TINY_DEBERTA, position_buckets=-1, max_relative_positions=12),
+    "beyond the trained length": dataclasses.replace(TINY_DEBERTA, context_length=16),
     "absolute positions and segments": dataclasses.replace(
         TINY_DEBERTA,
         relative_attention=False,

@@ -1,8 +1,7 @@
-"""Equality with Hugging Face's models in torch, and their checkpoints read and written."""
+"""Checkpoints of Hugging Face, read and written."""
 
 import json
 import shutil
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,188 +12,10 @@ from safetensors.numpy import load_file, save_file
 from pargs_jax.errors import InputError
 from pargs_jax.models import hf, weights
 from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import load_model, resolve, save_model
-from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.rotary import Rotary
-from pargs_jax.testing import TINY_CONFIGS
-
-GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-OPT = {
-    "model_type": "opt",
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "hidden_size": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-
-
-def rope(kind, **numbers):
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **numbers}}
-
-
-LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-UNUSUAL_GPT2 = {
-    "n_inner": 48,
-    "activation_function": "relu",
-    "layer_norm_epsilon": 0.01,
-    "scale_attn_by_inverse_layer_idx": True,
-    "tie_word_embeddings": False,
-}
-UNUSUAL_LLAMA = {
-    "num_key_value_heads": 2,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "hidden_act": "gelu",
-    "rms_norm_eps": 0.01,
-}
-UNUSUAL_OPT = {
-    "enable_bias": False,
-    "layer_norm_elementwise_affine": False,
-    "_remove_final_layer_norm": True,
-    "activation_function": "gelu",
-    "tie_word_embeddings": False,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2,
-    "gpt2 scaled by layer, untied": {**GPT2, **UNUSUAL_GPT2},
-    "gpt2 unscaled": {**GPT2, "scale_attn_weights": False},
-    "llama": LLAMA,
-    "llama grouped queries, biases": {**LLAMA, **UNUSUAL_LLAMA},
-    "llama tied, wide heads, llama3": {**LLAMA, "head_dim": 16, "tie_word_embeddings": True, **LLAMA3},
-    "llama linear": {**LLAMA, **rope("linear", factor=4.0)},
-    "llama dynamic": {**LLAMA, "max_position_embeddings": 8, **rope("dynamic", factor=4.0)},
-    "llama one key head, yarn": {**LLAMA, "num_key_value_heads": 1, **rope("yarn", **YARN)},
-    "llama yarn with mscale": {**LLAMA, **rope("yarn", **YARN, mscale=1.5, mscale_all_dim=0.5)},
-    "opt": OPT,
-    "opt 350m": {**OPT, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
-    "opt without biases, learned norms and final norm, untied": {**OPT, **UNUSUAL_OPT},
-}
-PROMPT, TOTAL = 8, 12
-# Left padding of the two texts. The second stays below the 8 positions that dynamic scaling leaves alone.
-STARTS = np.array([0, 5])
-
-
-class Reference(NamedTuple):
-    """A language model and a reward model with one backbone, in torch, and their checkpoints."""
-
-    name: str
-    lm: Any
-    rm: Any
-    lm_folder: Any
-    rm_folder: Any
-
-    def outputs(self, model, tokens):
-        """Logits `[T V]` of the language model or rewards `[T]` of every prefix under the reward model."""
-        import torch
-
-        with torch.no_grad():
-            ids = torch.tensor(tokens[None])
-            if model is self.lm:
-                return model(ids).logits[0].numpy()
-            rewards = model.score(model.base_model(ids).last_hidden_state)[0, :, 0].numpy()
-            np.testing.assert_allclose(model(ids).logits.item(), rewards[-1], atol=1e-6)
-            return rewards
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch", reason="the reference is transformers on torch")
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def reference(request, torch, tmp_path_factory):
-    """One variant with random weights, larger than fresh ones, so that every part of it shows in the outputs."""
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**VARIANTS[request.param], num_labels=1)
-    torch.manual_seed(0)
-    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
-    rm = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in [*lm.parameters(), *rm.score.parameters()]:
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    rm.base_model.load_state_dict(lm.base_model.state_dict())
-    folder = tmp_path_factory.mktemp("reference")
-    lm.save_pretrained(folder / "lm")
-    rm.save_pretrained(folder / "rm")
-    return Reference(request.param, lm, rm, folder / "lm", folder / "rm")
-
-
-# At this size compiling takes far longer than running. The full pass has stacked layers, the cached ones unrolled.
-@jax.jit(static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def hidden_states(model, params, tokens, candidates, choices):
-    """Uncached and cached hidden states; of each step's candidates, `choices` says which continues the text."""
-    uncached = model.encode(params, tokens, STARTS)
-    unrolled, layers = unstack_layers(model, params)
-    last, cache = unrolled.prefill(layers, tokens[:, :PROMPT], PROMPT - STARTS, TOTAL + candidates.shape[-1])
-
-    def step(cache, candidates):
-        hidden, pending = unrolled.siblings(layers, cache, candidates)
-        chosen = jnp.take_along_axis(hidden, choices[:, None, None], axis=1)[:, 0]
-        return unrolled.keep(cache, pending, jnp.ones(2, bool), choices), chosen
-
-    _, answer = jax.lax.scan(step, cache, candidates)
-    prompt = uncached[:, : PROMPT - 1]
-    return uncached, jnp.concatenate([prompt, last[:, None], answer.transpose(1, 0, 2)], axis=1)
-
-
-def test_logits_and_rewards_equal_torch(reference):
-    lm, rm = load_model(reference.lm_folder, "vocabulary"), load_model(reference.rm_folder, "reward")
-    assert not lm.new_head and not rm.new_head
-    jax.tree.map(np.testing.assert_array_equal, rm.params["backbone"], lm.params["backbone"])
-
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 97, (2, TOTAL))
-    choices = np.array([2, 0])
-    candidates = rng.integers(0, 97, (TOTAL - PROMPT, 2, 3))
-    candidates[:, [0, 1], choices] = tokens[:, PROMPT:].T
-    passes = hidden_states(lm.model, lm.params, tokens, candidates, choices)
-
-    for torch_model, outputs in (
-        (reference.lm, [lm.model.logits(lm.params, hidden) for hidden in passes]),
-        (reference.rm, [rm.model.rewards(rm.params, hidden) for hidden in passes]),
-    ):
-        for row, start in enumerate(STARTS):
-            expected = reference.outputs(torch_model, tokens[row, start:])
-            uncached, cached = (np.asarray(output[row, start:]) for output in outputs)
-            np.testing.assert_allclose(uncached, expected, rtol=0, atol=1e-4)
-            # Beyond the trained length dynamic scaling turns every token anew with each longer pass; a cache cannot.
-            if reference.name != "llama dynamic" or start > 0:
-                np.testing.assert_allclose(cached, expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("head", ["vocabulary", "reward"])
-def test_export_holds_the_same_bits_and_torch_reads_it(reference, head, tmp_path):
-    torch_model, folder = {
-        "vocabulary": (reference.lm, reference.lm_folder),
-        "reward": (reference.rm, reference.rm_folder),
-    }[head]
-    loaded = load_model(folder, head)
-    # Unrolled layers are exported like stacked ones.
-    save_model(tmp_path, *unstack_layers(loaded.model, loaded.params))
-    assert_same_tensors(load_file(tmp_path / weights.SINGLE), load_file(folder / weights.SINGLE))
-
-    again = type(torch_model).from_pretrained(tmp_path)
-    tokens = np.arange(TOTAL)
-    expected = reference.outputs(torch_model, tokens)
-    exported = reference._replace(lm=again, rm=again) if head == "vocabulary" else reference._replace(rm=again)
-    np.testing.assert_allclose(exported.outputs(again, tokens), expected, rtol=0, atol=1e-6)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(torch_model).__name__]
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA
 
 
 def assert_same_tensors(ours, expected):
@@ -268,7 +89,8 @@ def test_shards_go_out_and_come_in(checkpoint, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", weights.SINGLE]
 
 
-def test_torch_shards_are_read_and_ours_by_torch(torch, checkpoint, tmp_path):
+def test_torch_shards_are_read_and_ours_by_torch(checkpoint, tmp_path):
+    pytest.importorskip("torch", reason="the reference is transformers on torch")
     import transformers
 
     folder, model, params = checkpoint("gpt2")
@@ -436,7 +258,7 @@ DAMAGE = {
     "config a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "other architecture": (
         lambda folder: edit_config(folder, model_type="bert"),
-        "architecture 'bert' is not known; known are .*gpt2, llama, opt",
+        "architecture 'bert' is not known; known are deberta-v2, gemma2, .*, qwen3",
     ),
     "other activation": (lambda folder: edit_config(folder, hidden_act="quick_gelu"), "quick_gelu"),
     "other RoPE scaling": (
@@ -460,6 +282,10 @@ DAMAGE = {
         lambda folder: (folder / "generation_config.json").write_text("{"),
         "generation_config.json",
     ),
+    "generation config with a text for a token": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
+        r"generation_config.json: eos_token_id is \['</s>'\], must be a token's number",
+    ),
     "missing tensor": (
         lambda folder: edit_tensors(folder, without("model.layers.1.mlp.up_proj.weight")),
         "layers.1.mlp.up_proj.weight is missing",
@@ -472,7 +298,7 @@ DAMAGE = {
         lambda folder: edit_tensors(folder, lambda tensors: {**tensors, "model.extra": np.ones(1, np.float32)}),
         "extra is not part of this architecture",
     ),
-    "two labels": (two_labels, "this classifier has 2 labels, a reward model must have 1"),
+    "two labels": (two_labels, r"this classifier has 2 labels \(A, B\); choose one, as in .*#A, or mix them"),
 }
 
 
@@ -489,3 +315,48 @@ def test_unusable_checkpoints_are_one_clear_line(damage, checkpoint):
 def test_an_untied_reward_model_is_not_a_language_model(originals):
     with pytest.raises(InputError, match=r"lm_head.weight is missing"):
         load_model(originals["llama", "reward"][0], "vocabulary")
+
+
+LABELS = {"#B": [0, 1, 0], "#1": [0, 1, 0], "#A=0.5,C=-2": [0.5, 0, -2], "#a, b = c": [0, 0, 1]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "deberta"])
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_or_a_mix_of_labels_is_the_reward(kind, label, tmp_path):
+    model = EncoderModel(TINY_DEBERTA) if kind == "deberta" else CausalModel(TINY_CONFIGS["llama"], "reward")
+    save_model(tmp_path, model, random_params(model))
+    names = ["A", "B", "a, b = c" if label == "#a, b = c" else "C"]
+    edit_config(tmp_path, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    head = "classifier" if kind == "deberta" else "score"
+    weight = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
+    bias = {"classifier.bias": np.array([1, 2, 3], np.float32)} if kind == "deberta" else {}
+    edit_tensors(tmp_path, lambda tensors: {**tensors, f"{head}.weight": weight, **bias})
+
+    linear = load_model(f"{tmp_path}{label}", "reward").params["head"]["linear"]
+    np.testing.assert_allclose(linear["kernel"][:, 0], np.array(LABELS[label]) @ weight, atol=1e-6)
+    if bias:
+        np.testing.assert_allclose(linear["bias"][0], np.array(LABELS[label]) @ [1, 2, 3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "head", "told"),
+    [
+        ("#C", "reward", "#C: has no label 'C'; it has A, B"),
+        ("#2", "reward", "#2: has no label '2'; it has A, B"),
+        ("#A=x", "reward", "#A=x: the factor of A is 'x', must be a number"),
+        ("#A=inf", "reward", "#A=inf: factors must be finite numbers"),
+        ("#A", "vocabulary", "#A: only the weights of a classifier have labels; leave out #A"),
+    ],
+)
+def test_labels_that_do_not_exist_are_named(label, head, told, checkpoint):
+    folder, _, _ = checkpoint(head="reward")
+    two_labels(folder)
+    with pytest.raises(InputError) as error:
+        load_model(f"{folder}{label}", head)
+    assert str(error.value) == f"{folder}{told}"
+
+
+def test_a_language_model_has_no_labels(checkpoint):
+    folder, _, _ = checkpoint()
+    with pytest.raises(InputError, match="#0: is not a classifier, so it has no labels; leave out #0"):
+        load_model(f"{folder}#0", "reward")

@@ -235,9 +235,17 @@ ROPE: dict[str, dict[str, list[Any]]] = {
         "mscale_all_dim": [ABSENT, 0.5],
         "truncate": [ABSENT, None, True, False],
     },
+    "longrope": {
+        "short_factor": [[1.0, 1.5]],
+        "long_factor": [[2.0, 3]],
+        "original_max_position_embeddings": [ABSENT, 4, 8],
+        "factor": [ABSENT, None, 4.0],
+        "attention_factor": [ABSENT, None, 0.7],
+    },
+    "proportional": {"factor": [ABSENT, 2.0], "partial_rotary_factor": [ABSENT, 0.5, 1.0]},
 }
 ODD_ROPE: dict[str, list[Any]] = {
-    "rope_type": ["longrope", "proportional", "spiral", None],
+    "rope_type": ["longrope", "proportional", "axial", "spiral", None],
     "factor": [0, -1.0, None, "2", 0.5, ABSENT],
     "low_freq_factor": [8.0, 4.0, 0, ABSENT],
     "partial_rotary_factor": [0.5, 1.0],

@@ -18,10 +18,13 @@ from pargs_jax.models.weights import INDEX, SINGLE
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
 
 EMBEDDINGS = {
+    "gemma3": "model.embed_tokens.weight",
     "gpt2": "transformer.wte.weight",
+    "gpt_neox": "gpt_neox.embed_in.weight",
     "llama": "model.embed_tokens.weight",
     "opt": "model.decoder.embed_tokens.weight",
 }
+HEADS = {family: "embed_out.weight" if family == "gpt_neox" else "lm_head.weight" for family in EMBEDDINGS}
 
 
 def write(folder, family="gpt2", head="vocabulary", change=lambda tensors: None, **fields):
@@ -70,7 +73,7 @@ def assert_torch_agrees(folder, model, params):
 def test_another_head_than_the_embeddings_counts_whatever_the_config_says(family, files, tmp_path):
     pytest.importorskip("torch", reason="the reference is transformers on torch")
     head = np.random.default_rng(1).normal(0, 0.3, (61, TINY_CONFIGS[family].head_width)).astype(np.float32)
-    write(tmp_path, family, change=lambda tensors: tensors.update({"lm_head.weight": head}), tie_word_embeddings=True)
+    write(tmp_path, family, change=lambda tensors: tensors.update({HEADS[family]: head}), tie_word_embeddings=True)
     if files == "shards":
         shard(tmp_path)
     with pytest.warns(
@@ -91,8 +94,8 @@ def test_a_tied_head_that_is_stored_alone_is_the_embeddings_too(family, tmp_path
     pytest.importorskip("torch", reason="the reference is transformers on torch")
 
     def change(tensors):
-        tensors.pop("lm_head.weight", None)
-        tensors["lm_head.weight"] = tensors.pop(EMBEDDINGS[family])
+        tensors.pop(HEADS[family], None)
+        tensors[HEADS[family]] = tensors.pop(EMBEDDINGS[family])
 
     write(tmp_path, family, change=change, tie_word_embeddings=True)
     model, params, *_ = load_model(tmp_path, "vocabulary")

@@ -35,11 +35,11 @@ def batch(vocabulary):
 
 
 class Given:
-    def __init__(self, logits):
-        self._logits = logits
+    def __init__(self, logits, tokens):
+        self._logits, self._tokens = logits, tokens
 
-    def logits(self):
-        return self._logits
+    def map_logits(self, function, *others):
+        return function(self._logits, self._tokens, *(other._logits for other in others))
 
 
 BACKUPS = {
@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_those_of_a_loop_in_torch(backup):
     rows = batch(vocabulary=7)
 
     def loss(x):
-        return ControlledDecoding(backup)(Given(x), rows, reference=Given(logits)).loss
+        return ControlledDecoding(backup)(Given(x, rows.answers), rows, reference=Given(logits, rows.answers)).loss
 
     ours, gradient = jax.value_and_grad(loss)(jnp.asarray(table))
     theirs = torch.tensor(table[:, 0], dtype=torch.float64, requires_grad=True)
@@ -141,7 +141,7 @@ def test_farma_alternates_between_two_losses_that_are_those_of_loops_in_torch(sh
     rows = pairs(vocabulary=7)
     table = np.random.default_rng(3).normal(size=(4, 2, 6, 7)).astype(np.float32)
     farma = FasterReward(phase_steps=2, minimum_length=shortest)
-    compute = jax.jit(jax.value_and_grad(lambda x, step: farma(Given(x), rows, step=step).loss))
+    compute = jax.jit(jax.value_and_grad(lambda x, step: farma(Given(x, rows.answers), rows, step=step).loss))
     for step in range(5):
         theirs = torch.tensor(table, dtype=torch.float64, requires_grad=True)
         expected = two_losses(theirs, rows, shortest)[step // 2 % 2]
@@ -150,7 +150,7 @@ def test_farma_alternates_between_two_losses_that_are_those_of_loops_in_torch(sh
         assert float(ours) == pytest.approx(expected.item(), abs=1e-5), step
         np.testing.assert_allclose(gradient, theirs.grad, atol=1e-5)
     full, consistency = two_losses(torch.tensor(table), rows, shortest)
-    both, metrics, weight = farma(Given(jnp.asarray(table)), rows, step=None)
+    both, metrics, weight = farma(Given(jnp.asarray(table), rows.answers), rows, step=None)
     assert float(both) == pytest.approx(float(full + consistency), abs=1e-5) and weight == 2.5
     assert float(metrics["full_loss"]) == pytest.approx(float(full), abs=1e-5)
     deviations = [table[row, 0, : rows.answer_lengths[row, 0]].std(axis=-1).mean() for row in range(3)]

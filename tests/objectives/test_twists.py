@@ -11,7 +11,7 @@ import torch
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.objectives.ctl import ContrastiveTwist
-from pargs_jax.objectives.twists import contrastive_twist_loss
+from pargs_jax.objectives.twists import contrastive_twist_loss, twists_of
 from pargs_jax.testing import tiny_model
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_train_step
@@ -29,11 +29,11 @@ def batch(vocabulary):
 
 
 class Given:
-    def __init__(self, logits):
-        self._logits = logits
+    def __init__(self, logits, tokens):
+        self._logits, self._tokens = logits, tokens
 
-    def logits(self):
-        return self._logits
+    def map_logits(self, function, *others):
+        return function(self._logits, self._tokens, *(other._logits for other in others))
 
 
 def test_loss_and_gradient_are_those_of_loops_in_torch():
@@ -42,7 +42,8 @@ def test_loss_and_gradient_are_those_of_loops_in_torch():
     rows = batch(vocabulary=7)
 
     def loss(x):
-        return ContrastiveTwist(n=3, reward_weight=0.7)(Given(x), rows, reference=Given(logits)).loss
+        outputs, reference = (Given(each, rows.answers) for each in (x, logits))
+        return ContrastiveTwist(n=3, reward_weight=0.7)(outputs, rows, reference=reference).loss
 
     ours, gradient = jax.value_and_grad(loss)(jnp.asarray(table))
     theirs = torch.tensor(table, dtype=torch.float64, requires_grad=True)
@@ -83,7 +84,7 @@ def test_the_optimal_twists_are_its_minimum_by_enumeration():
     def loss(twists):
         # A table is a function of the prefix: one row for the empty one, and one for each first token.
         table = jnp.stack([jnp.stack([twists[0], twists[1 + text[0] % 2]]) for text in samples])[None]
-        return contrastive_twist_loss(table, log_probs, answers, lengths, log_targets, jnp.ones(1))[0]
+        return contrastive_twist_loss(*twists_of(table, answers, log_probs), lengths, log_targets, jnp.ones(1))[0]
 
     last = np.array([[phi[0, v] for v in range(3)], [phi[1, v] for v in range(3)]])
     optimum = np.log([[*(second * last).sum(axis=1), phi[2,]], *last])

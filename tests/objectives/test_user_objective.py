@@ -10,6 +10,7 @@ import pytest
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
 from pargs_jax.objectives.contract import Loss, LossResult
+from pargs_jax.objectives.likelihood import token_log_probs
 from pargs_jax.options import merged_options, option
 from pargs_jax.testing import tiny_model
 from pargs_jax.training.objective import Objective
@@ -30,16 +31,16 @@ class IdentityPreference(Loss):
         return 1 / (2 * self.tau) ** 2
 
     def __call__(self, outputs, batch, key=None, *, reference):
-        ratio = sums(outputs.logits(), batch) - sums(reference.logits(), batch)
+        ratio = sums(outputs, batch) - sums(reference, batch)
         gain = ratio[:, 0] - ratio[:, 1]
         loss = ((gain - 1 / (2 * self.tau)) ** 2 * batch.weights).sum() / batch.weights.sum()
         accuracy = ((gain > 0) * batch.weights).sum() / batch.weights.sum()
         return LossResult(loss, {"accuracy": accuracy}, batch.weights.sum())
 
 
-def sums(logits, batch):
+def sums(outputs, batch):
     """The log-probability of each answer, [B A]."""
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.answers[..., None], axis=-1)[..., 0]
+    log_probs = outputs.map_logits(token_log_probs)
     return (log_probs * (jnp.arange(log_probs.shape[2]) < batch.answer_lengths[..., None])).sum(axis=2)
 
 

@@ -85,6 +85,12 @@ def test_a_vocabulary_that_is_empty_or_cut_off_is_refused(changed, folders, name
         assert file in message, message
 
 
+def test_a_longest_text_that_is_not_a_number_is_refused(changed, folders):
+    settings = json.loads((folders["gpt2"] / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
+    message = refusal(changed("gpt2", **{"tokenizer_config.json": json.dumps(settings).encode()}))
+    assert message == "model_max_length is 'long', must be a number"
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_a_broken_file_beside_the_vocabulary_is_the_one_that_is_named(changed, file):
     assert refusal(changed("llama", **{file: b'{"a": '})).startswith(f"{file} cannot be read")

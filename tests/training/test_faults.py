@@ -262,17 +262,17 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(config, monkeypatch,
 def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(config, monkeypatch):
     finish, printed = Checkpoints._finish, io.StringIO()
 
-    def signalled(self, step, response):
+    def signalled(self, step, *saving):
         if step == config.steps:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
-        return finish(self, step, response)
+        return finish(self, step, *saving)
 
     monkeypatch.setattr(Checkpoints, "_finish", signalled)
     with pytest.raises(SystemExit) as ended:
         run_as_command(lambda: command.train(config, Console(file=printed, width=10_000)))
     assert ended.value.code == 130 and "stopped; step 6 of 6 is saved" in printed.getvalue()
-    assert (Path(config.out) / "checkpoints" / "6" / "checksums.json").exists()
+    assert (Path(config.out) / "checkpoints" / "6" / "fingerprints.json").exists()
     assert not (Path(config.out) / "model").exists()
     resumed(config)
     assert (Path(config.out) / "model").exists()

@@ -109,13 +109,13 @@ def test_splits_and_columns_of_a_file(settings, tmp_path):
     printed, _ = train(settings("run", eval=str(tmp_path / "pairs.jsonl")))
     assert "pairs.jsonl (train): skipped 2 rows of other splits" in printed
     assert "pairs.jsonl (eval): skipped 4 rows of other splits" in printed
-    assert "(train): 4 rows" in printed and "(eval): 2 rows" in printed
+    assert "(train): 4 of 4 rows" in printed and "(eval): 2 of 2 rows" in printed
     questions = write_rows(
         tmp_path / "questions.jsonl", [{"q" if name == "prompt" else name: row[name] for name in row} for row in ROWS]
     )
     with pytest.raises(InputError, match=r"none of its 4 rows .*such as prompt=question"):
         command.train(settings("other", train=questions))
-    assert "(train): 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
+    assert "(train): 4 of 4 rows" in train(settings("other", train=questions, columns=("prompt=q",)))[0]
 
 
 def test_the_tokenizer_of_the_model_has_to_be_whole(settings, lm, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from pargs_jax.commands import demo
 from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from pargs_jax.config_files import from_mapping, read_yaml
+from pargs_jax.config_files import from_mapping, read_yaml, to_short_yaml
 from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model, save_model
@@ -39,7 +40,9 @@ PREFERENCE_METRICS = {
     "loss", "accuracy", "margin", "reward_mean", "reward_min", "reward_max",
     "accuracy_10", "accuracy_25", "accuracy_50", "accuracy_75", "accuracy_100",
 }  # fmt: skip
-TRAIN_METRICS = PREFERENCE_METRICS | {"gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share"}
+TRAIN_METRICS = PREFERENCE_METRICS | {
+    "gradient_norm", "learning_rate", "tokens_per_second", "data_wait_share", "padding_share",
+}  # fmt: skip
 WORDS = ("lamp", "kettle", "chair", "phone", "table", "radio", "clock", "fan")
 PAIRS = [
     {"prompt": f"Customer: my {word} broke\nAgent:", "chosen": f" Sorry, {word} sent.", "rejected": f" No {word}."}
@@ -127,7 +130,9 @@ def test_a_run_leaves_its_config_metrics_checkpoints_and_model(finished):
     used = dataclasses.replace(config, data=dataclasses.replace(config.data, format="plain"))
     assert from_mapping(TrainConfig, read_yaml(out / "config.yaml"), "config.yaml") == used
     assert saved_steps(out) == [STEPS - 3, STEPS]
-    assert (out / "config.yaml").read_text().rstrip() in printed
+    assert printed.startswith(f"{to_short_yaml(used)}(all options are in {out / 'config.yaml'})\n")
+    os.umask(umask := os.umask(0))
+    assert (out / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
     lines = metrics_of(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -147,7 +152,13 @@ def test_rows_that_cannot_be_used_are_written_beside_the_run(finished):
         bad = [json.loads(line) for line in path.read_text().splitlines()]
         assert [(row["line"], row["row"]) for row in bad] == [(5, BAD_ROWS[0]), (6, BAD_ROWS[1])]
         assert "chosen is missing" in bad[0]["reason"] and "are the same" in bad[1]["reason"]
-        assert f"2 rows cannot be used; see {path}" in printed
+        assert f"({split}): 2 of 10 rows cannot be used; see {path}" in printed
+
+
+def test_a_share_of_the_pairs_is_held_out(settings, pairs):
+    printed = train(settings(steps=1, data=DataConfig(train=pairs, held_out=0.3)))
+    (train_rows, held_out) = (int(n) for n in re.findall(r"\((?:train|eval)\): (\d) of \1 rows are used", printed))
+    assert train_rows + held_out == len(PAIRS) and held_out > 0 and "step 1: held out: loss" in printed
 
 
 def test_a_model_learns_eight_pairs_by_heart_at_every_prefix(finished):
@@ -201,12 +212,19 @@ def stop_before(monkeypatch, step, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "saved"),
-    [(KeyboardInterrupt(), 4), (MemoryError("killed"), 3)],
-    ids=["stopped", "killed"],
+    ("error", "saved", "changes"),
+    [
+        (KeyboardInterrupt(), 4, {}),
+        (MemoryError("killed"), 3, {}),
+        (MemoryError("killed"), 3, {"pack": 64, "optim": OptimConfig(accumulation=2)}),
+    ],
+    ids=["stopped", "killed", "packed and killed"],
 )
-def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkeypatch, error, saved):
-    config = settings()
+def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkeypatch, tmp_path, error, saved, changes):
+    config, whole = settings(**changes), Path(finished[0].out)
+    if changes:
+        whole = tmp_path / "whole"
+        train(dataclasses.replace(config, out=str(whole)))
     with monkeypatch.context() as patch:
         stop_before(patch, 5, error)
         with pytest.raises(type(error)):
@@ -217,7 +235,6 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(finished, settings, monkey
 
     printed = train(dataclasses.replace(config, resume=True))
     assert f"resuming after step {saved} of {STEPS}" in printed
-    whole = Path(finished[0].out)
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (Path(config.out), whole)]
     assert weights[0] == weights[1]
     for split in ("train", "eval"):
@@ -294,6 +311,7 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):
         ({"seed": 1}, ["--seed 0", "this one has 1"]),
         ({"optim": OptimConfig(lr=1e-3, weight_decay=0.1)}, ["--optim.lr 0.003", "this one has 0.001"]),
         ({"objective": ObjectiveConfig(name="bt")}, ['--objective.name "partial_bt"', 'this one has "bt"']),
+        ({"pack": 64}, ["--pack 0", "this one has 64"]),
     ],
 )
 def test_a_run_is_not_resumed_with_other_options(finished, changes, named):
@@ -332,6 +350,11 @@ def test_existing_files_are_not_overwritten(finished, settings, tmp_path):
         ({"data": DataConfig(train="{pairs}", format="chat")}, "has no chat template"),
         ({"model": ModelConfig(init="{tmp}")}, "no config.json"),
         ({"batch_size": 4, "optim": OptimConfig(accumulation=3)}, "--batch-size: got 4, must be a multiple"),
+        ({"pack": 40}, "--pack: got 40, must be at least --max-length (48)"),
+        (
+            {"pack": 64, "objective": ObjectiveConfig(name="rloo", max_new_tokens=8)},
+            "--pack: got 64, but rloo trains on answers that it samples",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -385,7 +408,7 @@ def test_a_language_model_is_tuned_on_the_demo(settings, monkeypatch):
     printed = train(config)
     assert [line["step"] for line in metrics_of(config.out)] == [1, 2, 3]
     assert [line["step"] for line in metrics_of(config.out, "eval")] == [3]
-    assert "demo (train): 8 rows" in printed and "demo (eval): 4 rows" in printed
+    assert "demo (train): 8 of 8 rows" in printed and "demo (eval): 4 of 4 rows" in printed
     exported = load_model(Path(config.out) / "model", "vocabulary")
     start = load_model(config.model.init, "vocabulary")
     assert {x.dtype for x in jax.tree.leaves(exported.params)} == {jnp.dtype("float32")}

@@ -42,7 +42,7 @@ def test_a_run_learns_sets_bad_rows_aside_and_resumes_with_its_own_rewards_alone
     )
     printed = io.StringIO()
     folder = train(config, Console(file=printed, width=10_000))
-    assert "1 rows cannot be used; see" in printed.getvalue()
+    assert "1 of 4 rows cannot be used; see" in printed.getvalue()
     (bad,) = map(json.loads, (folder / "bad_rows.train.jsonl").read_text().splitlines())
     assert (bad["line"], bad["reason"]) == (3, "reward is nan, must be a finite number")
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ class Prompts(NamedTuple):
 
 class Text(NamedTuple):
     """Prompts and answers in the language model's tokens. Row b is `tokens[b, :lengths[b]]`; its first
-    `prompt_lengths[b]` tokens are the prompt."""
+    `prompt_lengths[b]` tokens are the prompt. Guides see the text of a row that has finished as an empty one."""
 
     tokens: Int[Array, "B C"]
     prompt_lengths: Int[Array, "B"]

@@ -20,17 +20,18 @@ from jaxtyping import Array, Bool, Float, Int
 from pargs_jax.decoding.guides.contract import Capacity, Chosen, Prompts, Text
 from pargs_jax.errors import InputError
 from pargs_jax.models.cache import Cache
-from pargs_jax.models.causal import CausalModel
+from pargs_jax.models.causal import CausalModel, shift_left, shift_right
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.model import Params
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.sharding import row_spec
+from pargs_jax.sharding import ROWS, constrain, parts_of_rows, row_spec
 
 FRESH = 4
 """The most settled tokens that a step adds to the cache; the remaining ones wait for the next step."""
 
-TEXTS_AT_ONCE = 64
-"""Texts of a step that an encoder reads together: enough to keep a device busy, few enough for its memory."""
+TEXTS_AT_ONCE = 32
+"""The most texts of a step that an encoder reads together on each device: enough to keep it busy, few enough for its
+memory, and for the last of them to be mostly live rows' texts."""
 
 PACKED_WIDTHS = (1, 2, 8, 16)
 """Widths that the tokens of a step are padded to, in units of one token per candidate plus a few shared ones. The first
@@ -130,7 +131,7 @@ class RetokenisedGuide:
         widths = [width * unit for width in PACKED_WIDTHS if width * unit < tokens.shape[1] * tokens.shape[2]]
         packed = [partial(self._score_packed, params, state, tokens, lengths, tree, width) for width in widths]
         apart = partial(self._score_one_by_one, params, state, tokens, lengths)
-        first = jnp.searchsorted(jnp.asarray(widths, jnp.int32), tree.size.max())
+        first = (jnp.asarray(widths, jnp.int32) < tree.size.max()).sum()
         rewards, kv = jax.lax.switch(first, [*packed, apart])
         rewards = jnp.where(lengths > 0, rewards, state.prompt_reward[:, None])
         return rewards, CachedPending(kv, splits.fresh_lengths, splits.needed, text.answer_lengths)
@@ -139,11 +140,13 @@ class RetokenisedGuide:
         fresh = pending.fresh_lengths * chosen.live
         settled = state.settled + fresh
         rows = jnp.arange(len(fresh))
+        # A finished row writes nowhere.
+        at = jnp.where(chosen.live, pending.answer_lengths, state.settled_after.shape[1])
         return CachedState(
             state.cache.append(pending.kv, fresh),
             state.prompt_reward,
             settled,
-            state.settled_after.at[rows, pending.answer_lengths].set(settled, mode="drop"),
+            state.settled_after.at[rows, at].set(settled, mode="drop"),
             jnp.maximum(state.needed, pending.needed * chosen.live),
         )
 
@@ -205,9 +208,11 @@ class RetokenisedGuide:
 
 
 class EncoderState(NamedTuple):
-    """The prompts in the encoder's tokens."""
+    """The prompts in the encoder's tokens. They start at the first slot, so that a wider state holds them at the same
+    place."""
 
-    prompts: Prompts
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
     needed: Int[Array, "B"]
     """The longest answer with a candidate so far, in the reward model's tokens. If this exceeds `answer_width`, texts
     were cut and rewards are invalid."""
@@ -215,7 +220,8 @@ class EncoderState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderGuide:
-    """An encoder, which reads the whole text of every candidate at every step: B * K texts, closed like finished ones.
+    """An encoder, which reads the whole text of every candidate at every step: K texts of each row that has not
+    finished, closed like finished ones.
 
     The attributes are those of `RetokenisedGuide`, and `closing_id`, the token that closes a text. The texts of a step
     are padded to the smallest of a few widths that holds the longest. So padding adds at most 1 / `finest` of the
@@ -234,30 +240,31 @@ class EncoderGuide:
     def prefill(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> EncoderState:
-        return EncoderState(_require(own_prompts), jnp.zeros_like(prompts.lengths))
+        tokens, lengths = _require(own_prompts)
+        return EncoderState(shift_left(tokens, lengths), lengths, jnp.zeros_like(lengths))
 
     def read_prompts(
         self, params: Params, prompts: Prompts, capacity: Capacity, own_prompts: Prompts | None
     ) -> tuple[Float[Array, "B"], EncoderState]:
         state = self.prefill(params, prompts, capacity, own_prompts)
         none = jnp.zeros_like(prompts.lengths)
-        return self.model.answer_rewards(params, *state.prompts, none[:, None], none, self.closing_id), state
+        return self.model.answer_rewards(params, *_require(own_prompts), none[:, None], none, self.closing_id), state
 
     def read(
         self, params: Params, state: EncoderState, text: Text, new: Int[Array, "B"], width: int
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], EncoderState]:
         rewards, needed, after = _read_last(self, params, state, text, new)
-        return rewards, (state.prompts.lengths + needed) * (new > 0), after
+        return rewards, (state.lengths + needed) * (new > 0), after
 
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Int[Array, "B"]]:
         splits = _split(self.retokeniser, text, candidates, jnp.zeros_like(text.lengths), self.answer_width)
         longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
-        step = -(-(state.prompts.tokens.shape[1] + self.answer_width) // self.finest)
+        step = -(-(state.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
-        at_widths = [partial(self._score_at, params, state, splits, width) for width in widths]
-        first = jnp.searchsorted(jnp.asarray(widths), longest)
+        at_widths = [partial(self._score_at, params, state, splits, text.lengths > 0, width) for width in widths]
+        first = (jnp.asarray(widths) < longest).sum()
         return jax.lax.switch(first, at_widths), splits.needed
 
     def commit(self, params: Params, state: EncoderState, pending: Int[Array, "B"], chosen: Chosen) -> EncoderState:
@@ -266,21 +273,38 @@ class EncoderGuide:
     def rewind(self, state: EncoderState, text: Text, dropped: Int[Array, "B"]) -> EncoderState:
         return state
 
-    def _score_at(self, params: Params, state: EncoderState, splits: Splits, width: int) -> Float[Array, "B K"]:
+    def _score_at(
+        self, params: Params, state: EncoderState, splits: Splits, live: Bool[Array, "B"], width: int
+    ) -> Float[Array, "B K"]:
+        """Rewards of the texts of live rows, a part of the texts at a time; 0 for other rows."""
         tokens, lengths = _join(splits, width)
         batch, count = lengths.shape
-        together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * batch <= TEXTS_AT_ONCE))
-        prompts, prompt_lengths = (jnp.repeat(x, together, axis=0) for x in state.prompts)
+        shards = parts_of_rows(batch)  # each device reads texts of its own rows
+        order = jnp.argsort(~live.reshape(shards, -1), axis=1, stable=True)
+        texts = batch // shards * count
+        parts = -(-texts // TEXTS_AT_ONCE)
+        together = -(-texts // parts)
+        by_row = shift_right(state.tokens, state.lengths), state.lengths
+        by_text = tokens.reshape(batch * count, width), lengths.reshape(-1)
 
-        def read(texts: tuple[Int[Array, "N W"], Int[Array, "N"]]) -> Float[Array, "N"]:
-            return self.model.answer_rewards(params, prompts, prompt_lengths, *texts, self.closing_id)
+        def read(part: Int[Array, ""], rewards: Float[Array, "S M"]) -> Float[Array, "S M"]:
+            at = jnp.minimum(part * together + jnp.arange(together), texts - 1)
+            row = order[:, at // count]
 
-        def in_parts(x: Int[Array, "B K *W"]) -> Int[Array, "P N *W"]:
-            parts = x.reshape(batch, -1, together, *x.shape[2:]).swapaxes(0, 1)
-            return parts.reshape(-1, batch * together, *x.shape[2:])
+            def chosen(x: Int[Array, "R ..."], index: Int[Array, "S N"]) -> Int[Array, "SN ..."]:
+                mine = jax.vmap(lambda own, places: own[places])(x.reshape(shards, -1, *x.shape[1:]), index)
+                return constrain(mine.reshape(-1, *x.shape[1:]), ROWS, *(None,) * (x.ndim - 1))
 
-        rewards = jax.lax.map(read, (in_parts(tokens), in_parts(lengths)))
-        return rewards.reshape(-1, batch, together).swapaxes(0, 1).reshape(batch, count)
+            prompts = (chosen(x, row) for x in by_row)
+            answers = (chosen(x, row * count + at % count) for x in by_text)
+            found = self.model.answer_rewards(params, *prompts, *answers, self.closing_id)
+            return jax.lax.dynamic_update_slice(rewards, found.reshape(shards, -1), (0, part * together))
+
+        live_texts = live.reshape(shards, -1).sum(axis=1).max() * count
+        rewards = jnp.zeros((shards, parts * together))
+        rewards = jax.lax.fori_loop(0, -(-live_texts // together), read, rewards)[:, :texts]
+        back = jnp.argsort(order, axis=1)[..., None]
+        return jnp.take_along_axis(rewards.reshape(shards, -1, count), back, axis=1).reshape(batch, count)
 
 
 def _require(own_prompts: Prompts | None) -> Prompts:

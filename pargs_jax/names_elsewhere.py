@@ -1,0 +1,50 @@
+"""What other tools call our options (TRL, transformers, vLLM, papers), so that whoever types such a name is told
+ours."""
+
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    # training
+    "adam_beta1": ("optim.b1",),
+    "adam_beta2": ("optim.b2",),
+    "adam_epsilon": ("optim.eps",),
+    "dataset_name": ("data.train",),
+    "eval_steps": ("eval_every",),
+    "gradient_accumulation_steps": ("optim.accumulation",),
+    "gradient_checkpointing": ("model.remat",),
+    "learning_rate": ("optim.lr",),
+    "logging_steps": ("log_every",),
+    "lora_alpha": ("lora.alpha",),
+    "lora_r": ("lora.rank",),
+    "lora_target_modules": ("lora.layers",),
+    "lr_scheduler_type": ("optim.schedule",),
+    "max_grad_norm": ("optim.clip",),
+    "max_seq_length": ("max_length",),
+    "max_steps": ("steps",),
+    "num_train_epochs": ("epochs",),
+    "output_dir": ("out",),
+    "per_device_train_batch_size": ("batch_size",),
+    "report_to": ("log.wandb",),
+    "resume_from_checkpoint": ("resume",),
+    "save_steps": ("save_every",),
+    "save_total_limit": ("keep",),
+    "warmup_ratio": ("optim.warmup",),
+    "warmup_steps": ("optim.warmup",),
+    # decoding
+    "best_of": ("n",),
+    "beta": ("weight",),
+    "max_num_seqs": ("batch_size",),
+    "max_tokens": ("max_new_tokens",),
+    "num_return_sequences": ("n",),
+    "num_samples": ("n",),
+    "reward_model": ("rm", "objective.rm"),
+    "reward_weight": ("weight",),
+    "tensor_parallel_size": ("mesh",),
+    "top_k": ("k",),
+    # both
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "model": ("lm", "model.init"),
+    "model_name": ("lm", "model.init"),
+    "model_name_or_path": ("lm", "model.init"),
+    "torch_dtype": ("dtype",),
+}
+"""The keys that may be meant by a name; those that a command has count."""

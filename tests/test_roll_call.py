@@ -1,0 +1,106 @@
+"""The processes of a run find each other, or say which are missing."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pargs_jax.errors import InputError
+from pargs_jax.roll_call import call_roll
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def results(port, count, indices, timeout, host="localhost"):
+    """What each process of those that come gets: None, or the message of its error."""
+
+    def one(index):
+        try:
+            return call_roll(f"{host}:{port}", count, index, timeout)
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(indices)) as pool:
+        return list(pool.map(one, indices))
+
+
+def test_all_that_come_go_on(port):
+    began = time.monotonic()
+    assert results(port, 3, (2, 0, 1), timeout=30) == [None, None, None]
+    assert time.monotonic() - began < 10
+    assert (
+        results(port, 2, (0, 1), timeout=30, host="[::1]" if socket.has_dualstack_ipv6() else "127.0.0.1") == [None] * 2
+    )
+
+
+def test_those_that_never_come_are_named_by_all_others(port):
+    message = f"processes: of 4, number 1, 3 did not come to localhost:{port} within 1 seconds"
+    assert results(port, 4, (0, 2), timeout=1) == [message, message]
+    assert results(port, 2, (1,), timeout=0.5) == [
+        f"processes: of 2, number 0 did not come to localhost:{port} within 0.5 seconds"
+    ]
+
+
+def test_what_is_not_a_process_of_the_run_is_ignored_or_refused(port):
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(results, port, 2, (0,), 30)
+        while True:
+            try:
+                with socket.create_connection(("localhost", port), timeout=1) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        assert results(port, 2, (1,), timeout=30) == [None]
+        assert first.result() == [None]
+    with socket.create_server(("", port)):
+        assert results(port, 2, (0,), timeout=1) == [
+            f"processes.coordinator: cannot listen at port {port} (Address already in use)"
+        ]
+    (message,) = results(port, 2, (1,), timeout=1, host="no-such-host.invalid")
+    assert message.startswith("processes.coordinator: the host no-such-host.invalid is not known (")
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(results, port, 3, (1,), 1)
+        assert results(port, 2, (0,), timeout=10) == ["processes.count: got 2 in the first process, but 3 in number 1"]
+        assert "number 0 did not come" in other.result()[0]
+
+
+START = (
+    "from pargs_jax import processes; from pargs_jax.commands.process import run_as_command\n"
+    "from pargs_jax.processes_config import ProcessesConfig; import jax, sys; processes.TIMEOUT = int(sys.argv[1])\n"
+    "given = (sys.argv[2], *map(int, sys.argv[3:])) if sys.argv[2:] else ()\n"
+    "run_as_command(lambda: processes.start_processes(ProcessesConfig(*given)))\n"
+    "print(jax.process_index(), jax.process_count(), flush=True)"
+)
+
+
+def start(*words, **variables):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"} | variables
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *map(str, words)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_processes_start_by_address_and_under_slurm(port):
+    by_address = [start(60, f"localhost:{port}", 2, index) for index in (0, 1)]
+    of_job = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    by_slurm = [start(60, **of_job, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)) for index in (0, 1)]
+    alone = start(2, f"localhost:{port + 1}", 2, 0)
+    for running in (by_address, by_slurm):
+        assert [process.communicate(timeout=100)[0].split("\n")[-2] for process in running] == ["0 2", "1 2"]
+    _, errors = alone.communicate(timeout=100)
+    message = f"error: processes: of 2, number 1 did not come to localhost:{port + 1} within 2 seconds\n"
+    assert (alone.returncode, errors) == (2, message)
