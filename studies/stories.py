@@ -9,35 +9,20 @@ With another language model (`--lm`), everything is made anew from its samples.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import random
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from pargs_jax.commands.generate import generate, open_session
-from pargs_jax.commands.train import train
-from pargs_jax.config import DecodeConfig, ModelConfig, OptimConfig, TrainConfig
-from pargs_jax.config_files import from_mapping
-from pargs_jax.decoding.methods import Method
-from pargs_jax.durable_files import write_whole
 from pargs_jax.errors import InputError
-from pargs_jax.evaluation.answers import System, load_systems
-from pargs_jax.evaluation.statistics import Estimate
-from pargs_jax.generation.guidance import roles_of
-from pargs_jax.generation.session import Session
-from pargs_jax.mesh import start
+from pargs_jax.evaluation.answers import GivenAnswer, System
+from studies.experiment import Study, decode, open_study, study_parser, train_models, write_rows
 
 LABEL_NOISE = 0.5
-MAX_NEW_TOKENS = 64
 K = 10
 SAMPLES = 8
 """Continuations of each prompt that pairs are made of: half as many pairs."""
@@ -60,56 +45,15 @@ _THINGS = (
 _EVENTS = ("saw a {}", "found a {}", "looked at a {}", "sat near a {}", "had a {}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Where a study works, and how: the options that all studies of stories have."""
-
-    lm: str
-    out: Path
-    seeds: int
-    dtype: str = "float32"
-    batch_size: int = 100
-    scale: float = 1.0
-    options: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> Path:
-        """What only depends on the language model: prompts, pairs and reward models."""
-        return self.out / "stories"
-
-    def prompts(self, split: str) -> Path:
-        """The file of a split's prompts."""
-        return self.folder / f"prompts.{split}.jsonl"
-
-    def pairs(self, split: str) -> Path:
-        """The file of preference pairs, of the split `train` or `test`."""
-        return self.folder / f"pairs.{split}.jsonl"
-
-    def reward_model(self, objective: str, seed: int) -> Path:
-        """The folder of a reward model."""
-        return self.folder / f"{objective}-{seed}"
-
-
-def study_from(arguments: Sequence[str] | None, description: str, name: str) -> tuple[Study, argparse.Namespace]:
-    """Reads a study's command line, and starts its devices. Ends the process with one line if that is wrong."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lm", default="../shared/models/stories260k", help="language model: a folder or hub id")
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder for models and answers")
-    parser.add_argument("--results", type=Path, default=Path("studies", name, "results"), help="folder for the results")
-    parser.add_argument("--seeds", type=int, default=5, help="training runs of every reward model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--batch-size", type=int, default=100, help="rows that are decoded together")
-    parser.add_argument("--mesh", default="auto", help="as in train.py and decode.py")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="share of the prompts; 0.02 checks that all of it runs"
-    )
-    parser.add_argument("--train", nargs="*", default=[], metavar="NAME=VALUE", help="more options of train.py")
-    found = parser.parse_args(arguments)
-    study = Study(found.lm, found.out, found.seeds, found.dtype, found.batch_size, found.scale, tuple(found.train))
-    if found.lm.startswith((".", "/")) and not Path(found.lm).is_dir():
-        sys.exit(f"--lm {found.lm}: is not there; give a folder or the hub id of a language model")
-    start(DecodeConfig(mesh=found.mesh))
-    return study, found
+def study_from(
+    arguments: Sequence[str] | None, description: str, name: str, **defaults: Any
+) -> tuple[Study, argparse.Namespace]:
+    """Reads a study's command line, and starts its devices. `defaults` are those of its options that it does not share
+    with the other studies. Ends the process with one line if the command line is wrong."""
+    parser = study_parser(description, name, "../shared/models/stories260k")
+    parser.set_defaults(**defaults)
+    given = parser.parse_args(arguments)
+    return open_study(given, "stories"), given
 
 
 @lru_cache(maxsize=1)
@@ -153,123 +97,75 @@ def _openings() -> dict[str, list[str]]:
 
 def make_prompts(study: Study) -> None:
     """Writes the prompts of every split."""
-    study.folder.mkdir(parents=True, exist_ok=True)
     for split, count in SPLITS.items():
-        rows = [
-            {"id": f"{split}-{i}", "prompt": text}
-            for i, text in enumerate(_openings()[split][: max(8, round(study.scale * count))])
-        ]
-        write_whole(study.prompts(split), "".join(json.dumps(row) + "\n" for row in rows))
+        openings = _openings()[split][: study.count(count)]
+        write_rows(study.prompts(split), ({"id": f"{split}-{i}", "prompt": text} for i, text in enumerate(openings)))
+
+
+class Labelled(NamedTuple):
+    """Two continuations of a prompt, and which of them is chosen. `difference` is that of their true rewards."""
+
+    first: GivenAnswer
+    second: GivenAnswer
+    difference: float
+    first_is_chosen: bool
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The pair as a row of preferences."""
+        chosen, rejected = (self.first, self.second) if self.first_is_chosen else (self.second, self.first)
+        return {"prompt": self.first.prompt, "chosen": chosen.response, "rejected": rejected.response}
+
+
+def sample(study: Study, split: str) -> System:
+    """`SAMPLES` continuations of each prompt of the split `train` or `test`, for pairs."""
+    seed = 100 + ("train", "test").index(split)
+    return decode(study, split, {"method": "top_k", "k": K, "n": SAMPLES, "seed": seed}, f"samples.{split}.jsonl")
+
+
+def label(samples: System, score: Callable[[str, str], float], seed: int, noise: float = LABEL_NOISE) -> list[Labelled]:
+    """Pairs of continuations, none of which is in two, labelled by their scores with the noise of Bradley-Terry."""
+    chance = random.Random(seed)
+    pairs = []
+    for answers in samples.by_prompt.values():
+        for a, b in zip(answers[::2], answers[1::2], strict=True):
+            difference = score(a.prompt, a.response) - score(b.prompt, b.response)
+            pairs.append(Labelled(a, b, difference, chance.random() < 1 / (1 + math.exp(-difference / noise))))
+    return pairs
+
+
+def informative(pairs: Sequence[Labelled]) -> list[Labelled]:
+    """The pairs whose continuations differ in their true rewards, and of which none is empty."""
+    return [pair for pair in pairs if pair.difference and pair.first.response and pair.second.response]
 
 
 def make_pairs(study: Study) -> dict[str, float]:
     """Samples continuations and makes the pairs of them; returns what is to be said of them."""
     said = {}
     for number, split in enumerate(("train", "test")):
-        samples = decode(
-            study, split, {"method": "top_k", "k": K, "n": SAMPLES, "seed": 100 + number}, f"samples.{split}.jsonl"
-        )
-        chance = random.Random(number)
-        rows, errors, differences = [], 0, []
-        for answers in samples.by_prompt.values():
-            for a, b in zip(answers[::2], answers[1::2], strict=True):
-                difference = valence(a.prompt, a.response) - valence(b.prompt, b.response)
-                first = chance.random() < 1 / (1 + math.exp(-difference / LABEL_NOISE))
-                if difference == 0 or not (a.response and b.response):
-                    continue
-                errors += first != (difference > 0)
-                differences.append(abs(difference))
-                chosen, rejected = (a, b) if first else (b, a)
-                rows.append({"prompt": a.prompt, "chosen": chosen.response, "rejected": rejected.response})
-        write_whole(study.pairs(split), "".join(json.dumps(row) + "\n" for row in rows))
+        pairs = informative(label(sample(study, split), valence, number))
+        write_rows(study.pairs(split), (pair.row for pair in pairs))
         said |= {
-            f"{split}_pairs": len(rows),
-            f"{split}_labels_against_the_valence": errors / len(rows),
-            f"{split}_mean_difference": sum(differences) / len(rows),
+            f"{split}_pairs": len(pairs),
+            f"{split}_labels_against_the_valence": share_of_wrong_labels(pairs),
+            f"{split}_mean_difference": sum(abs(pair.difference) for pair in pairs) / len(pairs),
         }
     return said
 
 
-def train_reward_models(study: Study, settings: dict[str, dict]) -> None:
-    """Trains a reward model for each objective and seed that is not there yet."""
-    for seed in range(study.seeds):
-        for objective, own in settings.items():
-            folder = study.reward_model(objective, seed)
-            if (folder / "model" / "model.safetensors").exists():
-                continue
-            config = TrainConfig(
-                out=str(folder),
-                seed=seed,
-                resume=folder.exists(),
-                batch_size=16,
-                max_length=128,
-                epochs=1.0,
-                save_every=0,
-                log_every=50,
-                model=ModelConfig(init=study.lm),
-                optim=OptimConfig(lr=1e-3),
-            )
-            options = {"data.train": str(study.pairs("train")), "objective.name": objective, **own}
-            train(with_options(config, options | dict(word.split("=", 1) for word in study.options)))
+def share_of_wrong_labels(pairs: Sequence[Labelled]) -> float:
+    """How often the noise chose the continuation with the lower true reward."""
+    return sum(pair.first_is_chosen != (pair.difference > 0) for pair in pairs) / len(pairs)
 
 
-def with_options(config: TrainConfig, options: dict) -> TrainConfig:
-    """The config with options by their dotted names."""
-    nested = dataclasses.asdict(config)
-    for name, value in options.items():
-        *path, last = name.split(".")
-        place = nested
-        for part in path:
-            place = place[part]
-        place[last] = value
-    return from_mapping(TrainConfig, nested, "--train")
-
-
-class _Opened:
-    """The session of the last models, which the next settings may need again."""
-
-    def __init__(self) -> None:
-        self.key: object = None
-        self.session: Session | None = None
-
-    def __call__(self, config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
-        sources = tuple(map(str, reward_models))
-        key = (config.lm, sources, roles_of(method, sources), config.dtype)
-        if key != self.key:
-            self.key, self.session = key, open_session(config, reward_models, method)
-        return self.session
-
-
-_opened = _Opened()
-
-
-def decode(study: Study, split: str, options: dict, file: str) -> System:
-    """The answers to a split's prompts, decoded with options of `decode.py` unless they are there already."""
-    out = study.folder / file
-    config = {
-        "lm": study.lm,
-        "prompts": str(study.prompts(split)),
-        "out": str(out),
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "batch_size": study.batch_size,
-        "dtype": study.dtype,
-        **options,
-    }
-    generate(from_mapping(DecodeConfig, config, file), open_models=_opened)
-    return load_systems([("", str(out))])[0]
-
-
-def means_by_prompt(system: System, score: Callable[[str, str], float]) -> dict[str, float]:
-    """Each prompt's mean score over its answers."""
-    return {
-        prompt: sum(score(answer.prompt, answer.response) for answer in answers) / len(answers)
-        for prompt, answers in system.by_prompt.items()
-    }
-
-
-def estimate(values: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of values `[seeds][prompts]`. Its variance is that over prompts, of means over seeds, plus that over
-    seeds, of means over prompts: the sum is at least the variance that both cause."""
-    table = np.array(values, float)
-    mean, error = Estimate.of(table.mean(axis=0))
-    return Estimate(mean, float(np.hypot(error, Estimate.of(table.mean(axis=1))[1])) if len(table) > 1 else error)
+def train_reward_models(study: Study, models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Trains a reward model for each name and seed that is not there yet. The name is that of the objective, and the
+    pairs are those of `make_pairs`, unless a model's own options say otherwise."""
+    shared = {"model.init": study.lm, "batch_size": 16, "max_length": 128, "epochs": 1.0, "optim.lr": 1e-3}
+    train_models(
+        study,
+        {
+            name: {**shared, "data.train": str(study.pairs("train")), "objective.name": name, **own}
+            for name, own in models.items()
+        },
+    )

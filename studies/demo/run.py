@@ -17,8 +17,8 @@ import numpy as np
 
 from pargs_jax.commands.comparison import COMPARED
 from pargs_jax.durable_files import write_whole
+from studies.experiment import estimate, in_standard_errors
 from studies.page import fill_page, table
-from studies.stories import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("studies/demo/results")
@@ -75,7 +75,7 @@ def report(runs: list[dict[str, dict[str, np.ndarray]]], folder: Path) -> None:
     found = {(a, b): estimate(rewards[a] - rewards[b]) for a, b in ORDERS}
     orders = table(
         ("difference", "true reward", "in standard errors"),
-        [(f"{a} - {b}", str(each), f"{each.mean / each.standard_error:.0f}") for (a, b), each in found.items()],
+        [(f"{a} - {b}", str(each), in_standard_errors(each)) for (a, b), each in found.items()],
     )
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {

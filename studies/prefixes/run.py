@@ -22,20 +22,9 @@ from pargs_jax.data.preferences import Preference
 from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.prefixes import PERCENTS, model_prefix_rewards
 from pargs_jax.evaluation.scoring import ScoringModel
+from studies.experiment import MAX_NEW_TOKENS, Study, decode, estimate, means_by_prompt, write_rows
 from studies.page import fill_page, table
-from studies.stories import (
-    MAX_NEW_TOKENS,
-    K,
-    Study,
-    decode,
-    estimate,
-    make_pairs,
-    make_prompts,
-    means_by_prompt,
-    study_from,
-    train_reward_models,
-    valence,
-)
+from studies.stories import K, make_pairs, make_prompts, study_from, train_reward_models, valence
 
 PAGE = Path("docs/study_prefixes.md")
 FIGURE = Path("docs/study_prefixes.png")
@@ -64,7 +53,7 @@ def accuracies(study: Study) -> tuple[dict[str, list[Any]], float]:
     found: dict[str, list[Any]] = {objective: [] for objective in OBJECTIVES}
     for objective in OBJECTIVES:
         for seed in range(study.seeds):
-            model = ScoringModel.load(str(study.reward_model(objective, seed)), "reward", batch_size=study.batch_size)
+            model = ScoringModel.load(str(study.model(objective, seed)), "reward", batch_size=study.batch_size)
             rewards = model_prefix_rewards(model, pairs, 128).same_length
             found[objective].append((0.5 + 0.5 * np.sign(rewards[..., 0] - rewards[..., 1])).T.tolist())
     return found, float(np.mean(true))
@@ -81,8 +70,7 @@ def searched(study: Study) -> dict[str, dict[str, Any]]:
             begun = decode(
                 study, "test", {"method": "top_k", "k": K, "max_new_tokens": start, "seed": 7}, f"begun_{start}.jsonl"
             )
-            rows = [{"id": answer.id, "prompt": answer.prompt + answer.response} for answer in begun.answers]
-            write_whole(study.prompts(split), "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(study.prompts(split), ({"id": a.id, "prompt": a.prompt + a.response} for a in begun.answers))
         rest = {"max_new_tokens": MAX_NEW_TOKENS - start}
         sampled = decode(study, split, {"method": "top_k", "k": K, **rest}, f"prefixes/sampled_{start}.jsonl")
         found["sampled"][str(start)] = [_values(sampled)]
@@ -91,7 +79,7 @@ def searched(study: Study) -> dict[str, dict[str, Any]]:
             for start in STARTS:
                 options = {
                     "method": "pargs_greedy",
-                    "rm": [str(study.reward_model(objective, seed))],
+                    "rm": [str(study.model(objective, seed))],
                     "weight": [ONLY_REWARD],
                     "max_new_tokens": MAX_NEW_TOKENS - start,
                 }

@@ -12,30 +12,30 @@ everything that is reported is of the test split.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pargs_jax.durable_files import write_whole
-from pargs_jax.evaluation.answers import System
-from pargs_jax.evaluation.statistics import Estimate
 from pargs_jax.evaluation.text_metrics import repetition
-from studies.page import fill_page, table
-from studies.stories import (
-    K,
+from studies.experiment import (
+    Metrics,
+    Setting,
     Study,
+    add_numbers,
+    best_on_eval,
     decode,
+    difference,
     estimate,
-    make_pairs,
-    make_prompts,
+    in_standard_errors,
     means_by_prompt,
-    polarity,
-    study_from,
-    train_reward_models,
-    valence,
+    number_of,
+    summary,
 )
+from studies.page import fill_page, table
+from studies.stories import K, make_pairs, make_prompts, polarity, study_from, train_reward_models, valence
 
 PAGE = Path("docs/study_sentiment.md")
 FIGURE = Path("docs/study_sentiment.png")
@@ -81,14 +81,11 @@ CURVES = {
 }
 KS = (2, 5, 10, 40)
 K_CURVES = (Entry("pargs", "partial_bt", (4.0,)), Entry("args_stochastic", "bt", (1.0,), {"temperature": 1.0}))
-METRICS: dict[str, Callable[[System], dict[str, float]]] = {
+METRICS: Metrics = {
     "valence": lambda system: means_by_prompt(system, valence),
     "polarity": lambda system: means_by_prompt(system, polarity),
     "repetition": lambda system: means_by_prompt(system, lambda _, text: repetition(text) or 0.0),
-    **{
-        name: lambda system, name=name: {p: each[0].numbers[name] for p, each in system.by_prompt.items()}
-        for name in ("kl", "log_probability", "lm_tokens", "rm_tokens", "seconds")
-    },
+    **{name: number_of(name) for name in ("kl", "log_probability", "lm_tokens", "rm_tokens", "seconds")},
 }
 
 
@@ -101,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(found, about, given.results, page=given.results == Path("studies/sentiment/results"))
 
 
-def measure(study: Study) -> dict[str, dict[str, Any]]:
+def measure(study: Study) -> dict[str, Setting]:
     """Decodes all settings; returns the metrics of each by `method weight k`: values `[seeds][prompts]`."""
     jobs: list[tuple[Entry, float | None, dict[str, Any]]] = []
     for entry in ENTRIES:
@@ -109,7 +106,7 @@ def measure(study: Study) -> dict[str, dict[str, Any]]:
     jobs += [(entry, entry.weights[0], {"k": k}) for entry in K_CURVES for k in KS if k != K]
     # One reward model after the other, so that each is loaded and compiled once.
     jobs.sort(key=lambda job: (job[0].objective or "", job[0].method))
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Setting] = {}
     for objective in sorted({entry.objective or "" for entry, _, _ in jobs}):
         for seed in range(study.seeds if objective else 1):
             for entry, weight, more in jobs:
@@ -119,11 +116,11 @@ def measure(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _measure_one(
-    study: Study, entry: Entry, weight: float | None, more: dict[str, Any], seed: int, found: dict[str, dict[str, Any]]
+    study: Study, entry: Entry, weight: float | None, more: dict[str, Any], seed: int, found: dict[str, Setting]
 ) -> None:
     options = {"method": entry.method, **entry.options, **more, "seed": seed}
     if entry.objective is not None:
-        options["rm"] = [str(study.reward_model(entry.objective, seed))]
+        options["rm"] = [str(study.model(entry.objective, seed))]
     if weight is not None:
         options["weight"] = [weight]
     words = [entry.method, *([] if weight is None else [f"w{weight:g}"]), *(f"k{k}" for k in more.values())]
@@ -135,28 +132,19 @@ def _measure_one(
     is_curve = len(entry.weights) > 1
     for split in ("eval", "test") if is_curve and not more else ("test",):
         system = decode(study, split, options, f"answers/{split}_{file}.jsonl")
-        for metric in METRICS if split == "test" else ("valence",):
-            values = METRICS[metric](system)
-            setting.setdefault(f"{split} {metric}", []).append([values[prompt] for prompt in sorted(values)])
+        add_numbers(setting, split, system, METRICS if split == "test" else {"valence": METRICS["valence"]})
 
 
-def picked(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+def picked(found: dict[str, Setting]) -> dict[str, str]:
     """The setting of each method: the weight with the highest true reward on the prompts of the eval split."""
-    best: dict[str, str] = {}
-    for name, setting in found.items():
-        if setting["k"] != K:
-            continue
-        other = best.get(setting["method"])
-        if other is None or _on_eval(setting) > _on_eval(found[other]):
-            best[setting["method"]] = name
-    return {entry.method: best[entry.method] for entry in ENTRIES}
+    tried = {name: setting for name, setting in found.items() if setting["k"] == K}
+    return {
+        entry.method: best_on_eval({n: s for n, s in tried.items() if s["method"] == entry.method}, "valence")
+        for entry in ENTRIES
+    }
 
 
-def _on_eval(setting: dict[str, Any]) -> float:
-    return float(np.mean(setting.get("eval valence", [[0.0]])))
-
-
-def report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path, *, page: bool) -> None:
+def report(found: dict[str, Setting], about: dict[str, Any], folder: Path, *, page: bool) -> None:
     """Writes the numbers, the tables and the figure, and with `page` the documentation's page and figure."""
     chosen = picked(found)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,16 +170,7 @@ def report(found: dict[str, dict[str, Any]], about: dict[str, Any], folder: Path
             if found[name]["objective"]
         ],
     )
-    numbers = {
-        name: {
-            key: dict(zip(("mean", "standard_error"), estimate(value), strict=True))
-            | {"by_training_run": np.mean(value, axis=1).tolist()}
-            if isinstance(value, list)
-            else value
-            for key, value in setting.items()
-        }
-        for name, setting in found.items()
-    }
+    numbers = summary(found)
     write_whole(folder / "results.json", json.dumps({"about": about, "picked": chosen, "settings": numbers}, indent=1))
     write_whole(folder / "tables.md", "\n".join([results, differences, spread]))
     draw(found, chosen, FIGURE if page else folder / "figure.png")
@@ -207,7 +186,7 @@ def _about(about: dict[str, Any]) -> str:
     )
 
 
-def _row(setting: dict[str, Any]) -> tuple[str, ...]:
+def _row(setting: Setting) -> tuple[str, ...]:
     def of(metric: str, form: str = "{:.2f} ± {:.2f}") -> str:
         return form.format(*estimate(setting[f"test {metric}"]))
 
@@ -219,19 +198,16 @@ def _row(setting: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _difference(setting: dict[str, Any], other: dict[str, Any], name: str, other_name: str) -> tuple[str, ...]:
-    def between(metric: str) -> Estimate:
-        a, b = np.array(setting[f"test {metric}"]), np.array(other[f"test {metric}"])
-        return estimate(a - b)  # seed by seed, or each seed against the one unguided run
-
-    found = between("valence")
+def _difference(setting: Setting, other: Setting, name: str, other_name: str) -> tuple[str, ...]:
+    found = difference(setting, other, "valence")
     return (
-        f"{name} - {other_name}", str(found), f"{found.mean / found.standard_error:.0f}",
-        "{:.3f} ± {:.3f}".format(*between("polarity")), "{:.0f} ± {:.0f}".format(*between("log_probability")),
+        f"{name} - {other_name}", str(found), in_standard_errors(found),
+        "{:.3f} ± {:.3f}".format(*difference(setting, other, "polarity")),
+        "{:.0f} ± {:.0f}".format(*difference(setting, other, "log_probability")),
     )  # fmt: skip
 
 
-def draw(found: dict[str, dict[str, Any]], chosen: dict[str, str], path: Path) -> None:
+def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
     """True reward and the second lexicon's against KL, a curve for each method over its weight; and true reward against
     the number of candidates."""
     from matplotlib.figure import Figure

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pargs_jax.evaluation.answers import load_systems
 from studies import stories
+from studies.experiment import Study, estimate
 from studies.sentiment.run import ENTRIES, picked
 
 
 @pytest.fixture
 def study(tmp_path):
-    return stories.Study("LM", tmp_path, seeds=1, scale=0.1)
+    return Study("LM", tmp_path, seeds=1, scale=0.1)
 
 
 def read(path: Path) -> list[dict]:
@@ -42,7 +44,7 @@ def test_pairs_are_two_samples_of_a_prompt_labelled_with_noise(study, monkeypatc
                for s, w in enumerate(words)]  # fmt: skip
     written = study.out / "samples.jsonl"
     written.write_text("\n".join(answers))
-    monkeypatch.setattr(stories, "decode", lambda *_: stories.load_systems([("", str(written))])[0])
+    monkeypatch.setattr(stories, "decode", lambda *_: load_systems([("", str(written))])[0])
     study.folder.mkdir()
     said = stories.make_pairs(study)
     rows = read(study.pairs("train"))
@@ -58,11 +60,11 @@ def test_a_standard_error_covers_prompts_and_training_runs():
     draws = np.random.default_rng(0)
     prompts, runs = draws.normal(size=(500, 1, 40)), 0.5 * draws.normal(size=(500, 5, 1))
     tables = prompts + runs + 0.3 * draws.normal(size=(500, 5, 40))
-    found = [stories.estimate(table) for table in tables]
+    found = [estimate(table) for table in tables]
     variance = 1 / 40 + 0.5**2 / 5 + 0.3**2 / 200
     assert np.mean([each.standard_error**2 for each in found]) == pytest.approx(variance, rel=0.05)
     assert np.var([each.mean for each in found]) == pytest.approx(variance, rel=0.1)
-    assert stories.estimate(tables[0][:1]).standard_error == pytest.approx(np.std(tables[0][0], ddof=1) / np.sqrt(40))
+    assert estimate(tables[0][:1]).standard_error == pytest.approx(np.std(tables[0][0], ddof=1) / np.sqrt(40))
 
 
 def test_weights_are_picked_on_the_eval_split():
