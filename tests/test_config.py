@@ -233,6 +233,7 @@ def test_options_of_training_that_would_be_ignored(argv, expected):
         "--steps 10 --epochs 1",
         "--lora.rank 4 --lora.alpha 16 --lora.layers query",
         "--config configs/demo_lm.yaml --steps null --epochs 2",
+        "--config configs/demo_small_lm.yaml --epochs 2",
         "--config configs/hh.yaml --objective.name bt",
         "--config configs/hh_deberta.yaml --objective.name bt",
         "--config configs/paper_tldr.yaml --objective.name bt",

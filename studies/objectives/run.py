@@ -2,7 +2,7 @@
 with two reward models, and rewarded soups, by the fronts that they reach.
 
     pip install -e '.[studies]'
-    python -m studies.objectives.run                                         # stories260k, 2 CPU cores: about an hour
+    python -m studies.objectives.run                            # stories260k, 2 CPU cores: less than an hour
     python -m studies.objectives.run --scale 0.02 --seeds 2 --train steps=2 --out runs/try --results runs/try
     python -m studies.objectives.run --lm meta-llama/Llama-3.2-1B --dtype bfloat16 --mesh gpu-1 --out runs/llama \\
         --results runs/llama/results --train optim.lr=1e-5      # the same with a real model

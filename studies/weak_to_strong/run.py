@@ -3,7 +3,7 @@ weights, by every method of `decode.py`, beside tuning either (Table 1 of PARGS,
 at the demo's size).
 
     pip install -e '.[studies]'
-    python -m studies.weak_to_strong.run                       # 2 CPU cores: about an hour
+    python -m studies.weak_to_strong.run                       # 2 CPU cores: less than an hour
     python -m studies.weak_to_strong.run --scale 0.02 --seeds 1 --train steps=2 --out runs/try --results runs/try
 
 The first run trains the weak language model (configs/demo_small_lm.yaml). With real models, on a GPU, both learn the
@@ -132,14 +132,13 @@ def report(found: dict[str, Setting], seeds: int, folder: Path) -> None:
             for gap in [difference(found[chosen[a]], found[chosen[b]], "reward")]
         ],
     )
+    runs = {name: found[setting]["test reward"] for name, setting in chosen.items()}
     spread = table(
         ("method", *(f"run {seed + 1}" for seed in range(seeds))),
-        [
-            (name, *(f"{np.mean(each):.2f}" for each in values))
-            for name, setting in chosen.items()
-            if len(values := found[setting]["test reward"]) > 1
-        ],
+        [(name, *(f"{np.mean(each):.2f}" for each in values)) for name, values in runs.items() if len(values) > 1],
     )
+    if seeds == 1:
+        spread = "There was one training run of each model.\n"
     folder.mkdir(parents=True, exist_ok=True)
     about = {"training_runs": seeds, "picked": chosen, "settings": summary(found)}
     write_whole(folder / "results.json", json.dumps(about, indent=1))
