@@ -38,11 +38,13 @@ def attend_whole(
     (Hq a multiple of H), queries share heads. `cap` limits scores smoothly (`soft_cap`). A token that sees nothing gets
     some finite vector.
 
-    `kernel` overrides the choice of `choose_kernel`.
+    `kernel` overrides the choice of `choose_kernel`. Raises ValueError for cuDNN's with a cap, which it does not know.
     """
     kernel = kernel or choose_kernel(queries.dtype, *queries.shape[-2:], is_capped=cap is not None)
     mask = jnp.broadcast_to(mask, (len(queries), *mask.shape[-2:]))
     if kernel == "cudnn":
+        if cap is not None:
+            raise ValueError("cuDNN's attention cannot cap scores; use the plain kernel")
         return _cudnn(queries, keys, values, mask, scale)
     if kernel == "splash":
         return _splash(queries, keys, values, mask, scale, cap)
