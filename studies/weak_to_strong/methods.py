@@ -103,6 +103,7 @@ ENTRIES = (
     Entry("top_k", lm="dpo"),
     Entry("top_k", lm=f"{STRONG}dpo"),
     Entry("top_k", lm=f"{STRONG}ppo"),
+    Entry("top_k", lm=f"{STRONG}rloo"),
 )
 """All methods of `decode.py`, and language models that are tuned and decode unguided."""
 
@@ -111,6 +112,10 @@ def models_of(study: Study, seed: int, weak_lm: str) -> dict[str, dict[str, Any]
     """A model of every kind, with its options of `train.py`."""
     scored, labelled, sampled = (str(study.folder / f"{name}.jsonl") for name in ("scored", "labelled", "sampled"))
     judge = str(study.model("partial_bt", seed))
+    on_policy = {
+        "model.init": study.lm, "objective.rm": judge, "objective.kl_weight": 0.2,
+        "objective.max_new_tokens": MAX_NEW_TOKENS, "batch_size": 32, "steps": 40,
+    }  # fmt: skip
     answers = {"data.train": scored, "data.columns": ["reward=true"]}
     own: dict[str, dict[str, Any]] = {
         "partial_bt": {},
@@ -126,11 +131,9 @@ def models_of(study: Study, seed: int, weak_lm: str) -> dict[str, dict[str, Any]
         "ctl": {"data.train": sampled, "objective.n": SAMPLES, "batch_size": 2, "optim.lr": 1e-3},
         "parm": {"data.train": labelled, "objective.beta": 0.05, "optim.lr": 1e-2},
         f"{STRONG}dpo": {"model.init": study.lm, "optim.lr": 5e-5},
-        f"{STRONG}ppo": {
-            "model.init": study.lm, "objective.rm": judge, "objective.kl_weight": 0.2,
-            "objective.max_new_tokens": MAX_NEW_TOKENS, "batch_size": 32, "steps": 40, "optim.lr": 3e-4,
-        },
-    }  # fmt: skip
+        f"{STRONG}ppo": {**on_policy, "optim.lr": 3e-4},
+        f"{STRONG}rloo": {**on_policy, "optim.lr": 1e-3},
+    }
     from_the_demo = {"data.train": "demo", "data.demo_pairs": study.count(PAIRS)}
     return {
         name: {

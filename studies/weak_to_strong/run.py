@@ -51,7 +51,7 @@ PAGE = Path("docs/study_weak_to_strong.md")
 FIGURE = Path("docs/study_weak_to_strong.png")
 RESULTS = Path("studies/weak_to_strong/results")
 CONFIG = Path("configs/demo_small_lm.yaml")
-TRAINED = ("partial_bt", "bt", "arm", "dpo", "farma", "distill")
+TRAINED = ("partial_bt", "bt", "arm", "dpo", "farma", "distill", f"{STRONG}dpo", f"{STRONG}ppo", f"{STRONG}rloo")
 """With every seed; the other models once."""
 EQUAL = "best_of_n partial_bt n=2"
 """The best-of-n whose operations are nearest to those of PARGS."""
@@ -61,6 +61,7 @@ PAIRS = (
     ("cd distill", "pargs partial_bt"), (f"expert_ratio dpo {WEAK}", "top_k by dpo"),
     (f"expert_ratio dpo {WEAK}", f"top_k by {STRONG}dpo"), ("pargs partial_bt", "top_k by dpo"),
     ("pargs partial_bt", f"top_k by {STRONG}dpo"), ("pargs partial_bt", f"top_k by {STRONG}ppo"),
+    ("pargs partial_bt", f"top_k by {STRONG}rloo"), (f"top_k by {STRONG}ppo", f"top_k by {STRONG}rloo"),
 )  # fmt: skip
 CURVES = ("pargs partial_bt", "args_stochastic bt", "genarm arm", "cd distill", f"expert_ratio dpo {WEAK}")
 
@@ -179,7 +180,7 @@ def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
     bests = [entry.name for entry in ENTRIES if entry.method == "best_of_n"]
     curves = {name: [setting for setting in found.values() if setting["entry"] == name] for name in CURVES}
     curves["best of n"] = [found["top_k"], *(found[chosen[name]] for name in bests)]
-    markers = {"top_k": "s", "top_k by dpo": "D", f"top_k by {STRONG}dpo": "^", f"top_k by {STRONG}ppo": "v"}
+    markers = {"top_k": "s", "top_k by dpo": "D", f"top_k by {STRONG}dpo": "^", f"top_k by {STRONG}ppo": "v", f"top_k by {STRONG}rloo": "<"}
     for axis, metric in zip(axes, ("kl", "gflop"), strict=True):
         for (name, settings), colour in zip(curves.items(), COLOURS, strict=False):
             is_shown = settings if metric == "kl" or name == "best of n" else [found[chosen[name]]]
