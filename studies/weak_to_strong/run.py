@@ -180,7 +180,13 @@ def draw(found: dict[str, Setting], chosen: dict[str, str], path: Path) -> None:
     bests = [entry.name for entry in ENTRIES if entry.method == "best_of_n"]
     curves = {name: [setting for setting in found.values() if setting["entry"] == name] for name in CURVES}
     curves["best of n"] = [found["top_k"], *(found[chosen[name]] for name in bests)]
-    markers = {"top_k": "s", "top_k by dpo": "D", f"top_k by {STRONG}dpo": "^", f"top_k by {STRONG}ppo": "v", f"top_k by {STRONG}rloo": "<"}
+    markers = {
+        "top_k": "s",
+        "top_k by dpo": "D",
+        f"top_k by {STRONG}dpo": "^",
+        f"top_k by {STRONG}ppo": "v",
+        f"top_k by {STRONG}rloo": "<",
+    }
     for axis, metric in zip(axes, ("kl", "gflop"), strict=True):
         for (name, settings), colour in zip(curves.items(), COLOURS, strict=False):
             is_shown = settings if metric == "kl" or name == "best of n" else [found[chosen[name]]]
