@@ -49,14 +49,16 @@ class _Watcher:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._request: StopRequest | None = None
+        self._saying = ""
 
-    def record_in(self, request: StopRequest | None) -> None:
-        """From now on, records the first signal in the request; with None, the first signal ends the process.
+    def record_in(self, request: StopRequest | None, saying: str = "") -> None:
+        """From now on, records the first signal in the request, and prints what happens then; with None, the first
+        signal ends the process.
 
         After this returns, nothing is recorded in an earlier request.
         """
         with self._lock:
-            self._request = request
+            self._request, self._saying = request, saying
 
     def watch(self, pipe: int) -> None:
         """Handles each signal whose number is read from the pipe, until a 0 is read."""
@@ -69,7 +71,7 @@ class _Watcher:
                 if is_first:
                     request.number = number
             if is_first:
-                _try(lambda number=number: _write_line(f"stopping after this step; {_AGAIN[number]} to stop at once"))
+                _try(lambda number=number: _write_line(f"{self._saying}; {_AGAIN[number]} to stop at once"))
             else:
                 _end_process(number)
 
@@ -113,17 +115,17 @@ def signals_end_process() -> Iterator[None]:
 
 
 @contextmanager
-def signals_wait() -> Iterator[StopRequest]:
+def signals_wait(saying: str = "stopping after this step") -> Iterator[StopRequest]:
     """Records the first Ctrl-C or SIGTERM in a request, so that the caller can stop at a good moment.
 
-    In a command, a line acknowledges the signal, and a second signal ends the process. In a library call, a second
-    signal raises KeyboardInterrupt; there, only the main thread gets signals. A signal may still arrive at the very
-    end, so check the request once more after the block.
+    In a command, a line acknowledges the signal by `saying` what happens, and a second signal ends the process. In a
+    library call, a second signal raises KeyboardInterrupt; there, only the main thread gets signals. A signal may still
+    arrive at the very end, so check the request once more after the block.
     """
     request = StopRequest()
     if _watcher is not None:
         watcher = _watcher
-        watcher.record_in(request)
+        watcher.record_in(request, saying)
         try:
             yield request
         finally:

@@ -1,4 +1,4 @@
-"""The front doors of the commands, for `train.py`, `decode.py`, `evaluate.py` and the scripts that pip installs.
+"""The front doors of the commands, for the scripts of the repository and those that pip installs.
 
 Nothing here imports JAX before the options are known to be right: `--help` and mistakes answer at once, and so do
 signals.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pargs_jax.commands.process import run_as_command
+from pargs_jax.errors import InputError
 
 
 class Door(NamedTuple):
@@ -25,6 +26,7 @@ class Door(NamedTuple):
         options: the module of that class.
         more: gives what stands below the examples.
         memory_advice: what needs less memory.
+        extra: the extra of the package that it needs, if any.
     """
 
     module: str
@@ -34,6 +36,7 @@ class Door(NamedTuple):
     options: str = "pargs_jax.config"
     more: Callable[[], str] = str
     memory_advice: str = "try a smaller --batch-size"
+    extra: str = ""
 
     def __call__(self) -> None:
         run_as_command(self._run, self.memory_advice)
@@ -55,8 +58,14 @@ class Door(NamedTuple):
 
         from pargs_jax.mesh import start
 
+        try:
+            command = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not self.extra:
+                raise
+            raise InputError(f"{error.name}: is not installed; run pip install 'pargs-jax[{self.extra}]'") from error
         with jax.set_mesh(start(config)):
-            importlib.import_module(module).run(config)
+            command.run(config)
 
 
 def list_methods() -> str:
@@ -99,6 +108,20 @@ decode = Door(
   {prog} --lm runs/sft --rm runs/partial_bt --method pargs --prompts prompts.jsonl --out answers.jsonl""",
     more=list_methods,
     memory_advice="try a smaller --batch-size, or --dtype bfloat16",
+)
+
+serve = Door(
+    "serve",
+    "ServeConfig",
+    "Serve a language model and its reward models over HTTP, in the form of OpenAI's API, with guidance set by each "
+    "request. Without arguments, serve the demo's models.",
+    """\
+  {prog}                                         the demo, at http://127.0.0.1:8000
+  {prog} --lm meta-llama/Llama-2-7b-hf --rm runs/rm --dtype bfloat16 --batch-size 64
+  PARGS_API_KEY=... {prog} --host 0.0.0.0 --lm runs/sft --rm runs/helpful runs/harmless""",
+    options="pargs_jax.serving.config",
+    memory_advice="try a smaller --batch-size, --max-prompt-tokens or --max-new-tokens, or --dtype bfloat16",
+    extra="serve",
 )
 
 evaluate = Door(

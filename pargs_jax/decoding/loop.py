@@ -42,13 +42,25 @@ class Decoded(NamedTuple):
 
 
 class _Fused(NamedTuple):
-    """The results of a step before a token is drawn."""
+    """The results of a step before a token is drawn. `noise` is each candidate's; None for a rule without chance."""
 
     proposal: Proposal
     rest: Rest | None
+    noise: Float[Array, "B K"] | None
+    others: "_Others | None"
     entropies: Float[Array, "B"]
     lm_pending: Any
     guides_pending: tuple[Any, ...]
+
+
+class _Others(NamedTuple):
+    """The likeliest tokens before guidance, for the trace; -1 in place of those that are candidates."""
+
+    tokens: Int[Array, "B A"]
+    log_probs: Float[Array, "B A"]
+    of_rest: Float[Array, "B A"] | None
+    """Log-probabilities among the tokens that are not candidates; None where these cannot be drawn."""
+    scores: Float[Array, "B A"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +78,9 @@ class Decoder:
             which are the chosen one and the most probable others.
         reward_form: how rewards enter the scores.
         keeps_rest: whether tokens that are not proposed can be drawn too, with their scores without rewards (VAS).
-            Together they form one more candidate (see `Rest`).
+            Together they form one more candidate (see `Rest`). Rows with a `Shape` choose for themselves.
+        alternatives: the number of likeliest tokens that a trace with candidates also holds where they are not
+            candidates.
     """
 
     lm: CausalModel
@@ -78,6 +92,7 @@ class Decoder:
     keeps_candidates: bool = False
     reward_form: RewardForm = "plain"
     keeps_rest: bool = False
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
         vocab_size = self.lm.config.vocab_size
@@ -187,10 +202,7 @@ class Decoder:
         fused = self._fuse(params, state, keys)
         proposal = fused.proposal
         log_q = self.rule(proposal, state.settings.temperature)
-        if fused.rest is None:
-            index = jax.vmap(jax.random.categorical)(keys, log_q)
-        else:
-            index = (log_q + fused.rest.noise).argmax(axis=1)
+        index = (log_q if fused.noise is None else log_q + fused.noise).argmax(axis=1)
         token = jnp.take_along_axis(proposal.tokens, index[:, None], axis=1)[:, 0]
         chosen = Chosen(token, index, live)
 
@@ -235,10 +247,23 @@ class Decoder:
             if guide.scores_vocabulary:
                 rewards[j], pending[j] = guide.score(guide_param, guide_state, text)
                 of_vocabulary = of_vocabulary + weights[:, j, None] * rewards[j]
-        tokens, is_candidate = self.proposer(logits, of_vocabulary, state.settings.candidates)
+        shape, vocabulary = state.settings.shape, logits.shape[-1]
+        added = None if shape is None else shape.added(state.text, vocabulary)
+        shaped = logits if added is None else logits + added
+        tokens, is_candidate = self.proposer(shaped, of_vocabulary, state.settings.candidates)
+        allowed = None if shape is None else shape.allowed(shaped)
+        if allowed is not None:
+            is_candidate = is_candidate & jnp.take_along_axis(allowed, tokens, axis=1)
+        # Every token has noise of its own, whatever the candidates are: so methods share their randomness.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys) if self.rule.is_random else None
         rest = None
         if self.keeps_rest:
-            rest = draw_rest(logits - normaliser, tokens, is_candidate, state.settings.temperature, keys)
+            places = jnp.where(is_candidate, tokens, vocabulary)  # empty places exclude nothing
+            outside = jnp.ones(logits.shape, bool).at[jnp.arange(len(tokens))[:, None], places].set(False, mode="drop")
+            if shape is not None:
+                outside &= allowed & shape.keeps_rest[:, None]
+            scores = shaped - normaliser
+            rest = draw_rest(logits - normaliser, scores, outside, state.settings.temperature, noise)
             tokens = jnp.concatenate([tokens, rest.token[:, None]], axis=1)
             is_candidate = jnp.concatenate([is_candidate, rest.exists[:, None]], axis=1)
         for j, (guide, guide_param, guide_state) in enumerate(parts):
@@ -251,12 +276,29 @@ class Decoder:
         stacked = jnp.stack(rewards, axis=-1) if rewards else jnp.zeros((*tokens.shape, 0))
         proposed = self.proposer.size(self.lm.config.vocab_size)
         in_scores = in_form(self.reward_form, stacked[:, :proposed], is_candidate[:, :proposed])
-        scores = log_probs[:, :proposed] + (in_scores * weights[:, None]).sum(axis=-1)
+        before = log_probs if added is None else log_probs + jnp.take_along_axis(added, tokens, axis=1)
+        scores = before[:, :proposed] + (in_scores * weights[:, None]).sum(axis=-1)
         if rest is not None:
             scores = jnp.concatenate([scores, rest.score[:, None]], axis=1)
         scores = jnp.where(is_candidate, scores, -jnp.inf)
         proposal = Proposal(tokens, is_candidate, log_probs, stacked, scores, hidden[:, 0], weights)
-        return _Fused(proposal, rest, entropies, lm_pending, tuple(pending))
+        if noise is not None:
+            noise = jnp.take_along_axis(noise, tokens, axis=1)
+            noise = noise if rest is None else noise.at[:, -1].set(rest.noise)
+        others = self._others(proposal, rest, logits - normaliser, shaped - normaliser) if self.alternatives else None
+        return _Fused(proposal, rest, noise, others, entropies, lm_pending, tuple(pending))
+
+    def _others(
+        self, proposal: Proposal, rest: Rest | None, log_probs: Float[Array, "B V"], scores: Float[Array, "B V"]
+    ) -> _Others:
+        _, tokens = jax.lax.top_k(scores, min(self.alternatives, scores.shape[1]))
+        is_known = (tokens[:, :, None] == proposal.tokens[:, None]) & proposal.is_candidate[:, None]
+
+        def of(x: Float[Array, "B V"]) -> Float[Array, "B A"]:
+            return jnp.take_along_axis(x, tokens, axis=1)
+
+        of_rest = None if rest is None else of(rest.scaled)
+        return _Others(jnp.where(is_known.any(axis=2), -1, tokens), of(log_probs), of_rest, of(scores))
 
     def _note(self, fused: _Fused, log_q: Float[Array, "B K"], index: Int[Array, "B"]) -> Trace:
         """The trace of one step, `[B ...]`."""
@@ -270,27 +312,54 @@ class Decoder:
             for_kl = for_kl.at[:, -1].set(fused.rest.kl_log_prob)
         # 0 log 0 = 0
         kls = jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * (log_q - for_kl), 0.0).sum(axis=-1)
+        of_all = log_q
         if fused.rest is not None:
             log_q = log_q.at[:, -1].add(fused.rest.log_share)
-        candidates = None
-        if self.keeps_candidates:
-            tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
-            candidates = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards)
-            if self.candidates > MAX_TRACED:
-                is_chosen = jnp.arange(self.candidates) == index[:, None]
-                _, traced = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MAX_TRACED)
-                rows = jnp.arange(len(index))[:, None]
-                candidates = jax.tree.map(lambda x: x[rows, traced], candidates)
+        candidates = self._note_candidates(fused, of_all, log_q, index) if self.keeps_candidates else None
         of_token = map(of_chosen, (proposal.log_probs, log_q))
         return Trace(*of_token, fused.entropies, kls, of_chosen(proposal.rewards), candidates)
 
+    def _note_candidates(
+        self, fused: _Fused, of_all: Float[Array, "B K"], log_q: Float[Array, "B K"], index: Int[Array, "B"]
+    ) -> CandidateTrace:
+        """The candidates of one step, `[B K]`. `log_q` is of each token; in `of_all` the last candidate stands for all
+        of the rest."""
+        proposal, rest, others = fused.proposal, fused.rest, fused.others
+        scores, masses = proposal.scores, proposal.scores
+        if rest is not None:
+            # The score of the rest is that of all its tokens together, and at the row's temperature.
+            exists = proposal.is_candidate[:, -1]
+            scores = scores.at[:, -1].set(jnp.where(exists, rest.own_score, -jnp.inf))
+            masses = masses.at[:, -1].set(rest.log_mass)
+        total = jax.nn.logsumexp(masses, axis=1, keepdims=True)
+        tokens = jnp.where(proposal.is_candidate, proposal.tokens, -1)
+        noted = CandidateTrace(tokens, proposal.log_probs, log_q, proposal.rewards, scores - total)
+        if self.candidates > MAX_TRACED:
+            is_chosen = jnp.arange(self.candidates) == index[:, None]
+            _, traced = jax.lax.top_k(jnp.where(is_chosen, jnp.inf, log_q), MAX_TRACED)
+            rows = jnp.arange(len(index))[:, None]
+            noted = jax.tree.map(lambda x: x[rows, traced], noted)
+        if others is None:
+            return noted
+        nothing = jnp.full(others.tokens.shape, -jnp.inf)
+        can_be_drawn = others.of_rest is not None
+        more = CandidateTrace(
+            others.tokens,
+            others.log_probs,
+            of_all[:, -1:] + others.of_rest if can_be_drawn else nothing,
+            jnp.full((*others.tokens.shape, len(self.guides)), jnp.nan),
+            jnp.where(others.of_rest > -jnp.inf, others.scores - total, -jnp.inf) if can_be_drawn else nothing,
+        )
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), noted, more)
+
     def _blank_trace(self, batch: int, steps: int) -> Trace:
-        count, guides = min(self.candidates, MAX_TRACED), len(self.guides)
+        guides, vocabulary = len(self.guides), self.lm.config.vocab_size
+        count = min(self.candidates, MAX_TRACED) + min(self.alternatives, vocabulary)
         candidates = None
         if self.keeps_candidates:
             numbers = jnp.zeros((batch, steps, count))
             tokens = jnp.zeros(numbers.shape, jnp.int32)
-            candidates = CandidateTrace(tokens, numbers, numbers, jnp.zeros((*numbers.shape, guides)))
+            candidates = CandidateTrace(tokens, numbers, numbers, jnp.zeros((*numbers.shape, guides)), numbers)
         numbers = jnp.zeros((batch, steps))
         return Trace(numbers, numbers, numbers, numbers, jnp.zeros((batch, steps, guides)), candidates)
 

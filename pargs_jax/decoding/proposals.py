@@ -109,20 +109,27 @@ class TopP(AllTokens):
         tokens, every = super().__call__(logits, vocabulary_rewards, counts)
         if self.mass == 1:  # rounded sums may reach 1 too early
             return tokens, every
-        # The least probability in the nucleus, by bisection over its bits, which order positive floats correctly. 30
-        # passes over the vocabulary are much faster than a sort.
-        probs = jax.nn.softmax(logits, axis=-1)
+        return tokens, in_nucleus(logits, jnp.float32(self.mass))
 
-        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bounds
-            middle = (low + high) // 2
-            larger = probs > jax.lax.bitcast_convert_type(middle, jnp.float32)
-            is_enough = jnp.where(larger, probs, 0.0).sum(axis=-1, keepdims=True) >= self.mass
-            return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
-        one = jnp.full((len(probs), 1), jnp.float32(1.0)).view(jnp.int32)
-        _, least = jax.lax.fori_loop(0, 30, halve, (jnp.full_like(one, -1), one))
-        return tokens, probs >= jax.lax.bitcast_convert_type(least, jnp.float32)
+def in_nucleus(logits: Float[Array, "B V"], mass: Float[Array, "..."]) -> Bool[Array, "B V"]:
+    """The fewest tokens, likeliest first, with a total probability of at least `mass`, one number or one for each row.
+    Tokens as likely as the last of them are included too; a mass of 1 or more includes all."""
+    # The least probability in the nucleus, by bisection over its bits, which order positive floats correctly. 30 passes
+    # over the vocabulary are much faster than a sort.
+    probs = jax.nn.softmax(logits, axis=-1)
+    mass = jnp.broadcast_to(mass, len(probs))[:, None]
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        larger = probs > jax.lax.bitcast_convert_type(middle, jnp.float32)
+        is_enough = jnp.where(larger, probs, 0.0).sum(axis=-1, keepdims=True) >= mass
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+    one = jnp.full((len(probs), 1), jnp.float32(1.0)).view(jnp.int32)
+    _, least = jax.lax.fori_loop(0, 30, halve, (jnp.full_like(one, -1), one))
+    return (probs >= jax.lax.bitcast_convert_type(least, jnp.float32)) | (mass >= 1)
 
 
 RewardForm = Literal["plain", "clipped", "centred"]

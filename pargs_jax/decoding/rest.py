@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Rest(NamedTuple):
@@ -27,47 +27,54 @@ class Rest(NamedTuple):
     """temperature * log sum exp(log p / temperature), so that a softmax gives them their total probability."""
     log_share: Float[Array, "B"]
     """Log-probability of `token` among these tokens, at the row's temperature."""
+    scaled: Float[Array, "B V"]
+    """Log-probability of each token of the vocabulary among these tokens, at the row's temperature; minus infinity for
+    other tokens."""
+    log_mass: Float[Array, "B"]
+    """log sum exp of these tokens' scores, at temperature 1."""
+    own_score: Float[Array, "B"]
+    """The score of `token` alone, at temperature 1."""
     kl_log_prob: Float[Array, "B"]
-    noise: Float[Array, "B K+1"]
-    """The candidate with the largest `log q + noise` is drawn; same noise as `categorical` over the whole
-    vocabulary."""
+    noise: Float[Array, "B"]
+    """Its noise: the candidate with the largest `log q + noise` is drawn."""
 
 
 def draw_rest(
     log_probs: Float[Array, "B V"],
-    candidates: Int[Array, "B K"],
-    is_candidate: Bool[Array, "B K"],
+    scores: Float[Array, "B V"],
+    outside: Bool[Array, "B V"],
     temperature: Float[Array, "B"],
-    keys: PRNGKeyArray,
+    noise: Float[Array, "B V"],
 ) -> Rest:
     """Draws the token that represents the rest of the vocabulary.
 
     Args:
-        log_probs: of all tokens, in nats.
-        candidates, is_candidate: the tokens that do not belong to the rest.
+        log_probs: of all tokens, in nats, under the language model.
+        scores: of all tokens, before rewards: the log-probabilities, or these with a row's own shape (`Shape`).
+        outside: the tokens that belong to the rest.
         temperature: the sampling temperature; 0 takes the likeliest.
-        keys: one per row; the same keys that the row's next token is drawn with.
+        noise: Gumbel noise of each token, that the row's next token is drawn with.
     """
-    rows = jnp.arange(len(log_probs))
+    rows = jnp.arange(len(scores))
     is_greedy = temperature[:, None] == 0
     scale = jnp.where(is_greedy, 1.0, temperature[:, None])
-    scaled = log_probs / scale
-    noise = jnp.where(is_greedy, 0.0, jax.vmap(lambda key: jax.random.gumbel(key, log_probs.shape[1:]))(keys))
-    vocabulary = jnp.where(is_candidate, candidates, log_probs.shape[1])  # empty places exclude nothing
-    outside = jnp.ones(log_probs.shape, bool).at[rows[:, None], vocabulary].set(False, mode="drop")
-    noisy = jnp.where(outside, scaled + noise, -jnp.inf)
+    scaled = scores / scale
+    noisy = jnp.where(outside, scaled + jnp.where(is_greedy, 0.0, noise), -jnp.inf)
     token = noisy.argmax(axis=1)
     own = scaled[rows, token]
     left = jnp.where(outside, scaled, -jnp.inf)
     exists = outside.any(axis=1)
     total = jnp.where(exists, jnp.where(is_greedy[:, 0], own, jax.nn.logsumexp(left, axis=1)), 0.0)
-    mean = (jnp.exp(left - total[:, None]) * jnp.where(outside, log_probs, 0.0)).sum(axis=1)
-    of_candidates = jnp.take_along_axis(noise, candidates, axis=1)
+    is_token = jnp.arange(scores.shape[1]) == token[:, None]
+    shares = jnp.where(is_greedy, is_token, jnp.exp(left - total[:, None]))
     return Rest(
         token,
         exists,
         jnp.where(exists, scale[:, 0] * total, -jnp.inf),
         own - total,
-        total - (1.0 / scale[:, 0] - 1.0) * mean,
-        jnp.concatenate([of_candidates, (noisy.max(axis=1) - total)[:, None]], axis=1),
+        left - total[:, None],
+        jax.nn.logsumexp(jnp.where(outside, scores, -jnp.inf), axis=1),
+        scores[rows, token],
+        total - (shares * jnp.where(outside, scaled - log_probs, 0.0)).sum(axis=1),
+        noisy.max(axis=1) - total,
     )

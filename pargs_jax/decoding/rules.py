@@ -2,7 +2,7 @@
 it exactly. A rule that always takes the best candidate gives that candidate all the probability."""
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from pargs_jax.decoding.proposals import Proposal
 
 
 class Rule(Protocol):
-    """A distribution over the candidates of each row. Static and hashable."""
+    """A distribution over the candidates of each row. Static and hashable. `is_random` says whether it gives several
+    candidates a probability, so that one of them is drawn."""
+
+    is_random: ClassVar[bool]
 
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
         """Log-probabilities in nats; minus infinity for candidates that are never drawn."""
@@ -23,6 +26,8 @@ class Rule(Protocol):
 class Greedy:
     """The candidate with the highest score; ties go to the likelier one."""
 
+    is_random: ClassVar[bool] = False
+
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
         best = proposal.scores.argmax(axis=-1)
         return jnp.where(jnp.arange(proposal.scores.shape[-1]) == best[:, None], 0.0, -jnp.inf)
@@ -31,6 +36,8 @@ class Greedy:
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """softmax(scores / temperature) over the candidates; a temperature of 0 is greedy."""
+
+    is_random: ClassVar[bool] = True
 
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
         is_greedy = temperature[:, None] == 0
@@ -46,6 +53,8 @@ class Contrastive:
 
     The rewards are those of one `SimilarityGuide` (minus the largest cosine), and alpha is its weight.
     """
+
+    is_random: ClassVar[bool] = False
 
     def __call__(self, proposal: Proposal, temperature: Float[Array, "B"]) -> Float[Array, "B K"]:
         alpha = proposal.weights[:, :1]

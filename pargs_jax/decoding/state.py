@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.decoding.guides.contract import Text
+from pargs_jax.decoding.shape import Shape
 from pargs_jax.models.cache import Cache, put_rows, take_rows
 
 
@@ -25,6 +26,8 @@ class RowSettings(NamedTuple):
     """The longest answer, its end-of-sequence token included; at most the capacity of the state."""
     gate_entropy: Float[Array, "B"] | None = None
     """A step is guided only where the language model's entropy is at least this, in nats; None for all steps."""
+    shape: Shape | None = None
+    """Biases, penalties and nuclei; None for none."""
 
     @classmethod
     def alike(
@@ -65,13 +68,16 @@ class Trace(NamedTuple):
 
 
 class CandidateTrace(NamedTuple):
-    """Numbers about each step's candidates, if they were asked for."""
+    """Numbers about each step's candidates, if they were asked for. The decoder's `alternatives` come after them."""
 
     tokens: Int[Array, "B N K"]
     """Token ids; -1 where a row had fewer candidates than places."""
     log_probs: Float[Array, "B N K"]
     guided_log_probs: Float[Array, "B N K"]
     rewards: Float[Array, "B N K J"]
+    """NaN for alternatives, which no guide scored."""
+    at_temperature_1: Float[Array, "B N K"]
+    """The log-probability after guidance, but at temperature 1."""
 
 
 class DecodeState(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from pargs_jax.decoding.loop import Decoded
 from pargs_jax.decoding.search import Found
 from pargs_jax.errors import InputError
+from pargs_jax.generation.growing import before_stop
 from pargs_jax.generation.guidance import guide_names
 from pargs_jax.generation.plan import Batch, Settings
 from pargs_jax.generation.reward_models import RewardModel
@@ -23,7 +24,8 @@ from pargs_jax.text.tokenization import TextTokenizer
 class Answer:
     """An answer to a prompt.
 
-    `finish_reason` is `stop` (an end-of-sequence token) or `length`. `log_probability` is that of all the answer's
+    `finish_reason` is `stop` (an end-of-sequence token, or a text that ends it, which is not in the response) or
+    `length`. `log_probability` is that of all the answer's
     tokens under the language model, in nats. `kl` is the sum over its tokens of KL(q || p), where q is the distribution
     that a token was drawn from and p the language model's; for a search see docs/search.md. `kl_is` says whether `kl`
     is exact, an upper bound or an estimate. `guide_rewards` are the reward models' rewards of the whole answer, one for
@@ -82,6 +84,7 @@ class AnswerReader:
         tokens = [decoded.tokens[row, : decoded.lengths[row]].tolist() for row in range(len(batch.requests))]
         prompts = [request.lm_ids for request in batch.requests]
         texts = list(map(self._tokenizer.decode_answer, prompts, tokens))
+        texts = [before_stop(text, own.settings.stop) for text, own in zip(texts, batch.requests, strict=True)]
         rewards = self._final_rewards(batch, decoded, texts, settings.method.guided)
         self._check_finite(batch, decoded, rewards, settings)
         answers = [
@@ -161,7 +164,7 @@ class AnswerReader:
     def _trace(
         self, answer: Answer, batch: Batch, tokens: list[int], row: int, decoded: Decoded, settings: Settings
     ) -> AnswerTrace:
-        growing = texts_as_they_grow(self._text_reader, batch.requests[row].lm_ids, tokens)
+        growing = texts_as_they_grow(self.text_reader, batch.requests[row].lm_ids, tokens)
         noted = decoded.trace
         rewards = noted.rewards if settings.method.guided else noted.rewards[..., :0]
         per_token = (noted.log_probs, noted.guided_log_probs, rewards, noted.entropies, noted.kls)
@@ -197,16 +200,17 @@ class AnswerReader:
         )
 
     @cached_property
-    def _text_reader(self) -> Reader:
+    def text_reader(self) -> Reader:
+        """Reads answers token by token."""
         return fastest_reader(self._tokenizer)
 
 
 def _candidates(decoded: Decoded, row: int, step: int, before: AnswerText) -> tuple[TracedCandidate, ...]:
     """The candidates of a step, in decreasing order of log-probability after guidance."""
     noted = decoded.trace.candidates
-    ids, log_p, log_q, rewards = (x[row, step] for x in noted)
+    ids, log_p, log_q, rewards, _ = (x[row, step] for x in noted)
     order = np.lexsort((-log_p, -log_q))
-    order = order[ids[order] >= 0]
+    order = order[(ids[order] >= 0) & ~np.isnan(rewards[order]).any(axis=-1)]  # without alternatives
     texts = [added_text(before, token) for token in ids[order].tolist()]
     columns = texts, _numbers(log_p[order]), _numbers(log_q[order]), map(tuple, _numbers(rewards[order]))
     return tuple(map(TracedCandidate, ids[order].tolist(), *columns))

@@ -14,6 +14,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.guides import Prompts
 from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS, Method
+from pargs_jax.decoding.shape import Shape
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
 from pargs_jax.generation.guidance import count_guides
@@ -21,6 +22,29 @@ from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_wid
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.sharding import current_mesh, row_shards
 from pargs_jax.text.tokenization import TextTokenizer
+
+MOST_BIASED = 300
+"""The most tokens that a request may give a bias."""
+NO_TOKEN = np.iinfo(np.int32).max
+"""Beyond every vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnShape:
+    """The shape of an answer's distribution (`decoding.shape.Shape`). `bias` are pairs of a token and what is added to
+    its log-probability, at most `MOST_BIASED`. Raises InputError for numbers that cannot be used."""
+
+    top_p: float = 1.0
+    keeps_rest: bool = False
+    bias: tuple[tuple[int, float], ...] = ()
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: got {self.top_p:g}, must be above 0 and at most 1")
+        if len(self.bias) > MOST_BIASED:
+            raise InputError(f"logit_bias: got {len(self.bias)} tokens, must be at most {MOST_BIASED}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +54,10 @@ class Settings:
     `n` is the number of answers to each prompt. `trace` says what is recorded for every token: its own numbers, or also
     all candidates with theirs. `top_p`, `look_ahead` and `gate_entropy` are explained in docs/methods.md. `preference`
     is the vector for the method that takes one, for prompts without their own. `search` holds the options of a search
-    method that differ from its defaults. Raises InputError for a setting that does not apply to the method.
+    method that differ from its defaults. An answer ends where it contains one of the texts `stop`, which are not part
+    of the response. `shape` reshapes the distribution before candidates are chosen; requests with and without one
+    cannot run together. With `trace="candidates"`, `alternatives` of the likeliest tokens are recorded where they are
+    not candidates. Raises InputError for a setting that does not apply to the method.
     """
 
     method: Method
@@ -47,6 +74,9 @@ class Settings:
     look_ahead: int | None = None
     preference: tuple[float, ...] = ()
     search: tuple[tuple[str, float | str | bool], ...] = ()
+    stop: tuple[str, ...] = ()
+    shape: OwnShape | None = None
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
         for name, reason in self.method.unused.items():
@@ -63,8 +93,12 @@ class Settings:
                 raise InputError(f"search.{flag}: is not an option of {self.method.source}; leave it out")
         if ("mean" in dict(self.search)) != ("deviation" in dict(self.search)):
             raise InputError("search.mean and search.deviation: got only one, give both or neither")
+        if "" in self.stop:
+            raise InputError("stop: got an empty text, which every answer contains; leave it out")
         if self.method.search is not None:
             self.method.make_search(dict(self.search))
+            if self.stop:
+                raise InputError(f"stop: is not supported by {self.method.source}, a search; leave it out")
             if self.trace is not None:
                 raise InputError(
                     f"trace and explain: are not supported by {self.method.source}, a search; leave them out"
@@ -232,6 +266,22 @@ class Batch(NamedTuple):
             self._of_rows([own.candidates for own in each], np.int32),
             self._of_rows([own.max_new_tokens for own in each], np.int32),
             self._of_rows([-np.inf if own.gate_entropy is None else own.gate_entropy for own in each]),
+            self._shape(),
+        )
+
+    def _shape(self) -> Shape | None:
+        """The shapes of the rows' distributions, if the requests have any."""
+        each = [request.settings.shape for request in self.requests]
+        if None in each:
+            return None
+        biases = [[*own.bias, *[(NO_TOKEN, 0.0)] * (MOST_BIASED - len(own.bias))] for own in each]
+        return Shape(
+            self._of_rows([own.top_p for own in each]),
+            self._of_rows([own.keeps_rest for own in each], bool),
+            self._of_rows([[token for token, _ in own] for own in biases], np.int32),
+            self._of_rows([[bias for _, bias in own] for own in biases]),
+            self._of_rows([own.presence for own in each]),
+            self._of_rows([own.frequency for own in each]),
         )
 
     def preferences(self) -> Float[np.ndarray, "B M"]:
@@ -277,6 +327,7 @@ def plan_requests(
     prompts: Sequence[Prompt],
     settings: Settings,
     answered: Bool[np.ndarray, "P n"] | None = None,
+    encoded: Sequence[list[int]] | None = None,
 ) -> list[Request]:
     """The answers that are wanted, shortest prompts first: those of similar length are then decoded together, and few
     are padded far beyond their length.
@@ -286,10 +337,11 @@ def plan_requests(
         reward_models: the reward models.
         prompts, settings: the prompts to answer, and how.
         answered: the samples of each prompt that exist already; they are left out.
+        encoded: the prompts in the language model's tokens, where they are not to be encoded from their texts.
 
     Raises InputError if a prompt with its answer does not fit a model.
     """
-    encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts]
+    encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts] if encoded is None else encoded
     own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]
     _check_lengths(lm, reward_models, prompts, encoded, own_encoded, settings)
     return [

@@ -129,22 +129,27 @@ class DecodingProgram(NamedTuple):
         pad_id: int,
         keeps_candidates: bool = False,
         search_options: Mapping[str, float | str | bool] | None = None,
+        may_keep_rest: bool = False,
+        alternatives: int = 0,
     ) -> "DecodingProgram":
         """The program of a method with these models. `k`, `top_p` and `search_options` replace the method's defaults
-        unless they are None."""
+        unless they are None. `may_keep_rest` lets rows with a `Shape` draw tokens that are not candidates."""
         judges = guides if method.judged else ()
+        proposer = method.proposer(
+            k, top_p=top_p, scores_vocabulary=method.judged or all(guide.scores_vocabulary for guide in guides)
+        )
+        has_rest = proposer.size(lm.config.vocab_size) < lm.config.vocab_size
         decoder = Decoder(
             lm,
             () if method.judged else guides,
-            method.proposer(
-                k, top_p=top_p, scores_vocabulary=method.judged or all(guide.scores_vocabulary for guide in guides)
-            ),
+            proposer,
             method.rule,
             eos_ids,
             pad_id,
             keeps_candidates,
             method.reward_form,
-            method.keeps_rest,
+            method.keeps_rest or (may_keep_rest and has_rest),
+            alternatives,
         )
         retokenised = tuple(j for j, guide in enumerate(guides) if isinstance(guide, EncoderGuide | RetokenisedGuide))
         search = None if method.search is None else method.make_search(search_options or {})
@@ -164,6 +169,8 @@ class DecodingProgram(NamedTuple):
             pad_id=models.pad_id,
             keeps_candidates=settings.trace == "candidates",
             search_options=dict(settings.search),
+            may_keep_rest=settings.shape is not None,
+            alternatives=settings.alternatives,
         )
 
     @property

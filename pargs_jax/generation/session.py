@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,7 +83,7 @@ class Session:
         )
         """The prompt forms that the models were trained with, as `choose_form` takes them."""
         self.lm = lm
-        self._reader = AnswerReader(lm, self.tokenizer, self.reward_models)
+        self.answers = AnswerReader(lm, self.tokenizer, self.reward_models)
         self._programs = Programs()
 
     def answer(
@@ -105,12 +106,28 @@ class Session:
         if settings.method.search is not None:
             yield from self._search(requests, settings, rows)
             return
-        scheduler = Scheduler(self._models, self._programs, settings, rows)
+        reader = self.answers.text_reader if settings.stop else None
+        scheduler = Scheduler(self._models, self._programs, settings, rows, reader=reader)
         scheduler.add(requests)
         while not scheduler.is_idle:
-            answers = [answer for ended in scheduler.step() for answer in self._reader.read(*ended, settings)]
+            answers = [answer for ended in scheduler.step() for answer in self.answers.read(*ended, settings)]
             if answers:
                 yield answers
+
+    @property
+    def lm_vocab_size(self) -> int:
+        """The number of tokens that the language model proposes."""
+        return self._models.lm.config.vocab_size
+
+    def plan(
+        self, prompts: Sequence[Prompt], settings: Settings, encoded: Sequence[list[int]] | None = None
+    ) -> list[Request]:
+        """`plan_requests` with the session's models."""
+        return plan_requests(self._models.lm, self.tokenizer, self.reward_models, prompts, settings, encoded=encoded)
+
+    def scheduler(self, settings: Settings, places: int, **options: Any) -> Scheduler:
+        """A running batch of the session's models, whose answers are read while they grow (`Scheduler`)."""
+        return Scheduler(self._models, self._programs, settings, places, reader=self.answers.text_reader, **options)
 
     def _reward_scale(self, prompts: Sequence[Prompt], settings: Settings) -> tuple[float, float]:
         """Mean and standard deviation of the weighted rewards of unguided answers to the first prompts: one answer per
@@ -141,7 +158,7 @@ class Session:
         for first in range(0, len(requests), rows):
             batch = Batch.of(requests[first : first + rows], rows, self.reward_models)
             found, seconds = self._search_batch(batch, settings, answer_widths)
-            yield self._reader.read(batch, found, [seconds / len(batch.requests)] * len(batch.requests), settings)
+            yield self.answers.read(batch, found, [seconds / len(batch.requests)] * len(batch.requests), settings)
 
     def _search_batch(self, batch: Batch, settings: Settings, answer_widths: list[int]) -> tuple[Found, float]:
         """Also returns the seconds that it took. `answer_widths` are the widths that the guides' texts have needed so

@@ -60,6 +60,7 @@ class Counted:
 
     rule: Sample
     called: Callable[[Any], None]
+    is_random: ClassVar[bool] = True
 
     def __call__(self, proposal, temperature):
         jax.debug.callback(self.called, proposal.scores)
@@ -161,7 +162,11 @@ def naive(pair, prompts, *, k, temperature, weight=WEIGHT, numbers=KEY_NUMBERS):
                 choice = int(scores.argmax())
                 q = np.eye(k)[choice]
             else:
-                choice = int(jax.random.categorical(jax.random.fold_in(key, len(row)), scores / temperature))
+                # Drawn from the whole vocabulary: a token's noise does not depend on what the candidates are.
+                every = np.full(VOCABULARY, -np.inf, np.float32)
+                every[candidates] = scores / temperature
+                token = int(jax.random.categorical(jax.random.fold_in(key, len(row)), every))
+                choice = candidates.index(token)
                 q = np.exp(scores / temperature)
                 q = q / q.sum()
             kl = sum(q[i] * (np.log(q[i]) - log_probs[candidates[i]]) for i in range(k) if q[i] > 0)

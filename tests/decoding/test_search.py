@@ -126,7 +126,9 @@ def draw_token(prompt, answer, key, *, weight=None, temperature=TEMPERATURE, k=K
     if weight is not None:
         scores += np.float32(weight) * np.array([reward_of([*prompt, *answer, c]) for c in candidates], np.float32)
     log_q = np.asarray(jax.nn.log_softmax(scores / np.float32(temperature)))
-    index = int(jax.random.categorical(jax.random.fold_in(key, len(answer)), log_q))
+    every = np.full(len(log_probs), -np.inf, np.float32)
+    every[candidates] = log_q
+    index = candidates.index(int(jax.random.categorical(jax.random.fold_in(key, len(answer)), every)))
     entropy = float(-(np.exp(log_probs) * log_probs).sum())
     return candidates[index], float(log_probs[candidates[index]]), float(log_q[index]), entropy
 

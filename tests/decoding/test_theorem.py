@@ -7,7 +7,7 @@ over prefixes y_1..y_i have one axis a token.
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,7 @@ class Forced:
 
     ranks: tuple[int, ...]
     seen: Callable[[Any], None]
+    is_random: ClassVar[bool] = False
 
     def __call__(self, proposal, temperature):
         jax.debug.callback(self.seen, proposal.scores)

@@ -224,25 +224,21 @@ def naive_scores(case, text):
     return scores, rewards
 
 
-def drawn(case, decoder, scores, key, log_p):
-    """The token of a step: `categorical` over the candidates' places, in the order that the proposer has them."""
-    places = np.arange(V)
-    if decoder.candidates < V and not decoder.keeps_rest:
-        by = scores if case.guides == ("table",) else log_p
-        places = np.argsort(-by)[:K]
+def drawn(case, scores, key):
+    """The token of a step: `categorical` over the whole vocabulary, whatever the candidates are."""
     if case.temperature == 0 or case.method in ("contrastive", "transfer_q"):
         return int(scores.argmax())
-    return int(places[jax.random.categorical(key, jnp.asarray(scores[places] / case.temperature, jnp.float32))])
+    return int(jax.random.categorical(key, jnp.asarray(scores / case.temperature, jnp.float32)))
 
 
 def naive(case, prompt, number):
     key = jax.random.fold_in(jax.random.key(0), number)
-    decoder, row = case.decoder, []
+    row = []
     while prompt and len(row) < STEPS and not (row and row[-1][0] in EOS_IDS):
         text = tuple(prompt + [step[0] for step in row])
         said = read(text)
         scores, rewards = naive_scores(case, text)
-        token = drawn(case, decoder, scores, jax.random.fold_in(key, len(row)), said["lm"])
+        token = drawn(case, scores, jax.random.fold_in(key, len(row)))
         if case.temperature == 0:
             log_q = np.where(np.arange(V) == scores.argmax(), 0.0, -np.inf)
         else:

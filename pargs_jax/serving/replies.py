@@ -1,0 +1,225 @@
+"""Replies in the form of OpenAI's, whole and as streams, with what guidance has to say of each answer."""
+
+import dataclasses
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pargs_jax.decoding.state import CandidateTrace
+from pargs_jax.generation.answers import Answer
+from pargs_jax.generation.plan import Request
+from pargs_jax.generation.traces import one_or_all
+from pargs_jax.serving.engine import Finished, Progress
+from pargs_jax.text.answer_text import AnswerText, Reader, added_text
+
+
+@dataclasses.dataclass
+class TokenNote:
+    """A token of an answer: its text, its log-probability and the likeliest alternatives (text, log-probability).
+
+    Log-probabilities are those after guidance, at temperature 1.
+    """
+
+    text: str
+    log_prob: float
+    alternatives: list[tuple[str, float]]
+
+
+class Choice:
+    """One answer of a reply, as it grows."""
+
+    def __init__(self, request: Request, reader: Reader | None, alternatives: int = 0) -> None:
+        """`reader` reads the tokens where they are asked for, each with so many alternatives."""
+        self.request = request
+        self.text = ""
+        self.answer: Answer | None = None
+        self._alternatives = alternatives
+        self._before = AnswerText.begin(reader, request.lm_ids) if reader else None
+        self._notes: list[TokenNote] = []
+        self._ends: list[int] = []
+        self._given = 0
+        """How many of the notes are in earlier chunks of the stream."""
+
+    @property
+    def has_notes(self) -> bool:
+        return self._before is not None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return None if self.answer is None else self.answer.finish_reason
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens so far."""
+        return len(self._ends) if self.answer is None else self.answer.tokens
+
+    def take(self, event: Progress | Finished) -> str:
+        """Takes news; returns the text that is new."""
+        before = len(self.text)
+        if isinstance(event, Finished):
+            self.answer = event.answer
+            self.text = event.answer.response
+        else:
+            self.text, self._ends = event.text, event.ends
+            if self._before is not None:
+                for place, token in enumerate(event.tokens):
+                    candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
+                    self._notes.append(self._note(token, candidates))
+        return self.text[before:]
+
+    def new_notes(self) -> list[TokenNote]:
+        """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
+        end, such as the end-of-sequence token and those of a text that ends the answer, have none."""
+        last, found = len(self.text), []
+        starts = [0, *self._ends]
+        while self._given < len(self._notes):
+            start, end = starts[self._given], self._ends[self._given]
+            if start >= last or (end > last and self.answer is None):
+                break
+            note = self._notes[self._given]
+            found.append(dataclasses.replace(note, text=note.text[: last - start]))
+            self._given += 1
+        return found
+
+    def _note(self, token: int, candidates: CandidateTrace) -> TokenNote:
+        order = np.argsort(-candidates.at_temperature_1, kind="stable")
+        log_probs = dict(
+            zip(candidates.tokens[order].tolist(), candidates.at_temperature_1[order].tolist(), strict=True)
+        )
+        log_probs.pop(-1, None)
+        likeliest = [(i, x) for i, x in log_probs.items() if math.isfinite(x)][: self._alternatives]
+        note = TokenNote(
+            added_text(self._before, token),
+            log_probs[token],
+            [(added_text(self._before, other), x) for other, x in likeliest],
+        )
+        self._before = self._before.followed_by(token)
+        return note
+
+    def guidance(self) -> dict[str, Any]:
+        """What there is to say of the answer beyond OpenAI's fields."""
+        answer, settings = self.answer, self.request.settings
+        said: dict[str, Any] = {"id": self.request.prompt.id, "sample": self.request.sample, "seed": settings.seed}
+        if answer is not None:
+            said |= {
+                "log_probability": answer.log_probability,
+                "kl": answer.kl,
+                "guide_reward": one_or_all(answer.guide_rewards),
+                "lm_tokens": answer.lm_tokens,
+                "rm_tokens": answer.rm_tokens,
+            }
+            if answer.trace is not None:
+                said["trace"] = answer.trace.as_row()
+        return said
+
+
+class Reply:
+    """A reply to a request for completions or for chat.
+
+    Attributes:
+        choices: its answers.
+        is_chat: whose form it has.
+    """
+
+    def __init__(self, choices: Sequence[Choice], model: str, prompt_tokens: int, *, is_chat: bool) -> None:
+        self.choices, self.is_chat = choices, is_chat
+        self._model, self._prompt_tokens = model, prompt_tokens
+        self._id = ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12)
+        self._created = int(time.time())
+        self._offsets = [0] * len(choices)
+
+    def whole(self, cut_by: str | None = None) -> dict[str, Any]:
+        """The reply without a stream. `cut_by` says what ended the answers that did not end by themselves."""
+        choices = []
+        for index, choice in enumerate(self.choices):
+            row: dict[str, Any] = {"index": index}
+            row |= {"message": {"role": "assistant", "content": choice.text}} if self.is_chat else {"text": choice.text}
+            row["logprobs"] = self._logprobs(index) if choice.has_notes else None
+            row["finish_reason"] = choice.finish_reason or "length"
+            row["pargs"] = choice.guidance() | ({"cut_by": cut_by} if choice.answer is None else {})
+            choices.append(row)
+        return self._outer(choices, is_chunk=False) | {"usage": self.usage()}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The first chunks of a stream."""
+        if not self.is_chat:
+            return []
+        return [
+            self._chunk(index, {"delta": {"role": "assistant", "content": ""}}) for index in range(len(self.choices))
+        ]
+
+    def chunk(self, index: int, text: str, cut_by: str | None = None) -> dict[str, Any] | None:
+        """A chunk of a stream with new text of an answer, and its end if it has ended; None if there is nothing new."""
+        choice = self.choices[index]
+        is_over = choice.answer is not None or cut_by is not None
+        if not text and not is_over:
+            return None
+        row: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
+        if choice.has_notes:
+            row["logprobs"] = self._logprobs(index)
+        if is_over:
+            row["finish_reason"] = choice.finish_reason or "length"
+            row["pargs"] = choice.guidance() | ({"cut_by": cut_by} if cut_by else {})
+        return self._chunk(index, row)
+
+    def last_chunk(self) -> dict[str, Any]:
+        """The chunk with the numbers of tokens."""
+        return self._outer([], is_chunk=True) | {"usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        completion = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_tokens + completion,
+        }
+
+    def _chunk(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
+        return self._outer([{"index": index, "logprobs": None, "finish_reason": None} | row], is_chunk=True)
+
+    def _outer(self, choices: list[dict[str, Any]], *, is_chunk: bool) -> dict[str, Any]:
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {
+            "id": self._id,
+            "object": f"{kind}.chunk" if self.is_chat and is_chunk else kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, index: int) -> dict[str, Any]:
+        """Those of the tokens whose text is new."""
+        notes = self.choices[index].new_notes()
+        if self.is_chat:
+            return {
+                "content": [_token(note.text, note.log_prob) | _alternatives(note) for note in notes],
+                "refusal": None,
+            }
+        offsets = []
+        for note in notes:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(note.text)
+        return {
+            "tokens": [note.text for note in notes],
+            "token_logprobs": [note.log_prob for note in notes],
+            "top_logprobs": [_best_by_text(note.alternatives) for note in notes],
+            "text_offset": offsets,
+        }
+
+
+def _alternatives(note: TokenNote) -> dict[str, Any]:
+    return {"top_logprobs": [_token(text, log_prob) for text, log_prob in note.alternatives]}
+
+
+def _token(text: str, log_prob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": log_prob, "bytes": list(text.encode(errors="surrogatepass"))}
+
+
+def _best_by_text(alternatives: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """By their texts; of several tokens with the same text the likeliest, which comes first."""
+    return dict(reversed(alternatives))
