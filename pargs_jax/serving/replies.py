@@ -5,6 +5,7 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from pargs_jax.generation.answers import Answer
 from pargs_jax.generation.plan import Request
 from pargs_jax.generation.traces import one_or_all
 from pargs_jax.serving.engine import Finished, Progress
-from pargs_jax.text.answer_text import AnswerText, Reader, added_text
+from pargs_jax.text.answer_text import AnswerText, Reader, added_text, common_length
 
 
 @dataclasses.dataclass
@@ -41,9 +42,13 @@ class Choice:
         self._alternatives = alternatives
         self._before = AnswerText.begin(reader, request.lm_ids) if reader else None
         self._notes: list[TokenNote] = []
-        self._ends: list[int] = []
+        self._texts: list[str] = []
+        """The text after each token."""
         self._given = 0
         """How many of the notes are in earlier chunks of the stream."""
+        self._given_text = 0
+        """The number of characters of their tokens."""
+        self._count = 0
 
     @property
     def has_notes(self) -> bool:
@@ -56,7 +61,7 @@ class Choice:
     @property
     def tokens(self) -> int:
         """The number of tokens so far."""
-        return len(self._ends) if self.answer is None else self.answer.tokens
+        return self._count if self.answer is None else self.answer.tokens
 
     def take(self, event: Progress | Finished) -> str:
         """Takes news; returns the text that is new."""
@@ -65,7 +70,8 @@ class Choice:
             self.answer = event.answer
             self.text = event.answer.response
         else:
-            self.text, self._ends = event.text, event.ends
+            self.text = event.text
+            self._count += len(event.tokens)
             if self._before is not None:
                 for place, token in enumerate(event.tokens):
                     candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
@@ -76,14 +82,16 @@ class Choice:
         """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
         end, such as the end-of-sequence token and those of a text that ends the answer, have none."""
         last, found = len(self.text), []
-        starts = [0, *self._ends]
-        while self._given < len(self._notes):
-            start, end = starts[self._given], self._ends[self._given]
-            if start >= last or (end > last and self.answer is None):
+        # A token's text ends where its answer so far, and all that follow, agree with the text.
+        agreed = [common_length(text, self.text) for text in self._texts[self._given :]]
+        for end in list(accumulate(reversed(agreed), min))[::-1]:
+            is_certain = self.answer is not None or len(self._texts[self._given]) <= last
+            if self._given_text >= last or not is_certain:
                 break
-            note = self._notes[self._given]
-            found.append(dataclasses.replace(note, text=note.text[: last - start]))
+            text = self.text[self._given_text : end]
+            found.append(dataclasses.replace(self._notes[self._given], text=text))
             self._given += 1
+            self._given_text = max(self._given_text, end)
         return found
 
     def _note(self, token: int, candidates: CandidateTrace) -> TokenNote:
@@ -99,12 +107,20 @@ class Choice:
             [(added_text(self._before, other), x) for other, x in likeliest],
         )
         self._before = self._before.followed_by(token)
+        self._texts.append(self._before.text)
         return note
 
     def guidance(self) -> dict[str, Any]:
         """What there is to say of the answer beyond OpenAI's fields."""
         answer, settings = self.answer, self.request.settings
-        said: dict[str, Any] = {"id": self.request.prompt.id, "sample": self.request.sample, "seed": settings.seed}
+        said: dict[str, Any] = {
+            "id": self.request.prompt.id,
+            "sample": self.request.sample,
+            "seed": settings.seed,
+            "weights": list(settings.weights),
+            "k": settings.k,
+            "temperature": settings.temperature,
+        }
         if answer is not None:
             said |= {
                 "log_probability": answer.log_probability,
