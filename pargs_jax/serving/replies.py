@@ -5,15 +5,16 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
 import numpy as np
 
 from pargs_jax.decoding.state import CandidateTrace
-from pargs_jax.generation.answers import Answer
+from pargs_jax.generation.answers import Answer, traced_tokens
 from pargs_jax.generation.plan import Request
-from pargs_jax.generation.traces import one_or_all
+from pargs_jax.generation.traces import TracedToken, one_or_all, token_row
 from pargs_jax.serving.engine import Finished, Progress
 from pargs_jax.text.answer_text import AnswerText, Reader, added_text
 
@@ -33,21 +34,25 @@ class TokenNote:
 class Choice:
     """One answer of a reply, as it grows."""
 
-    def __init__(self, request: Request, reader: Reader | None, alternatives: int = 0) -> None:
-        """`reader` reads the tokens where they are asked for, each with so many alternatives."""
+    def __init__(self, request: Request, reader: Reader, alternatives: int | None, streams_trace: bool = False) -> None:
+        """`reader` reads the tokens if they are asked for: each with so many alternatives (None: not asked for), or
+        the entries of a trace."""
         self.request = request
         self.text = ""
         self.answer: Answer | None = None
-        self._alternatives = alternatives
-        self._before = AnswerText.begin(reader, request.lm_ids) if reader else None
+        self._alternatives, self.streams_trace = alternatives, streams_trace
+        self._before = AnswerText.begin(reader, request.lm_ids) if self.has_notes or streams_trace else None
         self._notes: list[TokenNote] = []
+        self._traced: list[TracedToken] = []
         self._ends: list[int] = []
         self._given = 0
         """How many of the notes are in earlier chunks of the stream."""
+        self._told, self._told_text = 0, 0
+        """How many of the traced tokens are in earlier chunks, and the number of their characters."""
 
     @property
     def has_notes(self) -> bool:
-        return self._before is not None
+        return self._alternatives is not None
 
     @property
     def finish_reason(self) -> str | None:
@@ -67,10 +72,20 @@ class Choice:
         else:
             self.text, self._ends = event.text, event.ends
             if self._before is not None:
-                for place, token in enumerate(event.tokens):
-                    candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
-                    self._notes.append(self._note(token, candidates))
+                self._read(event)
         return self.text[before:]
+
+    def _read(self, event: Progress) -> None:
+        growing = list(accumulate(event.tokens, AnswerText.followed_by, initial=self._before))
+        self._before = growing[-1]
+        if self.has_notes:
+            for place, token in enumerate(event.tokens):
+                candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
+                self._notes.append(self._note(token, candidates, growing[place]))
+        if self.streams_trace:
+            texts = [""] * len(event.tokens)  # known when the response is
+            guided = self.request.settings.method.guided
+            self._traced += traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
 
     def new_notes(self) -> list[TokenNote]:
         """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
@@ -86,20 +101,26 @@ class Choice:
             self._given += 1
         return found
 
-    def _note(self, token: int, candidates: CandidateTrace) -> TokenNote:
+    def new_traced(self, is_over: bool) -> list[dict[str, Any]]:
+        """The entries of a trace for the tokens whose text is given and that were not returned before; for all that
+        are left once the answer is over. Their texts, joined, are the response."""
+        last, found = len(self.text), []
+        while self._told < len(self._traced) and (is_over or self._ends[self._told] <= last):
+            end = max(self._told_text, min(self._ends[self._told], last))
+            found.append(token_row(self._traced[self._told]._replace(text=self.text[self._told_text : end])))
+            self._told, self._told_text = self._told + 1, end
+        return found
+
+    def _note(self, token: int, candidates: CandidateTrace, before: AnswerText) -> TokenNote:
         order = np.argsort(-candidates.at_temperature_1, kind="stable")
         log_probs = dict(
             zip(candidates.tokens[order].tolist(), candidates.at_temperature_1[order].tolist(), strict=True)
         )
         log_probs.pop(-1, None)
         likeliest = [(i, x) for i, x in log_probs.items() if math.isfinite(x)][: self._alternatives]
-        note = TokenNote(
-            added_text(self._before, token),
-            log_probs[token],
-            [(added_text(self._before, other), x) for other, x in likeliest],
+        return TokenNote(
+            added_text(before, token), log_probs[token], [(added_text(before, other), x) for other, x in likeliest]
         )
-        self._before = self._before.followed_by(token)
-        return note
 
     def guidance(self) -> dict[str, Any]:
         """What there is to say of the answer beyond OpenAI's fields."""
@@ -165,6 +186,8 @@ class Reply:
         if is_over:
             row["finish_reason"] = choice.finish_reason or "length"
             row["pargs"] = choice.guidance() | ({"cut_by": cut_by} if cut_by else {})
+        if choice.streams_trace:
+            row["pargs"] = row.get("pargs", {}) | {"tokens": choice.new_traced(is_over)}
         return self._chunk(index, row)
 
     def last_chunk(self) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""A server of tiny models, in a thread of the tests' process."""
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from pargs_jax.decoding.methods import METHODS
+from pargs_jax.generation.session import Session
+from pargs_jax.mesh import make_mesh
+from pargs_jax.models.hf import save_model
+from pargs_jax.serving.app import Limits, make_app
+from pargs_jax.serving.engine import Engine
+from pargs_jax.serving.metrics import Metrics
+from pargs_jax.serving.service import Service
+from pargs_jax.testing import tiny_model, tiny_tokenizer
+from pargs_jax.text.prompts import get_form
+
+PLACES, TOKENS, PROMPT, K = 8, 24, 30, 5
+
+
+class Served(NamedTuple):
+    """A running server and its parts."""
+
+    url: str
+    service: Service
+    engine: Engine
+    metrics: Metrics
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60, **options)
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The address of a server that runs while the block does."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def start_engine(service, **options):
+    settings = {"places": PLACES, "most_waiting": 64, "warm_up": service.warm_up} | options
+    engine = Engine(
+        lambda: service.make_scheduler(settings["places"], 3),
+        service.session.answers,
+        make_mesh("cpu", "decode"),
+        **settings,
+    )
+    engine.wait_until_ready()
+    return engine
+
+
+def save_tiny(folder, head, family, seed):
+    """A random model with the demo's tokenizer; many tokens end an answer, so that some answers are short."""
+    model, params = tiny_model(family, head, seed=seed, vocab_size=tiny_tokenizer().vocab_size)
+    save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": [2, *range(5, 500, 25)]})
+    tiny_tokenizer().save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    lm = save_tiny(folder / "lm", "vocabulary", "llama", 0)
+    guides = [
+        save_tiny(folder / name, "reward", family, n)
+        for n, (name, family) in enumerate((("kind", "llama"), ("brief", "gpt2")), start=1)
+    ]
+    session = Session(lm, guides, method=METHODS["pargs"])
+    return Service(
+        session,
+        "pargs",
+        get_form("hh"),
+        name="tiny",
+        k=K,
+        max_prompt_tokens=PROMPT,
+        max_new_tokens=TOKENS,
+        most_answers=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(service):
+    engine = start_engine(service)
+    yield engine
+    engine.close(5)
+
+
+@pytest.fixture(scope="session")
+def served(service, engine):
+    metrics = Metrics()
+    metrics.watch(engine)
+    app = make_app(service, engine, metrics, limits=Limits(100_000, 60), key=None)
+    with listening(app) as url:
+        yield Served(url, service, engine, metrics)
