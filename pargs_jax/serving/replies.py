@@ -16,7 +16,7 @@ from pargs_jax.generation.answers import Answer, traced_tokens
 from pargs_jax.generation.plan import Request
 from pargs_jax.generation.traces import TracedToken, one_or_all, token_row
 from pargs_jax.serving.engine import Finished, Progress
-from pargs_jax.text.answer_text import AnswerText, Reader, added_text
+from pargs_jax.text.answer_text import AnswerText, Reader, added_text, common_length
 
 
 @dataclasses.dataclass
@@ -43,12 +43,13 @@ class Choice:
         self._alternatives, self.streams_trace = alternatives, streams_trace
         self._before = AnswerText.begin(reader, request.lm_ids) if self.has_notes or streams_trace else None
         self._notes: list[TokenNote] = []
-        self._traced: list[TracedToken] = []
+        self._untold: list[tuple[TracedToken, AnswerText]] = []
+        """Entries of the trace that are not in earlier chunks, with the text after each."""
+        self._told = 0
+        """The number of characters of those that are."""
         self._ends: list[int] = []
         self._given = 0
         """How many of the notes are in earlier chunks of the stream."""
-        self._told, self._told_text = 0, 0
-        """How many of the traced tokens are in earlier chunks, and the number of their characters."""
 
     @property
     def has_notes(self) -> bool:
@@ -85,7 +86,8 @@ class Choice:
         if self.streams_trace:
             texts = [""] * len(event.tokens)  # known when the response is
             guided = self.request.settings.method.guided
-            self._traced += traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
+            traced = traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
+            self._untold += zip(traced, growing[1:], strict=True)
 
     def new_notes(self) -> list[TokenNote]:
         """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
@@ -104,11 +106,19 @@ class Choice:
     def new_traced(self, is_over: bool) -> list[dict[str, Any]]:
         """The entries of a trace for the tokens whose text is given and that were not returned before; for all that
         are left once the answer is over. Their texts, joined, are the response."""
-        last, found = len(self.text), []
-        while self._told < len(self._traced) and (is_over or self._ends[self._told] <= last):
-            end = max(self._told_text, min(self._ends[self._told], last))
-            found.append(token_row(self._traced[self._told]._replace(text=self.text[self._told_text : end])))
-            self._told, self._told_text = self._told + 1, end
+        last = len(self.text)
+        agreed = [common_length(after.text, self.text) for _, after in self._untold]
+        if is_over and agreed:
+            agreed[-1] = last
+        # What later tokens take back, such as an unfinished character, is not a token's own.
+        ends = list(accumulate(reversed(agreed), min))[::-1]
+        found = []
+        for (token, after), end in zip(self._untold, ends, strict=True):
+            if len(after.text) > last and not is_over:
+                break
+            found.append(token_row(token._replace(text=self.text[self._told : end])))
+            self._told = end
+        del self._untold[: len(found)]
         return found
 
     def _note(self, token: int, candidates: CandidateTrace, before: AnswerText) -> TokenNote:

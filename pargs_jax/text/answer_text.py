@@ -96,7 +96,7 @@ def shares_of(answer: str, growing: Sequence[AnswerText]) -> list[str]:
         answer: the whole text.
         growing: the result of `texts_as_they_grow` for its tokens.
     """
-    agreed = [_common_length(prefix.text, answer) for prefix in growing[:-1]]
+    agreed = [common_length(prefix.text, answer) for prefix in growing[:-1]]
     ends = list(accumulate([len(answer), *reversed(agreed)], min))[::-1]
     return [answer[start:end] for start, end in pairwise(ends)]
 
@@ -104,10 +104,10 @@ def shares_of(answer: str, growing: Sequence[AnswerText]) -> list[str]:
 def added_text(before: AnswerText, token: int) -> str:
     """The text that a token would add to an answer; empty if the token ends inside a character."""
     text = before.followed_by(token).text
-    return text[_common_length(before.text, text) :]
+    return text[common_length(before.text, text) :]
 
 
-def _common_length(text: str, other: str) -> int:
+def common_length(text: str, other: str) -> int:
     """The length of the common beginning of two texts."""
     if other.startswith(text):  # the usual case, and faster than comparing characters
         return len(text)

@@ -446,7 +446,7 @@ for (const button of byId("code").querySelectorAll("button")) button.addEventLis
 function showForm() {
   byId("prompt-label").textContent = isChat() ? "Message" : "Prompt";
   byId("prompt").placeholder = isChat() ? "Write a message" : "Write a prompt";
-  byId("prompt-hint").textContent = isChat() ? "A user’s turn; the server puts it into the models’ prompt format." : "The models read it as it is.";
+  byId("prompt-hint").textContent = isChat() ? "A user’s turn, in the models’ prompt format." : "The models read it as it is.";
   showCode();
   showColumns();
 }
