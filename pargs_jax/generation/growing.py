@@ -10,13 +10,11 @@ class GrowingAnswer:
 
     Attributes:
         tokens: the tokens so far. After a text that ends the answer there are no more.
-        ends: the number of characters of the text after each of them.
         is_stopped: whether the answer contains a text that ends it.
     """
 
     def __init__(self, reader: Reader, prompt_ids: list[int], stop: Sequence[str] = ()) -> None:
         self.tokens: list[int] = []
-        self.ends: list[int] = []
         self.is_stopped = False
         self._stop = stop
         self._text = AnswerText.begin(reader, prompt_ids)
@@ -28,9 +26,7 @@ class GrowingAnswer:
                 return
             self._text = self._text.followed_by(token)
             self.tokens.append(token)
-            text = self._text.text
-            self.ends.append(len(text))
-            self.is_stopped = bool(self._stop) and any(stop in text for stop in self._stop)
+            self.is_stopped = bool(self._stop) and any(stop in self._text.text for stop in self._stop)
 
     @property
     def text(self) -> str:

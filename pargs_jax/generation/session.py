@@ -119,6 +119,12 @@ class Session:
         """The number of tokens that the language model proposes."""
         return self._models.lm.config.vocab_size
 
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt with its answer, in the tokens of the model that takes fewest."""
+        models = [self._models.lm, *(each.model for each in self.reward_models)]
+        return min(model.config.max_positions for model in models)
+
     def plan(
         self, prompts: Sequence[Prompt], settings: Settings, encoded: Sequence[list[int]] | None = None
     ) -> list[Request]:

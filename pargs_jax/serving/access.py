@@ -45,15 +45,15 @@ class Access:
     def _knows_key(self, headers: Headers) -> bool:
         if self._key is None:
             return True
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "basic":
+        kind, _, given = headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if kind.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
-            except (binascii.Error, ValueError):
+                given = base64.b64decode(given.strip(), validate=True).partition(b":")[2]
+            except binascii.Error:
                 return False
-        elif kind.lower() != "bearer":
+        elif kind.lower() != b"bearer":
             return False
-        return hmac.compare_digest(given.strip().encode(errors="replace"), self._key.encode())
+        return hmac.compare_digest(given.strip(), self._key.encode())
 
 
 async def _refuse(send: Callable[[Message], Awaitable[None]]) -> None:

@@ -153,7 +153,11 @@ class _Handlers:
 
     async def _asked(self, request: Request, kind: type[Asked]) -> Asked:
         try:
-            return read_fields(kind, parse_json(await _body(request, self._limits.body)))
+            content = await _body(request, self._limits.body)
+            body = parse_json(content)
+            if b"\\u" in content:
+                _check_characters(body)
+            return read_fields(kind, body)
         except RefusedField as error:
             raise Problem(400, str(error), param=error.param, code=error.code) from error
         except InputError as error:
@@ -265,6 +269,14 @@ def _event(value: dict[str, Any]) -> str:
 
 def _problem(event: Failed) -> Problem:
     return Problem(STATUS[event.reason], event.message, code="timeout" if event.reason == "timeout" else None)
+
+
+def _check_characters(body: Any) -> None:
+    """Raises InputError for halves of characters, which JSON can spell but no text has."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("has \\u escapes that are not characters") from None
 
 
 async def _body(request: Request, most: int) -> bytes:

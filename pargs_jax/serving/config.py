@@ -43,8 +43,12 @@ class ServeConfig:
         unset="the one that the reward models were trained with, else the language model's, else plain",
     )
     k: int | None = option(None, "the most candidates per step", unset="the method's", at_least=1)
-    max_prompt_tokens: int = option(512, "longest prompt, in tokens", at_least=1)
-    max_new_tokens: int = option(256, "longest answer, in tokens", at_least=1)
+    max_prompt_tokens: int | None = option(
+        None, "longest prompt, in tokens", unset="what the models' context leaves, up to 1024", at_least=1
+    )
+    max_new_tokens: int | None = option(
+        None, "longest answer, in tokens", unset="half of the models' context, up to 256", at_least=1
+    )
     batch_size: int = option(16, "answers decoded at once", at_least=1, at_most=MOST_ROWS)
     steps: int = option(
         8, "tokens drawn before streams and new requests are looked after: fewer answer sooner", at_least=1

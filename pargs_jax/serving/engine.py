@@ -37,12 +37,11 @@ class Refused(Exception):
 
 
 class Progress(NamedTuple):
-    """An answer has more tokens. `text` is the part of the response so far that nothing can change, and `ends` are the
-    numbers of characters after each of the answer's tokens; `numbers` are those of the new `tokens`."""
+    """An answer has more tokens. `text` is the part of the response so far that nothing can change; `numbers` are those
+    of the new `tokens`."""
 
     index: int
     text: str
-    ends: list[int]
     tokens: list[int]
     numbers: Trace
 
@@ -316,8 +315,7 @@ class Engine:
 
 
 def _progress(index: int, grown: Grown) -> Progress:
-    answer = grown.answer
-    return Progress(index, answer.lasting_text, list(answer.ends), grown.tokens, grown.numbers)
+    return Progress(index, grown.answer.lasting_text, grown.tokens, grown.numbers)
 
 
 def _each(ended: Ended) -> Iterator[Ended]:

@@ -16,7 +16,7 @@ MOST_ALTERNATIVES = 20
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -82,10 +82,10 @@ class Asked(_Fields):
 
     method: Name | None = None
     guide: Name | Annotated[list[Name], Field(min_length=1, max_length=16)] | None = None
-    weight: Finite | Annotated[list[Finite], Field(min_length=1, max_length=16)] | None = None
+    weight: Weight | Annotated[list[Weight], Field(min_length=1, max_length=16)] | None = None
     k: Annotated[int, Field(ge=1)] | None = None
-    gate_entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    preference: Annotated[list[Finite], Field(min_length=1, max_length=16)] | None = None
+    gate_entropy: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    preference: Annotated[list[Weight], Field(min_length=1, max_length=16)] | None = None
     id: Name = "0"
     begin_with: Annotated[list[Token], Field(max_length=100_000)] | None = None
     return_trace: bool = False
@@ -152,7 +152,10 @@ def read_fields(kind: type[Asked], body: Any) -> Any:
     try:
         asked = kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        # Of the alternatives of a field, the one whose type is right says most.
+        every = error.errors(include_url=False, include_input=False)
+        same = [each for each in every if each["loc"][:1] == every[0]["loc"][:1]]
+        first = max(same, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
         param = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _NAMES)
         name = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":

@@ -43,13 +43,16 @@ class Choice:
         self._alternatives, self.streams_trace = alternatives, streams_trace
         self._before = AnswerText.begin(reader, request.lm_ids) if self.has_notes or streams_trace else None
         self._notes: list[TokenNote] = []
-        self._untold: list[tuple[TracedToken, AnswerText]] = []
-        """Entries of the trace that are not in earlier chunks, with the text after each."""
-        self._told = 0
-        """The number of characters of those that are."""
-        self._ends: list[int] = []
+        self._texts: list[str] = []
+        """The text after each token."""
         self._given = 0
         """How many of the notes are in earlier chunks of the stream."""
+        self._given_text = 0
+        """The number of characters of their tokens."""
+        self._traced: list[TracedToken] = []
+        self._told, self._told_text = 0, 0
+        """How many of the traced tokens are in earlier chunks, and the number of their characters."""
+        self._count = 0
 
     @property
     def has_notes(self) -> bool:
@@ -62,7 +65,7 @@ class Choice:
     @property
     def tokens(self) -> int:
         """The number of tokens so far."""
-        return len(self._ends) if self.answer is None else self.answer.tokens
+        return self._count if self.answer is None else self.answer.tokens
 
     def take(self, event: Progress | Finished) -> str:
         """Takes news; returns the text that is new."""
@@ -71,7 +74,8 @@ class Choice:
             self.answer = event.answer
             self.text = event.answer.response
         else:
-            self.text, self._ends = event.text, event.ends
+            self.text = event.text
+            self._count += len(event.tokens)
             if self._before is not None:
                 self._read(event)
         return self.text[before:]
@@ -79,6 +83,7 @@ class Choice:
     def _read(self, event: Progress) -> None:
         growing = list(accumulate(event.tokens, AnswerText.followed_by, initial=self._before))
         self._before = growing[-1]
+        self._texts += [after.text for after in growing[1:]]
         if self.has_notes:
             for place, token in enumerate(event.tokens):
                 candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
@@ -86,39 +91,39 @@ class Choice:
         if self.streams_trace:
             texts = [""] * len(event.tokens)  # known when the response is
             guided = self.request.settings.method.guided
-            traced = traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
-            self._untold += zip(traced, growing[1:], strict=True)
+            self._traced += traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
+
+    def _ends(self, first: int) -> list[int]:
+        """Where the texts of the tokens from number `first` on end: up to where the answer after the token, and after
+        all that follow, agrees with the text."""
+        agreed = [common_length(text, self.text) for text in self._texts[first:]]
+        return list(accumulate(reversed(agreed), min))[::-1]
 
     def new_notes(self) -> list[TokenNote]:
         """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
         end, such as the end-of-sequence token and those of a text that ends the answer, have none."""
         last, found = len(self.text), []
-        starts = [0, *self._ends]
-        while self._given < len(self._notes):
-            start, end = starts[self._given], self._ends[self._given]
-            if start >= last or (end > last and self.answer is None):
+        for end in self._ends(self._given):
+            is_certain = self.answer is not None or len(self._texts[self._given]) <= last
+            if self._given_text >= last or not is_certain:
                 break
-            note = self._notes[self._given]
-            found.append(dataclasses.replace(note, text=note.text[: last - start]))
+            text = self.text[self._given_text : end]
+            found.append(dataclasses.replace(self._notes[self._given], text=text))
             self._given += 1
+            self._given_text = max(self._given_text, end)
         return found
 
     def new_traced(self, is_over: bool) -> list[dict[str, Any]]:
         """The entries of a trace for the tokens whose text is given and that were not returned before; for all that
         are left once the answer is over. Their texts, joined, are the response."""
-        last = len(self.text)
-        agreed = [common_length(after.text, self.text) for _, after in self._untold]
-        if is_over and agreed:
-            agreed[-1] = last
-        # What later tokens take back, such as an unfinished character, is not a token's own.
-        ends = list(accumulate(reversed(agreed), min))[::-1]
-        found = []
-        for (token, after), end in zip(self._untold, ends, strict=True):
-            if len(after.text) > last and not is_over:
+        last, found = len(self.text), []
+        for end in self._ends(self._told):
+            if len(self._texts[self._told]) > last and not is_over:
                 break
-            found.append(token_row(token._replace(text=self.text[self._told : end])))
-            self._told = end
-        del self._untold[: len(found)]
+            token = self._traced[self._told]
+            end = last if is_over and token is self._traced[-1] else max(self._told_text, end)
+            found.append(token_row(token._replace(text=self.text[self._told_text : end])))
+            self._told, self._told_text = self._told + 1, end
         return found
 
     def _note(self, token: int, candidates: CandidateTrace, before: AnswerText) -> TokenNote:
@@ -135,7 +140,14 @@ class Choice:
     def guidance(self) -> dict[str, Any]:
         """What there is to say of the answer beyond OpenAI's fields."""
         answer, settings = self.answer, self.request.settings
-        said: dict[str, Any] = {"id": self.request.prompt.id, "sample": self.request.sample, "seed": settings.seed}
+        said: dict[str, Any] = {
+            "id": self.request.prompt.id,
+            "sample": self.request.sample,
+            "seed": settings.seed,
+            "weights": list(settings.weights),
+            "k": settings.k,
+            "temperature": settings.temperature,
+        }
         if answer is not None:
             said |= {
                 "log_probability": answer.log_probability,

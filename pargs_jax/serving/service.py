@@ -18,6 +18,8 @@ from pargs_jax.text.prompts import PromptForm
 
 T = TypeVar("T")
 
+USUAL_PROMPT, USUAL_ANSWER = 1024, 256
+"""The longest prompt and answer of a server that is not told otherwise, in tokens."""
 UNGUIDED_K = 20
 """Candidates of a server without reward models; other tokens can be drawn too, so this only says what `k` may be."""
 
@@ -37,8 +39,8 @@ class Service:
         *,
         name: str,
         k: int | None,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
+        max_prompt_tokens: int | None,
+        max_new_tokens: int | None,
         most_answers: int,
     ) -> None:
         """
@@ -48,13 +50,21 @@ class Service:
             form: how a conversation becomes a prompt.
             name: the language model's name.
             k: the most candidates of a step; None for the method's.
-            max_prompt_tokens, max_new_tokens: the longest prompt and answer.
+            max_prompt_tokens, max_new_tokens: the longest prompt and answer; None for what the models' contexts allow,
+                up to `USUAL_PROMPT` and `USUAL_ANSWER`.
             most_answers: the most answers of a request.
 
         Raises InputError for a method that cannot be served.
         """
-        self.session, self.form, self.name = session, form, name
-        self.max_prompt_tokens, self.max_new_tokens, self.most_answers = max_prompt_tokens, max_new_tokens, most_answers
+        self.session, self.form, self.name, self.most_answers = session, form, name, most_answers
+        context = session.context
+        self.max_new_tokens = max_new_tokens or min(USUAL_ANSWER, context // 2)
+        self.max_prompt_tokens = max_prompt_tokens or min(USUAL_PROMPT, context - self.max_new_tokens)
+        if min(self.max_prompt_tokens, context - self.max_prompt_tokens - self.max_new_tokens + 1) < 1:
+            raise InputError(
+                f"max_prompt_tokens and max_new_tokens: {self.max_prompt_tokens} and {self.max_new_tokens} exceed the "
+                f"models' context of {context} tokens"
+            )
         self.method = METHODS[method]
         if self.method.search or self.method.draws != "sample" or self.method.reward_model == "look_ahead":
             raise InputError(f"method: {method} cannot be served, must be a method that samples token by token")
@@ -237,9 +247,9 @@ class Service:
         return tuple(weights.get(name, 0.0) for name in self.guides)
 
     def _k(self, asked: Asked, method: Method | None) -> int:
-        k = asked.k or (self.limits.k if method is None else method.k)
+        k = asked.k or (self.limits.k if method is None else min(method.k, self.limits.k))
         if k > self.limits.k:
-            raise RefusedField("k", f"k: {k} candidates are asked for, at most {self.limits.k} here; give a smaller k")
+            raise RefusedField("k", f"k: got {k}, at most {self.limits.k} here")
         return k
 
     def _bias(self, asked: Asked) -> tuple[tuple[int, float], ...]:
@@ -283,6 +293,7 @@ class Service:
             raise RefusedField(param, f"{param}: is empty, and this model has no token to begin with")
         if max(ids + begun) >= self.session.lm_vocab_size:
             raise RefusedField(param, f"{param}: has tokens outside of the model's vocabulary")
+        self._check_length(param, len(ids + begun))
         session = self.session
         planned = _refusing(param, session.plan, [prompt], dataclasses.replace(settings, n=asked.n), [ids])
         if begun:
@@ -297,14 +308,14 @@ class Service:
                 )
                 for request in planned
             ]
-        longest = max(len(each) for each in (planned[0].lm_ids, *planned[0].own_ids))
-        if longest > self.max_prompt_tokens:
-            raise RefusedField(
-                param,
-                f"{param}: has {longest} tokens, at most {self.max_prompt_tokens} here",
-                "context_length_exceeded",
-            )
+        self._check_length(param, max(map(len, planned[0].own_ids), default=0))
         return [request._replace(settings=settings) for request in planned]
+
+    def _check_length(self, param: str, tokens: int) -> None:
+        if tokens > self.max_prompt_tokens:
+            raise RefusedField(
+                param, f"{param}: has {tokens} tokens, at most {self.max_prompt_tokens} here", "context_length_exceeded"
+            )
 
 
 def _names(sources: Sequence[str]) -> list[str]:

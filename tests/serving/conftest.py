@@ -7,13 +7,15 @@ import time
 from typing import Any, NamedTuple
 
 import httpx
+import jax
 import openai
 import pytest
 import uvicorn
+from jax.sharding import AxisType
 
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.generation.session import Session
-from pargs_jax.mesh import make_mesh
+from pargs_jax.mesh import AXES
 from pargs_jax.models.hf import save_model
 from pargs_jax.serving.app import Limits, make_app
 from pargs_jax.serving.engine import Engine
@@ -22,7 +24,8 @@ from pargs_jax.serving.service import Service
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.text.prompts import get_form
 
-PLACES, TOKENS, PROMPT, K = 8, 24, 30, 5
+PLACES, TOKENS, PROMPT, K = 8, 24, 40, 5
+MESH = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
 class Served(NamedTuple):
@@ -41,9 +44,14 @@ class Served(NamedTuple):
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60, **options)
 
 
+@pytest.fixture(scope="session")
+def listening():
+    """Makes a server that runs while a block does; the block gets its address."""
+    return _listening
+
+
 @contextlib.contextmanager
-def listening(app):
-    """The address of a server that runs while the block does."""
+def _listening(app):
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -62,7 +70,7 @@ def start_engine(service, **options):
     engine = Engine(
         lambda: service.make_scheduler(settings["places"], 3),
         service.session.answers,
-        make_mesh("cpu", "decode"),
+        MESH,
         **settings,
     )
     engine.wait_until_ready()
@@ -106,7 +114,7 @@ def engine(service):
 
 
 @pytest.fixture(scope="session")
-def served(service, engine):
+def served(service, engine, listening):
     metrics = Metrics()
     metrics.watch(engine)
     app = make_app(service, engine, metrics, limits=Limits(100_000, 60), key=None)

@@ -11,7 +11,6 @@ import pytest
 
 from pargs_jax.serving.app import Limits, make_app
 from pargs_jax.serving.playground import playground_page
-from tests.serving.conftest import listening
 
 PROMPT = "My lamp's broken."
 NUMBERS = {"max_tokens": 12, "temperature": 1, "seed": 1, "k": 4}
@@ -260,7 +259,7 @@ def test_the_same_request_as_curl_and_as_python(open_page, served):
         assert printed.getvalue() == f"{expected}\n"
 
 
-def test_with_a_key_the_browser_asks_for_it(open_page, served):
+def test_with_a_key_the_browser_asks_for_it(open_page, listening, served):
     app = make_app(served.service, served.engine, served.metrics, limits=Limits(100_000, 60), key="secret")
     with listening(app) as url:
         assert httpx.get(url).status_code == 401
