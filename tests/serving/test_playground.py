@@ -82,12 +82,13 @@ def test_the_guided_and_the_plain_answer_are_written_with_their_numbers(open_pag
     page = open_page()
     write(page, kind=kind)
     asked = {"messages": [{"role": "user", "content": PROMPT}]} if kind == "Chat" else {"prompt": PROMPT}
-    influence = []
+    influence, ids = [], []
     for row, body, weight in zip(("guided", "plain"), page.sent, ([2, 2], [0, 0]), strict=True):
         own = {"model": "tiny+pargs", **asked, **NUMBERS, "weight": weight}
         added = {"stream": True, "stream_options": {"include_usage": True}, "stream_trace": True}
         assert body == own | added
         choice, tokens = answered(served, "chat/completions" if kind == "Chat" else "completions", **own)
+        ids.append([token["id"] for token in tokens])
         influence += [token["log_q"] - token["log_p"] for token in tokens]
         shown = text_of(page, row)
         assert len(shown) == len(tokens) > 3
@@ -110,6 +111,9 @@ def test_the_guided_and_the_plain_answer_are_written_with_their_numbers(open_pag
         "tokens => tokens.map((each) => each.style.getPropertyValue('--share'))"
     )
     influence = np.abs(influence)
+    said = page.locator("#parting").inner_text()
+    parting = [one == other for one, other in zip(*ids, strict=False)].index(False)
+    assert said == f"The answers part at token {parting + 1}."
     most = np.sort(influence)[int(0.98 * (len(influence) - 1))]
     np.testing.assert_allclose(np.array(shares, float), np.minimum(influence / most, 1), atol=2e-3)
     assert page.errors == []

@@ -187,6 +187,7 @@ async function write(answer, begun, body) {
   answer.aborter = null;
   answer.seconds = (performance.now() - answer.since) / 1000;
   showState(answer);
+  colourSoon();
 }
 
 function complain(message) {
@@ -339,11 +340,15 @@ function colour() {
   const scale = colourTokens(shown, measure, unit);
   const ends = shown.some(({ tokens }) => tokens.length) ? scale : ["–", "–"];
   byId("legend").replaceChildren(...legendOf(measure, unit, ends, notes));
-  const [one, other] = shown.map(({ tokens }) => tokens);
-  if (!other?.length || !one.length) return byId("parting").replaceChildren("\u00a0");
-  const parting = firstDivergence(one, other);
-  const isSame = parting === one.length && parting === other.length;
-  byId("parting").replaceChildren(isSame ? "Both answers are the same." : `The answers part at token ${parting + 1}.`);
+  byId("parting").textContent = shown.length === 2 && shown.every(({ tokens }) => tokens.length) ? partingOf(...shown) : "\u00a0";
+}
+
+/** Where two answers part, in words; nothing as long as the one that is behind may still agree. */
+function partingOf(one, other) {
+  const parting = firstDivergence(one.tokens, other.tokens);
+  const behind = [one, other].filter(({ tokens }) => tokens.length === parting);
+  if (behind.some(({ end }) => end === null)) return "\u00a0";
+  return behind.length === 2 ? "Both answers are the same." : `The answers part at token ${parting + 1}.`;
 }
 
 // ---- One token
@@ -365,7 +370,7 @@ function inspect(place) {
   if (token.isPicked) notes.push(make("p", { class: "note" }, "You chose this token. The entropy and the KL are those of its place."));
   if (found) notes.push(make("p", { class: "note" }, "Guidance changed the likeliest token: ", ...changeInWords(found), "."));
   panel.replaceChildren(
-    close, make("h2", {}, `Token ${index + 1} of ${answer.tokens.length}, ${titleOf(row).toLowerCase()}, id ${token.id}`),
+    close, make("h2", {}, `Token ${index + 1}, ${titleOf(row).toLowerCase()}, id ${token.id}`),
     make("p", { class: "name" }, ...visibleParts(token)), ...notes, make("dl", {}, ...factsOf(token, rewardNames)),
     make("h2", {}, "Go on with"),
     token.candidates.length ? candidatesOf(token, (candidate) => goOn(place, candidate)) : make("p", { class: "muted" }, "This token has no candidates."));

@@ -183,7 +183,7 @@ function candidatesOf(token, pick = null) {
       name.setAttribute("aria-label", `Go on with ${quoted(candidate)}`);
       name.addEventListener("click", () => pick(candidate));
     }
-    const header = make("th", { scope: "row" }, name, isDrawn ? make("span", { class: "muted" }, " drawn") : "");
+    const header = make("th", { scope: "row" }, name, isDrawn ? make("span", { class: "muted" }, token.isPicked ? " chosen" : " drawn") : "");
     const logs = [candidate.log_p, candidate.log_q].map((x) => make("td", { class: "log" }, number(x)));
     return make("tr", { class: isDrawn ? "drawn" : null }, header, bar(candidate.log_p, "base"), bar(candidate.log_q, "fused"), ...logs, ...candidate.rewards.map((x) => make("td", {}, number(x))));
   });
