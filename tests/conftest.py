@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import shutil
 from functools import cache
 
 import jax
@@ -85,3 +86,37 @@ def train_byte_level():
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(TEXTS, vocab_size=PIECES, special_tokens=["<|endoftext|>"])
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for tests of pages."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium, such as Debian's package chromium")
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=chromium)
+
+
+@pytest.fixture(scope="session")
+def contrasts_of():
+    """Measures the contrast of every text on a page with what is behind it, as WCAG 2 defines it."""
+    return lambda page: page.evaluate(_CONTRASTS)
+
+
+_CONTRASTS = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const over = ([r, g, b, a = 1], below) => [r, g, b].map((x, i) => x * a + below[i] * (1 - a));
+  const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const luminance = (rgb) => rgb.map((x) => linear(x / 255))
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  return [...document.querySelectorAll("body *")].filter((node) => node.offsetParent && [...node.childNodes]
+    .some((child) => child.nodeType === 3 && child.data.trim())).map((node) => {
+      const layers = [];
+      for (let at = node; at; at = at.parentElement) layers.unshift(channels(getComputedStyle(at).backgroundColor));
+      const below = layers.reduce((under, layer) => over(layer, under), [255, 255, 255]);
+      const [a, b] = [luminance(over(channels(getComputedStyle(node).color), below)), luminance(below)];
+      return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    });
+}"""

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "roll_call": {"errors"},
     "processes": {"roll_call", "processes_config", "errors"},
     "json_text": {"errors"},
+    "pages": set(),
     "aot": {"errors"},
     "mesh": {"aot", "processes", "config", "errors"},
     "sharding": {"errors"},
@@ -91,6 +92,7 @@ MAY_IMPORT = {
     },
     "evaluation": {
         "generation",
+        "pages",
         "decoding",
         "objectives",
         "models",
@@ -149,6 +151,7 @@ WITHOUT_JAX = (
     "config_files",
     "durable_files",
     "json_text",
+    "pages",
     "roll_call",
     "text",
     "data",

@@ -74,8 +74,14 @@ def run(config: ServeConfig) -> None:
     )  # fmt: skip
     if key is None and host not in ("127.0.0.1", "::1"):
         console.print(f"warning: everybody who reaches this machine is let in; set {API_KEY}", highlight=False)
+    # uvloop, which uvicorn takes if it is there, would keep signals from those who watch them.
     uvicorn_config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE, server_header=False
+        app,
+        loop="asyncio",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        server_header=False,
     )
     with signals_wait(f"shutting down; running answers have {config.grace:g} seconds to end") as request:
         server = _QuietServer(uvicorn_config)

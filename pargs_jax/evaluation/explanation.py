@@ -4,21 +4,17 @@ It shows each token with its numbers and candidates, where guidance changed the 
 beside a guided answer the unguided one of the same id.
 """
 
-import base64
 import dataclasses
-import hashlib
 import heapq
-import json
 import math
-import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pargs_jax.durable_files import write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.traces import AnswerTrace, TracedCandidate, TracedToken
+from pargs_jax.pages import make_page
 
 SHOWN_CANDIDATES = 40
 """Most candidates of a token that the page holds: the likeliest under p and under q, half each."""
@@ -49,15 +45,7 @@ def explanation_page(traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTra
                 )
         rows = {"guided": _row(trace), "unguided": None if other is None else _row(other)}
         answers.append(rows | {"adds_up": _adds_up(trace)})
-    parts = {name: _asset(name) for name in ("page.html", "page.css", "page.js")}
-    style, script = parts["page.css"], parts["page.js"]
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
-        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    filled = {"policy": policy, "style": style, "data": _json_in_html({"answers": answers}), "script": script}
-    # One pass, so that a text that spells a placeholder stays as it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], parts["page.html"])
+    return make_page("explain", {"answers": answers}).html
 
 
 def write_page(path: Path, traces: Sequence[AnswerTrace], unguided: Sequence[AnswerTrace] = ()) -> None:
@@ -119,20 +107,3 @@ def _adds_up(trace: AnswerTrace) -> list[bool]:
         is_last = bool(of_tokens) and math.isclose(of_tokens[-1], final, rel_tol=1e-3, abs_tol=1e-3)
         adds_up.append(not is_last and math.isclose(sum(of_tokens), final, rel_tol=1e-3, abs_tol=1e-3))
     return adds_up
-
-
-def _asset(name: str) -> str:
-    return (files("pargs_jax") / "assets" / "explain" / name).read_text(encoding="utf-8")
-
-
-def _digest(content: str) -> str:
-    """How a content security policy names the one script or style that it lets in."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-
-
-def _json_in_html(value: Any) -> str:
-    """JSON in which HTML finds neither the end of its element nor a comment."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    # Surrogates without a partner, which bytes that are not text become, have no UTF-8.
-    text = re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    return text.replace("<", "\\u003c")

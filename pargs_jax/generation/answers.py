@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from pargs_jax.decoding.loop import Decoded
 from pargs_jax.decoding.search import Found
+from pargs_jax.decoding.state import CandidateTrace, Trace
 from pargs_jax.errors import InputError
 from pargs_jax.generation.growing import before_stop
 from pargs_jax.generation.guidance import guide_names
@@ -165,14 +167,8 @@ class AnswerReader:
         self, answer: Answer, batch: Batch, tokens: list[int], row: int, decoded: Decoded, settings: Settings
     ) -> AnswerTrace:
         growing = texts_as_they_grow(self.text_reader, batch.requests[row].lm_ids, tokens)
-        noted = decoded.trace
-        rewards = noted.rewards if settings.method.guided else noted.rewards[..., :0]
-        per_token = (noted.log_probs, noted.guided_log_probs, rewards, noted.entropies, noted.kls)
-        columns = [_numbers(column[row, : len(tokens)]) for column in per_token]
-        candidates = [
-            _candidates(decoded, row, step, growing[step]) if settings.trace == "candidates" else None
-            for step in range(len(tokens))
-        ]
+        noted = decoded.trace if settings.trace == "candidates" else decoded.trace._replace(candidates=None)
+        numbers = jax.tree.map(lambda x: x[row, : len(tokens)], noted)
         texts = shares_of(answer.response, growing)
         return AnswerTrace(
             answer.id,
@@ -191,12 +187,7 @@ class AnswerReader:
             self._lm_source,
             guide_names(settings.method, self._reward_models),
             self._tokenizer.eos_ids,
-            tuple(
-                TracedToken(token, text, log_p, log_q, tuple(rewards), entropy, kl, others)
-                for token, text, log_p, log_q, rewards, entropy, kl, others in zip(
-                    tokens, texts, *columns, candidates, strict=True
-                )
-            ),
+            tuple(traced_tokens(tokens, texts, numbers, growing, guided=settings.method.guided)),
         )
 
     @cached_property
@@ -205,10 +196,33 @@ class AnswerReader:
         return fastest_reader(self._tokenizer)
 
 
-def _candidates(decoded: Decoded, row: int, step: int, before: AnswerText) -> tuple[TracedCandidate, ...]:
+def traced_tokens(
+    tokens: Sequence[int], texts: Sequence[str], numbers: Trace, growing: Sequence[AnswerText], *, guided: bool
+) -> list[TracedToken]:
+    """The entries of a trace for n tokens of an answer that follow each other.
+
+    Args:
+        tokens: their ids.
+        texts: their parts of the response.
+        numbers: theirs, `[n ...]`, on the host.
+        growing: the answer's text before each of them, and any later ones.
+        guided: whether there are rewards.
+    """
+    rewards = numbers.rewards if guided else numbers.rewards[..., :0]
+    columns = (numbers.log_probs, numbers.guided_log_probs, rewards, numbers.entropies, numbers.kls)
+    log_p, log_q, rewards, entropies, kls = map(_numbers, columns)
+    noted = numbers.candidates
+    candidates = [
+        None if noted is None else _candidates(CandidateTrace(*(x[step] for x in noted)), growing[step])
+        for step in range(len(tokens))
+    ]
+    parts = zip(tokens, texts, log_p, log_q, map(tuple, rewards), entropies, kls, candidates, strict=True)
+    return [TracedToken(*each) for each in parts]
+
+
+def _candidates(noted: CandidateTrace, before: AnswerText) -> tuple[TracedCandidate, ...]:
     """The candidates of a step, in decreasing order of log-probability after guidance."""
-    noted = decoded.trace.candidates
-    ids, log_p, log_q, rewards, _ = (x[row, step] for x in noted)
+    ids, log_p, log_q, rewards, _ = noted
     order = np.lexsort((-log_p, -log_q))
     order = order[(ids[order] >= 0) & ~np.isnan(rewards[order]).any(axis=-1)]  # without alternatives
     texts = [added_text(before, token) for token in ids[order].tolist()]

@@ -78,7 +78,7 @@ class AnswerTrace:
         """The row of a trace file: minus infinity becomes null, and candidates that were not recorded are left out."""
         row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         row["guide_reward"] = one_or_all(row.pop("guide_rewards"))
-        row["tokens"] = [_token_row(token) for token in row.pop("tokens")]
+        row["tokens"] = [token_row(token) for token in row.pop("tokens")]
         return row
 
     @classmethod
@@ -183,7 +183,8 @@ def _identity(line: bytes) -> tuple[str, int, str] | None:
         return None
 
 
-def _token_row(token: TracedToken) -> dict[str, Any]:
+def token_row(token: TracedToken) -> dict[str, Any]:
+    """A token in the row of a trace file."""
     row = _numbers_row(token)
     if token.candidates is None:
         del row["candidates"]

@@ -103,8 +103,8 @@ class _Handlers:
         self._started = int(time.time())
 
     async def playground(self, _: Request) -> Response:
-        page, policy = playground_page(self._service)
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+        page = playground_page(self._service)
+        return HTMLResponse(page.html, headers={"Content-Security-Policy": page.policy, "Cache-Control": "no-cache"})
 
     async def health(self, _: Request) -> Response:
         failure = self._engine.failure
@@ -177,8 +177,8 @@ class _Handlers:
         return Order(requests, tell, client, self._limits.seconds, asked.return_trace)
 
     def _reply(self, asked: Asked, order: Order) -> Reply:
-        reader = None if asked.alternatives is None else self._service.session.answers.text_reader
-        choices = [Choice(each, reader, asked.alternatives or 0) for each in order.requests]
+        reader = self._service.session.answers.text_reader
+        choices = [Choice(each, reader, asked.alternatives, asked.stream_trace) for each in order.requests]
         prompt_tokens = sum(len(each.lm_ids) for each in order.requests[:: asked.n])
         return Reply(choices, asked.model, prompt_tokens, is_chat=isinstance(asked, Chat))
 

@@ -89,6 +89,7 @@ class Asked(_Fields):
     id: Name = "0"
     begin_with: Annotated[list[Token], Field(max_length=100_000)] | None = None
     return_trace: bool = False
+    stream_trace: bool = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -168,8 +169,9 @@ def read_fields(kind: type[Asked], body: Any) -> Any:
             raise RefusedField("top_logprobs", "top_logprobs: needs logprobs: true")
         if asked.max_tokens and asked.max_completion_tokens and asked.max_tokens != asked.max_completion_tokens:
             raise RefusedField("max_tokens", "max_tokens and max_completion_tokens: got two numbers, give only one")
-    if asked.stream_options is not None and not asked.stream:
-        raise RefusedField("stream_options", "stream_options: needs stream: true")
+    for name in ("stream_options", "stream_trace"):
+        if getattr(asked, name) and not asked.stream:
+            raise RefusedField(name, f"{name}: needs stream: true")
     return asked
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from pargs_jax.decoding.state import CandidateTrace
-from pargs_jax.generation.answers import Answer
+from pargs_jax.generation.answers import Answer, traced_tokens
 from pargs_jax.generation.plan import Request
-from pargs_jax.generation.traces import one_or_all
+from pargs_jax.generation.traces import TracedToken, one_or_all, token_row
 from pargs_jax.serving.engine import Finished, Progress
 from pargs_jax.text.answer_text import AnswerText, Reader, added_text, common_length
 
@@ -34,13 +34,14 @@ class TokenNote:
 class Choice:
     """One answer of a reply, as it grows."""
 
-    def __init__(self, request: Request, reader: Reader | None, alternatives: int = 0) -> None:
-        """`reader` reads the tokens where they are asked for, each with so many alternatives."""
+    def __init__(self, request: Request, reader: Reader, alternatives: int | None, streams_trace: bool = False) -> None:
+        """`reader` reads the tokens if they are asked for: each with so many alternatives (None: not asked for), or
+        the entries of a trace."""
         self.request = request
         self.text = ""
         self.answer: Answer | None = None
-        self._alternatives = alternatives
-        self._before = AnswerText.begin(reader, request.lm_ids) if reader else None
+        self._alternatives, self.streams_trace = alternatives, streams_trace
+        self._before = AnswerText.begin(reader, request.lm_ids) if self.has_notes or streams_trace else None
         self._notes: list[TokenNote] = []
         self._texts: list[str] = []
         """The text after each token."""
@@ -48,11 +49,14 @@ class Choice:
         """How many of the notes are in earlier chunks of the stream."""
         self._given_text = 0
         """The number of characters of their tokens."""
+        self._traced: list[TracedToken] = []
+        self._told, self._told_text = 0, 0
+        """How many of the traced tokens are in earlier chunks, and the number of their characters."""
         self._count = 0
 
     @property
     def has_notes(self) -> bool:
-        return self._before is not None
+        return self._alternatives is not None
 
     @property
     def finish_reason(self) -> str | None:
@@ -73,18 +77,33 @@ class Choice:
             self.text = event.text
             self._count += len(event.tokens)
             if self._before is not None:
-                for place, token in enumerate(event.tokens):
-                    candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
-                    self._notes.append(self._note(token, candidates))
+                self._read(event)
         return self.text[before:]
+
+    def _read(self, event: Progress) -> None:
+        growing = list(accumulate(event.tokens, AnswerText.followed_by, initial=self._before))
+        self._before = growing[-1]
+        self._texts += [after.text for after in growing[1:]]
+        if self.has_notes:
+            for place, token in enumerate(event.tokens):
+                candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
+                self._notes.append(self._note(token, candidates, growing[place]))
+        if self.streams_trace:
+            texts = [""] * len(event.tokens)  # known when the response is
+            guided = self.request.settings.method.guided
+            self._traced += traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
+
+    def _ends(self, first: int) -> list[int]:
+        """Where the texts of the tokens from number `first` on end: up to where the answer after the token, and after
+        all that follow, agrees with the text."""
+        agreed = [common_length(text, self.text) for text in self._texts[first:]]
+        return list(accumulate(reversed(agreed), min))[::-1]
 
     def new_notes(self) -> list[TokenNote]:
         """The notes of the tokens whose text is given and that were not returned before. Tokens without text at the
         end, such as the end-of-sequence token and those of a text that ends the answer, have none."""
         last, found = len(self.text), []
-        # A token's text ends where its answer so far, and all that follow, agree with the text.
-        agreed = [common_length(text, self.text) for text in self._texts[self._given :]]
-        for end in list(accumulate(reversed(agreed), min))[::-1]:
+        for end in self._ends(self._given):
             is_certain = self.answer is not None or len(self._texts[self._given]) <= last
             if self._given_text >= last or not is_certain:
                 break
@@ -94,21 +113,29 @@ class Choice:
             self._given_text = max(self._given_text, end)
         return found
 
-    def _note(self, token: int, candidates: CandidateTrace) -> TokenNote:
+    def new_traced(self, is_over: bool) -> list[dict[str, Any]]:
+        """The entries of a trace for the tokens whose text is given and that were not returned before; for all that
+        are left once the answer is over. Their texts, joined, are the response."""
+        last, found = len(self.text), []
+        for end in self._ends(self._told):
+            if len(self._texts[self._told]) > last and not is_over:
+                break
+            token = self._traced[self._told]
+            end = last if is_over and token is self._traced[-1] else max(self._told_text, end)
+            found.append(token_row(token._replace(text=self.text[self._told_text : end])))
+            self._told, self._told_text = self._told + 1, end
+        return found
+
+    def _note(self, token: int, candidates: CandidateTrace, before: AnswerText) -> TokenNote:
         order = np.argsort(-candidates.at_temperature_1, kind="stable")
         log_probs = dict(
             zip(candidates.tokens[order].tolist(), candidates.at_temperature_1[order].tolist(), strict=True)
         )
         log_probs.pop(-1, None)
         likeliest = [(i, x) for i, x in log_probs.items() if math.isfinite(x)][: self._alternatives]
-        note = TokenNote(
-            added_text(self._before, token),
-            log_probs[token],
-            [(added_text(self._before, other), x) for other, x in likeliest],
+        return TokenNote(
+            added_text(before, token), log_probs[token], [(added_text(before, other), x) for other, x in likeliest]
         )
-        self._before = self._before.followed_by(token)
-        self._texts.append(self._before.text)
-        return note
 
     def guidance(self) -> dict[str, Any]:
         """What there is to say of the answer beyond OpenAI's fields."""
@@ -181,6 +208,8 @@ class Reply:
         if is_over:
             row["finish_reason"] = choice.finish_reason or "length"
             row["pargs"] = choice.guidance() | ({"cut_by": cut_by} if cut_by else {})
+        if choice.streams_trace:
+            row["pargs"] = row.get("pargs", {}) | {"tokens": choice.new_traced(is_over)}
         return self._chunk(index, row)
 
     def last_chunk(self) -> dict[str, Any]:

@@ -44,9 +44,14 @@ class Served(NamedTuple):
         return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60, **options)
 
 
+@pytest.fixture(scope="session")
+def listening():
+    """Makes a server that runs while a block does; the block gets its address."""
+    return _listening
+
+
 @contextlib.contextmanager
-def listening(app):
-    """The address of a server that runs while the block does."""
+def _listening(app):
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -109,7 +114,7 @@ def engine(service):
 
 
 @pytest.fixture(scope="session")
-def served(service, engine):
+def served(service, engine, listening):
     metrics = Metrics()
     metrics.watch(engine)
     app = make_app(service, engine, metrics, limits=Limits(100_000, 60), key=None)

@@ -1,117 +1,15 @@
-"use strict";
-// Texts come from models and from users: they reach the page as text nodes and attributes, never as markup.
+const ROWS = ["guided", "unguided"];
 const { answers } = JSON.parse(document.getElementById("trace").textContent, (key, value) =>
   key === "candidates" ? value.map(([id, text, log_p, log_q, rewards]) => ({ id, text, log_p, log_q, rewards })) : value);
-const byId = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
-const ROWS = ["guided", "unguided"];
 
-function make(tag, attributes = {}, ...children) {
-  const node = tag === "svg" || tag === "path" ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) if (value !== null) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+// ---- State: which answer is shown, what it is coloured by, which token is in focus
 
-// ---- Numbers and texts as they are shown
-
-const number = (x) => (x === null ? "−∞" : x.toFixed(2).replace(/^-(?=.*[1-9])/, "−").replace("-", ""));
-const signed = (x) => (x > 0 ? "+" : "") + number(x);
-const minus = (a, b) => (a === null || b === null ? null : a - b);
-const probability = (log) => (log === null ? 0 : Math.exp(log));
-
-function percent(log) {
-  const x = 100 * probability(log);
-  return x === 0 ? "0 %" : x < 0.1 ? "<0.1 %" : `${x.toFixed(x < 10 ? 1 : 0)} %`;
-}
-
-// Control characters, and those that would turn the direction of the text around them, are shown by name.
-const SIGNS = { "\n": "⏎", "\t": "⇥", "\r": "␍" };
-const INVISIBLE = /[\p{Cc}\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/gu;
-const named = (text) => text.replace(INVISIBLE, (c) => SIGNS[c] ?? `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
-
-// The token that ends an answer, other special tokens, and those that are a part of a character have no text.
-const withoutText = (token) => (pair.guided.eos_ids.includes(token.id) ? "⟨end⟩" : `⟨${token.id}⟩`);
-const visible = (token) => (token.text === "" ? withoutText(token) : named(token.text).replaceAll(" ", "␣"));
-const lines = (text) => text.split("\n").map(named).join("\n");
-/** As `visible`, with the signs of spaces paler than letters. */
-const visibleParts = (token) => visible(token).split(/(␣+)/).map((part) => (part[0] === "␣" ? make("span", { class: "sign" }, part) : part));
-const quoted = (token) => (token.text === "" ? withoutText(token) : `“${named(token.text).trim() || visible(token)}”`);
-
-// ---- What is computed of an answer
-
-const best = (candidates, key) => candidates.reduce((a, b) => ((b[key] ?? -Infinity) > (a[key] ?? -Infinity) ? b : a));
-
-/** The likeliest candidate before and after guidance, where these differ; null elsewhere. */
-function change(token) {
-  if (!token.candidates.length) return null;
-  const [before, after] = [best(token.candidates, "log_p"), best(token.candidates, "log_q")];
-  return (after.log_q ?? -Infinity) > (before.log_q ?? -Infinity) ? { before, after } : null;
-}
-
-/** The two tokens of a change in words; their spaces are shown where nothing else tells them apart. */
-function changeInWords({ before, after }) {
-  const name = quoted(before) === quoted(after) ? visible : quoted;
-  return [make("s", {}, name(before)), ` → ${name(after)}`];
-}
-
-const influence = (token) => minus(token.log_q, token.log_p);
 const rewardNames = (pair) => {
   const names = pair.guided.reward_models.map((path) => path.split(/[\\/]/).filter((part) => part && part !== "model").at(-1));
   const count = Math.max(...ROWS.map((name) => Math.max(pair[name]?.tokens[0]?.rewards.length ?? 0, finalRewards(pair[name]).length)));
   return Array.from({ length: count }, (_, j) => (count === 1 ? "reward" : `reward ${j + 1}${names[j] ? ` (${names[j]})` : ""}`));
 };
 const finalRewards = (row) => row?.guide_rewards ?? [];
-
-/** What tokens can be coloured by; words and sentences get the sum or the mean of their tokens. */
-function measuresOf(pair) {
-  const rewards = rewardNames(pair)
-    .map((name, j) => ({ name, of: (t) => t.rewards[j] ?? null, fold: "mean", scale: "range", says: "The reward of the answer up to and with the token." }))
-    .filter(({ of }) => pair.guided.tokens.some((token) => of(token) !== null));
-  return [
-    { name: "log q − log p", of: influence, fold: "sum", scale: "signed",
-      says: "p is the language model’s distribution, q the one that the token was drawn from. Blue tokens were made likelier, orange ones less likely." },
-    ...rewards,
-    { name: "entropy", of: (t) => t.entropy, fold: "mean", scale: "amount", says: "How undecided the language model was before guidance, in nats." },
-    { name: "KL", of: (t) => t.kl, fold: "sum", scale: "amount", says: "KL(q‖p) at the token’s place, in nats: how far guidance moved the whole distribution." },
-  ];
-}
-
-/** The number of each token's token, word or sentence. */
-function unitsOf(tokens, unit) {
-  if (unit === "token") return tokens.map((_, i) => i);
-  const text = tokens.map((token) => token.text).join("");
-  const segments = [...new Intl.Segmenter(undefined, { granularity: unit }).segment(text)];
-  let at = 0, segment = 0;
-  return tokens.map((token) => {
-    const first = at + Math.max(token.text.search(/\S/), 0);
-    at += token.text.length;
-    if (token.text === "") return segments.length;
-    while (segment + 1 < segments.length && segments[segment + 1].index <= first) segment += 1;
-    return segment;
-  });
-}
-
-function folded(tokens, measure, unit) {
-  const units = unitsOf(tokens, unit), totals = new Map();
-  tokens.forEach((token, i) => {
-    const value = measure.of(token), known = totals.get(units[i]) ?? { total: 0, count: 0 };
-    if (value !== null) totals.set(units[i], { total: known.total + value, count: known.count + 1 });
-  });
-  return units.map((i) => {
-    const known = totals.get(i);
-    return known === undefined ? null : measure.fold === "mean" ? known.total / known.count : known.total;
-  });
-}
-
-/** The index of the first token that differs, or the shorter answer's length. */
-function firstDivergence(one, other) {
-  const end = Math.min(one.length, other.length);
-  for (let i = 0; i < end; i++) if (one[i].id !== other[i].id) return i;
-  return end;
-}
-
-// ---- State: which answer is shown, what it is coloured by, which token is in focus
 
 let pair, parting, measures, spans, charts, changed;
 let measureName = "log q − log p", unit = "token", focus = null;
@@ -123,7 +21,8 @@ const isUnguided = (row) => !row.weights.some((weight) => weight !== 0);
 function show(index) {
   pair = answers[index];
   parting = pair.unguided ? firstDivergence(tokensOf("guided"), tokensOf("unguided")) : 0;
-  measures = measuresOf(pair);
+  endIds = pair.guided.eos_ids;
+  measures = measuresOf(rewardNames(pair)).filter(({ of, scale }) => scale !== "range" || pair.guided.tokens.some((token) => of(token) !== null));
   if (!measures.some(({ name }) => name === measureName)) measureName = measures[0].name;
   focus = null;
   changed = tokensOf("guided").map(change);
@@ -150,8 +49,6 @@ function showSettings() {
   const shown = Object.entries(facts).filter(([, value]) => value != null && value !== "");
   byId("settings").replaceChildren(...shown.map(fact));
 }
-const fact = ([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, named(String(value))));
-
 function showSummary() {
   const names = rewardNames(pair);
   const head = ["", "tokens", "ended by", "log p", "KL", ...names];
@@ -236,16 +133,11 @@ function markCurves(place) {
 // ---- The texts and their colours
 
 function showMeasures() {
-  const choices = measures.map(({ name }) => {
-    const input = make("input", { type: "radio", name: "measure", value: name });
-    input.checked = name === measureName;
-    return make("label", {}, input, name);
-  });
-  byId("measures").replaceChildren(byId("measures").querySelector("legend"), ...choices);
+  byId("measures").replaceChildren(byId("measures").querySelector("legend"), ...measureChoices(measures, measureName));
 }
 
 function showTexts() {
-  spans = Object.fromEntries(shownRows().map((row) => [row, tokensOf(row).map((token, index) => tokenSpan(row, token, index))]));
+  spans = Object.fromEntries(shownRows().map((row) => [row, tokensOf(row).map((token, index) => tokenSpan(row, token, index, row === "guided" && changed[index]))]));
   const spaced = (row, from, to) => spans[row].slice(from, to).flatMap((span, i) => [i ? leadingSpace(tokensOf(row)[from + i]) : "", span]);
   const box = (label, part) => make("div", { class: "text", role: "listbox", "aria-orientation": "horizontal", dir: "auto", "aria-label": label }, ...part);
   if (!pair.unguided) {
@@ -266,45 +158,16 @@ function showTexts() {
   colour();
 }
 
-/** Spaces before a token's first letter stand outside its box: lines break there. */
-const leadingSpace = (token) => /^ +(?=\S)/.exec(token.text)?.[0] ?? "";
-
-function tokenSpan(row, token, index) {
-  const span = make("span", { class: "token", role: "option", tabindex: "-1", "aria-selected": "false", "data-row": row, "data-index": index });
-  if (token.text === "") span.append(make("span", { class: "sign" }, withoutText(token)));
-  for (const part of token.text.slice(leadingSpace(token).length).split(/(\n)/)) {
-    if (part === "\n") span.append(make("span", { class: "sign" }, "⏎"), "\n");
-    else if (part) span.append(named(part));
-  }
-  if (row === "guided" && changed[index]) span.classList.add("changed");
-  return span;
-}
-
 function colour() {
   const measure = measures.find(({ name }) => name === measureName);
-  const values = Object.fromEntries(shownRows().map((row) => [row, folded(tokensOf(row), measure, unit)]));
-  const known = Object.values(values).flat().filter((x) => x !== null);
-  // The strongest 2 % share the strongest colour, so that one token does not make all others pale.
-  const sizes = known.map((x) => (measure.scale === "signed" ? Math.abs(x) : x)).sort((a, b) => a - b);
-  const most = sizes.length ? sizes[measure.scale === "range" ? sizes.length - 1 : Math.floor(0.98 * (sizes.length - 1))] : 0;
-  const least = measure.scale === "range" ? sizes[0] ?? 0 : 0;
-  for (const row of shownRows()) {
-    spans[row].forEach((span, i) => {
-      const x = values[row][i];
-      const size = x === null || most === least ? 0 : ((measure.scale === "signed" ? Math.abs(x) : x) - least) / (most - least);
-      span.style.setProperty("--share", Math.min(Math.max(size, 0), 1).toFixed(3));
-      span.classList.toggle("up", measure.scale === "signed" && x > 0);
-      span.classList.toggle("down", measure.scale === "signed" && x < 0);
-    });
-  }
-  const ends = { signed: [`${number(-most)} or less`, `+${number(most)} or more`], amount: ["0", `${number(most)} or more`], range: [number(least), number(most)] }[measure.scale];
-  const isGreedy = measure.of === influence && shownRows().every((row) => tokensOf(row).every((token) => token.log_q === 0));
-  const greedy = isGreedy ? " Here each token was certain, since the method does not sample: the number is −log p." : "";
-  const of = unit === "token" ? "" : ` Each ${unit} has the ${measure.fold} over its tokens.`;
-  const underlined = changed.some(Boolean) ? " Underlined: guidance changed which token is likeliest." : "";
-  byId("legend").replaceChildren(
-    make("span", {}, ends[0]), make("i", { class: measure.scale === "signed" ? "signed" : "amount" }), make("span", {}, ends[1]),
-    make("p", {}, measure.says + greedy + of + underlined));
+  const shown = shownRows().map((row) => ({ tokens: tokensOf(row), spans: spans[row] }));
+  const ends = colourTokens(shown, measure, unit);
+  const isGreedy = measure.of === influence && shown.every(({ tokens }) => tokens.every((token) => token.log_q === 0));
+  const notes = [
+    isGreedy && "Here each token was certain, since the method does not sample: the number is −log p.",
+    changed.some(Boolean) && "Underlined: guidance changed which token is likeliest.",
+  ].filter(Boolean);
+  byId("legend").replaceChildren(...legendOf(measure, unit, ends, notes));
 }
 
 // ---- The list of changes
@@ -373,52 +236,17 @@ function inspect(place) {
     const other = tokensOf("unguided")[index];
     notes.push(make("p", { class: "muted" }, `Without guidance: ${quoted(other)} was drawn here, log q ${number(other.log_q)}.`));
   }
-  const facts = [
-    ["log p", `${number(token.log_p)} (${percent(token.log_p)})`], ["log q", `${number(token.log_q)} (${percent(token.log_q)})`],
-    ["log q − log p", signed(influence(token))], ["entropy of p", number(token.entropy)], ["KL(q‖p)", number(token.kl)],
-    ...token.rewards.map((reward, j) => [rewardNames(pair)[j], number(reward)]),
-  ];
-  panel.replaceChildren(close, make("h2", {}, where), make("p", { class: "name" }, ...visibleParts(token)), ...notes, make("dl", {}, ...facts.map(fact)), candidatesOf(token));
-}
-
-function candidatesOf(token) {
-  const candidates = token.candidates;
-  if (!candidates.length) return make("p", { class: "muted" }, "The trace has no candidates of this token.");
-  const count = token.candidate_count ?? candidates.length;
-  const rewards = candidates[0].rewards.map((_, j) => (candidates[0].rewards.length === 1 ? "reward" : `r${j + 1}`));
-  const bar = (log, kind) => {
-    const cell = make("td", { class: `bar ${kind}` }, percent(log));
-    cell.style.setProperty("--share", probability(log).toFixed(4));
-    return cell;
-  };
-  const rows = candidates.map((candidate) => {
-    const isDrawn = candidate.id === token.id;
-    const name = make("th", { scope: "row" }, ...visibleParts(candidate), isDrawn ? make("span", { class: "muted" }, " drawn") : "");
-    const logs = [candidate.log_p, candidate.log_q].map((x) => make("td", { class: "log" }, number(x)));
-    return make("tr", { class: isDrawn ? "drawn" : null }, name, bar(candidate.log_p, "base"), bar(candidate.log_q, "fused"), ...logs, ...candidate.rewards.map((x) => make("td", {}, number(x))));
-  });
-  const head = [["candidate"], ["p"], ["q"], ["log p", "log"], ["log q", "log"], ...rewards.map((name) => [name])];
-  const caption = make("caption", { class: "hidden" }, "Candidates of this token");
-  const table = make("table", {}, caption, make("thead", {}, make("tr", {}, ...head.map(([name, kind]) => make("th", { scope: "col", class: kind ?? null }, name)))), make("tbody", {}, ...rows));
-  const cut = count > candidates.length ? [make("p", { class: "muted" }, `${candidates.length} of ${count} candidates: the likeliest under p or q.`)] : [];
-  return make("div", { class: "scrolls" }, table, ...cut);
+  panel.replaceChildren(close, make("h2", {}, where), make("p", { class: "name" }, ...visibleParts(token)), ...notes, make("dl", {}, ...factsOf(token, rewardNames(pair))),
+    token.candidates.length ? candidatesOf(token) : make("p", { class: "muted" }, "The trace has no candidates of this token."));
 }
 
 // ---- Moving
 
 /** Makes a token the one in focus, or none. */
 function choose(place) {
-  if (focus) spans[focus.row][focus.index].setAttribute("aria-selected", "false");
+  if (focus) select(spans[focus.row][focus.index], tokensOf(focus.row)[focus.index], false);
   focus = place;
-  if (place) {
-    const token = tokensOf(place.row)[place.index], span = spans[place.row][place.index];
-    for (const other of byId("texts").querySelectorAll(`[data-row=${place.row}][tabindex="0"]`)) other.setAttribute("tabindex", "-1");
-    span.setAttribute("tabindex", "0");
-    span.setAttribute("aria-selected", "true");
-    // The name that a screen reader says: the panel's first lines.
-    const change = span.classList.contains("changed") ? ", guidance changed the likeliest token" : "";
-    span.setAttribute("aria-label", `${quoted(token)}, log q minus log p ${signed(influence(token))}${change}`);
-  }
+  if (place) select(spans[place.row][place.index], tokensOf(place.row)[place.index], true);
   inspect(place);
 }
 
@@ -426,27 +254,6 @@ function moveTo(place) {
   const span = spans[place.row][place.index];
   if (document.activeElement === span) choose(place);
   else span.focus();
-}
-
-function placeOf(event) {
-  const span = event.target.closest?.(".token");
-  return span ? { row: span.dataset.row, index: Number(span.dataset.index) } : null;
-}
-
-/** The token on the line above (-1) or below (+1) that is nearest to this one's middle. */
-function nextLine({ row, index }, way) {
-  const boxOf = (i) => spans[row][i].getClientRects()[0] ?? spans[row][i].getBoundingClientRect();
-  const from = boxOf(index), middle = from.left + from.width / 2;
-  let line = null, found = index, nearest = Infinity;
-  for (let i = index + way; i >= 0 && i < spans[row].length; i += way) {
-    const box = boxOf(i);
-    if (line === null && Math.abs(box.top - from.top) < from.height / 2) continue;
-    if (line !== null && Math.abs(box.top - line) > box.height / 2) break;
-    line ??= box.top;
-    const distance = Math.abs(box.left + box.width / 2 - middle);
-    if (distance < nearest) [nearest, found] = [distance, i];
-  }
-  return found;
 }
 
 const texts = byId("texts");
@@ -462,14 +269,9 @@ texts.addEventListener("focusin", (event) => {
 texts.addEventListener("keydown", (event) => {
   const place = placeOf(event);
   if (!place || event.ctrlKey || event.metaKey || event.altKey) return;
-  const first = place.row === "unguided" ? parting : 0, last = tokensOf(place.row).length - 1;
-  const moves = {
-    ArrowLeft: () => place.index - 1, ArrowRight: () => place.index + 1, Home: () => first, End: () => last,
-    ArrowUp: () => nextLine(place, -1), ArrowDown: () => nextLine(place, 1),
-  };
-  if (event.key in moves) {
-    moveTo({ row: place.row, index: Math.min(Math.max(moves[event.key](), first), last) });
-  } else if (event.key === "n" || event.key === "p") jump(event.key === "n" ? 1 : -1);
+  const index = indexAfterKey(event, spans[place.row], place.index, place.row === "unguided" ? parting : 0);
+  if (index !== null) moveTo({ row: place.row, index });
+  else if (event.key === "n" || event.key === "p") jump(event.key === "n" ? 1 : -1);
   else if (event.key === "Escape") choose(null);
   else return;
   event.preventDefault();
