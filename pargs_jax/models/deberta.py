@@ -101,8 +101,7 @@ class DebertaConfig(EvenHeads):
             "norm_rel_ebd", "conv_kernel_size", "conv_groups", "conv_act",
         ),
         harmless=(
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout",
-            "legacy", "tie_word_embeddings", "padding_idx",
+            "pooler_dropout", "cls_dropout", "legacy", "tie_word_embeddings", "padding_idx", "position_embedding_type",
         ),
     )  # fmt: skip
 

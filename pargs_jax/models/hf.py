@@ -89,8 +89,7 @@ def load_model(
     A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
     (`label_shares`).
 
-    Warns of unknown fields in the config. Raises InputError for an unknown architecture, an unsupported value in the
-    config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
+    Raises InputError for an unknown architecture, an unknown field or an unsupported value in the config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
     that are not floating-point or not finite, and a label that is missing or that the model does not have.
     """
     folder, (named, label) = resolve(source), split_label(source)
@@ -271,9 +270,7 @@ def _read_config(folder: Path) -> Any:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
     with input_errors_named_after(path):
-        unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
-    if unknown:
-        warn(f"{path}: ignoring fields that are unknown for {kind}: {', '.join(unknown)}")
+        FAMILIES[kind].config.HF_FIELDS.check(fields)
     if fields.get("auto_map"):
         warn(f"{path}: has custom code (auto_map), which is not run; the model is read as an ordinary {kind}")
     if (folder / "adapter_config.json").is_file():
