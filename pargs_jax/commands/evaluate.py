@@ -54,7 +54,7 @@ from pargs_jax.evaluation.sweeps import Setting, settings
 from pargs_jax.evaluation.tables import print_tables, tables
 from pargs_jax.generation.guidance import roles_of
 from pargs_jax.generation.session import Session
-from pargs_jax.models.hf import resolve
+from pargs_jax.models.sources import resolve
 from pargs_jax.progress import ShownProgress
 from pargs_jax.text.prompts import choose_form, get_form
 

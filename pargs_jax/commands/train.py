@@ -22,19 +22,19 @@ from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
+from pargs_jax.models.adapters import export_adapter
 from pargs_jax.models.hf import (
-    EXPORTED,
     Pretrained,
     describe_model,
     load_model,
-    resolve,
     save_model,
     stored_head,
     takes_preferences,
 )
 from pargs_jax.models.lora import merge_lora
-from pargs_jax.models.model import AnyRewardModel, Model
+from pargs_jax.models.model import AnyRewardModel, Model, Params
 from pargs_jax.models.preference_lora import PreferenceLora
+from pargs_jax.models.sources import EXPORTED, EXPORTED_ADAPTER, find, split_source, tokenizer_folder
 from pargs_jax.processes import on_first
 from pargs_jax.sharding import row_shards
 from pargs_jax.text.prompts import choose_form, get_form
@@ -243,7 +243,7 @@ def load_others(config: TrainConfig, tokenizer: TextTokenizer) -> dict[str, Pret
     or has no reward head."""
     loaded = {}
     for name, source in other_sources(config).items():
-        if not tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
+        if not tokenizer.same_vocabulary(TextTokenizer.load(tokenizer_folder(source))):
             raise InputError(f"--objective.{name}: {source} does not have the tokenizer of {config.model.init}")
         loaded[name] = load_model(source, "reward", dtype=config.dtype)
         if loaded[name].new_head:
@@ -272,7 +272,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         from_scratch=config.model.from_scratch,
         seed=config.seed,
     )
-    tokenizer = TextTokenizer.load(resolve(source), pretrained.eos_ids)
+    tokenizer = TextTokenizer.load(tokenizer_folder(source), pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
     others = load_others(config, tokenizer)
     program = training_program(
@@ -309,6 +309,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
     if isinstance(program.model.lora, PreferenceLora):
         model = dataclasses.replace(model, lora=program.model.lora)
     elif program.model.lora is not None:
+        _save_adapter(config, folder, dataclasses.replace(model, lora=program.model.lora), params, console)
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
     with write_errors_named_after(exported, MEND_AND_RESUME):
@@ -322,6 +323,29 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         if jax.process_index() == 0:
             tokenizer.save(exported)
     console.print(f"saved the model to {exported}", highlight=False)
+
+
+def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params, console: Console) -> None:
+    """Writes low-rank additions as a PEFT adapter, unless PEFT could not put it on the model that they were trained
+    from: transformers has no class for tables and no prefix-causal attention, and an adapter's model must be stored."""
+    source = model_source(config.model.init)
+    found, named = find(source), split_source(source)
+    is_own = model.head == "table" or getattr(model.config, "attention", "full") != "full"
+    if is_own or found.adapter is not None or config.model.from_scratch:
+        return
+    adapter = folder / EXPORTED_ADAPTER
+    is_local = Path(named.model).is_dir()
+    name, _, revision = named.model.partition("@")
+    with write_errors_named_after(adapter, MEND_AND_RESUME):
+        export_adapter(
+            adapter,
+            model,
+            params,
+            base=str(found.model.resolve()) if is_local else name,
+            revision=None if is_local else revision or None,
+            prompt_form=config.data.format,
+        )
+    console.print(f"saved the additions alone, as a PEFT adapter, to {adapter}", highlight=False)
 
 
 def _with_prompt_form(config: TrainConfig, folder: Path, models: list[list[tuple[str, str | None]]]) -> TrainConfig:
@@ -340,7 +364,7 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
             "--data.prefix-tokenizer: needs partial_bt and a model with full attention; other models are scored at "
             "their own tokens, so leave it out"
         )
-    return TextTokenizer.load(resolve(model_source(source)))
+    return TextTokenizer.load(tokenizer_folder(model_source(source)))
 
 
 def _load_rows(

@@ -22,8 +22,9 @@ from pargs_jax.decoding.guides import (
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError, input_errors_named_after
-from pargs_jax.models.hf import Pretrained, load_model, resolve
+from pargs_jax.models.hf import Pretrained, load_model
 from pargs_jax.models.model import AnyRewardModel, HeadName, Params, unstack_layers
+from pargs_jax.models.sources import tokenizer_folder
 from pargs_jax.sharding import on_every_device
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
@@ -48,12 +49,11 @@ def load_with_tokenizer(
     model's parameters: `float32`, `bfloat16`, or `int8` for the matrices of its layers.
 
     Raises InputError if it is not a model with this head, or if they do not fit."""
-    folder = resolve(source)
     is_int8 = weights == "int8"
-    loaded = load_model(folder, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
+    loaded = load_model(source, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
     if loaded.new_head:
         raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
-    tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+    tokenizer = TextTokenizer.load(tokenizer_folder(source), loaded.eos_ids)
     tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
     return loaded, tokenizer
 
@@ -91,7 +91,7 @@ class RewardModel:
     ) -> "RewardModel":
         """Loads from a folder or the hub; `load_with_tokenizer` explains the dtypes. Raises InputError if it is not a
         reward model of this role, or does not fit its tokenizer or the language model's."""
-        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
+        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(tokenizer_folder(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"

@@ -147,7 +147,7 @@ class ConfigFields:
         ]
         if unknown:
             raise InputError(
-                f"has fields that are not known for {fields.get('model_type')}, so what they change is not computed: "
+                f"has fields that are not known for {fields.get('model_type') or fields.get('peft_type')}, so what they change is not computed: "
                 f"{', '.join(unknown)}; delete them from the file if they change nothing"
             )
 

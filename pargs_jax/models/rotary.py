@@ -61,8 +61,9 @@ class Rotary:
         """Reads `rope_parameters` of a transformers config. Warns of parameters of other scalings, and of scalings that
         a cache cannot follow beyond some length.
 
-        Raises InputError for an unknown or incomplete scaling, for parameters that no scaling has, for values that it cannot work with, and for a width of
-        heads that it cannot rotate. `may_be_partial` says that the architecture can rotate a part of each head.
+        Raises InputError for an unknown or incomplete scaling, for parameters that no scaling has, for values that it
+        cannot work with, and for a width of heads that it cannot rotate. `may_be_partial` says that the architecture
+        can rotate a part of each head.
         """
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(kind, str) or kind not in SCALINGS:

@@ -26,6 +26,8 @@ from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+"""Of a PEFT adapter (`pargs_jax.models.adapters`)."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Dtypes of tensors that are usable as weights directly. Integers and 8-bit floats need scales, or are masks."""
 
@@ -39,8 +41,26 @@ class Stored(NamedTuple):
     format: str
 
 
+class Addition(NamedTuple):
+    """What an adapter adds to a linear layer: `scale * B A`, as torch stores it."""
+
+    a: Stored
+    b: Stored
+    scale: float
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """A part of the addition in our order of dimensions, `[in out]`, in fp32."""
+        with _opened(self.a) as a, _opened(self.b) as b:
+            return self.scale * (a[:, rows].astype(np.float32).T @ b[columns].astype(np.float32).T)
+
+
 class Tensors(dict[str, Stored]):
-    """The tensors of a checkpoint, by their names without the backbone's prefix; they are read only on demand."""
+    """The tensors of a checkpoint, by their names without the backbone's prefix; they are read only on demand.
+    `additions` are those of an adapter, by the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.additions: dict[str, Addition] = {}
 
     def shape(self, row: Row, layer: int) -> tuple[int, ...]:
         """The shape of the tensor that a row names, in our order of dimensions. A joined tensor counts as a whole."""
@@ -54,24 +74,43 @@ class Tensors(dict[str, Stored]):
         """
         chosen = columns[index[-1]]
         index = (*index[:-1], slice(chosen.start, chosen.stop))
-        with self._open(row.tensor.format(layer)) as tensor:
-            return tensor[index[::-1]].T if row.transpose else tensor[index]
+        name = row.tensor.format(layer)
+        with _opened(self[name]) as tensor:
+            part = tensor[index[::-1]].T if row.transpose else tensor[index]
+        if (addition := self.additions.get(name)) is not None:
+            part = part.astype(np.float32) + addition.read(*index)
+        return part
 
     def are_equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two matrices have the same values. Reads `rows` rows at a time and stops at the first difference."""
         if self[one].shape != self[other].shape:
             return False
-        with self._open(one) as first, self._open(other) as second:
+        with _opened(self[one]) as first, _opened(self[other]) as second:
             count = self[one].shape[0]
             blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
             return all(np.array_equal(first[block], second[block]) for block in blocks)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        from safetensors import safe_open
 
-        with safe_open(self[name].path, framework="numpy") as file:
-            yield file.get_slice(self[name].name)
+@contextmanager
+def _opened(stored: Stored) -> Iterator[Any]:
+    """A tensor in its file, whose parts can be read."""
+    from safetensors import safe_open
+
+    with safe_open(stored.path, framework="numpy") as file:
+        yield file.get_slice(stored.name)
+
+
+def stored_in(path: Path) -> Iterator[Stored]:
+    """The tensors of a safetensors file. Raises InputError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
 def open_tensors(folder: Path, family: Family) -> Tensors:
@@ -79,19 +118,13 @@ def open_tensors(folder: Path, family: Family) -> Tensors:
 
     Raises InputError if neither can be read, if two tensors have the same name, or if a tensor is not floating-point.
     """
-    from safetensors import SafetensorError, safe_open
-
     tensors = Tensors()
     for path in _files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for stored in file.keys():  # noqa: SIM118
-                    name, part = family.name_in_rows(stored), file.get_slice(stored)
-                    if name in tensors and tensors[name].name != stored:
-                        raise InputError(f"{path}: {tensors[name].name} and {stored} are both {name} of the model")
-                    tensors[name] = Stored(path, stored, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+        for stored in stored_in(path):
+            name = family.name_in_rows(stored.name)
+            if name in tensors and tensors[name].name != stored.name:
+                raise InputError(f"{path}: {tensors[name].name} and {stored.name} are both {name} of the model")
+            tensors[name] = stored
     for name, stored in tensors.items():
         if stored.format not in FLOATS and not re.fullmatch(family.ignored, name):
             raise InputError(
@@ -163,7 +196,7 @@ def import_params(
     """
     problems: list[str] = []
     used: set[str] = set()
-    columns, widths = _columns(family, model)
+    columns, widths = columns_of(family, model)
 
     def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
         name = row.tensor.format(layer)
@@ -249,7 +282,7 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
     """Yields the tensors of a checkpoint one by one, for a model with stacked layers. Every process must consume them
     all."""
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
-    columns, widths = _columns(family, model)
+    columns, widths = columns_of(family, model)
     parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):
         row = _row(family, model, path)
@@ -276,7 +309,7 @@ def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
     return next(row for row in rows if row.path.replace(".{}", "") == wanted)
 
 
-def _columns(family: Family, model: Model) -> tuple[dict[str, range], collections.Counter[str]]:
+def columns_of(family: Family, model: Model) -> tuple[dict[str, range], collections.Counter[str]]:
     """Where the last dimension of each row's array lies in its tensor, by path, and the width of every tensor, by
     name."""
     sizes = {_row(family, model, path).path: leaf.shape[-1] for path, leaf in _flatten(model.abstract_params())}

@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pargs_jax.errors import InputError
-from pargs_jax.models import hf, weights
+from pargs_jax.models import sources, weights
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.hf import load_model, resolve, save_model
+from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.rotary import Rotary
+from pargs_jax.models.sources import resolve
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA
 
 
@@ -209,17 +210,17 @@ def test_a_failed_save_leaves_the_old_model(checkpoint, monkeypatch):
 def test_a_run_folder_stands_for_its_exported_model(checkpoint):
     folder, _, _ = checkpoint()
     run = folder.parent / "run"
-    shutil.move(folder, run / hf.EXPORTED)
-    assert resolve(run) == run / hf.EXPORTED
-    assert resolve(run / hf.EXPORTED) == run / hf.EXPORTED
+    shutil.move(folder, run / sources.EXPORTED)
+    assert resolve(run) == run / sources.EXPORTED
+    assert resolve(run / sources.EXPORTED) == run / sources.EXPORTED
 
 
 def test_hub_ids_are_downloaded_without_pickles(checkpoint, monkeypatch):
     folder, _, params = checkpoint()
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
-        asked.update(name=name, patterns=allow_patterns)
+    def snapshot_download(name, allow_patterns, ignore_patterns, revision=None):
+        asked.update(name=name, patterns=allow_patterns, ignored=ignore_patterns, revision=revision)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
