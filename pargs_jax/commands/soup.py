@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from pargs_jax.commands.command_line import Parser
+from pargs_jax.commands.model_card import soup_card, write_card
 from pargs_jax.commands.process import run_as_command
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
@@ -40,6 +41,7 @@ def soup(sources: Sequence[str], weights: Sequence[float], out: Path) -> None:
     with write_errors_named_after(out, "give another --out"):
         save_model(out, first.model, total, special_tokens=first.special_tokens, prompt_form=first.prompt_form)
         tokenizer.save(out)
+        write_card(out, soup_card(sources, weights))
 
 
 def _check_weights(sources: Sequence[str], weights: Sequence[float]) -> None:

@@ -14,6 +14,7 @@ from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.command_line import show_config
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
 from pargs_jax.commands.demo import demo_pairs, model_source
+from pargs_jax.commands.model_card import last_evaluation, training_card, write_card
 from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches, Example, tokenise
@@ -58,7 +59,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """Trains what the config says and returns the run's folder.
 
     The folder gets `config.yaml` (the effective config), `data.json` (a digest of the rows), `metrics.jsonl`,
-    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, and `model/`: the result as a Hugging Face folder.
+    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, `model/`: the result as a Hugging Face folder, and with
+    LoRA `adapter/`: the low-rank additions as a PEFT adapter.
     Raises InputError for anything in the config, the data or the model that cannot be used; nothing of an earlier run
     is written over.
     """
@@ -305,11 +307,12 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
 
     params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
     params = run_in_folder(config, folder, program, params, examples, held_out, console, sampler)
-    model = pretrained.model
+    model, has_adapter = pretrained.model, False
     if isinstance(program.model.lora, PreferenceLora):
         model = dataclasses.replace(model, lora=program.model.lora)
     elif program.model.lora is not None:
-        _save_adapter(config, folder, dataclasses.replace(model, lora=program.model.lora), params, console)
+        adapted = dataclasses.replace(model, lora=program.model.lora)
+        has_adapter = _save_adapter(config, folder, adapted, params)
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
     with write_errors_named_after(exported, MEND_AND_RESUME):
@@ -322,17 +325,27 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         )
         if jax.process_index() == 0:
             tokenizer.save(exported)
+            metrics = last_evaluation(folder / "metrics.jsonl")
+            card = partial(training_card, config, tokenizer, metrics, rows=len(examples))
+            write_card(exported, card())
+            if has_adapter:
+                write_card(folder / EXPORTED_ADAPTER, card(is_adapter=True))
     console.print(f"saved the model to {exported}", highlight=False)
+    if has_adapter:
+        console.print(
+            f"saved its low-rank additions, as a PEFT adapter, to {folder / EXPORTED_ADAPTER}", highlight=False
+        )
 
 
-def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params, console: Console) -> None:
+def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params) -> bool:
     """Writes low-rank additions as a PEFT adapter, unless PEFT could not put it on the model that they were trained
-    from: transformers has no class for tables and no prefix-causal attention, and an adapter's model must be stored."""
+    from: transformers has no class for tables and no prefix-causal attention, and an adapter's model must be stored.
+    Returns whether it did."""
     source = model_source(config.model.init)
     found, named = find(source), split_source(source)
     is_own = model.head == "table" or getattr(model.config, "attention", "full") != "full"
     if is_own or found.adapter is not None or config.model.from_scratch:
-        return
+        return False
     adapter = folder / EXPORTED_ADAPTER
     is_local = Path(named.model).is_dir()
     name, _, revision = named.model.partition("@")
@@ -345,7 +358,7 @@ def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Param
             revision=None if is_local else revision or None,
             prompt_form=config.data.format,
         )
-    console.print(f"saved the additions alone, as a PEFT adapter, to {adapter}", highlight=False)
+    return True
 
 
 def _with_prompt_form(config: TrainConfig, folder: Path, models: list[list[tuple[str, str | None]]]) -> TrainConfig:

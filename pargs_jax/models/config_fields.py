@@ -146,9 +146,10 @@ class ConfigFields:
             f"{name} ({_short(value)})" for name, value in fields.items() if value is not None and not self.knows(name)
         ]
         if unknown:
+            kind = fields.get("model_type") or fields.get("peft_type")
             raise InputError(
-                f"has fields that are not known for {fields.get('model_type') or fields.get('peft_type')}, so what they change is not computed: "
-                f"{', '.join(unknown)}; delete them from the file if they change nothing"
+                f"has fields that are not known for {kind}, so what they change is not computed: {', '.join(unknown)}; "
+                "delete them from the file if they change nothing"
             )
 
     def knows(self, name: str) -> bool:

@@ -120,6 +120,10 @@ class TextTokenizer:
         """The token that ends an answer in training."""
         return self.eos_ids[0]
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return self._tokenizer.convert_ids_to_tokens(token_id)
+
     def same_vocabulary(self, other: "TextTokenizer") -> bool:
         """Whether both tokenizers turn every text into the same ids.
 
