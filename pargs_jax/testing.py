@@ -20,6 +20,7 @@ from pargs_jax.models.gpt_neox import GPTNeoXConfig
 from pargs_jax.models.llama import LlamaConfig
 from pargs_jax.models.mistral import MistralConfig
 from pargs_jax.models.model import HeadName, Model, Params
+from pargs_jax.models.modernbert import ModernBertConfig
 from pargs_jax.models.opt import OPTConfig
 from pargs_jax.models.rotary import Rotary
 from pargs_jax.text.tokenization import TextTokenizer
@@ -56,6 +57,11 @@ TINY_CONFIGS: dict[Family, Any] = {
 TINY_DEBERTA = DebertaConfig(
     vocab_size=61, context_length=512, width=32, layers=2, heads=4, feedforward=64, position_buckets=8,
     max_relative_positions=24,
+)  # fmt: skip
+
+TINY_MODERNBERT = ModernBertConfig(
+    vocab_size=61, context_length=16, width=32, layers=3, heads=4, feedforward=48, rotary=Rotary(theta=100.0),
+    local_rotary=Rotary(theta=30.0), windows=(None, 3, 3),
 )  # fmt: skip
 
 

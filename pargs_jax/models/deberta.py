@@ -77,6 +77,7 @@ class DebertaConfig(EvenHeads):
     remat: Remat = "none"
     attention: Literal["full", "prefix_causal"] = "full"
 
+    pooling: ClassVar[str] = "cls"
     HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
         sizes=(
             "vocab_size", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers",

@@ -22,6 +22,8 @@ class Family:
         head_names: names of a head's tensors in its checkpoints, where they differ from those of the head's rows.
         ignored: a regular expression for names (without prefix) of tensors that checkpoints may contain but nobody
             needs.
+        identities: a regular expression for names of tensors that checkpoints lack, because these norms do nothing.
+            Their scales are 1, their biases 0, and nobody uses them.
     """
 
     model: Callable[[Any, HeadName], Model]
@@ -32,6 +34,7 @@ class Family:
     class_names: Mapping[HeadName, str] = dataclasses.field(default_factory=dict)
     head_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: str = ""
+    identities: str = ""
 
     def __post_init__(self) -> None:
         name_dimensions_of(self.rows, "backbone")

@@ -1,7 +1,8 @@
 """The heads that read a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of
 the rewards of all next tokens.
 
-`CAUSAL_HEADS` and `ENCODER_HEADS` list the heads that models can have, by name. A new head is a new entry there.
+`CAUSAL_HEADS`, `ENCODER_HEADS` and `NORMED_ENCODER_HEADS` list the heads that models can have, by name. A new head is a
+new entry there.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pargs_jax.models.attention import soft_cap
-from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
-from pargs_jax.models.tables import Row, linear, name_dimensions_of
+from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear, layer_norm
+from pargs_jax.models.tables import Row, linear, name_dimensions_of, norm
 
 CLASSIFIER = "ForSequenceClassification"
 
@@ -95,6 +96,21 @@ class PooledRewardHead(nnx.Module):
         return _fp32_linear(self.linear, pooled)[..., 0]
 
 
+class NormedRewardHead(nnx.Module):
+    """ModernBERT's head: a dense layer with its activation, a norm, then a linear layer to one number, in fp32."""
+
+    def __init__(self, config: Any, std: float, *, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(std)
+        self.activation = config.pooler_activation
+        self.dense = Linear(config.width, config.width, use_bias=config.pooler_bias, kernel_init=normal, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs, bias=config.norm_bias)
+        self.linear = Linear(config.width, 1, kernel_init=normal, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        pooled = self.norm(ACTIVATIONS[self.activation](_fp32_linear(self.dense, hidden)))
+        return _fp32_linear(self.linear, pooled)[..., 0]
+
+
 def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     """A linear layer at full fp32 precision. Accelerators multiply fp32 at a lower precision by default, and rewards
     are compared by small differences."""
@@ -137,5 +153,17 @@ ENCODER_HEADS: dict[str, Head] = {
         class_suffix=CLASSIFIER,
         may_be_new=True,
         is_fp32=True,
+    ),
+}
+
+NORMED_ENCODER_HEADS: dict[str, Head] = {
+    "reward": dataclasses.replace(
+        ENCODER_HEADS["reward"],
+        make=lambda config, std, rngs: NormedRewardHead(config, std, rngs=rngs),
+        rows=(
+            *linear("head.dense", "dense", ("width", None)),
+            *norm("head.norm", "norm"),
+            *linear("classifier", "linear", ("width", "vocabulary")),
+        ),
     ),
 }

@@ -29,7 +29,15 @@ from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
 from pargs_jax.models.sources import ADAPTER_CONFIG, CONFIGS, find, resolve, split_source
-from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
+from pargs_jax.models.weights import (
+    INDEX,
+    export_tensors,
+    head_rows,
+    import_params,
+    open_tensors,
+    read_json,
+    settle_tied_head,
+)
 from pargs_jax.sharding import place_computed
 
 
@@ -94,7 +102,7 @@ def load_model(
     kind = model.head_kind
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
-    has_head = all(row.tensor in tensors for row in kind.rows)
+    has_head = all(row.tensor in tensors for row in head_rows(model))
     new_head = kind.may_be_new and not has_head
     if label is not None and new_head:
         raise InputError(f"{source}: is not a classifier, so it has no labels; leave out #{label}")
@@ -126,7 +134,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     if attention is not None:
         if not hasattr(config, "attention"):
             raise InputError(
-                f"{folder}: {hf.model_type} is causal, so the option attention does not apply; leave it out"
+                f"{folder}: {hf.model_type} has only one kind of attention, so the option attention does not apply; "
+                "leave it out"
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)

@@ -200,7 +200,7 @@ def import_params(
 
     def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
         name = row.tensor.format(layer)
-        if name not in used:
+        if name not in used and not re.fullmatch(family.identities, name):
             used.add(name)
             whole = (*shape[:-1], widths[row.tensor])
             if name not in tensors:
@@ -208,11 +208,16 @@ def import_params(
             elif (stored := tensors.shape(row, layer)) != whole:
                 problems.append(f"{name} has shape {stored}, the config needs {whole}")
 
+    def read_layer(row: Row, layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        if re.fullmatch(family.identities, row.tensor.format(layer)):
+            return np.full(len(columns[row.path][index[-1]]), float(row.path.endswith("scale")), dtype)
+        return tensors.read(row, layer, columns[row.path], index)
+
     def read(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in row.tensor:
             return tensors.read(row, 0, columns[row.path], index)
         layers = range(model.config.layers)[index[0]]
-        return np.stack([tensors.read(row, layer, columns[row.path], index[1:]) for layer in layers])
+        return np.stack([read_layer(row, layer, index[1:]) for layer in layers])
 
     def mix_labels(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         stored = read(row, (*index[:-1], slice(None)))
@@ -221,10 +226,8 @@ def import_params(
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
         row = _row(family, model, path)
-        if path[0] == "head" and new_head:
-            std = model.head_kind.std(model.config) if path[-1] == "kernel" else 0.0
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
-            _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
+        if path[0] == "head" and new_head and row.tensor not in tensors:
+            _set(readers, path, _drawn(row, leaf.shape, model.head_kind.std(model.config), seed).__getitem__)
             continue
         is_mixed = label_shares is not None and path[0] == "head" and leaf.shape[-1] == 1
         if is_mixed:
@@ -297,9 +300,24 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
             value = np.concatenate([part for _, part in sorted(found.items())], axis=-1)
         if "{}" in row.tensor:
             for layer, single in enumerate(value):
-                yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
+                if not re.fullmatch(family.identities, row.tensor.format(layer)):
+                    yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
         else:
             yield name, np.ascontiguousarray(value.T if row.transpose else value)
+
+
+def _drawn(row: Row, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
+    """The first values of an array of a new head."""
+    if not row.path.endswith("kernel"):
+        return np.full(shape, float(row.path.endswith("scale")), np.float32)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
+    return np.asarray(std * jax.random.normal(key, shape))
+
+
+def head_rows(model: Model) -> list[Row]:
+    """The rows of the head's table that the model has arrays for."""
+    paths = {".".join(path) for path, _ in _flatten(model.abstract_params().get("head", {}))}
+    return [row for row in model.head_kind.rows if row.path in paths]
 
 
 def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:

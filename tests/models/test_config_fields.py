@@ -40,6 +40,7 @@ SMALL = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     },
+    "modernbert": {**SIZES, "global_attn_every_n_layers": 2},
     "deberta-v2": {
         **SIZES,
         "relative_attention": True,
@@ -106,6 +107,10 @@ PUBLISHED = {
     "gpt2": {"n_ctx": 1024, "output_past": True, "_num_labels": 1, "gradient_checkpointing": False},
     "opt": {"prefix": "</s>", "activation_dropout": 0.0, "layerdrop": 0.0},
     "gpt_neox": {"rotary_emb_base": 10000, "classifier_dropout": 0.1},
+    "modernbert": {
+        "repad_logits_with_grad": False, "layer_norm_eps": 1e-5, "position_embedding_type": "absolute",
+        "reference_compile": None, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
+    },
     "deberta-v2": {"pooler_dropout": 0, "padding_idx": 0, "position_embedding_type": "absolute"},
 }  # fmt: skip
 
@@ -141,7 +146,7 @@ IN_CAUSAL = {
 }
 WINDOWS = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
 WITHOUT_WINDOWS = ("gpt2", "gpt_neox", "llama", "opt")
-CAUSAL = FAMILIES.keys() - {"deberta-v2"}
+CAUSAL = FAMILIES.keys() - {"deberta-v2", "modernbert"}
 GEMMA = {"use_bidirectional_attention": True, "attn_logit_softcapping": 50.0}
 
 
