@@ -20,6 +20,7 @@ from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.models.config_fields import EMPTY, FALSE, NOT_SET, ConfigFields, Requirement
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.family import Family
+from pargs_jax.models.heads import CLASSIFIER
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.sources import ADAPTER_CONFIG
 from pargs_jax.models.weights import (
@@ -199,7 +200,7 @@ def export_adapter(
     larger = {tensor: rank for tensor, rank in ranks.items() if rank != lora.rank}
     fields = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if model.head == "reward" else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.head_kind.class_suffix == CLASSIFIER else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "r": lora.rank,

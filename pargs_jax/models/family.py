@@ -7,6 +7,10 @@ from typing import Any
 from pargs_jax.models.model import HeadName, Model
 from pargs_jax.models.tables import Row, name_dimensions_of
 
+VALUE_HEADS = ("v_head.summary", "v_head", "value_head", "regression_head")
+"""The names that other libraries have for a causal model's linear reward head, which transformers calls `score`: trl,
+DeepSpeed-Chat, OpenRLHF and UltraRM."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -46,6 +50,9 @@ class Family:
     def name_in_rows(self, tensor: str) -> str:
         """A stored tensor's name as the rows spell it. Checkpoints of a bare backbone lack the prefix, or its first
         part: `model.decoder.` may be `decoder.` there."""
+        layer, _, last = tensor.rpartition(".")
+        if layer in VALUE_HEADS:
+            return f"score.{last}"
         for name, stored in self.head_names.items():
             if tensor == stored:
                 return name

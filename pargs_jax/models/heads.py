@@ -72,10 +72,10 @@ class VocabularyHead(nnx.Module):
 
 
 class RewardHead(nnx.Module):
-    """One linear layer without bias, in fp32. Entry t is the reward of the text up to and including token t."""
+    """One linear layer in fp32. Entry t is the reward of the text up to and including token t."""
 
-    def __init__(self, width: int, std: float, *, rngs: nnx.Rngs) -> None:
-        self.linear = Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+    def __init__(self, width: int, std: float, *, bias: bool = False, rngs: nnx.Rngs) -> None:
+        self.linear = Linear(width, 1, use_bias=bias, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         return _fp32_linear(self.linear, hidden)[..., 0]
@@ -128,17 +128,25 @@ _VOCABULARY = Head(
     may_be_tied=True,
 )
 
+_REWARD = Head(
+    lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
+    outputs=lambda config: 1,
+    rows=(Row("score.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
+    class_suffix=CLASSIFIER,
+    may_be_new=True,
+    is_fp32=True,
+)
+
 CAUSAL_HEADS: dict[str, Head] = {
     "vocabulary": _VOCABULARY,
     # The same parameters; the outputs are rewards of the text with each next token appended (FaRMA, CD-Q).
     "table": dataclasses.replace(_VOCABULARY, is_marked=True),
-    "reward": Head(
-        lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
-        outputs=lambda config: 1,
-        rows=(Row("score.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
-        class_suffix=CLASSIFIER,
-        may_be_new=True,
-        is_fp32=True,
+    "reward": _REWARD,
+    # A reward head with a bias, as trl's value heads have. A checkpoint that has one gets it in place of `reward`.
+    "value": dataclasses.replace(
+        _REWARD,
+        make=lambda config, std, rngs: RewardHead(config.head_width, std, bias=True, rngs=rngs),
+        rows=linear("score", "linear", ("width", "vocabulary")),
     ),
 }
 

@@ -40,6 +40,9 @@ from pargs_jax.models.weights import (
 )
 from pargs_jax.sharding import place_computed
 
+HEADS = ("vocabulary", "table", "reward")
+"""The heads that can be asked for."""
+
 
 class Pretrained(NamedTuple):
     """A model read from a folder. `new_head` says that the checkpoint has no such head, so the model's head is random.
@@ -102,6 +105,9 @@ def load_model(
     kind = model.head_kind
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
+    if kind is CAUSAL_HEADS["reward"] and "score.bias" in tensors:
+        model = dataclasses.replace(model, head="value")
+        kind = model.head_kind
     has_head = all(row.tensor in tensors for row in head_rows(model))
     new_head = kind.may_be_new and not has_head
     if label is not None and new_head:
@@ -139,8 +145,8 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
-    if head not in CAUSAL_HEADS:
-        raise InputError(f"head: got {head!r}, must be one of {', '.join(CAUSAL_HEADS)}")
+    if head not in HEADS:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(HEADS)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
@@ -192,8 +198,9 @@ def save_model(
 
     Files get their names only when they are complete. A reward model becomes `...ForSequenceClassification` with one
     label. transformers reads a causal one at the last token that is not padding: give it a `pad_token_id` that is not
-    the end-of-sequence token, or score one text at a time. transformers does not know prefix-causal attention: a
-    DeBERTa trained with it loads there, but with full attention.
+    the end-of-sequence token, or score one text at a time. It leaves out the bias of a value head, so all its rewards
+    differ by that number. It does not know prefix-causal attention: a DeBERTa trained with it loads there, but with full
+    attention.
     """
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory

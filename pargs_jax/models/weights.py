@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.json_text import parse_json
-from pargs_jax.models.family import Family
+from pargs_jax.models.family import VALUE_HEADS, Family
 from pargs_jax.models.int8 import MATRIX, quantise, quantise_layers
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.tables import Row
@@ -26,6 +26,8 @@ from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+"""Some trainers save a value head in a file of its own, beside the model's."""
 ADAPTER = "adapter_model.safetensors"
 """Of a PEFT adapter (`pargs_jax.models.adapters`)."""
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -119,7 +121,8 @@ def open_tensors(folder: Path, family: Family) -> Tensors:
     Raises InputError if neither can be read, if two tensors have the same name, or if a tensor is not floating-point.
     """
     tensors = Tensors()
-    for path in _files(folder):
+    value_head = [path] if (path := folder / VALUE_HEAD).is_file() else []
+    for path in [*_files(folder), *value_head]:
         for stored in stored_in(path):
             name = family.name_in_rows(stored.name)
             if name in tensors and tensors[name].name != stored.name:
@@ -241,7 +244,7 @@ def import_params(
     # A language model may be read as a reward model and vice versa, so an unused head is not an error.
     used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
-    problems += [f"{name} is not part of this architecture" for name in unexpected]
+    problems += [f"{name} {_unexpected(name)}" for name in unexpected]
     if problems:
         raise InputError(f"{folder}: the weights do not match config.json: {_list(problems)}")
 
@@ -304,6 +307,15 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
                     yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
         else:
             yield name, np.ascontiguousarray(value.T if row.transpose else value)
+
+
+def _unexpected(tensor: str) -> str:
+    """What is wrong with a tensor that has no place in the model."""
+    if re.match(r"score\.|v_head\.|\w*(value|reward|regression|gating)\w*\.", tensor):
+        return (
+            f"is part of a head that is not known; known are linear layers named {', '.join(('score', *VALUE_HEADS))}"
+        )
+    return "is not part of this architecture"
 
 
 def _drawn(row: Row, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:

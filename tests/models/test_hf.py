@@ -357,6 +357,35 @@ def test_labels_that_do_not_exist_are_named(label, head, told, checkpoint):
     assert str(error.value) == f"{folder}{told}"
 
 
+@pytest.mark.parametrize("layer", ["v_head.summary", "v_head", "value_head", "regression_head", "score"])
+@pytest.mark.parametrize("bias", [None, 0.75])
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_value_head_beside_a_language_model_is_a_reward_head(layer, bias, is_apart, checkpoint):
+    folder, model, params = checkpoint()
+    head = {f"{layer}.weight": np.random.default_rng(1).normal(size=(1, 32)).astype(np.float32)}
+    if bias is not None:
+        head[f"{layer}.bias"] = np.array([bias], np.float32)
+    if is_apart:
+        save_file(head, folder / weights.VALUE_HEAD)
+    else:
+        edit_tensors(folder, lambda tensors: tensors | head)
+    loaded = load_model(folder, "reward")
+    assert not loaded.new_head
+    hidden = model.encode(params, np.arange(5)[None])
+    expected = hidden @ head[f"{layer}.weight"][0] + (bias or 0)
+    np.testing.assert_allclose(loaded.model.rewards(loaded.params, hidden), expected, atol=1e-5)
+    save_model(folder.parent / "again", loaded.model, loaded.params)
+    assert_same_params(load_model(folder.parent / "again", "reward").params, loaded.params)
+
+
+@pytest.mark.parametrize("name", ["score.0.weight", "v_head.summary.0.weight", "reward_head.weight", "gating.w"])
+def test_other_heads_are_refused_by_name(name, checkpoint):
+    folder, _, _ = checkpoint()
+    edit_tensors(folder, lambda tensors: {**tensors, name: np.ones((1, 32), np.float32)})
+    with pytest.raises(InputError, match=f"{name} is part of a head that is not known; known are linear layers named "):
+        load_model(folder, "reward")
+
+
 def test_a_language_model_has_no_labels(checkpoint):
     folder, _, _ = checkpoint()
     with pytest.raises(InputError, match="#0: is not a classifier, so it has no labels; leave out #0"):

@@ -9,7 +9,7 @@ import pytest
 
 from pargs_jax.errors import InputError
 from pargs_jax.models.families import FAMILIES
-from pargs_jax.models.hf import load_model, save_model
+from pargs_jax.models.hf import describe_model, load_model, save_model
 from pargs_jax.models.model import unstack_layers
 from pargs_jax.models.modernbert import ModernBertModel
 from pargs_jax.models.rotary import Rotary
