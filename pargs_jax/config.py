@@ -300,6 +300,11 @@ class DecodeConfig:
         "prompt format",
         unset="the one that the reward models were trained with, else the language model's, else plain",
     )
+    rm_format: Literal["same", "auto"] = option(
+        "same",
+        "what reward models read: the 'same' text as the language model (with --format chat, in their own chat "
+        "template), or 'auto': always their own chat template, if they have one and do not remember another format",
+    )
     out: str | None = option(
         None,
         "JSONL file for the answers; a second run continues after the rows in it",

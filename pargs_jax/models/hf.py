@@ -199,8 +199,7 @@ def save_model(
     Files get their names only when they are complete. A reward model becomes `...ForSequenceClassification` with one
     label. transformers reads a causal one at the last token that is not padding: give it a `pad_token_id` that is not
     the end-of-sequence token, or score one text at a time. It leaves out the bias of a value head, so all its rewards
-    differ by that number. It does not know prefix-causal attention: a DeBERTa trained with it loads there, but with full
-    attention.
+    differ by that number. It does not know prefix-causal attention: a DeBERTa trained with it has full attention there.
     """
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory

@@ -233,6 +233,25 @@ class TextTokenizer:
             raise InputError(f"the chat template rejects the conversation: {first_line(error)}") from error
 
     @cached_property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What follows a finished answer in the chat template, such as `<|im_end|>` and a line break; the
+        end-of-sequence token if there is no template, or nothing follows in it."""
+        answer = "the answer"
+        turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        if self.chat_template is None or self.is_pair_encoder:
+            return (self.eos_id,)
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # jinja2's errors, and whatever the template itself raises
+            return (self.eos_id,)
+        _, found, closing = text.rpartition(answer)
+        lead = ":" if self._prepends_space else ""
+        before, ids = (
+            self._tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in (lead, lead + closing)
+        )
+        return tuple(ids[len(before) :] if found else ()) or (self.eos_id,)
+
+    @cached_property
     def _leads(self) -> dict[Place, tuple[str, list[int]]]:
         """For each place, the text to put before a part, and the ids that this text adds."""
         answer = ("", [])
