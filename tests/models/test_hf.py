@@ -102,15 +102,16 @@ def test_torch_shards_are_read_and_ours_by_torch(checkpoint, tmp_path):
     assert_same_params(load_model(tmp_path / "theirs", "vocabulary").params, params)
 
 
-def test_half_precision_checkpoints_keep_their_bits(tmp_path):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_checkpoints_keep_their_bits(dtype, tmp_path):
     model = CausalModel(TINY_CONFIGS["llama"])
-    params = random_params(model, jnp.bfloat16)
+    params = random_params(model, dtype)
     save_model(tmp_path / "first", model, params)
-    assert json.loads((tmp_path / "first" / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = load_model(tmp_path / "first", "vocabulary", dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    loaded = load_model(tmp_path / "first", "vocabulary", dtype=dtype)
     save_model(tmp_path / "second", loaded.model, loaded.params)
     first, second = (load_file(tmp_path / name / weights.SINGLE) for name in ("first", "second"))
-    assert {tensor.dtype for tensor in first.values()} == {np.dtype(jnp.bfloat16)}
+    assert {tensor.dtype for tensor in first.values()} == {np.dtype(dtype)}
     assert_same_tensors(second, first)
     widened = load_model(tmp_path / "first", "vocabulary").params
     assert_same_params(widened, jax.tree.map(lambda x: x.astype(jnp.float32), params))
@@ -225,7 +226,10 @@ def test_hub_ids_are_downloaded_without_pickles(checkpoint, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same_params(load_model("someone/some-model", "vocabulary").params, params)
-    assert asked["name"] == "someone/some-model"
+    assert asked["name"] == "someone/some-model" and asked["revision"] is None
+    assert "consolidated*" in asked["ignored"] and "*/*" in asked["ignored"]
+    assert_same_params(load_model("someone/some-model@v1.0", "vocabulary").params, params)
+    assert asked["name"] == "someone/some-model" and asked["revision"] == "v1.0"
     assert "*.safetensors" in asked["patterns"] and not any("bin" in pattern for pattern in asked["patterns"])
 
 
@@ -237,6 +241,8 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch):
     with pytest.raises(InputError) as error:
         load_model("someone/no-model", "vocabulary")
     assert str(error.value).startswith("someone/no-model: not a local folder") and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="someone/no-model@v9: .* the hub has no revision v9 of such a model"):
+        load_model("someone/no-model@v9", "vocabulary")
 
 
 def without(name):
@@ -286,6 +292,20 @@ DAMAGE = {
     "generation config with a text for a token": (
         lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
         r"generation_config.json: eos_token_id is \['</s>'\], must be a token's number",
+    ),
+    "quantised to integers": (
+        lambda folder: edit_tensors(
+            folder, lambda tensors: tensors | {"model.layers.0.mlp.up_proj.qweight": np.ones((4, 48), np.int32)}
+        ),
+        "qweight is stored as I32, weights must be F16, .*; quantised checkpoints cannot be read",
+    ),
+    "quantised by AWQ": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4}),
+        r"quantization_config is \{'quant_method': 'awq', 'bits': 4\}, must be left out, since quantised checkpoints",
+    ),
+    "quantised by bitsandbytes": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "quantization_config is .*bitsandbytes.*, must be left out, since quantised checkpoints cannot be read",
     ),
     "missing tensor": (
         lambda folder: edit_tensors(folder, without("model.layers.1.mlp.up_proj.weight")),
