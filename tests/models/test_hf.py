@@ -241,7 +241,7 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch):
     with pytest.raises(InputError) as error:
         load_model("someone/no-model", "vocabulary")
     assert str(error.value).startswith("someone/no-model: not a local folder") and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="someone/no-model@v9: .* the hub has no revision v9 of such a model"):
+    with pytest.raises(InputError, match=r"someone/no-model@v9: .* the hub has no revision v9 of such a model"):
         load_model("someone/no-model@v9", "vocabulary")
 
 
