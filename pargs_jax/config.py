@@ -275,8 +275,8 @@ class DecodeConfig:
     )
     rm: tuple[str, ...] = option(
         (),
-        "reward models that guide it: folders, hub ids or PEFT adapters, of the kind that the method needs; PATH#LABEL if "
-        "one has several labels; see docs/models.md",
+        "reward models that guide it: folders, hub ids or PEFT adapters, of the kind that the method needs; PATH#LABEL "
+        "if one has several labels; see docs/models.md",
         metavar="PATH",
     )
     method: MethodName | None = option(

@@ -167,7 +167,8 @@ def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[t
 
     def remembered(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
         sources = tuple(map(str, reward_models))
-        key = (config.lm, sources, roles_of(method, sources), config.dtype, config.unroll)
+        formats = config.dtype, config.lm_dtype, config.rm_dtype, config.rm_format
+        key = (config.lm, sources, roles_of(method, sources), config.unroll, *formats)
         if key not in loaded:
             loaded.clear()
             loaded[key] = open_session(config, reward_models, method)

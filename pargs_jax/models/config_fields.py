@@ -101,7 +101,12 @@ _HARMLESS = (
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "num_beam_groups", "diversity_penalty", "penalty_alpha",
+    "target_lookbehind", "num_beam_groups", "diversity_penalty", "penalty_alpha", "max_time", "stop_strings", "use_mtp",
+    "cache_config", "max_cache_len", "min_p", "min_new_tokens", "top_h", "renormalize_logits", "sequence_bias",
+    "token_healing", "guidance_scale", "watermarking_config", "output_logits", "is_assistant", "low_memory",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_ensemble_weight",
+    "speculation_type", "compile_config", "disable_compile", "continuous_batching_config", "dola_layers",
+    "constraints", "force_words_ids", "forced_decoder_ids", "prefill_chunk_size", "_from_model_config",
 )  # fmt: skip
 
 

@@ -366,6 +366,17 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_the_rows_id(lm, rm, metho
         answers(Session(lm, [str(folder)]), method=method)
 
 
+def test_a_label_of_a_reward_model_is_chosen_by_name(rm, tmp_path):
+    folder = shutil.copytree(rm, tmp_path / "rm")
+    tensors = load_file(folder / "model.safetensors")
+    both = np.concatenate([tensors["score.weight"], 2 * tensors["score.weight"]])
+    save_file({**tensors, "score.weight": both}, folder / "model.safetensors")
+    loaded, _ = reward_models.load_with_tokenizer(f"{folder}#LABEL_1", "reward", "float32")
+    np.testing.assert_array_equal(loaded.params["head"]["linear"]["kernel"].T, both[1:])
+    with pytest.raises(InputError, match=r"rm: this classifier has 2 labels \(LABEL_0, LABEL_1\); choose one"):
+        reward_models.load_with_tokenizer(str(folder), "reward", "float32")
+
+
 def test_a_head_that_no_model_has_is_named(lm):
     with pytest.raises(InputError) as error:
         load_model(lm, "value")

@@ -69,7 +69,7 @@ def test_every_field_that_transformers_knows_is_known_here(family, tmp_path):
 
     config = transformers.CONFIG_MAPPING[family]
     names = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
-    names |= GenerationConfig._get_default_generation_params().keys()
+    names |= vars(GenerationConfig()).keys()
     names |= config(**SMALL[family]).to_dict().keys()
     assert [name for name in names if not FAMILIES[family].config.HF_FIELDS.knows(name)] == []
     describe(tmp_path, family, **{**config(**SMALL[family]).to_dict(), "model_type": family})
