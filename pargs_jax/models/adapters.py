@@ -97,6 +97,8 @@ class Adapter(NamedTuple):
                 pattern = fields.get(name) or {}
                 if not isinstance(pattern, dict) or not all(map(_is_positive, pattern.values())):
                     raise InputError(f"{name} is {pattern!r}, must be an object of numbers above 0")
+                for layers in pattern:
+                    _check_pattern(name, layers)
             if not _is_positive(fields.get("lora_alpha", 8)):
                 raise InputError(f"lora_alpha is {fields['lora_alpha']!r}, must be a number above 0")
         return cls(folder, fields)
@@ -139,11 +141,11 @@ class Adapter(NamedTuple):
             name = family.name_in_rows(f"{layer}.weight")
             if name not in tensors:
                 raise InputError(f"{path}: adapts {layer}, which the model's checkpoint does not store")
-            rank = pair["A"].shape[0]
-            shapes = [half.shape for half in (pair["B"], pair["A"])]
-            if len(shapes[0]) != 2 or len(shapes[1]) != 2 or shapes[0][1] != rank:
-                raise InputError(f"{path}: the matrices of {layer} have shapes {shapes[0]} and {shapes[1]}")
-            tensors.additions[name] = Addition(pair["A"], pair["B"], self._scale(layer, rank))
+            b, a, own = pair["B"].shape, pair["A"].shape, tensors[name].shape
+            # The layers of GPT-2 are stored the other way round.
+            if len(a) != 2 or b[1:] != a[:1] or sorted((b[0], a[1])) != sorted(own):
+                raise InputError(f"{path}: the matrices of {layer} have shapes {b} and {a}, that of the model {own}")
+            tensors.additions[name] = Addition(pair["A"], pair["B"], self._scale(layer, a[0]))
 
     def _scale(self, layer: str, rank: int) -> float:
         alpha = self.fields.get("lora_alpha", 8)
@@ -162,6 +164,13 @@ def _parse(stored: Stored) -> tuple[str, str | None, str]:
         raise InputError(f"{stored.path}: {stored.name} is not a part of a LoRA adapter for linear layers")
     layer, sign, half = name.removesuffix(".weight").rpartition(".lora_")
     return (layer, half, name) if sign else (name, None, name)
+
+
+def _check_pattern(field: str, layers: str) -> None:
+    try:
+        re.compile(layers)
+    except re.error as error:
+        raise InputError(f"{field} has {layers!r}, must be a regular expression ({error})") from None
 
 
 def _is_positive(value: Any) -> bool:

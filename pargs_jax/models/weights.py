@@ -172,7 +172,7 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
     if head not in tensors:
         return model
     tensors.setdefault(embed, tensors[head])
-    if tensors.are_equal(head, embed):
+    if tensors.are_equal(head, embed) and head not in tensors.additions:
         return model
     warn(f"{folder}: config.json ties {head} to {embed}, but the checkpoint stores a different one, which is used")
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
