@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pargs_jax.errors import InputError
 
@@ -22,9 +22,14 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
     partial.replace(path)
+
+
+def flush_to_disk(file: IO[Any]) -> None:
+    """Returns when what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _check_regular(path: Path) -> None:
@@ -42,19 +47,22 @@ def append_all(file: IO[bytes], text: str) -> None:
         left = left[file.write(left) :]
 
 
-def hold(file: IO[bytes], busy: str) -> None:
-    """Locks an open file until it is closed; the kernel unlocks it when the process ends for any reason.
+def hold(file: IO[bytes], busy: str) -> bool:
+    """Locks an open file until it is closed; the kernel unlocks it when the process ends for any reason. Returns
+    whether it is locked.
 
     Raises InputError, with the message `busy`, if another process has the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError:
         raise InputError(busy) from None
     except OSError as error:
         # Some network file systems have no locks; running without one is better than not running.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+        return False
 
 
 @contextmanager

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "sharding": {"errors"},
     "progress": set(),
     "text": {"json_text", "errors"},
-    "data": {"text", "json_text", "errors"},
+    "data": {"text", "durable_files", "json_text", "errors"},
     "demo": {"errors"},
     "models": {"sharding", "json_text", "errors"},
     "objectives": {"data", "options", "errors"},  # of data, the type of a batch

@@ -40,6 +40,7 @@ class TextTokenizer:
 
     Attributes:
         vocab_size: number of tokens, added ones included.
+        needed_embeddings: the largest token id, and one.
         bos_id: the beginning-of-sequence token, or None.
         eos_ids: the tokens that end an answer, the tokenizer's own first.
         is_pair_encoder: whether prompt and answer are a sentence pair, `[CLS] prompt [SEP] answer [SEP]`, as DeBERTa
@@ -57,7 +58,7 @@ class TextTokenizer:
         """
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
-        self._needed_embeddings = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.needed_embeddings = max(tokenizer.get_vocab().values(), default=-1) + 1
         pair_ends = _sentence_pair_ends(tokenizer)
         self.is_pair_encoder: bool = pair_ends is not None
         self.bos_id: int | None
@@ -105,9 +106,9 @@ class TextTokenizer:
 
         Raises InputError if a token has no embedding, or less than half of the embeddings have a token.
         """
-        if self._needed_embeddings > count:
+        if self.needed_embeddings > count:
             raise InputError(
-                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, but the model has {count}"
+                f"{source}: its tokenizer needs {self.needed_embeddings} embeddings, but the model has {count}"
             )
         found = f"{source}: its tokenizer has {self.vocab_size} tokens, but the model has {count} embeddings"
         if 2 * self.vocab_size < count:
