@@ -381,6 +381,12 @@ class DecodeConfig:
         "run layers one by one instead of as a scan: faster steps, longer compilation; auto: yes except on TPU",
         may_change=True,
     )
+    cut_prompts: bool = option(
+        False,
+        "cut prompts that are too long for a model: there they lose tokens on the left, after its BOS token; otherwise "
+        "they are refused",
+        may_change=True,  # of prompts that fit, it changes nothing
+    )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
     search: SearchConfig = SearchConfig()
     processes: ProcessesConfig = ProcessesConfig()

@@ -15,13 +15,13 @@ from pargs_jax.errors import InputError
 _FOREIGN_OS_ERROR = re.compile(r"os[_ ]error\D*(\d+)")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers find the old text or the new one, even after a kill. Raises InputError
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one step: readers find the old content or the new one, even after a kill. Raises InputError
     for a path that is a folder or a device."""
     _check_regular(path)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         flush_to_disk(file)
     partial.replace(path)
 

@@ -45,6 +45,7 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.look_ahead,
         config.preference,
         tuple(config.search.given.items()),
+        config.cut_prompts,
     )
     if config.rm:
         settings.guide_weights(len(config.rm))
@@ -81,6 +82,7 @@ def generate(
             if file is not None:
                 file.write(batch)
             answers += batch
+        on_first(lambda: file.put_in_order(prompts))
     console.print(f"wrote {len(answers)} answers to {config.out}", highlight=False)
     say_true_reward(config, answers, console)
     return answers

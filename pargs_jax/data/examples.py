@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from pargs_jax.data.preferences import Preference
 from pargs_jax.errors import InputError
-from pargs_jax.text.tokenization import TextTokenizer
+from pargs_jax.text.tokenization import TextTokenizer, cut_left
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class Cutting:
             for each in group
             for text in (each.chosen, each.rejected)[: self.answers]
         ]
-        prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), self.max_length, tokenizer.bos_id)
+        prompt = self._cut_prompt(whole_prompt, max(map(len, whole_answers)))
         capacity = self.max_length - len(prompt)
         cut_answers = [ids[:capacity] for ids in whole_answers]
         lost = [len(whole) - len(cut) for whole, cut in zip(whole_answers, cut_answers, strict=True)]
@@ -173,6 +173,10 @@ class Cutting:
             )
         rewards = None if preference.reward is None else tuple(each.reward for each in group)
         return Example(np.asarray(prompt, np.int32), ids, prefixes, rewards, preference.labels), report
+
+    def _cut_prompt(self, prompt: list[int], longest_answer: int) -> list[int]:
+        most = max(self.max_length - longest_answer, self.max_length // 2)
+        return cut_left(prompt, most, self.tokenizer.bos_id)
 
 
 def tokenise(
@@ -230,16 +234,6 @@ def _samples_of_prompts(preferences: Sequence[Preference], count: int) -> list[l
         most = max(map(len, by_prompt.values()))
         raise InputError(f"no prompt has {count} scored answers (objective.n), the most are {most}")
     return groups
-
-
-def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id: int | None) -> list[int]:
-    """The prompt without the tokens on its left that `tokenise` removes."""
-    excess = len(prompt) + longest_answer - max_length
-    if excess <= 0:
-        return prompt
-    keep = max(len(prompt) - excess, min(len(prompt), max_length // 2))
-    head = prompt[:1] if prompt[0] == bos_id else []
-    return head + prompt[len(prompt) - keep + len(head) :]
 
 
 def _prefixes_at(

@@ -134,7 +134,7 @@ class Rows:
         """A digest that differs when the source does. Of a file, it covers its path, size and time, and samples of its
         content: all of it up to 4 MiB, 64 places in larger ones. Raises InputError for a source that is not there."""
         path = Path(self.source)
-        if not path.is_file():
+        if self._file_reader() is None:
             return _hub_dataset(str(self.source), self.split or "train")._fingerprint
         with _read_errors_named_after(self.source), open(path, "rb") as file:
             status = path.stat()
@@ -167,19 +167,24 @@ class Rows:
         return split == self.split
 
     def _read(self) -> Iterator[SourceRow]:
-        path = Path(self.source)
-        ending = next((ending for ending in _FILE_READERS if path.name.lower().endswith(ending)), None)
-        if path.is_file():
-            if ending is None:
-                raise InputError(
-                    f"{self.source}: cannot read this kind of file; it must end in {', '.join(_FILE_READERS)}"
-                )
-            with _read_errors_named_after(self.source):
-                yield from _FILE_READERS[ending](path, self.share)
-        elif path.is_dir() or (ending is None and HUB_ID.fullmatch(str(self.source))):
+        reader = self._file_reader()
+        if reader is None:
             yield from _hub_rows(str(self.source), self.split or "train", self.share)
         else:
-            raise InputError(f"{self.source}: no such file, and not a hub id such as Anthropic/hh-rlhf")
+            with _read_errors_named_after(self.source):
+                yield from reader(Path(self.source), self.share)
+
+    def _file_reader(self) -> "Callable[[Path, Share], Iterator[SourceRow]] | None":
+        """What reads the source; None for a data set. Raises InputError if it is neither a file nor a data set."""
+        path = Path(self.source)
+        ending = next((ending for ending in _FILE_READERS if path.name.lower().endswith(ending)), None)
+        if path.is_file() and ending is None:
+            raise InputError(f"{self.source}: cannot read this kind of file; it must end in {', '.join(_FILE_READERS)}")
+        if path.is_file():
+            return _FILE_READERS[ending]
+        if path.is_dir() or (ending is None and HUB_ID.fullmatch(str(self.source))):
+            return None
+        raise InputError(f"{self.source}: no such file, and not a hub id such as Anthropic/hh-rlhf")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ A part is a folder with two or more files of plain numbers, little-endian:
 Files are checked by their size and a checksum before they are used, so that one that was cut or altered is noticed.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -128,8 +129,9 @@ class _Part:
 
     def __init__(self, folder: Path, summary: PartSummary) -> None:
         def mapped(name: str, dtype: str, columns: int) -> np.ndarray | None:
-            found = np.memmap(folder / name, dtype, mode="r") if name in summary.files else None
-            return found if found is None else found.reshape(-1, columns)
+            if name not in summary.files:
+                return None
+            return np.memmap(folder / name, dtype, mode="r").view(np.ndarray).reshape(-1, columns)
 
         self._summary = summary
         self._tokens = mapped("tokens", f"<u{summary.token_bytes}", 1)[:, 0]
@@ -159,7 +161,8 @@ class _Part:
 
 def _cut(numbers: Int[np.ndarray, "N"], lengths: Sequence[int]) -> list[Int[np.ndarray, "M"]]:
     """Pieces of these lengths, and the rest."""
-    return np.split(numbers, np.cumsum(lengths)) if lengths else [numbers]
+    ends = list(itertools.accumulate(lengths))
+    return [numbers[start:end] for start, end in zip([0, *ends], [*ends, len(numbers)], strict=True)]
 
 
 class _CheckedFile(AbstractContextManager):

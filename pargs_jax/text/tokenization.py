@@ -274,6 +274,14 @@ class TextTokenizer:
         return self._tokenizer.is_fast and type(self._tokenizer.backend_tokenizer.model).__name__ == "Unigram"
 
 
+def cut_left(prompt_ids: list[int], most: int, bos_id: int | None) -> list[int]:
+    """At most so many ids of a prompt, at least 1: those on its left are cut, but never BOS."""
+    if len(prompt_ids) <= most:
+        return prompt_ids
+    head = prompt_ids[:1] if prompt_ids[0] == bos_id else []
+    return head + prompt_ids[len(prompt_ids) - most + len(head) :]
+
+
 def _sentence_pair_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
     """The ids of [CLS] and [SEP], if the tokenizer encodes texts as `[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`."""
     text = tokenizer.encode("a", add_special_tokens=False)
