@@ -346,6 +346,8 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
     if config.optim.moment_dtype != "bfloat16":
         ways.append("--optim.moment-dtype bfloat16")
+    if config.optim.square_dtype != "bfloat16":
+        ways.append("--optim.square-dtype bfloat16")
     if lora_of(config) is None:
         ways.append("--lora.rank 16")
     return [*ways, "more devices, or a larger fsdp axis"]
