@@ -275,6 +275,11 @@ def answers(path: Path) -> list[dict[str, Any]]:
     return [{**row, "seconds": None} for row in whole_lines(path)]
 
 
+def told(found: dict[str, Any]) -> dict[str, Any]:
+    print(found, flush=True)
+    return found
+
+
 def print_table(title: str, columns: dict[str, dict[str, Any]]) -> None:
     print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for what in next(iter(columns.values())):
@@ -298,10 +303,10 @@ def main() -> None:
         names = {
             case: f"{case.name}, {case.processes} process{'es' * (case.processes > 1)}" for case in trained + decoded
         }
-        trainings = {names[case]: kill_training(work, case, draw) for case in trained if case.kills}
+        trainings = {names[case]: told(kill_training(work, case, draw)) for case in trained if case.kills}
         if decoded and not trainings:
             finish(training(work, trained[0], "alone"), trained[0], work)  # the reward model
-        decodings = {names[case]: kill_decoding(work, case, draw) for case in decoded}
+        decodings = {names[case]: told(kill_decoding(work, case, draw)) for case in decoded}
     print(f"\nseed {given.seed}, {time.monotonic() - began:.0f} s")
     for title, found in {"`train.py`": trainings, "`decode.py`": decodings}.items():
         if found:
