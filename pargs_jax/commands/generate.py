@@ -117,7 +117,7 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
 
 def error_console() -> Console:
     """Standard error, of the first process alone."""
-    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True, markup=False, emoji=False)
 
 
 def say_true_reward(config: DecodeConfig, answers: Sequence[Answer], console: Console) -> None:

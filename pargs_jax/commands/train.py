@@ -70,7 +70,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     require_packages(config.log)
     with ensured_mesh() as mesh, claimed_folder(config) as folder:
         check_rows(config, mesh)
-        _train(config, folder, console or Console(quiet=jax.process_index() > 0, soft_wrap=True))
+        _train(
+            config, folder, console or Console(quiet=jax.process_index() > 0, soft_wrap=True, markup=False, emoji=False)
+        )
     return folder
 
 

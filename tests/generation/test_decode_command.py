@@ -89,11 +89,13 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
 
 
 def test_answers_end_up_in_the_order_of_the_prompts(decode, lm, rm, tmp_path):
-    path, out, trace = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "trace.jsonl"))
+    """Also in files whose names look like the markup of a terminal."""
+    path, out, trace = (tmp_path / name for name in ("prompts.jsonl", "answers[b].jsonl", "trace.jsonl"))
     prompts = [{"id": f"p{i}", "prompt": "Help " * (5 - i)} for i in range(5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = (*common(lm, rm, path, out), "--n", 2, "--trace", trace)
-    assert decode(*options)[0] == 0
+    code, _, err = decode(*options)
+    assert code == 0 and f"wrote 10 answers to {out}" in " ".join(err.split())
     files = [file.read_bytes() for file in (out, trace)]
     for file in (out, trace):
         assert [(row["id"], row["sample"]) for row in rows(file)] == [(f"p{i}", n) for i in range(5) for n in range(2)]
