@@ -35,6 +35,8 @@ from pargs_jax.testing import tiny_model, tiny_tokenizer
 REPOSITORY = Path(__file__).parents[1]
 SAVE_EVERY = 10
 POLL = 0.001  # seconds; a save of this model takes some 50 times as long
+EXACT = ("id", "sample", "prompt", "response", "finish_reason", "tokens", "lm_tokens", "rm_tokens")
+NUMBERS = ("log_probability", "kl", "guide_reward")
 STEPS_BETWEEN_KILLS, ANSWERS_BETWEEN_KILLS = 20, 6  # at most
 
 
@@ -243,12 +245,9 @@ def kill_decoding(work: Path, case: Case, draw: random.Random) -> dict[str, Any]
         kill_when(lambda wanted=wanted: len(whole_lines(out)) >= wanted, delay, command, case, work, draw)
         print(f"{case.folder}, kill {number + 1:2}: {len(whole_lines(out))} answers written", flush=True)
     finish(decoding(work, case, "killed"), case, work)
-    alone, killed = (answers(work / case.folder / f"{name}.jsonl") for name in ("alone", "killed"))
-    return {
-        "kills": case.kills,
-        "prompts": case.prompts,
-        "answers, in the order of the prompts": compared(alone == killed and len(killed) == case.prompts),
-    }
+    return {"kills": case.kills, "prompts": case.prompts} | compared_answers(
+        *(whole_lines(work / case.folder / f"{name}.jsonl") for name in ("alone", "killed"))
+    )
 
 
 def compared(is_same: bool) -> str:
@@ -270,9 +269,16 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
     return [(line["step"], line["split"], line["loss"]) for line in whole_lines(run / "metrics.jsonl")]
 
 
-def answers(path: Path) -> list[dict[str, Any]]:
-    """The rows, less the time they took."""
-    return [{**row, "seconds": None} for row in whole_lines(path)]
+def compared_answers(alone: list[dict[str, Any]], killed: list[dict[str, Any]]) -> dict[str, str]:
+    """Texts and numbers of tokens, in order; and numbers, which are sums over rows of a width that depends on which
+    prompts were left to answer together."""
+    texts = [[tuple(row[name] for name in EXACT) for row in rows] for rows in (alone, killed)]
+    pairs = [(a[name], b[name]) for a, b in zip(alone, killed, strict=False) for name in NUMBERS]
+    largest = max((abs(a - b) / max(abs(a), abs(b)) for a, b in pairs if a != b), default=0.0)
+    return {
+        "answers, in the order of the prompts": compared(texts[0] == texts[1]),
+        "largest difference of log-probabilities, KL and rewards": f"{largest:.1e}",
+    }
 
 
 def told(found: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _cache(config: TrainConfig, console: Console) -> ExampleCache | None:
         cache = ExampleCache(folder, own, partial(console.print, highlight=False), ADVICE)
         if not os.access(folder, os.W_OK):
             problem = "it cannot be written"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         problem = write_error_reason(error) or str(error)
     if from_first(np.asarray(bool(problem))):
         if config.data.cache is not None:

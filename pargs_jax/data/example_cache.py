@@ -129,7 +129,12 @@ class ExampleCache:
                     raise InputError(text)
                 return self._known(key)
             if not has_made and (meeting / _BUILD).exists():
-                write_whole(meeting / f"made-{self._own.number}", json.dumps(self._make_part(wanted, meeting)))
+                try:
+                    with write_errors_named_after(self._folder, self._advice):
+                        made = self._make_part(wanted, meeting)
+                except InputError as error:
+                    made = {"error": str(error)}
+                write_whole(meeting / f"made-{self._own.number}", json.dumps(made))
                 has_made = True
             time.sleep(_POLL)
         return self._known(key)
@@ -137,13 +142,13 @@ class ExampleCache:
     def _make(self, wanted: ExampleSet, key: str, meeting: Path) -> CachedSet:
         """Makes the set with all processes, and gives it its name."""
         write_whole(meeting / _BUILD, "")
-        others = [meeting / f"made-{number}" for number in range(1, self._own.count)]
         made = [self._make_part(wanted, meeting)]
-        while not all(path.exists() for path in others):
-            time.sleep(_POLL)
-        made += [parse_json(path.read_bytes()) for path in others]
-        for error in (part["error"] for part in made if "error" in part):
-            raise InputError(error)
+        for number in range(1, self._own.count):
+            while not (path := meeting / f"made-{number}").exists():
+                time.sleep(_POLL)
+            made.append(parse_json(path.read_bytes()))
+            if "error" in made[-1]:
+                raise InputError(made[-1]["error"])
         found = sum((Found.from_json(part["found"]) for part in made), Found())
         wanted.check(found)
         if wanted.key() != key:
@@ -163,25 +168,22 @@ class ExampleCache:
         return CachedSet(place)
 
     def _make_part(self, wanted: ExampleSet, meeting: Path) -> dict[str, Any]:
-        """Tokenises this process's share. Returns what it found, or the error that says why it could not."""
+        """Tokenises this process's share. Returns what it found and what it wrote, as JSON holds them."""
         folder = meeting / _part(self._own.number)
-        try:
-            with (
-                PartWriter(folder, wanted.token_bytes) as writer,
-                # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
-                (folder / _BAD_ROWS).open("w", encoding="utf-8", errors="backslashreplace") as bad_rows,
-            ):
+        with (
+            PartWriter(folder, wanted.token_bytes) as writer,
+            # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
+            (folder / _BAD_ROWS).open("w", encoding="utf-8", errors="backslashreplace") as bad_rows,
+        ):
 
-                def refuse(row: BadRow) -> None:
-                    bad_rows.write(row.text())
+            def refuse(row: BadRow) -> None:
+                bad_rows.write(row.text())
 
-                found = wanted.read(self._own, writer.add, refuse)
-                flush_to_disk(bad_rows)
-                summary = asdict(writer.finish())
-            summary["files"][_BAD_ROWS] = mark_of(folder / _BAD_ROWS)
-            return {"found": found.to_json(), "summary": summary}
-        except InputError as error:
-            return {"error": str(error)}
+            found = wanted.read(self._own, writer.add, refuse)
+            flush_to_disk(bad_rows)
+            summary = asdict(writer.finish())
+        summary["files"][_BAD_ROWS] = mark_of(folder / _BAD_ROWS)
+        return {"found": found.to_json(), "summary": summary}
 
     def _intact(self, key: str) -> CachedSet | None:
         """The set of this key, if it is there and nothing of it was altered."""
