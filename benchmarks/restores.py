@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
 from pargs_jax.commands.train import training_program
 from pargs_jax.config import ModelConfig, OptimConfig, TrainConfig
 from pargs_jax.data.batches import Batches
 from pargs_jax.data.examples import Example
-from pargs_jax.mesh import start
+from pargs_jax.mesh import AXES
 from pargs_jax.models.hf import load_model, save_model
+from pargs_jax.processes import start_processes
 from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.sharding import place_rows, place_whole, to_host
 from pargs_jax.testing import tiny_model, tiny_tokenizer
@@ -60,20 +62,23 @@ LAYOUTS = [Layout(1, 1, "data")] + [
 
 
 class Worker:
-    """One process of a layout."""
+    """One of the processes that save or restore on a layout."""
 
-    def __init__(self, work: Path, layout: Layout, index: int, address: str) -> None:
-        several = layout.processes > 1
+    def __init__(self, work: Path, layout: Layout) -> None:
         self.layout, self.work = layout, work
         self.config = TrainConfig(
-            mesh=f"cpu-{layout.devices},{layout.axis}={layout.devices}",
-            distributed=several,
-            processes=ProcessesConfig(address, layout.processes, index) if several else ProcessesConfig(),
             model=ModelConfig(init=str(work / "lm")),
             optim=OptimConfig(moment_dtype="bfloat16", square_dtype="bfloat16"),
             max_length=32,
         )
-        self.mesh = start(self.config)
+        each = layout.devices // layout.processes  # devices of a process
+        devices = [
+            device
+            for process in range(layout.processes)
+            for device in [device for device in jax.devices() if device.process_index == process][:each]
+        ]
+        shape = [layout.devices if axis == layout.axis else 1 for axis in AXES]
+        self.mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
     def program(self) -> tuple[TrainingProgram, dict]:
         pretrained = load_model(self.config.model.init, "reward", seed=0)
@@ -137,7 +142,8 @@ def bits(x: jax.Array) -> np.ndarray:
     return np.atleast_1d(to_host(x)).view(np.uint8)
 
 
-def launch(work: Path, layout: Layout, what: str) -> None:
+def launch(work: Path, processes: int, *tasks: str) -> None:
+    """Does the tasks on all layouts of so many processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -146,16 +152,29 @@ def launch(work: Path, layout: Layout, what: str) -> None:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    processes = [
+    running = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", what, str(LAYOUTS.index(layout)), str(index), address, str(work)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, __file__, "--worker", ",".join(tasks), str(processes), str(index), address, str(work)],
+            env=environment,
         )
-        for index in range(layout.processes)
-    ]  # fmt: skip
-    printed = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"{layout}, {what}:\n" + "\n".join(text[-3000:] for text in printed))
+        for index in range(processes)
+    ]
+    if any([process.wait() for process in running]):
+        raise SystemExit(f"{processes} processes, {tasks}: failed")
+
+
+def work_on(tasks: str, processes: int, index: int, address: str, work: Path) -> None:
+    """What one process of a launch does."""
+    jax.config.update("jax_num_cpu_devices", 4 // processes)
+    if processes > 1:
+        start_processes(ProcessesConfig(address, processes, index))
+    for task in tasks.split(","):
+        for layout in (layout for layout in LAYOUTS if layout.processes == processes):
+            worker = Worker(work, layout)
+            with jax.set_mesh(worker.mesh):
+                {"save": worker.save, "restore": worker.restore}[task]()
+            if index == 0:
+                print(f"{task}: {layout}", flush=True)
 
 
 def main() -> None:
@@ -163,25 +182,20 @@ def main() -> None:
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        what, number, index, address, work = given.worker
-        worker = Worker(Path(work), LAYOUTS[int(number)], int(index), address)
-        with jax.set_mesh(worker.mesh):
-            {"save": worker.save, "restore": worker.restore}[what]()
+        tasks, processes, index, address, work = given.worker
+        work_on(tasks, int(processes), int(index), address, Path(work))
         return
-    began, found = time.monotonic(), {}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tokenizer = tiny_tokenizer()
         model, params = tiny_model("llama", "reward", vocab_size=tokenizer.vocab_size)
         save_model(work / "lm", model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
         tokenizer.save(work / "lm")
-        for layout in LAYOUTS:
-            launch(work, layout, "save")
-            print(f"saved: {layout}", flush=True)
-        for layout in LAYOUTS:
-            launch(work, layout, "restore")
-            found[str(layout)] = json.loads((work / f"{layout.folder}.json").read_text())
-            print(f"restored on {layout}: {found[str(layout)]}", flush=True)
+        launch(work, 1, "save")
+        launch(work, 2, "save", "restore")
+        launch(work, 1, "restore")
+        found = {str(layout): json.loads((work / f"{layout.folder}.json").read_text()) for layout in LAYOUTS}
     wrong = {f"{saved} -> {layout}": said for layout, of in found.items() for saved, said in of.items() if said}
     count = sum(map(len, found.values()))
     print(f"\n{count} pairs of layouts in {time.monotonic() - began:.0f} s; {len(wrong)} of them wrong")
