@@ -1,9 +1,12 @@
 """Kills runs with SIGKILL at random moments, resumes them, and compares the end with that of a run left alone.
 
-    python benchmarks/kill_and_resume.py --kills 20 --decode-kills 5
+    python benchmarks/kill_and_resume.py --kills 25 --decode-kills 25
 
-`train.py` and `decode.py` run as they would for anyone, on a tiny random Llama and the demo task, with all that draws
-on randomness: dropout, sampled prefixes, shuffled data. The last table printed is in docs/runs_that_cannot_be_lost.md.
+`train.py` and `decode.py` run as they would for anyone, on a tiny random Llama, with all that draws on randomness:
+dropout, sampled prefixes, shuffled data; in one process and in two; training with batches as they are and packed, from
+rows that are tokenised into a cache; decoding with rows that are filled again where an answer has ended. Each of these
+is killed so many times. Of two processes, one is killed first, and the other up to half a second later. The table that
+is printed is in docs/runs_that_cannot_be_lost.md.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,33 @@ from pargs_jax.models.hf import save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
-STEPS, SAVE_EVERY, PROMPTS = 400, 10, 48
+SAVE_EVERY = 10
 POLL = 0.001  # seconds; a save of this model takes some 50 times as long
+EXACT = ("id", "sample", "prompt", "response", "finish_reason", "tokens", "lm_tokens", "rm_tokens")
+NUMBERS = ("log_probability", "kl", "guide_reward")
+STEPS_BETWEEN_KILLS, ANSWERS_BETWEEN_KILLS = 20, 6  # at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that is killed so many times, in so many processes."""
+
+    name: str
+    processes: int
+    kills: int
+    options: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.processes}".replace(" ", "-")
+
+    @property
+    def steps(self) -> int:
+        return 40 + STEPS_BETWEEN_KILLS * self.kills
+
+    @property
+    def prompts(self) -> int:
+        return 8 + ANSWERS_BETWEEN_KILLS * self.kills
 
 
 def save_language_model(folder: Path) -> None:
@@ -39,57 +69,89 @@ def save_language_model(folder: Path) -> None:
     tokenizer.save(folder)
 
 
-def training(work: Path, out: str) -> list[str]:
+def write_rows(work: Path, prompts: int) -> None:
+    """Pairs to train on, and prompts to answer."""
+    pairs = [
+        {
+            "prompt": f"Customer: my lamp {i} broke\nAgent:",
+            "chosen": f" Sorry{', sorry' * (i % 5)}.",
+            "rejected": " No.",
+        }
+        for i in range(96)
+    ]
+    asked = [{"id": f"p{i}", "prompt": pairs[i % 96]["prompt"] + " So" * (i % 4)} for i in range(prompts)]
+    for name, rows in {"pairs.jsonl": pairs, "prompts.jsonl": asked}.items():
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training(work: Path, case: Case, out: str) -> list[str]:
     """The command of a run that uses all the randomness there is."""
     options = {
-        "--out": work / out, "--model.init": work / "lm", "--model.dropout": 0.1, "--data.demo-pairs": 64,
-        "--max-length": 64, "--steps": STEPS, "--save-every": SAVE_EVERY, "--eval-every": 100, "--log-every": 1,
-        "--objective.sample": 4, "--optim.accumulation": 2, "--optim.weight-decay": 0.1,
+        "--out": work / case.folder / out, "--model.init": work / "lm", "--model.dropout": 0.1,
+        "--data.train": work / "pairs.jsonl", "--data.held-out": 0.2, "--data.cache": work / f"{case.folder}-{out}",
+        "--max-length": 64, "--steps": case.steps, "--save-every": SAVE_EVERY, "--eval-every": 100, "--log-every": 1,
+        "--objective.sample": 4, "--optim.accumulation": 2, "--optim.weight-decay": 0.1, "--mesh": "cpu-2",
     }  # fmt: skip
-    return [sys.executable, str(REPOSITORY / "train.py"), *(str(word) for pair in options.items() for word in pair)]
+    return [str(REPOSITORY / "train.py"), *(str(word) for pair in options.items() for word in pair), *case.options]
 
 
-def decoding(work: Path, out: str) -> list[str]:
+def decoding(work: Path, case: Case, out: str) -> list[str]:
     options = {
-        "--lm": work / "lm", "--rm": work / "alone", "--method": "pargs", "--prompts": work / "prompts.jsonl",
-        "--max-new-tokens": 16, "--batch-size": 2, "--out": work / out,
+        "--lm": work / "lm", "--rm": work / "plain-1" / "alone", "--method": "pargs",
+        "--prompts": work / "prompts.jsonl", "--limit": case.prompts, "--max-new-tokens": 16, "--batch-size": 4,
+        "--out": work / case.folder / f"{out}.jsonl", "--mesh": "cpu-2",
     }  # fmt: skip
-    return [sys.executable, str(REPOSITORY / "decode.py"), *(str(word) for pair in options.items() for word in pair)]
+    return [str(REPOSITORY / "decode.py"), *(str(word) for pair in options.items() for word in pair)]
 
 
 @contextmanager
-def started(command: list[str], work: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which is killed in the end if it still runs."""
+def started(command: list[str], case: Case, work: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The command in processes of its own, which are killed in the end if they still run."""
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
+        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = ["--distributed", "--processes.coordinator", f"localhost:{free.getsockname()[1]}"]
+    together += ["--processes.count", str(case.processes), "--processes.index"]
+    own = [[*together, str(index)] if case.processes > 1 else [] for index in range(case.processes)]
     with (work / "log.txt").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        processes = [
+            subprocess.Popen([sys.executable, *command, *words], env=environment, stdout=log, stderr=log)
+            for words in own
+        ]
     try:
-        yield process
+        yield processes
     finally:
-        process.kill()
-        process.wait()
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def finish(command: list[str], work: Path) -> None:
-    with started(command, work) as process:
-        if process.wait() != 0:
+def finish(command: list[str], case: Case, work: Path) -> None:
+    with started(command, case, work) as processes:
+        if any([process.wait() for process in processes]):
             raise SystemExit(f"{' '.join(command)} failed:\n{(work / 'log.txt').read_text()[-3000:]}")
 
 
-def kill_when(condition: Callable[[], bool], delay: float, command: list[str], work: Path) -> None:
+def kill_when(
+    condition: Callable[[], bool], delay: float, command: list[str], case: Case, work: Path, draw: random.Random
+) -> None:
     """Starts the command, waits for the condition and `delay` seconds more, and sends SIGKILL."""
-    with started(command, work) as process:
-        while process.poll() is None and not condition():
+    with started(command, case, work) as processes:
+        while all(process.poll() is None for process in processes) and not condition():
             time.sleep(POLL)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            raise SystemExit(f"ended before it was killed:\n{(work / 'log.txt').read_text()[-3000:]}")
+        draw.shuffle(processes)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            if process.wait() != -signal.SIGKILL:
+                raise SystemExit(f"ended before it was killed:\n{(work / 'log.txt').read_text()[-3000:]}")
+            time.sleep(draw.uniform(0, 0.5) if process is not processes[-1] else 0)
 
 
 def saved_step(run: Path) -> int:
@@ -122,105 +184,140 @@ class Metrics:
         return max((line["step"] for line in whole_lines(self._path)), default=self._first) - self._first
 
 
-def kill_training(work: Path, kills: int, startup: float, draw: random.Random) -> tuple[Counter[str], int]:
-    """Kills and resumes; returns how often in which phase, and how many steps had to be done again."""
-    run, command = work / "killed", [*training(work, "killed"), "--resume"]
-    aims = [("start", "step", "save", "step", "save")[number % 5] for number in range(kills)]
+def kill_training(work: Path, case: Case, draw: random.Random) -> dict[str, Any]:
+    """Kills and resumes; returns what to say of it."""
+    folder = work / case.folder
+    finish(training(work, case, "alone"), case, work)
+    metrics, began = Metrics(folder / "again"), time.monotonic()
+    kill_when(lambda: metrics.steps() > 0, 0, training(work, case, "again"), case, work, draw)
+    startup = time.monotonic() - began
+
+    run, command = folder / "killed", [*training(work, case, "killed"), "--resume"]
+    aims = [("start", "step", "save", "step", "save")[number % 5] for number in range(case.kills)]
     draw.shuffle(aims)
     phases: Counter[str] = Counter()
     lost = 0
     for number, aim in enumerate(aims, 1):
         metrics = Metrics(run)
         if aim == "start":
-            kill_when(lambda: True, draw.uniform(0.1, 0.95) * startup, command, work)
+            kill_when(lambda: True, draw.uniform(0.1, 0.95) * startup, command, case, work, draw)
         else:
-            wanted, saving = draw.randint(1, 20), aim == "save"
+            wanted, saving = draw.randint(1, STEPS_BETWEEN_KILLS), aim == "save"
 
             def reached(metrics: Metrics = metrics, wanted: int = wanted, saving: bool = saving) -> bool:
                 return metrics.steps() >= wanted and is_saving(run) == saving
 
-            kill_when(reached, draw.uniform(0, 0.03), command, work)
+            kill_when(reached, draw.uniform(0, 0.03), command, case, work, draw)
         # Before the first step, what looks like a save is what the kill before left of one.
         phase = "start" if metrics.steps() == 0 else "save" if is_saving(run) else "step"
         done = max((line["step"] for line in whole_lines(run / "metrics.jsonl")), default=0)
         phases[phase] += 1
         lost += done - saved_step(run)
-        print(f"kill {number:2}: aimed at {aim}, hit {phase}; {done} steps done, {saved_step(run)} saved", flush=True)
-    finish(command, work)
-    return phases, lost
+        print(
+            f"{case.folder}, kill {number:2}: aimed at {aim}, hit {phase}; {done} steps done, {saved_step(run)} saved",
+            flush=True,
+        )
+    finish(command, case, work)
+    runs = [folder / name for name in ("alone", "killed")]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    return {
+        "kills": case.kills,
+        "while it started": phases["start"],
+        "in a step": phases["step"],
+        "in a save": phases["save"],
+        "steps done again": f"{lost} of {case.steps}",
+        "exported weights": compared(weights[0] == weights[1]),
+        "last checkpoint": compared(
+            all(np.array_equal(a, b) for a, b in zip(*map(arrays, runs), strict=True))  # weights, optimizer, step
+        ),
+        "losses": compared(losses(runs[0]) == losses(runs[1])),
+    }
 
 
-def kill_decoding(work: Path, kills: int, draw: random.Random) -> None:
-    """Kills soon after some rows were written, and goes on."""
-    out = work / "killed.jsonl"
-    for _ in range(kills):
-        wanted = len(whole_lines(out)) + draw.randint(1, 6)
-        delay = draw.uniform(0, 0.03)
-        kill_when(lambda wanted=wanted: len(whole_lines(out)) >= wanted, delay, decoding(work, out.name), work)
-    finish(decoding(work, out.name), work)
+def kill_decoding(work: Path, case: Case, draw: random.Random) -> dict[str, Any]:
+    """Kills soon after some rows were written, and goes on; returns what to say of it."""
+    (work / case.folder).mkdir()
+    finish(decoding(work, case, "alone"), case, work)
+    out = work / case.folder / "killed.jsonl"
+    for number in range(case.kills):
+        wanted = len(whole_lines(out)) + draw.randint(1, ANSWERS_BETWEEN_KILLS)
+        delay, command = draw.uniform(0, 0.03), decoding(work, case, "killed")
+        kill_when(lambda wanted=wanted: len(whole_lines(out)) >= wanted, delay, command, case, work, draw)
+        print(f"{case.folder}, kill {number + 1:2}: {len(whole_lines(out))} answers written", flush=True)
+    finish(decoding(work, case, "killed"), case, work)
+    return {"kills": case.kills, "prompts": case.prompts} | compared_answers(
+        *(whole_lines(work / case.folder / f"{name}.jsonl") for name in ("alone", "killed"))
+    )
+
+
+def compared(is_same: bool) -> str:
+    return "identical" if is_same else "DIFFERENT"
 
 
 def arrays(run: Path) -> list[np.ndarray]:
     """Everything in the newest checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.training.Checkpointer(run / "checkpoints") as checkpoints:
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.load(saved_step(run)))]
+        saved = checkpoints.metadata(saved_step(run)).metadata
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.load(saved_step(run), like))]
 
 
 def losses(run: Path) -> list[tuple[int, str, float]]:
     return [(line["step"], line["split"], line["loss"]) for line in whole_lines(run / "metrics.jsonl")]
 
 
-def answers(path: Path) -> list[dict[str, Any]]:
-    """Rows by id, less the time they took."""
-    return sorted(({**row, "seconds": None} for row in whole_lines(path)), key=lambda row: row["id"])
+def compared_answers(alone: list[dict[str, Any]], killed: list[dict[str, Any]]) -> dict[str, str]:
+    """Texts and numbers of tokens, in order; and numbers, which are sums over rows of a width that depends on which
+    prompts were left to answer together."""
+    texts = [[tuple(row[name] for name in EXACT) for row in rows] for rows in (alone, killed)]
+    pairs = [(a[name], b[name]) for a, b in zip(alone, killed, strict=False) for name in NUMBERS]
+    largest = max((abs(a - b) / max(abs(a), abs(b)) for a, b in pairs if a != b), default=0.0)
+    return {
+        "answers, in the order of the prompts": compared(texts[0] == texts[1]),
+        "largest difference of log-probabilities, KL and rewards": f"{largest:.1e}",
+    }
+
+
+def told(found: dict[str, Any]) -> dict[str, Any]:
+    print(found, flush=True)
+    return found
+
+
+def print_table(title: str, columns: dict[str, dict[str, Any]]) -> None:
+    print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for what in next(iter(columns.values())):
+        print(f"| {what} | {' | '.join(str(column[what]) for column in columns.values())} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of train.py")
-    parser.add_argument("--decode-kills", type=int, default=5, help="of decode.py")
+    parser.add_argument("--kills", type=int, default=5, help="of train.py, in each of four ways; 0: none")
+    parser.add_argument("--decode-kills", type=int, default=5, help="of decode.py, in each of two ways; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
-    draw = random.Random(given.seed)
-    began = time.monotonic()
+    draw, began = random.Random(given.seed), time.monotonic()
+    ways = {"plain": (), "packed": ("--pack", "128")}
+    trained = [Case(name, count, given.kills, options) for count in (1, 2) for name, options in ways.items()]
+    decoded = [Case("decoding", count, given.decode_kills) for count in (1, 2) if given.decode_kills]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         save_language_model(work / "lm")
-        rows = [{"id": f"p{i}", "prompt": f"Customer: my lamp {i} broke\nAgent:"} for i in range(PROMPTS)]
-        (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-        finish(training(work, "alone"), work)
-        metrics, again = Metrics(work / "again"), time.monotonic()
-        kill_when(lambda: metrics.steps() > 0, 0, training(work, "again"), work)
-        startup = time.monotonic() - again
-        phases, lost = kill_training(work, given.kills, startup, draw)
-        finish(decoding(work, "alone.jsonl"), work)
-        kill_decoding(work, given.decode_kills, draw)
-
-        alone, killed = work / "alone", work / "killed"
-        weights = [(run / "model" / "model.safetensors").read_bytes() for run in (alone, killed)]
-        same_state = all(np.array_equal(a, b) for a, b in zip(arrays(alone), arrays(killed), strict=True))
-        rows_alone, rows_killed = answers(work / "alone.jsonl"), answers(work / "killed.jsonl")
-        table = {
-            "kills of `train.py`": given.kills,
-            "... while it started (imports, data, restore, compilation)": phases["start"],
-            "... in a step, with no save in progress": phases["step"],
-            "... in the middle of a save": phases["save"],
-            f"steps done again (of {STEPS}, a save every {SAVE_EVERY})": lost,
-            "exported weights, byte by byte": "identical" if weights[0] == weights[1] else "DIFFERENT",
-            "last checkpoint (weights, optimizer, step), bit by bit": "identical" if same_state else "DIFFERENT",
-            "losses in metrics.jsonl, line by line": "identical" if losses(alone) == losses(killed) else "DIFFERENT",
-            "kills of `decode.py`": given.decode_kills,
-            f"answers ({PROMPTS} prompts), none lost or twice": (
-                "identical" if rows_alone == rows_killed and len(rows_killed) == PROMPTS else "DIFFERENT"
-            ),
+        write_rows(work, max([case.prompts for case in decoded], default=0))
+        names = {
+            case: f"{case.name}, {case.processes} process{'es' * (case.processes > 1)}" for case in trained + decoded
         }
-    print(f"\nseed {given.seed}, {time.monotonic() - began:.0f} s\n\n| what | result |\n|---|---:|")
-    for what, result in table.items():
-        print(f"| {what} | {result} |")
-    if "DIFFERENT" in table.values():
+        trainings = {names[case]: told(kill_training(work, case, draw)) for case in trained if case.kills}
+        if decoded and not trainings:
+            finish(training(work, trained[0], "alone"), trained[0], work)  # the reward model
+        decodings = {names[case]: told(kill_decoding(work, case, draw)) for case in decoded}
+    print(f"\nseed {given.seed}, {time.monotonic() - began:.0f} s")
+    for title, found in {"`train.py`": trainings, "`decode.py`": decodings}.items():
+        if found:
+            print_table(title, found)
+    if "DIFFERENT" in str([trainings, decodings]):
         raise SystemExit(1)
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from models import SHAPES, random_params
 
 from pargs_jax.config import OptimConfig
-from pargs_jax.data.batches import Batch, Batches, Example, tokenise
+from pargs_jax.data.batches import Batch, Batches
+from pargs_jax.data.examples import Example, tokenise
 from pargs_jax.data.packing import Packing
 from pargs_jax.data.preferences import load_preferences
 from pargs_jax.models.causal import CausalModel

@@ -117,6 +117,11 @@ class OptimConfig:
     warmup: float = option(0.05, "share of the steps in which the learning rate rises from 0", at_least=0, below=1)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "the learning rate after the warm-up")
     moment_dtype: DtypeName = option("float32", "number format of the mean gradient")
+    square_dtype: DtypeName = option(
+        "float32",
+        "number format of the mean squared gradient; bfloat16 rounds it up or down at random, because rounding to the "
+        "nearest would lose its small changes",
+    )
     clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", at_least=0)
     accumulation: int = option(1, "micro-batches that an optimizer step is split into", at_least=1, may_change=True)
 
@@ -387,6 +392,12 @@ class DecodeConfig:
         "auto",
         "run layers one by one instead of as a scan: faster steps, longer compilation; auto: yes except on TPU",
         may_change=True,
+    )
+    cut_prompts: bool = option(
+        False,
+        "cut prompts that are too long for a model: there they lose tokens on the left, after its BOS token; otherwise "
+        "they are refused",
+        may_change=True,  # of prompts that fit, it changes nothing
     )
     limit: int | None = option(None, "answer only the first N prompts", unset="all", at_least=1, may_change=True)
     search: SearchConfig = SearchConfig()

@@ -9,6 +9,8 @@ from pargs_jax.options import option, shown
 
 DEMO = "demo"  # names the built-in task and its language model; a folder of that name is "./demo"
 
+NO_CACHE = "off"  # names no folder; a folder of that name is "./off"
+
 PromptFormName = Literal["hh", "tldr", "shp", "saferlhf", "chat", "plain"]
 PROMPT_COLUMNS = ("id", "prompt", "chosen", "rejected")
 COLUMNS = (*PROMPT_COLUMNS, "response", "completion", "messages", "text", "reward", "labels", "split")
@@ -67,6 +69,14 @@ class DataConfig:
         "stay together",
         at_least=0,
         below=1,
+    )
+    cache: str | None = option(
+        None,
+        "folder that keeps tokenised rows for the next start; several processes must share it; 'off': keep none, and "
+        "every process tokenises all rows, in memory",
+        unset="$PARGS_JAX_CACHE, else ~/.cache/pargs_jax",
+        metavar="DIR",
+        may_change=True,
     )
     demo_pairs: int = option(3200, "pairs, or prompts, that the demo task generates for training", at_least=1)
 

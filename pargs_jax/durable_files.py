@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pargs_jax.errors import InputError
 
@@ -16,15 +16,14 @@ from pargs_jax.errors import InputError
 _FOREIGN_OS_ERROR = re.compile(r"os[_ ]error\D*(\d+)")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers find the old text or the new one, even after a kill. Raises InputError
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one step: readers find the old content or the new one, even after a kill. Raises InputError
     for a path that is a folder or a device."""
     _check_regular(path)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        flush_to_disk(file)
     partial.replace(path)
 
 
@@ -48,6 +47,12 @@ def files_together(folder: Path) -> Iterator[Path]:
     partial.rmdir()
 
 
+def flush_to_disk(file: IO[Any]) -> None:
+    """Returns when what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _check_regular(path: Path) -> None:
     """Raises InputError for what is there but is not a file: a device such as `/dev/full` has no end, and must not be
     replaced by a file."""
@@ -63,19 +68,22 @@ def append_all(file: IO[bytes], text: str) -> None:
         left = left[file.write(left) :]
 
 
-def hold(file: IO[bytes], busy: str) -> None:
-    """Locks an open file until it is closed; the kernel unlocks it when the process ends for any reason.
+def hold(file: IO[bytes], busy: str) -> bool:
+    """Locks an open file until it is closed; the kernel unlocks it when the process ends for any reason. Returns
+    whether it is locked.
 
     Raises InputError, with the message `busy`, if another process has the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except BlockingIOError:
         raise InputError(busy) from None
     except OSError as error:
         # Some network file systems have no locks; running without one is better than not running.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+        return False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pargs_jax.errors import InputError
 
@@ -196,6 +196,17 @@ def place_rows(mesh: Mesh | None, batch: Any) -> Any:
         return jax.device_put(batch)
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
+
+
+def own_rows(mesh: Mesh | None, count: int) -> Bool[np.ndarray, "B"]:
+    """Which of the rows of a batch `place_rows` sends to this process's devices."""
+    own = np.zeros(count, bool)
+    if mesh is None:
+        return ~own
+    places = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((count,))
+    for (rows,) in places.values():
+        own[rows] = True
+    return own
 
 
 def place_whole(mesh: Mesh | None, make: Callable[[], Any]) -> Any:

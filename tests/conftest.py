@@ -20,6 +20,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokenised_rows_are_kept_in_a_folder_of_the_tests(tmp_path_factory):
+    os.environ["PARGS_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_forgotten():
     """After each file: every program maps memory, and Linux lets a process have only so many maps (65,530). XLA ends

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     "sharding": {"errors"},
     "progress": set(),
     "text": {"json_text", "errors"},
-    "data": {"text", "json_text", "errors"},
+    "data": {"text", "durable_files", "json_text", "errors"},
     "demo": {"errors"},
     "models": {"sharding", "durable_files", "json_text", "errors"},
     "objectives": {"data", "options", "errors"},  # of data, the type of a batch
@@ -296,3 +297,19 @@ def test_the_documented_example_works(monkeypatch):
     np.testing.assert_allclose(answers.trace.rewards[..., 0][real], rewards[real], atol=1e-4)
     assert 0 < float(scope["loss"]) < 20 and 0 <= float(scope["metrics"]["accuracy"]) <= 1
     assert scope["rewards"].shape == (2, 2, 6)
+
+
+def test_the_oldest_versions_that_are_tested_are_the_bounds():
+    """Those of Python 3.11: `tests/oldest.txt` is what `make test-oldest` installs."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    bounds = {}
+    for requirement in project["dependencies"]:
+        named, _, marker = requirement.partition(";")
+        name, version = re.match(r"([\w-]+)[=>]=([\d.]+)", named).groups()
+        if ">=" not in marker:
+            bounds[name] = version
+    lines = (REPOSITORY / "tests" / "oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert oldest.keys() == bounds.keys()
+    for name, version in oldest.items():
+        assert f"{version}.".startswith(f"{bounds[name]}."), name

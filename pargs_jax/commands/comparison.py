@@ -70,7 +70,7 @@ def compare_methods(config: DecodeConfig, console: Console | None = None) -> lis
     them; the figure lies beside it. Returns the table's rows, in the first process alone.
     """
     config.validate()
-    console = console or Console(quiet=jax.process_index() > 0)
+    console = console or Console(quiet=jax.process_index() > 0, markup=False, emoji=False)
     if config.prompt is not None or config.prompts is not None:
         raise InputError(f"--method: needs one of {', '.join(METHODS)}, to answer prompts of your own")
     show_config(config, console)

@@ -62,7 +62,7 @@ def compile_and_print(
         reads: how often a run reads its arguments.
         console: what the report is printed on.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     console.print(f"{name}: {mesh.size} devices ({axes}); {what}", highlight=False)
     with console.status("compiling"):

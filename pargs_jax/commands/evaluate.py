@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Report:
     is written without it, and says so in `problems`.
     """
     config.validate()
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     if config.figures:
         check_matplotlib()
     given = [name_and_file(word) for word in config.answers]
@@ -381,4 +381,4 @@ def _pairs_reader(config: EvaluateConfig) -> Callable[[ScoringModel | None], lis
 
 
 def _progress(name: str, total: int) -> ShownProgress:
-    return ShownProgress(Console(stderr=True, soft_wrap=True), name, total, transient=True)
+    return ShownProgress(Console(stderr=True, soft_wrap=True, markup=False, emoji=False), name, total, transient=True)

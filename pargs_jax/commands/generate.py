@@ -45,7 +45,8 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.look_ahead,
         config.preference,
         tuple(config.search.given.items()),
-        config.stop,
+        stop=config.stop,
+        cut_prompts=config.cut_prompts,
     )
     if config.rm:
         settings.guide_weights(len(config.rm))
@@ -82,6 +83,7 @@ def generate(
             if file is not None:
                 file.write(batch)
             answers += batch
+        on_first(lambda: file.put_in_order(prompts))
     console.print(f"wrote {len(answers)} answers to {config.out}", highlight=False)
     say_true_reward(config, answers, console)
     return answers
@@ -116,7 +118,7 @@ def prepare(config: DecodeConfig, console: Console, open_models: OpenModels | No
 
 def error_console() -> Console:
     """Standard error, of the first process alone."""
-    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True)
+    return Console(stderr=True, quiet=jax.process_index() > 0, soft_wrap=True, markup=False, emoji=False)
 
 
 def say_true_reward(config: DecodeConfig, answers: Sequence[Answer], console: Console) -> None:

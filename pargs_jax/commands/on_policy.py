@@ -5,7 +5,7 @@ from rich.console import Console
 
 from pargs_jax.commands.demo import demo_reward_model, demo_training_prompts
 from pargs_jax.config import TrainConfig
-from pargs_jax.data.batches import Example
+from pargs_jax.data.examples import Example
 from pargs_jax.data.preferences import load_prompts
 from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.decoding.methods import METHODS
@@ -52,11 +52,11 @@ def load_scorer(config: TrainConfig, tokenizer: TextTokenizer, vocab_size: int) 
 
 
 def prepare_rollouts(
-    config: TrainConfig, eval_source: str | None, tokenizer: TextTokenizer, scorer: RewardModel, console: Console
+    config: TrainConfig, tokenizer: TextTokenizer, scorer: RewardModel, console: Console
 ) -> tuple[list[Example], list[Example] | None, Rollouts]:
     """The prompts to train on, those to evaluate on, and the sampler that answers both."""
     loss, own_prompts = config.objective.loss, {}
-    sources = {"train": config.data.train, "eval": eval_source}
+    sources = {"train": config.data.train, "eval": config.data.eval or (DEMO if config.data.train == DEMO else None)}
     examples = {
         split: None if source is None else _read_prompts(config, source, split, tokenizer, scorer, own_prompts, console)
         for split, source in sources.items()

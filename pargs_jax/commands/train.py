@@ -1,7 +1,7 @@
 """`train.py`: a whole training run, from a config to a folder, or only its program, compiled."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,16 @@ from rich.console import Console
 from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.command_line import show_config
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
-from pargs_jax.commands.demo import demo_pairs, model_source
+from pargs_jax.commands.demo import model_source
 from pargs_jax.commands.model_card import last_evaluation, training_card, write_card
 from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
+from pargs_jax.commands.training_rows import load_examples
 from pargs_jax.config import TrainConfig
-from pargs_jax.data.batches import Batch, Batches, Example, tokenise
-from pargs_jax.data.preferences import Preference, hold_out, load_preferences, write_bad_rows
-from pargs_jax.data_config import DEMO, column_names
+from pargs_jax.data.batches import Batch, Batches
+from pargs_jax.data.examples import Example
+from pargs_jax.data_config import DEMO
 from pargs_jax.durable_files import write_errors_named_after
-from pargs_jax.errors import InputError, input_errors_named_after
+from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
 from pargs_jax.models.adapters import export_adapter
 from pargs_jax.models.hf import (
@@ -36,9 +37,8 @@ from pargs_jax.models.lora import merge_lora
 from pargs_jax.models.model import AnyRewardModel, Model, Params
 from pargs_jax.models.preference_lora import PreferenceLora
 from pargs_jax.models.sources import EXPORTED, EXPORTED_ADAPTER, find, split_source, tokenizer_folder
-from pargs_jax.processes import on_first
 from pargs_jax.sharding import row_shards
-from pargs_jax.text.prompts import choose_form, get_form
+from pargs_jax.text.prompts import choose_form
 from pargs_jax.text.tokenization import TextTokenizer
 from pargs_jax.training.checkpoint import MEND_AND_RESUME
 from pargs_jax.training.metrics_log import require_packages
@@ -72,7 +72,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     require_packages(config.log)
     with ensured_mesh() as mesh, claimed_folder(config) as folder:
         check_rows(config, mesh)
-        _train(config, folder, console or Console(quiet=jax.process_index() > 0, soft_wrap=True))
+        _train(
+            config, folder, console or Console(quiet=jax.process_index() > 0, soft_wrap=True, markup=False, emoji=False)
+        )
     return folder
 
 
@@ -290,21 +292,11 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         models = [[(scorer.source, scorer.prompt_form)], *models]
     config = _with_prompt_form(config, folder, models)
     show_config(config, console, f"(all options are in {folder / 'config.yaml'})")
-    eval_source, sampler = config.data.eval or (DEMO if config.data.train == DEMO else None), None
+    sampler = None
     if scorer is not None:
-        examples, held_out, sampler = prepare_rollouts(config, eval_source, tokenizer, scorer, console)
+        examples, held_out, sampler = prepare_rollouts(config, tokenizer, scorer, console)
     else:
-        load = partial(_load_rows, config, tokenizer=tokenizer, console=console)
-        rows, held_out_rows = load(config.data.train, "train"), None
-        if eval_source is not None:
-            held_out_rows = load(eval_source, "eval")
-        elif config.data.held_out:
-            with input_errors_named_after(f"--data.held-out: {config.data.train}"):
-                rows, held_out_rows = hold_out(rows, config.data.held_out)
-        cut = partial(_tokenise, config, tokenizer=tokenizer, prefix_tokenizer=prefix_tokenizer, console=console)
-        examples = cut(rows, f"{config.data.train} (train)")
-        held_out = None if held_out_rows is None else cut(held_out_rows, f"{eval_source or config.data.train} (eval)")
-
+        examples, held_out = load_examples(config, tokenizer, prefix_tokenizer, console)
     params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
     params = run_in_folder(config, folder, program, params, examples, held_out, console, sampler)
     model, has_adapter = pretrained.model, False
@@ -380,54 +372,6 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
     return TextTokenizer.load(tokenizer_folder(model_source(source)))
 
 
-def _load_rows(
-    config: TrainConfig, source: str, split: str, *, tokenizer: TextTokenizer, console: Console
-) -> list[Preference]:
-    """Reads one set and writes its prompts in the prompt form; says what was refused."""
-    form = get_form(config.data.format)
-    answers = config.objective.loss.answers
-    if source == DEMO:
-        rows = demo_pairs(config, split)
-    else:
-        columns = column_names(config.data.columns, "--data.columns")
-        loaded = load_preferences(
-            source,
-            form,
-            tokenizer=tokenizer,
-            require_rejected=answers == 2,
-            reward_range=config.objective.loss.reward_range,
-            labels=config.objective.loss.labels,
-            split=split,
-            columns=columns,
-        )
-        rows = loaded.rows
-        if loaded.other_splits:
-            console.print(f"{source} ({split}): skipped {loaded.other_splits} rows of other splits", highlight=False)
-        if loaded.bad_rows:
-            path = config.output_folder / f"bad_rows.{split}.jsonl"
-            with write_errors_named_after(path, "give another --out"):
-                on_first(partial(write_bad_rows, path, loaded.bad_rows))
-            bad = f"{len(loaded.bad_rows)} of {len(rows) + len(loaded.bad_rows)} rows"
-            console.print(f"{source} ({split}): {bad} cannot be used; see {path}", style="yellow", highlight=False)
-    return rows
-
-
-def _tokenise(
-    config: TrainConfig,
-    rows: Sequence[Preference],
-    name: str,
-    *,
-    tokenizer: TextTokenizer,
-    prefix_tokenizer: TextTokenizer | None,
-    console: Console,
-) -> list[Example]:
-    """Tokenises a set; says what was cut."""
-    loss = config.objective.loss
-    examples, report = tokenise(rows, tokenizer, config.max_length, loss.answers, prefix_tokenizer, loss.samples)
-    console.print(f"{name}: {report}", highlight=False)
-    return examples
-
-
 def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) -> list[str]:
     """What would take less memory, most helpful first."""
     ways = []
@@ -441,6 +385,8 @@ def _ways_to_less_memory(config: TrainConfig, mesh: Mesh, *, reads_apart: bool) 
         ways.append(f"--objective.chunk {config.objective.chunk // 2}: fewer prefixes at once")
     if config.optim.moment_dtype != "bfloat16":
         ways.append("--optim.moment-dtype bfloat16")
+    if config.optim.square_dtype != "bfloat16":
+        ways.append("--optim.square-dtype bfloat16")
     if lora_of(config) is None:
         ways.append("--lora.rank 16")
     return [*ways, "more devices, or a larger fsdp axis"]

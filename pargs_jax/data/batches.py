@@ -1,16 +1,14 @@
-"""Turns preferences into batches of token ids: truncation, padding, and an order that can be resumed at any step."""
+"""Turns examples into batches of token ids: padding, and an order that can be resumed at any step."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 
+from pargs_jax.data.examples import Example, lengths_of
 from pargs_jax.data.packing import PackedTexts, Packing, deal
-from pargs_jax.data.preferences import Preference
 from pargs_jax.errors import InputError
-from pargs_jax.text.tokenization import TextTokenizer
 
 WINDOW = 16
 """The most batches that are filled together from rows sorted by size."""
@@ -87,168 +85,6 @@ class Batch(NamedTuple):
         return (self.answers if self.prefixes is None else self.prefixes.lengths).shape[2]
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """Token ids of one prompt and its answers, chosen first; together they fit the maximum length.
-
-    `prefixes` holds the prefixes of each answer, shortest first, where they end at another tokenizer's tokens;
-    `rewards` holds those of scored answers, `labels` those of pairs that were judged by several objectives.
-    """
-
-    prompt: Int[np.ndarray, "P"]
-    answers: tuple[Int[np.ndarray, "R"], ...]
-    prefixes: tuple[tuple[Int[np.ndarray, "R"], ...], ...] | None = None
-    rewards: tuple[float, ...] | None = None
-    labels: tuple[float, ...] | None = None
-
-    @property
-    def prefix_counts(self) -> list[int]:
-        """The number of prefixes of each answer: its number of tokens, unless `prefixes` is given."""
-        return list(map(len, self.answers if self.prefixes is None else self.prefixes))
-
-
-@dataclass(frozen=True)
-class TruncationReport:
-    """How much was lost to the maximum length.
-
-    Attributes:
-        rows: the number of rows before truncation.
-        prompts_cut: prompts that lost tokens on the left.
-        answers_cut: answers that lost tokens on the right, including their end-of-sequence token.
-        tokens_lost: tokens cut from prompts and answers together.
-        rows_left_out: rows whose two answers were equal after truncation, so that they compare nothing.
-        ungrouped: scored answers that were left over when those to one prompt were put together.
-    """
-
-    rows: int
-    prompts_cut: int = 0
-    answers_cut: int = 0
-    tokens_lost: int = 0
-    rows_left_out: int = 0
-    ungrouped: int = 0
-
-    def __str__(self) -> str:
-        ungrouped = f", {self.ungrouped} left out because their prompts have too few others" if self.ungrouped else ""
-        used = self.rows - self.rows_left_out - self.ungrouped
-        return (
-            f"{used} of {self.rows} rows are used: {self.prompts_cut} prompts and {self.answers_cut} answers cut, "
-            f"{self.tokens_lost} tokens lost, {self.rows_left_out} rows left out because their answers became the same"
-            f"{ungrouped}"
-        )
-
-
-def tokenise(
-    preferences: Sequence[Preference],
-    tokenizer: TextTokenizer,
-    max_length: int,
-    answers: int = 2,
-    prefix_tokenizer: TextTokenizer | None = None,
-    samples: int = 0,
-) -> tuple[list[Example], TruncationReport]:
-    """Tokenises prompts and answers separately and cuts them to fit.
-
-    The end-of-sequence token is part of a finished answer. If a prompt and its longest answer exceed `max_length`
-    tokens, the prompt first loses tokens on the left, but never BOS, and it keeps at least half of `max_length`. Then
-    answers lose tokens on the right.
-
-    Args:
-        preferences: the rows; with `answers=2` each needs a rejected answer.
-        tokenizer: the model's tokenizer.
-        max_length: the most tokens of prompt and answer together; at least 2.
-        answers: 2 for chosen and rejected, 1 for chosen alone.
-        prefix_tokenizer: the tokenizer of a language model; prefixes end at its tokens. By default they end at the
-            tokens of the model that is trained.
-        samples: how many scored answers to one prompt make an example; 0: every row is an example.
-
-    Raises InputError if `max_length` is below 2, no prompt has `samples` answers, or no row is left after truncation.
-    """
-    if max_length < 2:
-        raise InputError(
-            f"max_length: got {max_length}, must be at least 2: one token of the prompt and one of the answer"
-        )
-    examples = []
-    prompts_cut = answers_cut = tokens_lost = 0
-    groups = _samples_of_prompts(preferences, samples) if samples else [[preference] for preference in preferences]
-    for group in groups:
-        preference = group[0]
-        whole_prompt = tokenizer.encode_prompt(preference.prompt)
-        whole_answers = [
-            tokenizer.encode_answer(text, starts_text=not preference.prompt) + [tokenizer.eos_id] * each.finished
-            for each in group
-            for text in (each.chosen, each.rejected)[:answers]
-        ]
-        prompt = _cut_prompt(whole_prompt, max(map(len, whole_answers)), max_length, tokenizer.bos_id)
-        cut_answers = [ids[: max_length - len(prompt)] for ids in whole_answers]
-        lost = [len(whole) - len(cut) for whole, cut in zip(whole_answers, cut_answers, strict=True)]
-        prompts_cut += len(prompt) < len(whole_prompt)
-        answers_cut += sum(map(bool, lost))
-        tokens_lost += len(whole_prompt) - len(prompt) + sum(lost)
-        if answers == 1 or cut_answers[0] != cut_answers[1]:
-            ids = tuple(np.asarray(answer, np.int32) for answer in cut_answers)
-            prefixes = None
-            if prefix_tokenizer is not None:
-                texts = (preference.chosen, preference.rejected)[:answers]
-                capacity = max_length - len(prompt)
-                prefixes = tuple(
-                    (*_prefixes_at(prefix_tokenizer, tokenizer, preference.prompt, text, capacity), whole)
-                    for text, whole in zip(texts, ids, strict=True)
-                )
-            rewards = None if preference.reward is None else tuple(each.reward for each in group)
-            examples.append(Example(np.asarray(prompt, np.int32), ids, prefixes, rewards, preference.labels))
-    report = TruncationReport(
-        len(preferences),
-        prompts_cut,
-        answers_cut,
-        tokens_lost,
-        rows_left_out=len(groups) - len(examples),
-        ungrouped=len(preferences) - sum(map(len, groups)),
-    )
-    if not examples:
-        raise InputError(f"no rows are left after cutting to max_length {max_length}; {report}")
-    return examples, report
-
-
-def _samples_of_prompts(preferences: Sequence[Preference], count: int) -> list[list[Preference]]:
-    """Groups of `count` scored answers to the same prompt; what is left over is in none."""
-    by_prompt: dict[str, list[Preference]] = {}
-    for preference in preferences:
-        by_prompt.setdefault(preference.prompt, []).append(preference)
-    groups = [
-        rows[start : start + count] for rows in by_prompt.values() for start in range(0, len(rows) - count + 1, count)
-    ]
-    if not groups:
-        most = max(map(len, by_prompt.values()))
-        raise InputError(f"no prompt has {count} scored answers (objective.n), the most are {most}")
-    return groups
-
-
-def _cut_prompt(prompt: list[int], longest_answer: int, max_length: int, bos_id: int | None) -> list[int]:
-    """The prompt without the tokens on its left that `tokenise` removes."""
-    excess = len(prompt) + longest_answer - max_length
-    if excess <= 0:
-        return prompt
-    keep = max(len(prompt) - excess, min(len(prompt), max_length // 2))
-    head = prompt[:1] if prompt[0] == bos_id else []
-    return head + prompt[len(prompt) - keep + len(head) :]
-
-
-def _prefixes_at(
-    boundaries: TextTokenizer, tokenizer: TextTokenizer, prompt: str, answer: str, capacity: int
-) -> list[Int[np.ndarray, "R"]]:
-    """The model's ids of an answer's prefixes, one for each token of `boundaries`, as long as they fit `capacity`."""
-    starts_text = not prompt
-    prompt_ids = boundaries.encode_prompt(prompt)
-    answer_ids = boundaries.encode_answer(answer, starts_text=starts_text)
-    prefixes = []
-    for end in range(1, len(answer_ids) + 1):
-        text = boundaries.decode_answer(prompt_ids, answer_ids[:end])
-        ids = tokenizer.encode_answer(text, starts_text=starts_text)
-        if len(ids) > capacity:
-            break
-        prefixes.append(np.asarray(ids, np.int32))
-    return prefixes
-
-
 class Batches:
     """An endless, shuffled stream of training batches, and the same rows in order for evaluation.
 
@@ -277,6 +113,7 @@ class Batches:
         *,
         copies: int = 1,
         packing: Packing | None = None,
+        own: Bool[np.ndarray, "B"] | None = None,
     ) -> None:
         """Makes the stream.
 
@@ -288,6 +125,8 @@ class Batches:
             copies: how often each row is in its batch; a row's copies are consecutive, and `batch_size` counts them
                 once.
             packing: how batches are packed, if they are.
+            own: which rows of a batch this process reads; the others' tokens, rewards and labels are 0. Packed batches
+                are read whole. By default, all.
 
         Raises InputError if there are no examples, or the batch size or the seed is out of range.
         """
@@ -302,9 +141,11 @@ class Batches:
         self._seed = seed
         self._copies = copies
         self._packing = packing
-        self._prompt_lengths = np.array([len(example.prompt) for example in examples])
-        answer_lengths = np.array([max(map(len, example.answers), default=0) for example in examples])
-        counts = np.array([max(example.prefix_counts, default=0) for example in examples])
+        self._own = np.ones(batch_size * copies, bool) if own is None or packing is not None else own
+        self._lengths = lengths = lengths_of(examples)
+        self._prompt_lengths = lengths.prompts
+        answer_lengths = lengths.answers.max(axis=1, initial=0)
+        counts = lengths.prefix_counts.max(axis=1, initial=0)
         self._widths_of_counts = _widths(counts, max(max_length, counts.max()))
         self._widths_of_prompts = _widths(self._prompt_lengths, max_length)
         self._widths_of_answers = _widths(answer_lengths, max_length)
@@ -313,9 +154,8 @@ class Batches:
             self._widths_of_prompts, self._widths_of_answers = (
                 widths[-1:] for widths in (self._widths_of_prompts, self._widths_of_answers)
             )
-            lengths = [list(map(len, example.answers)) for example in examples]
-            self._answer_sizes = np.array(list(map(sum, lengths)))
-            self._sizes = np.array(list(map(packing.size, self._prompt_lengths, lengths)))
+            self._answer_sizes = lengths.answers.sum(axis=1)
+            self._sizes = packing.size(lengths.prompts, lengths.answers.T)
             self._row_multiple = packing.row_multiple(self._sizes.mean() * batch_size * copies / packing.parts)
         self._window: tuple[range, list[Int[np.ndarray, "B"]]] = (range(0), [])
         self._orders: dict[int, Int[np.ndarray, "N"]] = {}
@@ -405,38 +245,48 @@ class Batches:
     def _collate(self, rows: Int[np.ndarray, "B"], weights: Num[np.ndarray, "B"]) -> Batch:
         """The batch of these rows."""
         rows, weights = (np.repeat(each, self._copies) for each in (rows, weights))
-        examples = [self._examples[row] for row in rows]
-        prompt_lengths = np.array([len(example.prompt) for example in examples], np.int32)
-        answer_lengths = np.array([[len(ids) for ids in example.answers] for example in examples], np.int32)
+        prompt_lengths, answer_lengths = self._lengths.prompts[rows], self._lengths.answers[rows]
         longest = answer_lengths.max(initial=0)
         prompts = np.zeros((len(rows), _width(self._widths_of_prompts, prompt_lengths.max())), np.int32)
         answers = np.zeros((*answer_lengths.shape, _width(self._widths_of_answers, longest)), np.int32)
-        for b, example in enumerate(examples):
+        examples = {int(b): self._examples[int(rows[b])] for b in np.flatnonzero(self._own)}
+        for b, example in examples.items():
             prompts[b, prompts.shape[1] - len(example.prompt) :] = example.prompt
             for a, ids in enumerate(example.answers):
                 answers[b, a, : len(ids)] = ids
         batch = Batch(prompts, prompt_lengths, answers, answer_lengths, weights.astype(np.float32))
-        if examples[0].rewards is not None:
-            batch = batch._replace(rewards=np.array([example.rewards for example in examples], np.float32))
-        if examples[0].labels is not None:
-            batch = batch._replace(labels=np.array([example.labels for example in examples], np.float32))
+        for name in ("rewards", "labels"):
+            batch = batch._replace(**{name: _numbers({b: getattr(x, name) for b, x in examples.items()}, len(rows))})
         if self._packing is not None:
-            texts = [example.prompt for example in examples], [example.answers for example in examples]
+            texts = [example.prompt for example in examples.values()], [x.answers for x in examples.values()]
             batch = batch._replace(packed=self._packing.pack(*texts, self._row_multiple))
-        return batch if examples[0].prefixes is None else batch._replace(prefixes=self._prefixes(examples, answers))
+        if all(example.prefixes is None for example in examples.values()):
+            return batch
+        return batch._replace(prefixes=self._prefixes(examples, rows, answers.shape[-1]))
 
-    def _prefixes(self, examples: Sequence[Example], answers: Int[np.ndarray, "B A R"]) -> PrefixTexts:
+    def _prefixes(self, examples: dict[int, Example], rows: Int[np.ndarray, "B"], width: int) -> PrefixTexts:
         """The prefixes of a batch's answers, padded as the answers are."""
-        counts = np.array([example.prefix_counts for example in examples], np.int32)
+        counts = self._lengths.prefix_counts[rows]
         number = _width(self._widths_of_counts, counts.max())
-        tokens = np.zeros((*counts.shape, number, answers.shape[-1]), np.int32)
+        tokens = np.zeros((*counts.shape, number, width), np.int32)
         lengths = np.zeros((*counts.shape, number), np.int32)
-        for b, example in enumerate(examples):
+        for b, example in examples.items():
             for a, of_answer in enumerate(example.prefixes):
                 for n, ids in enumerate(of_answer):
                     tokens[b, a, n, : len(ids)] = ids
                     lengths[b, a, n] = len(ids)
         return PrefixTexts(tokens, lengths, counts)
+
+
+def _numbers(known: dict[int, tuple[float, ...] | None], rows: int) -> Float[np.ndarray, "B M"] | None:
+    """Rewards or labels of a batch, of which some rows are known; None if rows have none."""
+    first = next(iter(known.values()))
+    if first is None:
+        return None
+    numbers = np.zeros((rows, len(first)), np.float32)
+    for b, of_row in known.items():
+        numbers[b] = of_row
+    return numbers
 
 
 def _widths(lengths: Int[np.ndarray, "N"], max_length: int) -> Int[np.ndarray, "W"]:

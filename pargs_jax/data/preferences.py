@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ class BadRow:
     line: int
     reason: str
     row: Any
+    lacks_column: bool = field(default=False, compare=False)
+
+    def text(self) -> str:
+        """The row as a line of JSON: `line`, `reason` and `row`."""
+        shown = {"line": self.line, "reason": self.reason, "row": self.row}
+        return json.dumps(shown, ensure_ascii=False, default=str) + "\n"
 
 
 @dataclass(frozen=True)
@@ -130,50 +136,57 @@ def load_preferences(
     Raises InputError if the source is missing, unreadable or empty, if all its rows are bad, or if `split` or `columns`
     do not match the source.
     """
-    preferences, bad_rows = [], []
-    hint = ""
     rows = Rows(source, split, columns or {})
+    preferences, bad_rows = [], []
+    for found in read_preferences(rows, form, tokenizer, require_rejected, reward_range, labels):
+        (bad_rows if isinstance(found, BadRow) else preferences).append(found)
+    if not preferences:
+        raise no_usable_rows(source, len(bad_rows), bad_rows[0] if bad_rows else None)
+    return LoadedPreferences(preferences, bad_rows, rows.census.other_splits)
+
+
+def read_preferences(
+    rows: Rows,
+    form: PromptForm,
+    tokenizer: TextTokenizer | None = None,
+    require_rejected: bool = True,
+    reward_range: tuple[float, float] | None = None,
+    labels: int = 0,
+) -> Iterator[Preference | BadRow]:
+    """Reads what `load_preferences` loads, row by row. Raises InputError as iterating over `rows` does."""
     for row in rows:
         try:
             if reward_range is None:
-                preferences.append(_preference(row, form, tokenizer, require_rejected, labels))
+                found = _preference(row, form, tokenizer, require_rejected, labels)
             else:
-                preferences.append(_scored_answer(row, form, tokenizer, reward_range))
+                found = _scored_answer(row, form, tokenizer, reward_range)
         except InputError as error:
-            bad_rows.append(BadRow(row.line, str(error), row.content))
-            if isinstance(error, _MissingColumn):
-                hint = "; the option columns maps other names, such as prompt=question"
-    if not preferences and not bad_rows:
-        raise InputError(f"{source}: no rows in it")
-    if not preferences:
-        first = bad_rows[0]
-        raise InputError(
-            f"{source}: none of its {len(bad_rows)} rows can be used; line {first.line}: {first.reason}{hint}"
-        )
-    return LoadedPreferences(preferences, bad_rows, rows.other_splits)
+            found = BadRow(row.line, str(error), row.content, isinstance(error, _MissingColumn))
+        yield found
 
 
-def hold_out(rows: Sequence[Preference], share: float) -> tuple[list[Preference], list[Preference]]:
-    """Divides rows into those to train on and those to evaluate on, which are about `share` of all.
+def no_usable_rows(source: str | Path, count: int, first: BadRow | None) -> InputError:
+    """The error of a source without usable rows, of which the first bad one is given."""
+    if first is None:
+        return InputError(f"{source}: no rows in it")
+    hint = "; the option columns maps other names, such as prompt=question" if first.lacks_column else ""
+    return InputError(f"{source}: none of its {count} rows can be used; line {first.line}: {first.reason}{hint}")
 
-    A hash of the prompt decides. So rows with the same prompt stay together, and every run divides them alike. Raises
-    InputError, with only the reason, if one side would be empty.
+
+def is_held_out(row: Preference, share: float) -> bool:
+    """Whether a row belongs to the share that is held out to evaluate on.
+
+    A hash of the prompt decides. So rows with the same prompt stay together, and every run divides them alike.
     """
-    sides: tuple[list[Preference], list[Preference]] = ([], [])
-    for row in rows:
-        number = int.from_bytes(hashlib.blake2b(row.prompt.encode(), digest_size=8).digest(), "big")
-        sides[number < share * 2**64].append(row)
-    if not all(sides):
-        raise InputError(f"a share of {share:g} of these {len(rows)} rows leaves nothing to train on or to evaluate on")
-    return sides
+    number = int.from_bytes(hashlib.blake2b(row.prompt.encode(), digest_size=8).digest(), "big")
+    return number < share * 2**64
 
 
-def write_bad_rows(path: str | Path, bad_rows: Sequence[BadRow]) -> None:
+def write_bad_rows(path: str | Path, rows: Sequence[BadRow]) -> None:
     """Writes bad rows as JSON lines of `line`, `reason` and `row`. Raises OSError if the file cannot be written."""
     # A lone surrogate has no UTF-8 form; the backslash escape in its place is how the JSON spelled it.
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for bad_row in bad_rows:
-            file.write(json.dumps(asdict(bad_row), ensure_ascii=False, default=str) + "\n")
+        file.writelines(row.text() for row in rows)
 
 
 def load_prompts(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import expit
 
-from pargs_jax.data.batches import tokenise
+from pargs_jax.data.examples import tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.errors import InputError
 from pargs_jax.evaluation.scoring import ScoringModel, TokenisedAnswer
@@ -118,7 +118,7 @@ def model_prefix_rewards(
 ) -> PrefixRewards:
     """Rewards by a model, whose own tokens prefixes are counted in; the end-of-sequence token is an answer's last.
 
-    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.batches.tokenise`). `percents` are
+    Pairs are cut to `max_length` tokens or to the model's context (`pargs_jax.data.examples.tokenise`). `percents` are
     how much of the answers is seen, F of them. Raises InputError if no pair is left.
     """
     positions = model.model.config.max_positions - (not model.model.one_pass)

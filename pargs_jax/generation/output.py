@@ -14,7 +14,7 @@ from pargs_jax.data.preferences import Prompt
 from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
-from pargs_jax.generation.traces import TracesFile, one_or_all
+from pargs_jax.generation.traces import TracesFile, one_or_all, write_in_order
 from pargs_jax.json_text import parse_json
 from pargs_jax.options import deciding_values
 
@@ -59,7 +59,8 @@ def settings_text(config: DecodeConfig) -> str:
 
 
 class AnswersFile(AbstractContextManager):
-    """Appends answers to a JSONL file as they end. Only one process may do so at a time.
+    """Appends answers to a JSONL file as they end, and puts them in order at the end. Only one process may do so at a
+    time.
 
     Next to `F.jsonl` is `F.jsonl.config.yaml`. A second run with the same options continues after the existing rows;
     with other options it is refused. Every row has a digest of its options, and its prompt: the same id with another
@@ -110,6 +111,20 @@ class AnswersFile(AbstractContextManager):
             self._path, "earlier answers are safe; fix that, then run the same command again"
         ):
             append_all(self._file, rows)
+
+    def put_in_order(self, prompts: Sequence[Prompt]) -> None:
+        """Sorts the rows, and the traces, in the order of these prompts; rows of other prompts come first. Each file is
+        replaced in one step, so a kill leaves every row where it was or where it belongs. Nothing can be written
+        afterwards. Raises InputError if they cannot be written."""
+        number = {prompt.id: number for number, prompt in enumerate(prompts)}
+
+        def place(prompt_id: str, sample: int) -> tuple[int, int]:
+            return (number[prompt_id], sample) if prompt_id in number else (-1, 0)
+
+        if self._traces is not None:
+            self._traces.put_in_order(place)
+        with write_errors_named_after(self._path, "its answers are all there, in another order"):
+            write_in_order(self._path, place)
 
     def _earlier_config(self, config: DecodeConfig) -> DecodeConfig | None:
         """The config of the run that made the file; None if there is nothing to continue."""

@@ -16,12 +16,12 @@ from pargs_jax.decoding.loop import row_keys
 from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.decoding.shape import Shape
 from pargs_jax.decoding.state import RowSettings
-from pargs_jax.errors import InputError
+from pargs_jax.errors import InputError, warn
 from pargs_jax.generation.guidance import count_guides
 from pargs_jax.generation.reward_models import RewardModel, left_pad, padded_width
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.sharding import current_mesh, row_shards
-from pargs_jax.text.tokenization import TextTokenizer
+from pargs_jax.text.tokenization import TextTokenizer, cut_left
 
 MOST_BIASED = 300
 """The most tokens that a request may give a bias."""
@@ -57,7 +57,8 @@ class Settings:
     method that differ from its defaults. An answer ends where it contains one of the texts `stop`, which are not part
     of the response. `shape` reshapes the distribution before candidates are chosen; requests with and without one
     cannot run together. With `trace="candidates"`, `alternatives` of the likeliest tokens are recorded where they are
-    not candidates. Raises InputError for a setting that does not apply to the method.
+    not candidates. With `cut_prompts`, prompts that do not fit a model lose tokens on the left there. Raises InputError
+    for a setting that does not apply to the method.
     """
 
     method: Method
@@ -77,6 +78,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     shape: OwnShape | None = None
     alternatives: int = 0
+    cut_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name, reason in self.method.unused.items():
@@ -342,7 +344,7 @@ def plan_requests(
     Raises InputError if a prompt with its answer does not fit a model.
     """
     encoded = [tokenizer.encode_prompt(prompt.text) for prompt in prompts] if encoded is None else encoded
-    own_encoded = [list(map(model.encode_prompt, prompts, encoded)) for model in reward_models]
+    encoded, own_encoded = _fitted(lm, tokenizer, reward_models, prompts, encoded, settings)
     _check_lengths(lm, reward_models, prompts, encoded, own_encoded, settings)
     return [
         Request(prompts[i], sample, settings, encoded[i], [own[i] for own in own_encoded])
@@ -350,6 +352,40 @@ def plan_requests(
         for sample in range(settings.n)
         if answered is None or not answered[i][sample]
     ]
+
+
+def _fitted(
+    lm: CausalModel,
+    tokenizer: TextTokenizer,
+    reward_models: Sequence[RewardModel],
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    settings: Settings,
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The prompts' ids for the language model, and for each reward model; cut on the left where that was asked for. A
+    reward model with the language model's tokens reads what is left there. Warns if prompts were cut."""
+    lost = np.zeros(len(prompts), int)  # tokens of each prompt, in the model where it lost most
+
+    def fitting(of: TextTokenizer, positions: int, all_ids: Sequence[list[int]]) -> Sequence[list[int]]:
+        if not settings.cut_prompts or positions < 1:
+            return all_ids
+        cut = [cut_left(ids, positions, of.bos_id) for ids in all_ids]
+        lost[:] = np.maximum(lost, [len(ids) - len(left) for ids, left in zip(all_ids, cut, strict=True)])
+        return cut
+
+    new_tokens = settings.max_new_tokens
+    encoded = fitting(tokenizer, lm.config.max_positions - new_tokens, encoded)
+    own_encoded = [
+        fitting(
+            model.tokenizer,
+            model.model.config.max_positions - new_tokens - settings.tokens_ahead,
+            list(map(model.encode_prompt, prompts, encoded)),
+        )
+        for model in reward_models
+    ]
+    if count := np.count_nonzero(lost):
+        warn(f"{count} of {len(prompts)} prompts were cut on the left to fit, by at most {lost.max()} tokens")
+    return encoded, own_encoded
 
 
 def count_rows(batch_size: int, requests: int) -> int:
@@ -372,7 +408,7 @@ def _check_lengths(
         if len(ids) + max_new_tokens > positions:
             raise InputError(
                 f"prompt {prompt.id!r} has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds "
-                f"the language model's context of {positions} tokens"
+                f"the language model's context of {positions} tokens; the option cut_prompts cuts it"
             )
         if ids and max(ids) >= lm.config.vocab_size:
             raise InputError(f"prompt {prompt.id!r} has tokens outside the language model's vocabulary")

@@ -156,7 +156,8 @@ class RewardModel:
             ahead = f" and {look_ahead} tokens of look-ahead" if look_ahead else ""
             raise InputError(
                 f"prompt {prompt.id!r} has {len(ids)} tokens for {self.source}; with {max_new_tokens} new tokens"
-                f"{ahead} it exceeds that model's context of {self.model.config.max_positions} tokens"
+                f"{ahead} it exceeds that model's context of {self.model.config.max_positions} tokens; in "
+                "decoding, the option cut_prompts cuts it"
             )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], rows: int, least: int = 0) -> Prompts:

@@ -6,11 +6,11 @@ Evaluation, the page that explains an answer, and callers of a `Session` use the
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after
+from pargs_jax.durable_files import append_all, opened_to_append, write_errors_named_after, write_whole
 from pargs_jax.errors import InputError
 from pargs_jax.json_text import parse_json
 
@@ -125,7 +125,7 @@ def read_traces(path: str | Path) -> Iterator[AnswerTrace]:
 
 
 class TracesFile:
-    """Appends traces to a JSONL file; line n is the trace of line n of the answers file.
+    """Appends traces to a JSONL file, in the order of the answers file.
 
     Traces are written before their answers. A killed run may therefore leave traces without answers at the end of the
     file; they are dropped, and written again with their answers.
@@ -149,12 +149,15 @@ class TracesFile:
         self._path = path
         with opened_to_append(path, "decode.py", "use another file") as self._file:
             lines = path.read_bytes().splitlines(keepends=True)
-            for number, (prompt_id, sample) in enumerate(answered, start=1):
-                if number > len(lines) or _identity(lines[number - 1]) != (prompt_id, sample, options):
+            untraced = {(prompt_id, sample, options) for prompt_id, sample in answered}
+            for number in range(len(answered)):
+                found = _identity(lines[number]) if number < len(lines) else None
+                if found not in untraced:
                     raise InputError(
-                        f"{path}: line {number} is not the trace of line {number} of {answers_path}; answers made "
+                        f"{path}: line {number + 1} is not the trace of an answer in {answers_path}; answers made "
                         "without traces cannot get them later; use new files for both"
                     )
+                untraced.remove(found)
             if len(lines) > len(answered) and not is_known:
                 raise InputError(f"{path}: already exists, and does not belong to {answers_path}; use another file")
             for number, line in enumerate(lines[len(answered) :], start=len(answered) + 1):
@@ -172,6 +175,22 @@ class TracesFile:
         rows = "".join(json.dumps(trace.as_row(), ensure_ascii=False, allow_nan=False) + "\n" for trace in traces)
         with write_errors_named_after(self._path, "earlier traces are safe; fix that, then run the same command again"):
             append_all(self._file, rows)
+
+    def put_in_order(self, place: Callable[[str, int], Any]) -> None:
+        """Sorts the rows by the place of an id and a sample. Raises InputError if they cannot be written."""
+        with write_errors_named_after(self._path, "its traces are all there, in another order"):
+            write_in_order(self._path, place)
+
+
+def write_in_order(path: Path, place: Callable[[str, int], Any]) -> None:
+    """Sorts the rows of a file of answers or traces by the place of an id and a sample, in one step. Writes nothing if
+    they are in order already. Raises OSError if they cannot be written."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = map(parse_json, lines)
+    places = [place(row["id"], row.get("sample", 0)) for row in rows]
+    order = sorted(range(len(lines)), key=places.__getitem__)
+    if order != list(range(len(lines))):
+        write_whole(path.resolve(), b"".join(lines[number] for number in order))
 
 
 def _identity(line: bytes) -> tuple[str, int, str] | None:

@@ -40,6 +40,7 @@ class TextTokenizer:
 
     Attributes:
         vocab_size: number of tokens, added ones included.
+        needed_embeddings: the largest token id, and one.
         bos_id: the beginning-of-sequence token, or None.
         eos_ids: the tokens that end an answer, the tokenizer's own first.
         is_pair_encoder: whether prompt and answer are a sentence pair, `[CLS] prompt [SEP] answer [SEP]`, as DeBERTa
@@ -57,7 +58,7 @@ class TextTokenizer:
         """
         self._tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
-        self._needed_embeddings = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.needed_embeddings = max(tokenizer.get_vocab().values(), default=-1) + 1
         pair_ends = _sentence_pair_ends(tokenizer)
         self.is_pair_encoder: bool = pair_ends is not None
         self.bos_id: int | None
@@ -105,9 +106,9 @@ class TextTokenizer:
 
         Raises InputError if a token has no embedding, or less than half of the embeddings have a token.
         """
-        if self._needed_embeddings > count:
+        if self.needed_embeddings > count:
             raise InputError(
-                f"{source}: its tokenizer needs {self._needed_embeddings} embeddings, but the model has {count}"
+                f"{source}: its tokenizer needs {self.needed_embeddings} embeddings, but the model has {count}"
             )
         found = f"{source}: its tokenizer has {self.vocab_size} tokens, but the model has {count} embeddings"
         if 2 * self.vocab_size < count:
@@ -294,6 +295,14 @@ class TextTokenizer:
     @property
     def _has_unigram_model(self) -> bool:
         return self._tokenizer.is_fast and type(self._tokenizer.backend_tokenizer.model).__name__ == "Unigram"
+
+
+def cut_left(prompt_ids: list[int], most: int, bos_id: int | None) -> list[int]:
+    """At most so many ids of a prompt, at least 1: those on its left are cut, but never BOS."""
+    if len(prompt_ids) <= most:
+        return prompt_ids
+    head = prompt_ids[:1] if prompt_ids[0] == bos_id else []
+    return head + prompt_ids[len(prompt_ids) - most + len(head) :]
 
 
 def _sentence_pair_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ from pargs_jax.processes import largest, on_first
 from pargs_jax.training.fingerprints import fingerprints
 from pargs_jax.training.step import TrainState
 
-FINGERPRINTS = "fingerprints.json"
+FINGERPRINTS = "fingerprints.v2.json"  # those of another kind had no version
 MEND_AND_RESUME = "the checkpoints are safe; fix that, then resume the run"
 
 
@@ -136,18 +136,18 @@ class Checkpoints(AbstractContextManager):
         with write_errors_named_after(self.folder / str(step), self._advice):
             saving.result()
 
-    def _finish(self, step: int, response: Any, marks: dict[str, jax.Array]) -> None:
+    def _finish(self, step: int, response: Any, marks: dict[str, int]) -> None:
         """Waits for a save and records its arrays' fingerprints, because Orbax does not notice altered files."""
         response.result()
         if jax.process_index() == 0:
-            write_whole(self.folder / str(step) / FINGERPRINTS, json.dumps(_numbers(marks)))
+            write_whole(self.folder / str(step) / FINGERPRINTS, json.dumps(marks))
 
     def _is_altered(self, step: int, restored: dict[str, Any]) -> bool:
         """Whether arrays differ from those that were saved. If the run was killed before their fingerprints were
         recorded, they are trusted."""
         marks = fingerprints(restored)
         try:
-            return jax.process_index() == 0 and _numbers(marks) != parse_json(
+            return jax.process_index() == 0 and marks != parse_json(
                 (self.folder / str(step) / FINGERPRINTS).read_bytes()
             )
         except FileNotFoundError:
@@ -211,10 +211,6 @@ class Checkpoints(AbstractContextManager):
         with write_errors_named_after(aside, self._advice):
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-
-
-def _numbers(marks: dict[str, jax.Array]) -> dict[str, int]:
-    return {name: int(mark) for name, mark in jax.device_get(marks).items()}
 
 
 def _drop_unreadable_metrics(folder: Path) -> None:

@@ -6,18 +6,21 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 from rich.console import Console
 
 from pargs_jax.config import TrainConfig
-from pargs_jax.data.batches import Batches, Example
+from pargs_jax.data.batches import Batches
+from pargs_jax.data.examples import Example
 from pargs_jax.data.packing import Packing
 from pargs_jax.errors import InputError
 from pargs_jax.models.model import Params
 from pargs_jax.models.one_pass import OnePass
 from pargs_jax.options import LARGEST_NUMBER
 from pargs_jax.processes import on_first
-from pargs_jax.sharding import current_mesh, row_shards
+from pargs_jax.sharding import current_mesh, own_rows, row_shards
 from pargs_jax.training.checkpoint import Checkpoints
 from pargs_jax.training.loop import Trainer, evaluate
 from pargs_jax.training.on_policy import OnPolicy, Sampler
@@ -57,7 +60,17 @@ def run(
     loss, prepared = program.objective.loss, partial(Batches, max_length=config.max_length, seed=config.seed)
     updates, copies = loss.updates_per_step, loss.answers_per_prompt
     packed = partial(packing_of, config, program.model, current_mesh())
-    batches = prepared(examples, config.batch_size // copies, copies=copies, packing=packed(config.optim.accumulation))
+
+    def own(rows: int) -> Bool[np.ndarray, "B"] | None:
+        return own_rows(current_mesh(), rows) if sampler is None else None  # a sampler reads all prompts
+
+    batches = prepared(
+        examples,
+        config.batch_size // copies,
+        copies=copies,
+        packing=packed(config.optim.accumulation),
+        own=own(config.batch_size),
+    )
     optimizer, schedule = program.make_optimizer(total * updates)
     trained, frozen = program.begin_params(params, config.seed)
     state = begin(optimizer, trained)
@@ -69,7 +82,7 @@ def run(
         on_policy, rows = OnPolicy(program, sampler), config.batch_size
         step, evaluation = on_policy.make_step(step), on_policy.evaluate
     if held_out is not None:
-        evaluation = partial(evaluation, batches=prepared(held_out, rows, packing=packed()))
+        evaluation = partial(evaluation, batches=prepared(held_out, rows, packing=packed(), own=own(rows)))
     on_first(partial(save_config, config, folder))
     with Checkpoints(folder / "checkpoints", config.keep, config.keep_best, config.best_metric) as checkpoints:
         if checkpoints.latest_step is not None:

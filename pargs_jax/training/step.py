@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
@@ -43,16 +43,44 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
             lambda path, _: getattr(path[-1], "key", None) in ("kernel", "embedding"), params
         )
 
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-        mu_dtype=config.moment_dtype,
-    )
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype)
+    if config.square_dtype == "bfloat16":
+        adam = with_short_squares(adam)
+    # What optax.adamw chains.
+    decay = optax.add_decayed_weights(config.weight_decay, decayed)
+    adamw = optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
     return (optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw), schedule
+
+
+def with_short_squares(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam that keeps its mean squared gradients in bfloat16 between steps.
+
+    A step changes the mean by a share of 1 - b2, which is less than half of bfloat16's spacing unless the square is
+    several times the mean: rounded to the nearest, the mean would stand still. So it is rounded up or down at random,
+    with chances that make the expected value exact; the randomness depends on nothing but the step and the array. The
+    step itself uses the mean before it is rounded.
+    """
+
+    def init(params: Params) -> optax.ScaleByAdamState:
+        state = adam.init(params)
+        return state._replace(nu=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.nu))
+
+    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None) -> Any:
+        state = state._replace(nu=jax.tree.map(lambda x: x.astype(jnp.float32), state.nu))
+        updates, state = adam.update(grads, state, params)
+        leaves, tree = jax.tree.flatten(state.nu)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(leaves))
+        nu = tree.unflatten([round_at_random(x, key) for x, key in zip(leaves, keys, strict=True)])
+        return updates, state._replace(nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: Float[Array, "*S"], key: PRNGKeyArray) -> BFloat16[Array, "*S"]:
+    """Float32 numbers as one of the two nearest in bfloat16, each with a chance of 1 less its share of the distance."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16)
+    # bfloat16 is the upper half of float32.
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 StepFunction = Callable[..., tuple[TrainState, Metrics]]

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pargs_jax.data.batches import WINDOW, Batches, Example, tokenise
+from pargs_jax.data.batches import WINDOW, Batches
+from pargs_jax.data.examples import Example, tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.errors import InputError
 

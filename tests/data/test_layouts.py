@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pargs_jax.data.layouts import LAYOUTS
-from pargs_jax.data.preferences import hold_out, load_preferences, load_prompts
+from pargs_jax.data.preferences import is_held_out, load_preferences, load_prompts
 from pargs_jax.errors import InputError
 from pargs_jax.text.prompts import get_form
 
@@ -111,10 +111,6 @@ def test_a_text_file_has_a_prompt_in_each_line(tmp_path):
 def test_rows_are_held_out_by_prompt_and_always_the_same_ones(write):
     rows = [{"prompt": f"Why {i // 2}?", "chosen": f"So {i}.", "rejected": "No."} for i in range(400)]
     pairs = load_preferences(write(*rows), PLAIN).rows
-    kept, held = hold_out(pairs, 0.25)
-    assert 70 < len(held) < 130 and sorted(kept + held, key=pairs.index) == pairs
-    assert not {row.prompt for row in kept} & {row.prompt for row in held}
-    again = hold_out(list(reversed(pairs)), 0.25)[1]
-    assert list(reversed(again)) == held
-    with pytest.raises(InputError, match=r"a share of 0\.25 of these 2 rows leaves nothing to train on"):
-        hold_out(pairs[:2], 0.25)
+    held = [row for row in pairs if is_held_out(row, 0.25)]
+    assert 70 < len(held) < 130
+    assert {row.prompt for row in held}.isdisjoint(row.prompt for row in pairs if not is_held_out(row, 0.25))

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pargs_jax.data.batches import PACKED_WINDOW, Batches, Example
+from pargs_jax.data.batches import PACKED_WINDOW, Batches
+from pargs_jax.data.examples import Example
 from pargs_jax.data.packing import Packing, deal, first_fit
 
 LONGEST = 30

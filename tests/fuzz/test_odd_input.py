@@ -33,7 +33,7 @@ from pargs_jax.commands.generate import settings_of
 from pargs_jax.commands.process import reason_of
 from pargs_jax.config import DecodeConfig, TrainConfig
 from pargs_jax.config_files import to_yaml
-from pargs_jax.data.batches import tokenise
+from pargs_jax.data.examples import tokenise
 from pargs_jax.data.preferences import load_preferences, load_prompts
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.errors import InputError

@@ -19,6 +19,7 @@ from pargs_jax.decoding.methods import METHODS
 from pargs_jax.demo import task as demo
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer
+from pargs_jax.testing import tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -62,7 +63,7 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     options = common(lm, rm, prompts, out)
     assert decode(*options)[0] == 0
     whole = rows(out)
-    assert sorted(row["id"] for row in whole) == [f"p{i}" for i in range(5)]
+    assert [row["id"] for row in whole] == [f"p{i}" for i in range(5)]
     assert set(whole[0]) == {
         "id", "prompt", "response", "finish_reason", "log_probability", "kl", "guide_reward", "tokens", "seconds",
         "sample", "options", "lm_tokens", "rm_tokens", "kl_is",
@@ -85,6 +86,60 @@ def test_a_second_run_goes_on_after_the_rows_that_are_there(decode, lm, rm, prom
     code, _, err = decode(*options, "--seed", 1)
     assert code == 2 and "other options" in err
     assert out.read_bytes() == before
+
+
+def test_answers_end_up_in_the_order_of_the_prompts(decode, lm, rm, tmp_path):
+    """Also in files whose names look like the markup of a terminal."""
+    path, out, trace = (tmp_path / name for name in ("prompts.jsonl", "answers[b].jsonl", "trace.jsonl"))
+    prompts = [{"id": f"p{i}", "prompt": "Help " * (5 - i)} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    options = (*common(lm, rm, path, out), "--n", 2, "--trace", trace)
+    code, _, err = decode(*options)
+    assert code == 0 and f"wrote 10 answers to {out}" in " ".join(err.split())
+    files = [file.read_bytes() for file in (out, trace)]
+    for file in (out, trace):
+        assert [(row["id"], row["sample"]) for row in rows(file)] == [(f"p{i}", n) for i in range(5) for n in range(2)]
+
+    # A run that is killed between the two files has only one of them in order.
+    for file, content in zip((out, trace), files, strict=True):
+        file.write_bytes(b"".join(reversed(content.splitlines(keepends=True))))
+        assert decode(*options)[0] == 0
+        assert [file.read_bytes() for file in (out, trace)] == files
+
+    # What answers other prompts comes first.
+    path.write_text(json.dumps({"id": "new", "prompt": "Hi"}) + "\n" + path.read_text().splitlines()[4] + "\n")
+    assert decode(*options)[0] == 0
+    expected = [(f"p{i}", n) for i in range(4) for n in range(2)] + [("new", 0), ("new", 1), ("p4", 0), ("p4", 1)]
+    for file in (out, trace):
+        assert [(row["id"], row["sample"]) for row in rows(file)] == expected
+
+
+def test_prompts_are_cut_on_the_left_where_that_is_asked_for(decode, lm, prompts, tmp_path):
+    """The answers are those of transformers to the prompt's last tokens, after BOS."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    texts = ["My lamp broke. " * 30, "My lamp broke."]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    out = tmp_path / "answers.jsonl"
+    options = ("--lm", lm, "--method", "greedy", "--prompts", prompts, "--out", out, "--max-new-tokens", 10)
+    code, _, err = decode(*options)
+    assert code == 2 and "context of 64 tokens; the option cut_prompts cuts it" in err
+    code, _, err = decode(*options, "--cut-prompts")
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode_prompt(texts[0])
+    assert code == 0
+    assert f"1 of 2 prompts were cut on the left to fit, by at most {len(ids) - 54} tokens" in " ".join(err.split())
+    kept = [ids[0], *ids[-53:]]
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(lm)
+        answer = model.generate(torch.tensor([kept]), max_new_tokens=10, do_sample=False, pad_token_id=0)[0][54:]
+    first, second = rows(out)
+    assert first["response"] == tokenizer.decode_answer(kept, answer.tolist()) and first["prompt"] == texts[0]
+    out.unlink()
+    prompts.write_text(json.dumps({"prompt": texts[1]}) + "\n")
+    assert decode(*options)[0] == 0
+    assert rows(out)[0]["response"] == second["response"]
 
 
 def test_an_answer_is_not_taken_for_that_of_another_prompt(decode, lm, rm, tmp_path):
@@ -159,7 +214,7 @@ def test_answers_on_standard_output_come_in_the_order_of_the_prompts(decode, lm,
     assert decode(*options, "--out", written, "--n", 3, "--temperature", 1)[0] == 2  # another temperature
     code, _, err = decode(*options, "--out", written, "--n", 3)
     assert code == 0 and "2 of 6 answers are already there" in " ".join(err.split())
-    assert rows(written)[:2] == first
+    assert rows(written)[::3] == first
     answers = {(row["id"], row["sample"]): row["response"] for row in rows(written)}
     assert len(set(answers.values())) == 6
     code, out, _ = decode(*options, "--n", 3)

@@ -153,7 +153,7 @@ def test_answers_without_a_trace_and_traces_of_other_answers_are_refused(config,
     generate(untraced)
     out, trace = tmp_path / "answers.jsonl", tmp_path / "new" / "traces.jsonl"
     with pytest.raises(
-        InputError, match=r"traces.jsonl: line 1 is not the trace of line 1 of .*answers.jsonl; answers"
+        InputError, match=r"traces.jsonl: line 1 is not the trace of an answer in .*answers.jsonl; answers"
     ):
         generate(config)
     out.unlink()
@@ -167,7 +167,7 @@ def test_answers_without_a_trace_and_traces_of_other_answers_are_refused(config,
     # One that goes on without --trace leaves the traces alone, and then there is no going back.
     generate(dataclasses.replace(untraced, limit=2))
     assert trace.read_bytes() == before
-    with pytest.raises(InputError, match="line 2 is not the trace of line 2"):
+    with pytest.raises(InputError, match="line 2 is not the trace of an answer"):
         generate(dataclasses.replace(config, limit=2))
     assert trace.read_bytes() == before
 

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import traceback
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from pargs_jax.errors import InputError
+from pargs_jax.models import weights
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.hf import describe_model, load_model
 
@@ -272,7 +274,8 @@ class Case(NamedTuple):
 
 
 def draw(seed: int, number: int) -> Case:
-    """Case `number` of the series with this seed."""
+    """Case `number` of the series with this seed. A family's cases take the values of each field in turn, in an order
+    that is drawn again after the last one, so that few cases have them all."""
     rng = np.random.default_rng([seed, number])
 
     def pick(values: list[Any]) -> Any:
@@ -281,7 +284,14 @@ def draw(seed: int, number: int) -> Case:
     turn, place = divmod(number, len(FIELDS))
     family = list(FIELDS)[place]
     is_odd = turn % 3 == 0
-    drawn = {name: pick(values) for name, values in FIELDS[family].items()}
+
+    def next_of(name: str, values: list[Any]) -> Any:
+        # Odd and other cases take turns of their own.
+        cycle, step = divmod(turn // 3 if is_odd else turn - turn // 3 - 1, len(values))
+        key = [seed, place, zlib.crc32(name.encode()), is_odd, cycle]
+        return values[np.random.default_rng(key).permutation(len(values))[step]]
+
+    drawn = {name: next_of(name, values) for name, values in FIELDS[family].items()}
     if family == "llama":
         drawn |= _rope(pick, is_odd and rng.random() < 0.4)
     if is_odd:
@@ -426,8 +436,10 @@ def run(seed: int, count: int) -> tuple[collections.Counter, list[str], dict[str
     ends: collections.Counter = collections.Counter()
     wrong: list[str] = []
     values: dict[str, dict[str, set[str]]] = {}
-    # Compiling one of these models takes far longer than running it operation by operation: the shapes are few.
-    with quiet_reference(), jax.disable_jit():
+    # Compiling one of these models takes far longer than running it operation by operation: the shapes are few. That no
+    # weight is infinite, which others test, would take a fifth of the time.
+    with quiet_reference(), jax.disable_jit(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(weights, "_check_finite", lambda *_: None)
         for number in range(count):
             case = draw(seed, number)
             with tempfile.TemporaryDirectory() as folder:
@@ -448,9 +460,9 @@ def run(seed: int, count: int) -> tuple[collections.Counter, list[str], dict[str
 @pytest.mark.filterwarnings("ignore")
 def test_random_configs_give_the_same_as_torch_or_are_refused():
     pytest.importorskip("torch", reason="the reference is transformers on torch")
-    ends, wrong, values = run(0, 200)
+    ends, wrong, values = run(0, 148)
     assert not wrong, "\n".join(wrong)
-    assert ends["compared"] >= 120, ends
+    assert ends["compared"] >= 88, ends
     for family, fields in FIELDS.items():
         known = FAMILIES[family].config.HF_FIELDS
         assert {*known.names.values(), *known.read, *known.sizes, *known.must} - values[family].keys() == set()

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pargs_jax.data.batches import Batch, Batches, tokenise
+from pargs_jax.data.batches import Batch, Batches
+from pargs_jax.data.examples import tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.prefix_causal import PrefixCausalModel

@@ -28,7 +28,7 @@ from pargs_jax.config import DataConfig, LogConfig, ModelConfig, TrainConfig
 from pargs_jax.data.batches import Batches
 from pargs_jax.errors import InputError
 from pargs_jax.training import metrics_log, program, run_folder
-from pargs_jax.training.checkpoint import Checkpoints
+from pargs_jax.training.checkpoint import FINGERPRINTS, Checkpoints
 from pargs_jax.training.prefetch import Prefetch
 from pargs_jax.training.step import TrainState
 
@@ -272,7 +272,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(config, monk
     with pytest.raises(SystemExit) as ended:
         run_as_command(lambda: command.train(config, Console(file=printed, width=10_000)))
     assert ended.value.code == 130 and "stopped; step 6 of 6 is saved" in printed.getvalue()
-    assert (Path(config.out) / "checkpoints" / "6" / "fingerprints.json").exists()
+    assert (Path(config.out) / "checkpoints" / "6" / FINGERPRINTS).exists()
     assert not (Path(config.out) / "model").exists()
     resumed(config)
     assert (Path(config.out) / "model").exists()

@@ -16,7 +16,8 @@ from rich.console import Console
 from pargs_jax.commands import doors
 from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from pargs_jax.data.batches import Batches, tokenise
+from pargs_jax.data.batches import Batches
+from pargs_jax.data.examples import tokenise
 from pargs_jax.data.preferences import Preference
 from pargs_jax.models.hf import load_model
 from pargs_jax.objectives.dpo import DirectPreference

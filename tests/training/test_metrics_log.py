@@ -24,7 +24,7 @@ def test_tensorboard_reads_what_is_written(tmp_path):
 
     write_twice(TrainConfig(out=str(tmp_path), log=LogConfig(tensorboard=True)))
     found = []
-    for path in sorted((tmp_path / "tensorboard").iterdir()):
+    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         content = path.read_bytes()
         while content:  # a record: its length, a checksum, an event, a checksum
             (length,) = struct.unpack("<Q", content[:8])

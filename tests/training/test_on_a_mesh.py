@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pargs_jax.config import OptimConfig
-from pargs_jax.data.batches import Batch, Batches, Example
+from pargs_jax.data.batches import Batch, Batches
+from pargs_jax.data.examples import Example
 from pargs_jax.data.packing import Packing
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import CausalModel

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from pargs_jax.data.batches import Batch, Batches, Example
+from pargs_jax.data.batches import Batch, Batches
+from pargs_jax.data.examples import Example
 from pargs_jax.decoding.loop import Decoder, decode
 from pargs_jax.decoding.proposals import AllTokens
 from pargs_jax.decoding.state import RowSettings

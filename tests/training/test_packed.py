@@ -12,7 +12,8 @@ import pytest
 
 from pargs_jax.commands.train import training_program
 from pargs_jax.config import ModelConfig, TrainConfig
-from pargs_jax.data.batches import Batches, Example
+from pargs_jax.data.batches import Batches
+from pargs_jax.data.examples import Example
 from pargs_jax.data.packing import Packing
 from pargs_jax.errors import InputError
 from pargs_jax.models.causal import CausalModel, seen_in

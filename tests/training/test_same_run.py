@@ -13,10 +13,10 @@ from rich.console import Console
 from pargs_jax.commands import demo
 from pargs_jax.commands import train as command
 from pargs_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from pargs_jax.data.batches import Example
+from pargs_jax.data.examples import Example, digest_of
 from pargs_jax.demo import task
 from pargs_jax.errors import InputError, InputWarning
-from pargs_jax.training.same_run import digest_of, warn_of_another_schedule
+from pargs_jax.training.same_run import warn_of_another_schedule
 
 pytestmark = pytest.mark.usefixtures("compiled_steps_are_reused")
 

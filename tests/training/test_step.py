@@ -20,7 +20,7 @@ from pargs_jax.objectives.partial_bt import PartialBradleyTerry
 from pargs_jax.objectives.sft import SupervisedFineTuning
 from pargs_jax.testing import TINY_CONFIGS, tiny_model
 from pargs_jax.training.objective import Objective
-from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
+from pargs_jax.training.step import TrainState, make_optimizer, make_train_step, round_at_random
 
 FAMILIES = ("gpt2", "llama")
 VOCABULARY = 61
@@ -320,3 +320,32 @@ def test_the_mean_of_gradients_may_be_kept_in_half():
     assert dtypes == {"bfloat16", "float32"}
     updates, _ = optimizer.update(params, state, params)
     assert updates["a"]["kernel"].dtype == jnp.float32
+
+
+def test_the_mean_of_squares_may_be_kept_in_half_because_it_is_rounded_at_random():
+    """Squares that are twice the mean: to the nearest, bfloat16 would stand still; at random, it follows float32."""
+    params = {"kernel": jnp.ones((64, 64))}
+    state = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer, _ = make_optimizer(OptimConfig(square_dtype=dtype, clip=0.0, b1=0.0), 400)
+        state[dtype] = jax.jit(optimizer.init)(params)
+        update = jax.jit(optimizer.update)
+        for number in range(300):
+            grads = {"kernel": jnp.full((64, 64), 1.0 if number < 100 else 2**0.5)}
+            _, state[dtype] = update(grads, state[dtype], params)
+    squares = {dtype: optax.tree.get(found, "nu")["kernel"] for dtype, found in state.items()}
+    assert squares["bfloat16"].dtype == jnp.bfloat16 and squares["float32"].dtype == jnp.float32
+    expected = float(squares["float32"][0, 0])
+    found = np.asarray(squares["bfloat16"], np.float32)
+    np.testing.assert_allclose(found.mean(), expected, rtol=2e-3)
+    assert 0 < found.std() / expected < 0.05
+    assert jax.tree.structure(state["float32"]) == jax.tree.structure(state["bfloat16"])
+
+
+def test_rounding_at_random_hits_the_two_nearest_numbers_as_often_as_it_should():
+    low, high = np.float32(1), np.float32(1 + 2**-7)  # neighbours in bfloat16
+    for share in (0, 0.25, 0.9):
+        x = jnp.full(20000, low + share * (high - low))
+        rounded = np.asarray(round_at_random(x, jax.random.key(0)), np.float32)
+        assert set(rounded) <= {low, high}
+        assert (rounded == high).mean() == pytest.approx(share, abs=0.015)
