@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pargs_jax.commands.process import run_as_command
+from pargs_jax.freed_memory import keep_freed_memory
 
 
 class Door(NamedTuple):
@@ -25,6 +26,7 @@ class Door(NamedTuple):
         options: the module of that class.
         more: gives what stands below the examples.
         memory_advice: what needs less memory.
+        keeps_freed_memory: whether it allocates the same large arrays again and again.
     """
 
     module: str
@@ -34,6 +36,7 @@ class Door(NamedTuple):
     options: str = "pargs_jax.config"
     more: Callable[[], str] = str
     memory_advice: str = "try a smaller --batch-size"
+    keeps_freed_memory: bool = False
 
     def __call__(self) -> None:
         run_as_command(self._run, self.memory_advice)
@@ -51,6 +54,8 @@ class Door(NamedTuple):
 
             expect_no_devices(config.mesh)
             sys.exit(0 if importlib.import_module(module).compile_only(config).fits else 1)
+        if self.keeps_freed_memory:
+            keep_freed_memory()
         import jax
 
         from pargs_jax.mesh import start
@@ -84,6 +89,7 @@ train = Door(
   {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
   {prog} --data.train answers.csv --data.columns prompt=question chosen=best rejected=worst --out runs/mine""",
     memory_advice="try --optim.accumulation 2 or more, --model.remat layers, or a smaller --batch-size",
+    keeps_freed_memory=True,
 )
 
 decode = Door(
