@@ -8,10 +8,11 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +20,38 @@ import jax.numpy as jnp
 # Another framework shares the device's memory. JAX reads this when it first looks for devices.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+STAT = Path("/proc/stat")
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which the system counts CPU time
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "transformers", "numpy")
 
 
+MOST_OTHERS = 0.05
+"""A round is spoilt if other processes had more than this share of all cores' time in it."""
+
+MOST_ROUNDS = 3
+"""At most this many times the wanted rounds are run, to find enough that are not spoilt."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """One quantity measured several times: its median, its extremes, and every value in the order measured."""
+    """One quantity measured several times: its median, its extremes, and every value in the order measured; and the
+    median share of all cores' time that other processes had meanwhile, where that is known."""
 
     median: float
     low: float
     high: float
     runs: tuple[float, ...]
+    others: float | None = None
 
     @classmethod
-    def of(cls, runs: Iterable[float]) -> "Spread":
+    def of(cls, runs: Iterable[float], others: float | None = None) -> "Spread":
         runs = tuple(runs)
-        return cls(statistics.median(runs), min(runs), max(runs), runs)
+        return cls(statistics.median(runs), min(runs), max(runs), runs, others)
+
+    def scaled(self, factor: float) -> "Spread":
+        """The same quantity in other units."""
+        return Spread.of((factor * run for run in self.runs), self.others)
 
     def rate(self, units: float) -> "Spread":
         """Units per second, where this is seconds for `units` of them (tokens, say)."""
@@ -62,21 +78,60 @@ def interleaved(
 ) -> dict[str, Spread]:
     """Seconds for each contestant, timed in turns in one process, so that the machine's drift hits all alike.
 
-    Every other round goes through them backwards, so that none always runs after the same neighbour. See `time_it` for
-    what a contestant must do.
+    Every other round goes through them backwards, so that none always runs after the same neighbour. Rounds that other
+    processes spoilt are dropped, and others run in their place (`MOST_OTHERS`, `MOST_ROUNDS`); if less than half as
+    many as wanted are left, all rounds count, and a warning says so. See `time_it` for what a contestant must do.
     """
     for run in contestants.values():
         for _ in range(warmup):
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    rounds: list[dict[str, float]] = []
+    shares: list[float] = []
     order = list(contestants)
-    for _ in range(repeats):
+    while sum(share <= MOST_OTHERS for share in shares) < repeats and len(rounds) < MOST_ROUNDS * repeats:
+        seconds = {}
+        before = CpuTime.now()
         for name in order:
             start = time.perf_counter()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name] = time.perf_counter() - start
+        rounds.append(seconds)
+        shares.append(before.others_share(CpuTime.now()))
         order.reverse()
-    return {name: Spread.of(runs) for name, runs in seconds.items()}
+    quiet = [index for index, share in enumerate(shares) if share <= MOST_OTHERS]
+    if 2 * len(quiet) < repeats:
+        warnings.warn(
+            f"other processes had {statistics.median(shares):.0%} of the CPU time (median of {len(rounds)} rounds), "
+            f"and {len(quiet)} rounds were quiet; all count",
+            stacklevel=2,
+        )
+        quiet = list(range(len(rounds)))
+    others = statistics.median(shares[index] for index in quiet)
+    return {name: Spread.of((rounds[index][name] for index in quiet), others) for name in contestants}
+
+
+class CpuTime(NamedTuple):
+    """Seconds that cores have worked, since they started: for all processes, and for this one with its children; and
+    the time of day. Where the system does not tell (`/proc/stat` is Linux's), all processes are this one."""
+
+    everyone: float
+    own: float
+    clock: float
+
+    @classmethod
+    def now(cls) -> "CpuTime":
+        own = sum(os.times()[:4])
+        everyone = own
+        if STAT.exists():
+            user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split("\n")[0].split()[1:])
+            everyone = (user + nice + system + irq + softirq + steal) * TICK
+        return cls(everyone, own, time.perf_counter())
+
+    def others_share(self, later: "CpuTime") -> float:
+        """The share of all cores' time that other processes had between this and a later time, less the counters'
+        resolution."""
+        others = (later.everyone - self.everyone) - (later.own - self.own) - 2 * TICK
+        return max(0.0, others) / ((later.clock - self.clock) * (os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True)

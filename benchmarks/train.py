@@ -74,7 +74,7 @@ class JaxTrainer:
         state = TrainState(params, jax.jit(self._optimizer.init)(params), jnp.zeros((), jnp.int32))
         # All placed alike: a mix would compile the first step once more, for the placing that it returns.
         self._state = jax.device_put(state, jax.devices()[0])
-        objectives = {name: Objective(model, OBJECTIVES[name](), dtype) for name in (BT, PARTIAL)}
+        objectives = {name: Objective(model, OBJECTIVES[name](), dtype, unrolls=True) for name in (BT, PARTIAL)}
         self._steps = {name: make_train_step(objective, self._optimizer) for name, objective in objectives.items()}
         self._rows_step = make_rows_step(objectives[BT], self._optimizer)
 
@@ -291,7 +291,7 @@ def check_agreement(results: Mapping[str, StepResult], dtype: str) -> float:
 def per_step(seconds: Mapping[str, measure.Spread], args: argparse.Namespace) -> dict[str, measure.Spread]:
     """Seconds a step, from those of timed runs."""
     steps = dict.fromkeys(seconds, args.steps) | {ROWS: 1, TORCH_ROWS: 1}
-    return {what: measure.Spread.of(s / steps[what] for s in spread.runs) for what, spread in seconds.items()}
+    return {what: spread.scaled(1 / steps[what]) for what, spread in seconds.items()}
 
 
 def least_seconds(
@@ -313,7 +313,8 @@ def speed_row(what: str, pairs: int, seconds: measure.Spread, least: float, args
     return {
         "step": what,
         "pairs": pairs,
-        "ms a step": measure.Spread.of(1e3 * s for s in seconds.runs),
+        "ms a step": seconds.scaled(1e3),
+        "others' CPU": "unknown" if seconds.others is None else f"{seconds.others:.0%}",
         "tokens/s": 2 * pairs * (args.prompt + args.answer) / seconds.median,
         "limit, ms": 1e3 * least,
         "share of the limit": least / seconds.median,
@@ -358,7 +359,8 @@ def report(
 
 Time of one step (loss, gradient, clipping, AdamW): median of {args.repeats} runs of {args.steps} steps, for prefix rows
 of {args.row_repeats} runs of one (lowest to highest). Tokens are those of the pairs' texts, each counted once however
-often a step runs over it.
+often a step runs over it. Others' CPU is the share of all cores' time that other processes had; rounds in which it was
+over {measure.MOST_OTHERS:.0%} were dropped where enough others were quiet.
 
 {ratios}
 

@@ -49,6 +49,12 @@ def current_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
+def current_device() -> Any:
+    """A device of the current mesh, real or described, or else the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+
+
 def name_dimensions(path: str, names: tuple[str | None, ...]) -> None:
     """Names the last dimensions of an array, which determines how it is split.
 

@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "errors",
     },  # of decoding, the table of methods
     "names_elsewhere": set(),
+    "freed_memory": set(),
     "config_files": {"names_elsewhere", "options", "errors"},
     "signals": {"errors"},
     "durable_files": {"errors"},
@@ -147,6 +148,7 @@ WITHOUT_JAX = (
     "names_elsewhere",
     "errors",
     "signals",
+    "freed_memory",
     "options",
     "config",
     "config_files",

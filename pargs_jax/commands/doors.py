@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pargs_jax.commands.process import run_as_command
 from pargs_jax.errors import InputError
+from pargs_jax.freed_memory import keep_freed_memory
 
 
 class Door(NamedTuple):
@@ -27,6 +28,7 @@ class Door(NamedTuple):
         more: gives what stands below the examples.
         memory_advice: what needs less memory.
         extra: the extra of the package that it needs, if any.
+        keeps_freed_memory: whether it allocates the same large arrays again and again.
     """
 
     module: str
@@ -37,6 +39,7 @@ class Door(NamedTuple):
     more: Callable[[], str] = str
     memory_advice: str = "try a smaller --batch-size"
     extra: str = ""
+    keeps_freed_memory: bool = False
 
     def __call__(self) -> None:
         run_as_command(self._run, self.memory_advice)
@@ -54,6 +57,8 @@ class Door(NamedTuple):
 
             expect_no_devices(config.mesh)
             sys.exit(0 if importlib.import_module(module).compile_only(config).fits else 1)
+        if self.keeps_freed_memory:
+            keep_freed_memory()
         import jax
 
         from pargs_jax.mesh import start
@@ -93,6 +98,7 @@ train = Door(
   {prog} --model.init gpt2 --data.train pairs.jsonl --data.eval held_out.jsonl --data.format hh --out runs/mine
   {prog} --data.train answers.csv --data.columns prompt=question chosen=best rejected=worst --out runs/mine""",
     memory_advice="try --optim.accumulation 2 or more, --model.remat layers, or a smaller --batch-size",
+    keeps_freed_memory=True,
 )
 
 decode = Door(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from pargs_jax.sharding import ROWS, spec_of
+from pargs_jax.sharding import ROWS, current_device, spec_of
 
 Kernel = Literal["plain", "cudnn", "splash"]
 
@@ -54,8 +54,7 @@ def attend_whole(
 def choose_kernel(dtype: jnp.dtype, length: int, head_dim: int, is_capped: bool = False) -> Kernel:
     """The kernel for texts of `length` tokens on the devices of the current mesh, or on the default device. cuDNN's
     cannot cap scores."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+    device = current_device()
     if dtype != jnp.bfloat16 or length < LANES:
         return "plain"
     if "NVIDIA" in device.device_kind and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD and not is_capped:

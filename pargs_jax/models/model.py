@@ -173,6 +173,23 @@ def unstack_layers(model: M, params: Params) -> tuple[M, Params]:
     return dataclasses.replace(model, unrolled=True), unrolled
 
 
+def run_one_by_one(model: M, params: Params) -> tuple[M, Params]:
+    """The same model with its layers unrolled, inside a program that differentiates it with respect to stacked
+    parameters. The gradients of the layers are stacked at once; those of slices would each be as large as the stack."""
+    if model.unrolled:
+        return model, params
+    count = model.config.layers
+
+    @jax.custom_vjp
+    def layers_of(stack: Array) -> tuple[Array, ...]:
+        return tuple(stack[i] for i in range(count))
+
+    layers_of.defvjp(lambda stack: (layers_of(stack), None), lambda _, gradients: (jnp.stack(gradients),))
+    stacks, tree = jax.tree.flatten(params["backbone"]["layers"])
+    layers = dict(enumerate(map(tree.unflatten, zip(*map(layers_of, stacks), strict=True))))
+    return dataclasses.replace(model, unrolled=True), {**params, "backbone": {**params["backbone"], "layers": layers}}
+
+
 def stack_layers(model: M, params: Params) -> tuple[M, Params]:
     """The same model with its layers stacked on a leading axis."""
     if not model.unrolled:

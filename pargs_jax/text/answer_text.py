@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
-from pargs_jax.text.tokenization import TextTokenizer, stages
+from pargs_jax.text.tokenization import TextTokenizer, byte_letters, stages
 
 UNFINISHED = "\ufffd"
 """The replacement character, which unfinished characters are decoded to."""
@@ -247,11 +247,4 @@ def _byte_level_piece(token: str) -> bytes:
     return token.encode()
 
 
-def _byte_letters() -> dict[str, int]:
-    """Maps the letters that byte-level tokenizers write for bytes back to the bytes."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
-
-
-_BYTE_OF = _byte_letters()
+_BYTE_OF = byte_letters()

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Place = Literal["text", "answer", "word"]
-"""What precedes a part of a text: nothing ("text"), a prompt ("answer"), or another word ("word"; the part then begins
-with a space)."""
+Place = Literal["text", "answer", "word", "inside"]
+"""What precedes a part of a text: nothing ("text"), a prompt ("answer"), another word ("word"; the part then begins
+with a space), or a character that no token joins to the part ("inside")."""
+
+WORD_LEAD, INSIDE_LEAD = ":", "q"
+"""Texts that a part is encoded after in these places. Hardly any token joins the second one to another letter."""
 
 _SENTINELS = ("\n", ":", "|", "0")
 """Texts put before an answer to find its tokens in mid-text; several, since a tokenizer may join one to the answer."""
@@ -178,7 +181,7 @@ class TextTokenizer:
         Args:
             parts: (text, place). "text" gives `encode_answer(text, starts_text=True)`, "answer" gives
                 `encode_answer(text)`, and "word" gives the ids that a text that begins with a space has after another
-                word.
+                word. "inside" gives the ids after another character, if no token joins the text to `INSIDE_LEAD`.
 
         Raises InputError as `encode_answer` does.
         """
@@ -194,6 +197,11 @@ class TextTokenizer:
         """The stages, vocabulary and added tokens as the `tokenizers` library's JSON; None for tokenizers not built on
         it."""
         return json.loads(self._tokenizer.backend_tokenizer.to_str()) if self._tokenizer.is_fast else None
+
+    def normalise(self, text: str) -> str:
+        """The text after the tokenizer's normaliser."""
+        normaliser = self._tokenizer.backend_tokenizer.normalizer if self._tokenizer.is_fast else None
+        return normaliser.normalize_str(text) if normaliser else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens are skipped."""
@@ -259,7 +267,8 @@ class TextTokenizer:
         if self._prepends_space:
             no_sentinel = ("", [-1])  # matches no ids, so `encode_answer` is called, and raises
             answer = next(iter(self._sentinels), no_sentinel)
-        return {"text": ("", []), "answer": answer, "word": (":", self._encode_raw(":"))}
+        word, inside = ((lead, self._encode_raw(lead)) for lead in (WORD_LEAD, INSIDE_LEAD))
+        return {"text": ("", []), "answer": answer, "word": word, "inside": inside}
 
     @cached_property
     def _literal(self) -> "Tokenizer | None":
@@ -335,3 +344,10 @@ def stages(stage: dict[str, Any] | None) -> list[dict[str, Any]]:
         return [stage]
     inner = next(value for key, value in stage.items() if key != "type")
     return [leaf for part in inner for leaf in stages(part)]
+
+
+def byte_letters() -> dict[str, int]:
+    """Maps the letters that byte-level tokenizers write for bytes back to the bytes."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from pargs_jax.data.batches import Batch
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import split_params
-from pargs_jax.models.model import Params
+from pargs_jax.models.model import Params, run_one_by_one
 from pargs_jax.models.preference_lora import with_preferences
 from pargs_jax.objectives.contract import Loss
+from pargs_jax.sharding import current_device
 from pargs_jax.training.critic import CRITIC, values_of
 
 Metrics = dict[str, Array]
@@ -31,6 +32,8 @@ class Objective:
         frozen: the other models that the loss reads (`Loss.frozen`), by name. Their parameters are passed together with
             the trained ones, under these names. A model without parameters there is the trained model without its
             low-rank additions.
+        unrolls: whether the trained model's layers run one by one on a CPU, not in a scan. Then the backward pass reads
+            what the forward pass left in place, without copies in and out of stacks. Parameters stay stacked.
     """
 
     model: Any
@@ -39,6 +42,7 @@ class Objective:
     closing_id: int | None = None
     chunk: int = 8
     frozen: tuple[tuple[str, Any], ...] = ()
+    unrolls: bool = False
 
     def __call__(
         self, params: Params, batch: Batch, key: PRNGKeyArray | None = None, step: Int[Array, ""] | None = None
@@ -71,7 +75,10 @@ class Objective:
         if preferences is not None:  # every answer of a row is read with the row's vector
             params = with_preferences(params, _of_texts(preferences, batch))
         more = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
-        outputs = self.model.read_answers(params, batch, key, **options)
+        model = self.model
+        if self.unrolls and current_device().platform == "cpu":
+            model, params = run_one_by_one(model, params)
+        outputs = model.read_answers(params, batch, key, **options)
         if critic is not None:
             more["values"] = values_of(critic, outputs.states(before=1))
         return outputs, more

@@ -55,6 +55,7 @@ class TrainingProgram:
             raise ValueError(f"{chosen.name}: nothing gives it the frozen models {unknown}")
         frozen = tuple((name, known[name]) for name in chosen.loss.frozen)
         options = {"closing_id": closing_id, "chunk": chosen.chunk, "frozen": frozen}
+        options["unrolls"] = shape.remat == "none"
         return cls(config, Objective(trained, chosen.loss, config.dtype, **options))
 
     @property

@@ -1,6 +1,5 @@
 """The retokeniser: always the tokens of the decoded text, and of the whole text no more than needed."""
 
-import json
 import random
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pargs_jax.demo import language as demo_language
 from pargs_jax.errors import InputError
 from pargs_jax.text.answer_text import fastest_reader
-from pargs_jax.text.retokenisation import Retokeniser, words_stand_apart
+from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -33,6 +32,7 @@ NASTY = [
     ENGLISH,
     " It isn't aaaa aaaaaaaa (a_b) 'll we'll ... 1000 2e5",
     "👍🏽 ok 🙂🙂 日本語。 中文 a 語 x e\u0301 \u0301 l'été \u00a0 \u200b\u2028z",
+    "Он сказал: «Привет!» مرحبا، हिन्दी में。我们今天🙂",
     "\ndef f(x):\n\t return x  # two   spaces \r\n\r\n    if a == 'b' : pass\n",
     " <|endoftext|> it [SEP] is</s> <s> so [CLS][MASK] <unk> [UNK] <0x41> ▁x ▁ y",
     "\ufffd \ufffd\ufffd a \ufffd",
@@ -163,11 +163,11 @@ def test_tokens_are_those_of_the_whole_decoded_text(lm, rm):
                 answer.append(candidates[b][rng.choice([0, 0, 0, 0, 2, 3])])
 
 
-def english(lm, rm, steps, fresh_width=FRESH):
-    """Each step's call and result, for two rows that write English."""
+def written(lm, rm, steps, fresh_width=FRESH, text=ENGLISH):
+    """Each step's call and result, for two rows that write the same text, by default in English."""
     retokenise, lm = retokeniser(lm, rm), tokenizer(lm)
     prompts = [lm.encode_prompt("Why?"), lm.encode_prompt("Once upon a time")]
-    tokens = lm.encode_answer(ENGLISH * 9)[:steps]
+    tokens = lm.encode_answer(text * 9)[:steps]
     settled = np.zeros(2, np.int32)
     for count, token in enumerate(tokens):
         answers = [tokens[:count]] * 2
@@ -177,10 +177,20 @@ def english(lm, rm, steps, fresh_width=FRESH):
         settled = settled + split.fresh_lengths
 
 
-@pytest.mark.parametrize("rm", ["bytes", "pair", "unigram"])
-def test_all_but_the_last_words_of_english_are_settled(rm):
-    assert retokeniser("demo", rm).settles
-    steps = list(english("demo", rm, steps=200))
+@pytest.mark.parametrize(
+    ("lm", "rm", "text"),
+    [
+        ("demo", "bytes", ENGLISH),
+        ("demo", "pair", ENGLISH),
+        ("demo", "unigram", ENGLISH),
+        ("gpt2", "deberta", "我们今天去公园玩，天气很好。他说：“你想看什么书？”这本书的作者住在北京！"),
+        ("gpt2", "deberta", " ذهبنا اليوم إلى الحديقة، وكان الجو جميلاً. كيف حالك؟"),
+        ("mistral", "gpt2", " Мы долго гуляли по городу. Он сказал: «Привет, мир!»"),
+    ],
+)
+def test_all_but_the_last_words_are_settled(lm, rm, text):
+    assert retokeniser(lm, rm).settles
+    steps = list(written(lm, rm, steps=200, text=text))
     last_words = 20  # tokens
     assert max(split.tail_lengths.max() for _, split in steps) <= last_words
     (*_, settled, _, _), _ = steps[-1]
@@ -204,15 +214,15 @@ def test_bytes_that_later_ones_may_make_invalid_are_not_settled():
 
 def test_earlier_calls_change_nothing():
     new = Retokeniser(tokenizer("demo"), tokenizer("pair"))
-    for call, split in list(english("demo", "pair", steps=40))[::13]:
+    for call, split in list(written("demo", "pair", steps=40))[::13]:
         for known, unknown in zip(split, new.candidates(*call), strict=True):
             np.testing.assert_array_equal(known, unknown)
     assert len({new, retokeniser("demo", "pair")}) == 2
 
 
 def test_settled_tokens_wait_in_the_tails_until_there_is_room():
-    wide = [(call[4] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=60)]
-    narrow = [(call[4] + s.fresh_lengths, s) for call, s in english("demo", "pair", steps=60, fresh_width=1)]
+    wide = [(call[4] + s.fresh_lengths, s) for call, s in written("demo", "pair", steps=60, fresh_width=60)]
+    narrow = [(call[4] + s.fresh_lengths, s) for call, s in written("demo", "pair", steps=60, fresh_width=1)]
     assert max(s.fresh_lengths.max() for _, s in wide) > 1 == max(s.fresh_lengths.max() for _, s in narrow)
     for (had, some), (had_fewer, fewer) in zip(wide, narrow, strict=True):
         np.testing.assert_array_equal(had[:, None] + some.tail_lengths, had_fewer[:, None] + fewer.tail_lengths)
@@ -234,65 +244,13 @@ def test_filler_and_finished_rows_are_left_alone():
 
 
 def test_an_answer_that_does_not_fit_is_cut_and_says_what_it_needs():
-    (*texts, candidates, settled, _, _), split = list(english("demo", "pair", steps=30))[-1]
+    (*texts, candidates, settled, _, _), split = list(written("demo", "pair", steps=30))[-1]
     cut = retokeniser("demo", "pair").candidates(*texts, candidates, settled, 1, FRESH)
     np.testing.assert_array_equal(cut.needed, split.needed)
     np.testing.assert_array_equal(split.needed, settled + split.fresh_lengths + split.tail_lengths.max(axis=1))
     assert cut.tails.shape == (2, 2, 1)
     with pytest.raises(InputError, match=r"\Arow 1: 400 tokens cannot be settled, there are \d+\Z"):
         retokeniser("demo", "pair").candidates(*texts, candidates, np.array([0, 400]), WIDTH, FRESH)
-
-
-def redefined(name, change):
-    definition = tokenizer(name).definition()
-    change(definition)
-    return wrapped(Tokenizer.from_str(json.dumps(definition)), eos_token="<eos>")
-
-
-def pre_tokenized_by(pattern):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return lambda definition: definition.update(
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level]}
-    )
-
-
-def with_added_token(content, **options):
-    token = {"id": 400, "content": content, "special": False, "normalized": False}
-    token |= {"single_word": False, "lstrip": False, "rstrip": False, **options}
-    return lambda definition: definition["added_tokens"].append(token)
-
-
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (pre_tokenized_by(LLAMA_3), True),
-        (pre_tokenized_by(r"\w+ \w+|."), False),
-        (with_added_token("dog"), True),
-        (with_added_token("hot dog"), False),
-        (with_added_token("dog", lstrip=True), False),
-        (lambda definition: definition["model"].update(dropout=0.1), False),
-        (
-            lambda definition: definition.update(
-                normalizer={"type": "Replace", "pattern": {"String": "a b"}, "content": "c"}
-            ),
-            False,
-        ),
-    ],
-)
-def test_text_is_cut_only_where_the_definition_allows_it(change, expected):
-    assert words_stand_apart(redefined("bytes", change)) is expected
-
-
-def test_merges_across_spaces_are_found():
-    assert words_stand_apart(tokenizer("demo"))
-    assert not words_stand_apart(tokenizer("joining"))
 
 
 @pytest.mark.parametrize(("name", "is_fast"), [("demo", True), ("bytes", True), ("unigram", False)])

@@ -259,7 +259,9 @@ class EncoderGuide:
     def score(
         self, params: Params, state: EncoderState, text: Text, candidates: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K"], Int[Array, "B"]]:
-        splits = _split(self.retokeniser, text, candidates, jnp.zeros_like(text.lengths), self.answer_width)
+        # Settled tokens come once for each row, not once for each candidate.
+        none, width = jnp.zeros_like(text.lengths), self.answer_width
+        splits = _split(self.retokeniser, text, candidates, none, width, fresh_width=width)
         longest = (splits.fresh_lengths[:, None] + splits.tail_lengths).max()
         step = -(-(state.tokens.shape[1] + self.answer_width) // self.finest)
         widths = [min(width, self.answer_width) for width in range(step, self.answer_width + step, step)]
@@ -327,7 +329,12 @@ def _read_last(
 
 
 def _split(
-    retokeniser: Retokeniser, text: Text, candidates: Int[Array, "B K"], settled: Int[Array, "B"], width: int
+    retokeniser: Retokeniser,
+    text: Text,
+    candidates: Int[Array, "B K"],
+    settled: Int[Array, "B"],
+    width: int,
+    fresh_width: int = FRESH,
 ) -> Splits:
     """The tokens that the reward model reads after its settled ones, for every candidate. One call of the host; on a
     mesh, one for each device's rows.
@@ -336,7 +343,7 @@ def _split(
     for TPUs.
     """
     options = candidates.shape[1]
-    shapes = Splits((FRESH,), (), (options, width), (options,), ())
+    shapes = Splits((fresh_width,), (), (options, width), (options,), ())
     widths = [math.prod(shape) for shape in shapes]
 
     def local(*arrays: Array) -> Splits:
@@ -344,8 +351,8 @@ def _split(
 
         def packed(*args: Array) -> np.ndarray:
             # The arrays are JAX's. Using JAX inside a callback can deadlock, so they are converted to numpy first.
-            results = retokeniser.candidates(*map(np.asarray, args), width, FRESH)
-            return np.concatenate([x.reshape(batch, -1).astype(np.int32) for x in results], axis=1)
+            results = retokeniser.candidates(*map(np.asarray, args), width, fresh_width)
+            return np.concatenate([x.reshape(batch, -1) for x in results], axis=1)
 
         shape = jax.ShapeDtypeStruct((batch, sum(widths)), jnp.int32)
         row = jax.pure_callback(packed, shape, *arrays, vmap_method="sequential")
@@ -363,7 +370,7 @@ def _join(splits: Splits, width: int) -> tuple[Int[Array, "B K W"], Int[Array, "
     """Each candidate's fresh tokens followed by its tail, padded to `width`, and the lengths."""
     fresh = splits.fresh_lengths[:, None, None]
     slots = jnp.arange(width)
-    from_fresh = jnp.take_along_axis(splits.fresh, jnp.minimum(slots, FRESH - 1)[None], axis=1)[:, None]
+    from_fresh = jnp.take_along_axis(splits.fresh, jnp.minimum(slots, splits.fresh.shape[1] - 1)[None], axis=1)[:, None]
     at = jnp.clip(slots - fresh, 0, splits.tails.shape[-1] - 1)
     from_tails = jnp.take_along_axis(splits.tails, jnp.broadcast_to(at, (*splits.tails.shape[:2], width)), axis=-1)
     return jnp.where(slots < fresh, from_fresh, from_tails), splits.fresh_lengths[:, None] + splits.tail_lengths
