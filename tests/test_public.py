@@ -110,6 +110,7 @@ MAY_IMPORT = {
         "errors",
     },
     "serving": {
+        "pages",
         "generation",
         "decoding",
         "data",

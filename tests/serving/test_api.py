@@ -53,9 +53,9 @@ def test_chat_writes_turns_in_the_prompt_form(served):
         {"role": "system", "content": "Hm."},
         {"role": "user", "content": [{"type": "text", "text": "A"}]},
         {"role": "assistant", "content": "B"},
-        {"role": "user", "content": "Tea?"},
+        {"role": "user", "content": "T"},
     ]
-    text = "Hm.\n\nHuman: A\n\nAssistant: B\n\nHuman: Tea?\n\nAssistant:"
+    text = "Hm.\n\nHuman: A\n\nAssistant: B\n\nHuman: T\n\nAssistant:"
     asked = {"model": "tiny+pargs", "seed": 3, "max_tokens": 15}
     chat = served.client.chat.completions.create(messages=turns, **asked)
     plain = served.client.completions.create(prompt=text, **asked)
