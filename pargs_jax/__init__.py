@@ -35,7 +35,8 @@ finds out, and makes the guide that it needs.
 On a mesh, `with jax.set_mesh(pj.make_mesh("tpu-v4-8", "decode")):`, weights are loaded to where they belong, and all of
 this runs on every device of it.
 
-`pj.Session` goes from text to text. `pargs_jax.testing` has tiny models to try all this on, without any files.
+`pj.Session` goes from text to text, all at once (`answer`) or piece by piece (`stream`). `pargs_jax.testing` has tiny
+models to try all this on, without any files.
 """
 
 import importlib
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
     from pargs_jax.generation.answers import Answer
     from pargs_jax.generation.plan import Settings
     from pargs_jax.generation.reward_models import RewardModel
-    from pargs_jax.generation.session import Session
+    from pargs_jax.generation.session import Piece, Session
     from pargs_jax.generation.traces import AnswerTrace, read_traces
     from pargs_jax.mesh import make_mesh
     from pargs_jax.models.causal import CausalModel
@@ -125,7 +126,7 @@ _HOMES = {
     "pargs_jax.generation.answers": "Answer",
     "pargs_jax.generation.plan": "Settings",
     "pargs_jax.generation.reward_models": "RewardModel",
-    "pargs_jax.generation.session": "Session",
+    "pargs_jax.generation.session": "Piece Session",
     "pargs_jax.generation.traces": "AnswerTrace read_traces",
     "pargs_jax.mesh": "make_mesh",
     "pargs_jax.models.causal": "CausalModel",

@@ -360,6 +360,7 @@ class DecodeConfig:
         at_most=MOST_ROWS,
         may_change=True,
     )
+    stop: tuple[str, ...] = option((), "texts that end an answer; it ends before the first one in it", metavar="TEXT")
     seed: int = option(0, "seed for sampling", at_least=0, at_most=LARGEST_SEED)
     mesh: str = option("auto", MESH, metavar="NAME", may_change=True)
     compile_only: bool = option(False, COMPILE_ONLY)
@@ -415,6 +416,7 @@ class DecodeConfig:
                 "and make the page from them (python -m pargs_jax.commands.explain)"
             )
         named = {"--trace": self.trace is not None, "--explain": self.explain is not None, "--n": self.n > 1}
+        named["--stop"] = bool(self.stop)
         if self.method is None and not self.compile_only and any(named.values()):
             flag = next(flag for flag, is_given in named.items() if is_given)
             raise InputError(f"{flag}: needs --method NAME, one of {', '.join(METHODS)}")

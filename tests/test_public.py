@@ -107,6 +107,17 @@ MAY_IMPORT = {
         "options",
         "errors",
     },
+    "serving": {
+        "generation",
+        "decoding",
+        "data",
+        "text",
+        "json_text",
+        "data_config",
+        "config",
+        "options",
+        "errors",
+    },
     "testing": {"data", "text", "demo", "models"},
 }
 # The top: everything but what only tests use.
@@ -151,6 +162,7 @@ WITHOUT_JAX_WITHIN = (
     "commands.command_line",
     "commands.explain",
     "evaluation.config",
+    "serving.config",
     "evaluation.explanation",
     "generation.traces",
 )

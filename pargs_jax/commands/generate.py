@@ -45,6 +45,7 @@ def settings_of(config: DecodeConfig, method: Method) -> Settings:
         config.look_ahead,
         config.preference,
         tuple(config.search.given.items()),
+        config.stop,
     )
     if config.rm:
         settings.guide_weights(len(config.rm))

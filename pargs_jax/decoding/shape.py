@@ -7,6 +7,7 @@ the KL stay those of the language model itself.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -41,4 +42,6 @@ class Shape(NamedTuple):
 
     def allowed(self, scores: Float[Array, "B V"]) -> Bool[Array, "B V"]:
         """Which tokens may be drawn."""
-        return in_nucleus(scores, self.top_p)
+        # Nuclei take many passes over the vocabulary, and often no row has one.
+        has_nucleus = (self.top_p < 1).any()
+        return jax.lax.cond(has_nucleus, lambda: in_nucleus(scores, self.top_p), lambda: jnp.ones(scores.shape, bool))

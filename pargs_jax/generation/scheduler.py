@@ -105,7 +105,7 @@ class Scheduler:
         places: int,
         *,
         reader: Reader | None = None,
-        steps: int = STEPS,
+        steps: int | None = None,
         prompt_widths: Sequence[int] = (),
     ) -> None:
         """
@@ -116,12 +116,12 @@ class Scheduler:
             places: the number of rows; a multiple of the parts that the mesh splits rows into.
             reader: reads the answers while they grow: each step then fills `grown`, and answers end at their
                 requests' `stop`.
-            steps: the most steps of a call.
+            steps: the most steps of a call; `STEPS` if there is no reason for another number.
             prompt_widths: the only widths that prompts are padded to, in every model's tokens, if any are given.
         """
         self.grown: list[Grown] = []
         """What the newest step added to each answer, for a scheduler with a reader."""
-        self._reader, self._steps, self._prompt_widths = reader, steps, sorted(prompt_widths)
+        self._reader, self._steps, self._prompt_widths = reader, steps or STEPS, sorted(prompt_widths)
         self._models, self._programs, self._settings = models, programs, settings
         self._waiting: deque[_Row] = deque()
         self._places: list[_Row | None] = [None] * places

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,20 @@ from pargs_jax.sharding import on_every_device
 
 SCALE_ANSWERS = 64
 """The number of answers from which the scale of rewards is measured."""
+
+
+STREAMED_STEPS = 4
+"""Tokens that are drawn between two pieces of a stream."""
+
+
+class Piece(NamedTuple):
+    """New text of answer number `sample` to a prompt. The last piece has the `answer`, whose response is the text of
+    all its pieces."""
+
+    id: str
+    sample: int
+    text: str
+    answer: Answer | None
 
 
 class Session:
@@ -113,6 +127,32 @@ class Session:
             answers = [answer for ended in scheduler.step() for answer in self.answers.read(*ended, settings)]
             if answers:
                 yield answers
+
+    def stream(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[Piece]:
+        """Answers prompts as `answer` does, and yields each answer piece by piece while it is written.
+
+        Raises InputError as `answer` does, and for a search, which has no answer before its end.
+        """
+        if settings.method.search is not None:
+            raise InputError(f"{settings.method.source}: is a search, whose answers cannot be streamed; use answer")
+        check_roles(settings.method, self.reward_models)
+        requests = self.plan(prompts, settings)
+        scheduler = self.scheduler(settings, count_rows(settings.batch_size, len(requests)), steps=STREAMED_STEPS)
+        scheduler.add(requests)
+        lengths = dict.fromkeys(((each.prompt.id, each.sample) for each in requests), 0)
+
+        def piece(key: tuple[str, int], text: str, answer: Answer | None = None) -> Piece:
+            start, lengths[key] = lengths[key], len(text)
+            return Piece(*key, text[start:], answer)
+
+        while not scheduler.is_idle:
+            ended = scheduler.step()
+            for request, growing, *_ in scheduler.grown:
+                key = request.prompt.id, request.sample
+                if len(growing.lasting_text) > lengths[key]:
+                    yield piece(key, growing.lasting_text)
+            for answer in (answer for part in ended for answer in self.answers.read(*part, settings)):
+                yield piece((answer.id, answer.sample), answer.response, answer)
 
     @property
     def lm_vocab_size(self) -> int:

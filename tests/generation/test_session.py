@@ -72,6 +72,36 @@ def test_an_answer_does_not_depend_on_its_batch(session, guided):
     assert len({answer.response for answer in guided.values()}) == 4
 
 
+def test_a_stream_gives_the_same_answers_piece_by_piece(session, guided):
+    settings = Settings(METHODS["pargs"], max_new_tokens=TOKENS, temperature=3.0)
+    pieces = list(session.stream(PROMPTS, settings))
+    for prompt_id, answer in guided.items():
+        mine = [piece for piece in pieces if piece.id == prompt_id]
+        assert "".join(piece.text for piece in mine) == answer.response
+        assert [piece.answer is None for piece in mine] == [True] * (len(mine) - 1) + [False]
+        assert without_time(mine[-1].answer) == without_time(answer)
+    assert len(pieces) > len(PROMPTS)
+    with pytest.raises(InputError, match="is a search, whose answers cannot be streamed"):
+        next(session.stream(PROMPTS, Settings(METHODS["best_of_n"])))
+
+
+def test_an_answer_ends_before_the_first_text_that_ends_it(session, guided):
+    stop = (guided["1"].response[5:8], guided["3"].response[2:4], "never")
+    found = answers(session, temperature=3.0, stop=stop)
+    for prompt_id, whole in guided.items():
+        answer = found[prompt_id]
+        at = min((place for each in stop if (place := whole.response.find(each)) >= 0), default=None)
+        assert answer.response == whole.response[:at]
+        if at is not None:
+            assert answer.finish_reason == "stop" and answer.tokens <= whole.tokens
+            assert answer.kl <= whole.kl + 1e-3
+    assert found["1"].tokens < guided["1"].tokens
+    with pytest.raises(InputError, match="stop: got an empty text"):
+        Settings(METHODS["pargs"], stop=("",))
+    with pytest.raises(InputError, match="stop: is not supported"):
+        Settings(METHODS["best_of_n"], stop=("a",))
+
+
 def test_the_numbers_of_an_answer_are_those_of_full_passes(session, guided, log_probs_of, rewards_of):
     """An independent check: greedy answers, each token from a full pass."""
     greedy = answers(session, method="greedy")
