@@ -269,13 +269,14 @@ class DecodeConfig:
 
     lm: str = option(
         DEMO,
-        "the language model: 'demo' (comes with the package), a Hugging Face folder, or a hub id",
+        "the language model: 'demo' (comes with the package), a Hugging Face folder, a hub id, or MODEL+ADAPTER for a "
+        "PEFT adapter",
         metavar="PATH_OR_HUB_ID",
     )
     rm: tuple[str, ...] = option(
         (),
-        "reward models that guide it: folders or hub ids, of the kind that the method needs; PATH#LABEL if one has "
-        "several labels",
+        "reward models that guide it: folders, hub ids or PEFT adapters, of the kind that the method needs; PATH#LABEL "
+        "if one has several labels; see docs/models.md",
         metavar="PATH",
     )
     method: MethodName | None = option(
@@ -299,6 +300,11 @@ class DecodeConfig:
         None,
         "prompt format",
         unset="the one that the reward models were trained with, else the language model's, else plain",
+    )
+    rm_format: Literal["same", "auto"] = option(
+        "same",
+        "what reward models read: the 'same' text as the language model (with --format chat, in their own chat "
+        "template), or 'auto': always their own chat template, if they have one and do not remember another format",
     )
     out: str | None = option(
         None,

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,26 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def files_together(folder: Path) -> Iterator[Path]:
+    """A new folder for files of `folder`, which move there once all of them are complete. Files there that have other
+    names stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    written = sorted(file.name for file in partial.iterdir())
+    (partial / "usual").touch()
+    mode = (partial / "usual").stat().st_mode
+    (partial / "usual").unlink()
+    for name in written:  # safetensors lets nobody else read its files; the umask decides about ours
+        (partial / name).chmod(mode)
+    for name in written:
+        os.replace(partial / name, folder / name)
+    partial.rmdir()
 
 
 def _check_regular(path: Path) -> None:

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "text": {"json_text", "errors"},
     "data": {"text", "json_text", "errors"},
     "demo": {"errors"},
-    "models": {"sharding", "json_text", "errors"},
+    "models": {"sharding", "durable_files", "json_text", "errors"},
     "objectives": {"data", "options", "errors"},  # of data, the type of a batch
     "decoding": {"models", "sharding", "errors"},
     "training": {

@@ -12,8 +12,9 @@ from pargs_jax.errors import InputError
 from pargs_jax.evaluation.cost import step_operations, token_operations
 from pargs_jax.generation.reward_models import shares_tokens
 from pargs_jax.models.deberta import LONGEST_TEXT
-from pargs_jax.models.hf import describe_model, resolve, stored_head, stored_labels
+from pargs_jax.models.hf import describe_model, stored_head, stored_labels
 from pargs_jax.models.model import Model
+from pargs_jax.models.sources import tokenizer_folder
 from pargs_jax.text.tokenization import TextTokenizer
 
 SEEN = 512
@@ -68,7 +69,7 @@ def _uses(source: str, model: Model, head: str | None) -> str:
     if head is None:
         return "start of a reward model"
     labels = stored_labels(source)
-    return "reward model" if len(labels) == 1 else f"reward model by label: {', '.join(labels)}"
+    return "reward model" if len(labels) < 2 else f"reward model by label: {', '.join(labels)}"
 
 
 def _as_guide(source: str, lm: str, language_model: Model, k: int) -> tuple[str, str]:
@@ -85,7 +86,7 @@ def _as_guide(source: str, lm: str, language_model: Model, k: int) -> tuple[str,
 
 def _tokenizer(source: str) -> TextTokenizer | None:
     try:
-        return TextTokenizer.load(resolve(source))
+        return TextTokenizer.load(tokenizer_folder(source))
     except InputError:
         return None
 

@@ -54,7 +54,7 @@ from pargs_jax.evaluation.sweeps import Setting, settings
 from pargs_jax.evaluation.tables import print_tables, tables
 from pargs_jax.generation.guidance import roles_of
 from pargs_jax.generation.session import Session
-from pargs_jax.models.hf import resolve
+from pargs_jax.models.sources import resolve
 from pargs_jax.progress import ShownProgress
 from pargs_jax.text.prompts import choose_form, get_form
 
@@ -167,7 +167,8 @@ def _decode_missing(swept: Sequence[Setting], folder: Path, mesh: str) -> list[t
 
     def remembered(config: DecodeConfig, reward_models: Sequence[str | Path], method: Method) -> Session:
         sources = tuple(map(str, reward_models))
-        key = (config.lm, sources, roles_of(method, sources), config.dtype, config.unroll)
+        formats = config.dtype, config.lm_dtype, config.rm_dtype, config.rm_format
+        key = (config.lm, sources, roles_of(method, sources), config.unroll, *formats)
         if key not in loaded:
             loaded.clear()
             loaded[key] = open_session(config, reward_models, method)

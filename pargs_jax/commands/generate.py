@@ -141,6 +141,7 @@ def open_session(config: DecodeConfig, reward_models: Sequence[str | Path], meth
         lm_dtype=config.lm_dtype,
         rm_dtype=config.rm_dtype,
         unroll=unrolls(config, jax.default_backend()),
+        rm_format=config.rm_format,
     )
 
 

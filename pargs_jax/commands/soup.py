@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 
 from pargs_jax.commands.command_line import Parser
+from pargs_jax.commands.model_card import soup_card, write_card
 from pargs_jax.commands.process import run_as_command
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
-from pargs_jax.models.hf import Pretrained, load_model, resolve, save_model, stored_head
+from pargs_jax.models.hf import Pretrained, load_model, save_model, stored_head
+from pargs_jax.models.sources import tokenizer_folder
 from pargs_jax.text.tokenization import TextTokenizer
 
 
@@ -39,6 +41,7 @@ def soup(sources: Sequence[str], weights: Sequence[float], out: Path) -> None:
     with write_errors_named_after(out, "give another --out"):
         save_model(out, first.model, total, special_tokens=first.special_tokens, prompt_form=first.prompt_form)
         tokenizer.save(out)
+        write_card(out, soup_card(sources, weights))
 
 
 def _check_weights(sources: Sequence[str], weights: Sequence[float]) -> None:
@@ -60,7 +63,7 @@ def _load(source: str) -> tuple[Pretrained, TextTokenizer]:
         raise InputError(f"{source}: has no weights for its {head} head, so it cannot be averaged")
     if found.model.lora is not None:
         raise InputError(f"{source}: takes a preference vector, so it cannot be averaged")
-    return found, TextTokenizer.load(resolve(source), found.eos_ids)
+    return found, TextTokenizer.load(tokenizer_folder(source), found.eos_ids)
 
 
 def _check_alike(name: str, first: Pretrained, other_name: str, other: Pretrained) -> None:

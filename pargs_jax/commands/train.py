@@ -14,6 +14,7 @@ from pargs_jax.aot.report import Report, Step
 from pargs_jax.commands.command_line import show_config
 from pargs_jax.commands.compile_only import abstract_rows, bytes_of, compile_and_print
 from pargs_jax.commands.demo import demo_pairs, model_source
+from pargs_jax.commands.model_card import last_evaluation, training_card, write_card
 from pargs_jax.commands.on_policy import check_on_policy, load_scorer, prepare_rollouts
 from pargs_jax.config import TrainConfig
 from pargs_jax.data.batches import Batch, Batches, Example, tokenise
@@ -22,19 +23,19 @@ from pargs_jax.data_config import DEMO, column_names
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
+from pargs_jax.models.adapters import export_adapter
 from pargs_jax.models.hf import (
-    EXPORTED,
     Pretrained,
     describe_model,
     load_model,
-    resolve,
     save_model,
     stored_head,
     takes_preferences,
 )
 from pargs_jax.models.lora import merge_lora
-from pargs_jax.models.model import AnyRewardModel, Model
+from pargs_jax.models.model import AnyRewardModel, Model, Params
 from pargs_jax.models.preference_lora import PreferenceLora
+from pargs_jax.models.sources import EXPORTED, EXPORTED_ADAPTER, find, split_source, tokenizer_folder
 from pargs_jax.processes import on_first
 from pargs_jax.sharding import row_shards
 from pargs_jax.text.prompts import choose_form, get_form
@@ -58,7 +59,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     """Trains what the config says and returns the run's folder.
 
     The folder gets `config.yaml` (the effective config), `data.json` (a digest of the rows), `metrics.jsonl`,
-    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, and `model/`: the result as a Hugging Face folder.
+    `checkpoints/`, `bad_rows.*.jsonl` where rows were refused, `model/`: the result as a Hugging Face folder, and with
+    LoRA `adapter/`: the low-rank additions as a PEFT adapter.
     Raises InputError for anything in the config, the data or the model that cannot be used; nothing of an earlier run
     is written over.
     """
@@ -243,7 +245,7 @@ def load_others(config: TrainConfig, tokenizer: TextTokenizer) -> dict[str, Pret
     or has no reward head."""
     loaded = {}
     for name, source in other_sources(config).items():
-        if not tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
+        if not tokenizer.same_vocabulary(TextTokenizer.load(tokenizer_folder(source))):
             raise InputError(f"--objective.{name}: {source} does not have the tokenizer of {config.model.init}")
         loaded[name] = load_model(source, "reward", dtype=config.dtype)
         if loaded[name].new_head:
@@ -272,7 +274,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         from_scratch=config.model.from_scratch,
         seed=config.seed,
     )
-    tokenizer = TextTokenizer.load(resolve(source), pretrained.eos_ids)
+    tokenizer = TextTokenizer.load(tokenizer_folder(source), pretrained.eos_ids)
     tokenizer.check_embeddings(pretrained.model.config.vocab_size, source)
     others = load_others(config, tokenizer)
     program = training_program(
@@ -305,10 +307,12 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
 
     params = {**pretrained.params, **{name: other.params for name, other in others.items()}}
     params = run_in_folder(config, folder, program, params, examples, held_out, console, sampler)
-    model = pretrained.model
+    model, has_adapter = pretrained.model, False
     if isinstance(program.model.lora, PreferenceLora):
         model = dataclasses.replace(model, lora=program.model.lora)
     elif program.model.lora is not None:
+        adapted = dataclasses.replace(model, lora=program.model.lora)
+        has_adapter = _save_adapter(config, folder, adapted, params)
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
     with write_errors_named_after(exported, MEND_AND_RESUME):
@@ -321,7 +325,40 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         )
         if jax.process_index() == 0:
             tokenizer.save(exported)
+            metrics = last_evaluation(folder / "metrics.jsonl")
+            card = partial(training_card, config, tokenizer, metrics, rows=len(examples))
+            write_card(exported, card())
+            if has_adapter:
+                write_card(folder / EXPORTED_ADAPTER, card(is_adapter=True))
     console.print(f"saved the model to {exported}", highlight=False)
+    if has_adapter:
+        console.print(
+            f"saved its low-rank additions, as a PEFT adapter, to {folder / EXPORTED_ADAPTER}", highlight=False
+        )
+
+
+def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params) -> bool:
+    """Writes low-rank additions as a PEFT adapter, unless PEFT could not put it on the model that they were trained
+    from: transformers has no class for tables and no prefix-causal attention, and an adapter's model must be stored.
+    Returns whether it did."""
+    source = model_source(config.model.init)
+    found, named = find(source), split_source(source)
+    is_own = model.head == "table" or getattr(model.config, "attention", "full") != "full"
+    if is_own or found.adapter is not None or config.model.from_scratch:
+        return False
+    adapter = folder / EXPORTED_ADAPTER
+    is_local = Path(named.model).is_dir()
+    name, _, revision = named.model.partition("@")
+    with write_errors_named_after(adapter, MEND_AND_RESUME):
+        export_adapter(
+            adapter,
+            model,
+            params,
+            base=str(found.model.resolve()) if is_local else name,
+            revision=None if is_local else revision or None,
+            prompt_form=config.data.format,
+        )
+    return True
 
 
 def _with_prompt_form(config: TrainConfig, folder: Path, models: list[list[tuple[str, str | None]]]) -> TrainConfig:
@@ -340,7 +377,7 @@ def _load_prefix_tokenizer(config: TrainConfig, model: AnyRewardModel) -> TextTo
             "--data.prefix-tokenizer: needs partial_bt and a model with full attention; other models are scored at "
             "their own tokens, so leave it out"
         )
-    return TextTokenizer.load(resolve(model_source(source)))
+    return TextTokenizer.load(tokenizer_folder(model_source(source)))
 
 
 def _load_rows(

@@ -22,9 +22,11 @@ from pargs_jax.decoding.guides import (
 )
 from pargs_jax.decoding.guides.retokenised import Retokeniser as RetokeniserContract
 from pargs_jax.errors import InputError, input_errors_named_after
-from pargs_jax.models.hf import Pretrained, load_model, resolve
+from pargs_jax.models.hf import Pretrained, load_model
 from pargs_jax.models.model import AnyRewardModel, HeadName, Params, unstack_layers
+from pargs_jax.models.sources import tokenizer_folder
 from pargs_jax.sharding import on_every_device
+from pargs_jax.text.prompts import turns_in
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -48,12 +50,11 @@ def load_with_tokenizer(
     model's parameters: `float32`, `bfloat16`, or `int8` for the matrices of its layers.
 
     Raises InputError if it is not a model with this head, or if they do not fit."""
-    folder = resolve(source)
     is_int8 = weights == "int8"
-    loaded = load_model(folder, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
+    loaded = load_model(source, head, dtype=dtype if weights is None or is_int8 else weights, int8=is_int8)
     if loaded.new_head:
         raise InputError(f"{source}: has no reward head, so it is not a reward model; train one with train.py")
-    tokenizer = TextTokenizer.load(folder, loaded.eos_ids)
+    tokenizer = TextTokenizer.load(tokenizer_folder(source), loaded.eos_ids)
     tokenizer.check_embeddings(loaded.model.config.vocab_size, source)
     return loaded, tokenizer
 
@@ -63,7 +64,9 @@ class RewardModel:
     """A reward model and how it reads the language model's texts: in the same tokens or, with a `retokeniser`, in its
     own.
 
-    `has_own_template` says that its chat template differs from the language model's. `prompt_form` is the form that it
+    `has_own_template` says that its chat template differs from the language model's, and `renders_all` that it renders
+    every prompt in its template, even if the language model reads another form. `closing_ids` end an answer in its
+    tokens. `prompt_form` is the form that it
     was trained with, if it says so. `lm_vocab_size` is the number of tokens that the language model proposes.
     """
 
@@ -73,6 +76,7 @@ class RewardModel:
     tokenizer: TextTokenizer
     retokeniser: Retokeniser | None
     has_own_template: bool = False
+    renders_all: bool = False
     prompt_form: str | None = None
     role: Role = "scalar"
     lm_vocab_size: int = 0
@@ -88,10 +92,13 @@ class RewardModel:
         unroll: bool,
         role: Role = "scalar",
         weights: str | None = None,
+        prefers_template: bool = False,
     ) -> "RewardModel":
-        """Loads from a folder or the hub; `load_with_tokenizer` explains the dtypes. Raises InputError if it is not a
-        reward model of this role, or does not fit its tokenizer or the language model's."""
-        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(resolve(source))):
+        """Loads from a folder or the hub; `load_with_tokenizer` explains the dtypes. With `prefers_template`, a scalar
+        reward model that has a chat template, and does not remember another form, reads all prompts and the ends of
+        answers as its template writes them. Raises InputError if it is not a reward model of this role, or does not fit
+        its tokenizer or the language model's."""
+        if role != "scalar" and not lm_tokenizer.same_vocabulary(TextTokenizer.load(tokenizer_folder(source))):
             raise InputError(
                 f"{source}: does not have the language model's tokenizer; a model that scores all next tokens at once "
                 "must share it"
@@ -105,10 +112,18 @@ class RewardModel:
             )
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
-        retokeniser = None if shares else Retokeniser(lm_tokenizer, tokenizer)
-        has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
         form = loaded.prompt_form
-        return cls(source, model, params, tokenizer, retokeniser, has_own_template, form, role, lm_vocab_size)
+        renders_all = (
+            prefers_template and role == "scalar" and tokenizer.chat_template is not None and form in (None, "chat")
+        )
+        closing_ids = tokenizer.closing_ids if renders_all else (tokenizer.eos_id,)
+        # The language model's end of an answer is one token. What more the template has there is read as text.
+        ends_alike = not renders_all or (len(closing_ids) == 1 and closing_ids[0] in lm_tokenizer.eos_ids)
+        retokeniser = None if shares and ends_alike else Retokeniser(lm_tokenizer, tokenizer, closing_ids)
+        has_own_template = tokenizer.chat_template not in (None, lm_tokenizer.chat_template)
+        return cls(
+            source, model, params, tokenizer, retokeniser, has_own_template, renders_all, form, role, lm_vocab_size
+        )
 
     def encode_prompt(self, prompt: Prompt, lm_ids: list[int]) -> list[int]:
         """A prompt in this model's tokens, rendered in its own chat template if the prompt has turns.
@@ -119,17 +134,20 @@ class RewardModel:
 
         Raises InputError if the model needs a chat template that it does not have, or turns that are not known.
         """
-        if self.retokeniser is None and (prompt.turns is None or not self.has_own_template):
+        turns, differs = prompt.turns, self.has_own_template
+        if turns is None and self.renders_all:
+            turns, differs = turns_in(prompt.text), True
+        if self.retokeniser is None and (turns is None or not differs):
             return lm_ids
-        if prompt.turns is None:
+        if turns is None:
             return self.tokenizer.encode_prompt(prompt.text)
-        if not prompt.turns:
+        if not turns:
             raise InputError(
                 f"prompt {prompt.id!r} is already written in the language model's chat template, but {self.source} has "
                 "another one; give the plain question or a list of turns"
             )
         with input_errors_named_after(f"prompt {prompt.id!r} for {self.source}"):
-            return self.tokenizer.encode_prompt(self.tokenizer.render_chat(prompt.turns))
+            return self.tokenizer.encode_prompt(self.tokenizer.render_chat(turns))
 
     def check_prompt(self, prompt: Prompt, ids: Sequence[int], max_new_tokens: int, look_ahead: int = 0) -> None:
         """Raises InputError if a prompt, in this model's tokens, may not fit this model together with its answer and
@@ -210,7 +228,7 @@ class RewardModel:
         for row, (text, ended) in enumerate(zip(texts, finished, strict=True)):
             prompt_ids = prompts.tokens[row, prompts.tokens.shape[1] - prompts.lengths[row] :].tolist()
             ids = self.tokenizer.encode_answer(text, starts_text=not self.tokenizer.decode(prompt_ids))
-            answers[row] = [*ids, self.tokenizer.eos_id] if ended else ids
+            answers[row] = [*ids, *self.retokeniser.closing_ids] if ended else ids
         padded, counts = right_pad(answers)
         longest = int((prompts.lengths + counts).max()) + (not self.model.one_pass)
         if (positions := table_of_positions(self.model)) is not None and longest > positions:

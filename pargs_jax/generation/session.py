@@ -53,6 +53,7 @@ class Session:
         lm_dtype: str | None = None,
         rm_dtype: str | None = None,
         unroll: bool | None = None,
+        rm_format: str = "same",
     ) -> None:
         """Loads everything, and checks that the models fit together.
 
@@ -65,6 +66,8 @@ class Session:
                 `bfloat16`, or `int8` (`pargs_jax.models.int8`), which computes in `dtype`.
             unroll: whether to run layers one by one instead of in a scan; by default yes, except on TPU (see
                 `CausalModel`).
+            rm_format: `auto` for reward models that read all prompts in their own chat template, if they have one
+                (`RewardModel.load`).
 
         Raises InputError if a model cannot be used.
         """
@@ -87,6 +90,7 @@ class Session:
                 unroll=unroll,
                 role=role,
                 weights=rm_dtype,
+                prefers_template=rm_format == "auto",
             )
             for path, role in zip(reward_models, roles, strict=True)
         ]

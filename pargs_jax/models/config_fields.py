@@ -1,5 +1,6 @@
 """The fields of config.json: which ones are read, which ones do not affect a model's output, and which ones must have a
-certain value here. Each family lists its own beside its config (`HF_FIELDS`); the fields that all share are below."""
+certain value here. All others are refused, because they may change what the model computes. Each family lists its own
+beside its config (`HF_FIELDS`); the fields that all share are below."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -63,6 +64,8 @@ _EVERYWHERE: dict[str, Requirement] = {
     "is_encoder_decoder": FALSE,
     "transformers_weights": NOT_SET,
     "configuration_files": NOT_SET,
+    "quantization": NOT_SET,  # of MLX
+    "normalize_reward": FALSE,  # OpenRLHF then shifts and scales its rewards by `mean` and `std`
 }
 
 _READ = ("model_type", "id2label", "auto_map")
@@ -71,14 +74,24 @@ _HARMLESS = (
     # Where a file came from.
     "transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "dtype", "torch_dtype",
     "use_bfloat16", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "label2id", "_num_labels",
-    "problem_type",
+    "problem_type", "is_llama_config", "model_name", "language", "license", "tags", "datasets",
+    # Dropout, and other options of training.
+    "attention_dropout", "hidden_dropout", "activation_dropout", "classifier_dropout", "dropout", "layerdrop",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "summary_dropout_prob", "loss_type", "neftune_noise_alpha", "gradient_checkpointing_kwargs", "packing_samples",
+    "v_head_initializer_range", "v_head_init_strategy", "initializer_range", "mean", "std", "value_head_prefix",
+    # How long a text a tokenizer or a trainer lets through.
+    "model_max_length", "max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "padding_side",
     # Other special tokens.
-    "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
+    "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id", "bos_token",
+    "eos_token", "pad_token", "unk_token",
     # How transformers computes and what it returns.
     "output_hidden_states", "output_attentions", "return_dict", "use_return_dict", "use_cache", "torchscript",
     "chunk_size_feed_forward", "tie_last_hidden_states", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation_internal", "gradient_checkpointing",
+    "_experts_implementation_internal", "gradient_checkpointing", "_flash_attn_2_enabled", "use_flash_attention_2",
+    "use_flash_attn", "reference_compile", "tf_legacy_loss", "xla_device", "output_past", "cache_implementation",
+    "transformers.js_config",
     # Encoder-decoder fields, which older versions wrote for every model.
     "is_decoder", "cross_attention_hidden_size", "tie_encoder_decoder",
     # Generation: it has a file of its own and, here, options of its own.
@@ -88,8 +101,17 @@ _HARMLESS = (
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "num_beam_groups", "diversity_penalty", "penalty_alpha",
+    "target_lookbehind", "num_beam_groups", "diversity_penalty", "penalty_alpha", "max_time", "stop_strings", "use_mtp",
+    "cache_config", "max_cache_len", "min_p", "min_new_tokens", "top_h", "renormalize_logits", "sequence_bias",
+    "token_healing", "guidance_scale", "watermarking_config", "output_logits", "is_assistant", "low_memory",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_ensemble_weight",
+    "speculation_type", "compile_config", "disable_compile", "continuous_batching_config", "dola_layers",
+    "constraints", "force_words_ids", "forced_decoder_ids", "prefill_chunk_size", "_from_model_config",
 )  # fmt: skip
+
+
+_HARMLESS_PREFIXES = ("pargs_", "unsloth_", "summary_")
+"""Beginnings of names: ours, one trainer's, and the head of GPT-2 that reads several texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +132,10 @@ class ConfigFields:
     harmless: tuple[str, ...] = ()
     must: Mapping[str, Requirement] = dataclasses.field(default_factory=dict)
 
-    def check(self, fields: Mapping[str, Any]) -> list[str]:
-        """Checks the fields of a config.json and returns the names of unknown ones. Names that begin with `pargs_` are
-        ours.
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Checks the fields of a config.json. Unknown ones that are null say nothing.
 
-        Raises InputError for an invalid size, or for a field whose value is not supported.
+        Raises InputError for an invalid size, for a field whose value is not supported, and for unknown fields.
         """
         for name in self.sizes:
             value, most = fields.get(name), MOST_LAYERS if name == self.names.get("layers") else LARGEST_SIZE
@@ -126,8 +147,20 @@ class ConfigFields:
         for name, (words, holds) in must.items():
             if name in fields and not holds(fields[name]):
                 raise InputError(f"{name} is {_short(fields[name])}, must be {words}")
-        known = {*_READ, *_HARMLESS, *self.sizes, *self.names.values(), *self.read, *self.harmless, *must}
-        return [name for name in fields if name not in known and not name.startswith("pargs_")]
+        unknown = [
+            f"{name} ({_short(value)})" for name, value in fields.items() if value is not None and not self.knows(name)
+        ]
+        if unknown:
+            kind = fields.get("model_type") or fields.get("peft_type")
+            raise InputError(
+                f"has fields that are not known for {kind}, so what they change is not computed: {', '.join(unknown)}; "
+                "delete them from the file if they change nothing"
+            )
+
+    def knows(self, name: str) -> bool:
+        """Whether it is known what a field of this name changes, if anything."""
+        known = {*_READ, *_HARMLESS, *_EVERYWHERE, *self.sizes, *self.names.values()}
+        return name in known.union(self.read, self.harmless, self.must) or name.startswith(_HARMLESS_PREFIXES)
 
     def read_named(self, hf: Any) -> dict[str, Any]:
         """Our config's fields that have a name in a transformers config. Raises InputError for an activation that is

@@ -77,6 +77,7 @@ class DebertaConfig(EvenHeads):
     remat: Remat = "none"
     attention: Literal["full", "prefix_causal"] = "full"
 
+    pooling: ClassVar[str] = "cls"
     HF_FIELDS: ClassVar[ConfigFields] = ConfigFields(
         sizes=(
             "vocab_size", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers",
@@ -101,8 +102,7 @@ class DebertaConfig(EvenHeads):
             "norm_rel_ebd", "conv_kernel_size", "conv_groups", "conv_act",
         ),
         harmless=(
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout",
-            "legacy", "tie_word_embeddings", "padding_idx",
+            "pooler_dropout", "cls_dropout", "legacy", "tie_word_embeddings", "padding_idx", "position_embedding_type",
         ),
     )  # fmt: skip
 

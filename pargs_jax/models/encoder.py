@@ -16,7 +16,7 @@ LENGTH_GROUPS = 4
 
 @dataclasses.dataclass(frozen=True)
 class EncoderModel(Model):
-    """A DeBERTa with a scalar head, as published: all tokens of a text see each other."""
+    """An encoder with a scalar head, as published: all tokens of a text see each other."""
 
     head: HeadName = "reward"
     heads: ClassVar = ENCODER_HEADS
@@ -56,9 +56,16 @@ class EncoderModel(Model):
         *,
         prompt_width: int | None = None,
     ) -> Float[Array, "B"]:
-        """Rewards (fp32) of the same texts, read at their first token, `[CLS]`."""
-        first = self.encode(params, tokens, start, end, key, prompt_width=prompt_width, only=start)
-        return self.network(params).head(first[:, 0])
+        """Rewards (fp32) of the same texts, read at their first token, `[CLS]`, or at the mean of all, as the config's
+        `pooling` says."""
+        if self.config.pooling == "cls":
+            first = self.encode(params, tokens, start, end, key, prompt_width=prompt_width, only=start)
+            return self.network(params).head(first[:, 0])
+        hidden = self.encode(params, tokens, start, end, key, prompt_width=prompt_width).astype(jnp.float32)
+        slots = jnp.arange(tokens.shape[1])
+        valid = (slots >= start[:, None]) & (slots < end[:, None])
+        total = jnp.where(valid[..., None], hidden, 0).sum(axis=1)
+        return self.network(params).head(total / jnp.maximum(end - start, 1)[:, None])
 
     def answer_rewards(
         self,

@@ -7,6 +7,10 @@ from typing import Any
 from pargs_jax.models.model import HeadName, Model
 from pargs_jax.models.tables import Row, name_dimensions_of
 
+VALUE_HEADS = ("v_head.summary", "v_head", "value_head", "regression_head")
+"""The names that other libraries have for a causal model's linear reward head, which transformers calls `score`: trl,
+DeepSpeed-Chat, OpenRLHF and UltraRM."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -22,6 +26,8 @@ class Family:
         head_names: names of a head's tensors in its checkpoints, where they differ from those of the head's rows.
         ignored: a regular expression for names (without prefix) of tensors that checkpoints may contain but nobody
             needs.
+        identities: a regular expression for names of tensors that checkpoints lack, because these norms do nothing.
+            Their scales are 1, their biases 0, and nobody uses them.
     """
 
     model: Callable[[Any, HeadName], Model]
@@ -32,6 +38,7 @@ class Family:
     class_names: Mapping[HeadName, str] = dataclasses.field(default_factory=dict)
     head_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: str = ""
+    identities: str = ""
 
     def __post_init__(self) -> None:
         name_dimensions_of(self.rows, "backbone")
@@ -43,6 +50,9 @@ class Family:
     def name_in_rows(self, tensor: str) -> str:
         """A stored tensor's name as the rows spell it. Checkpoints of a bare backbone lack the prefix, or its first
         part: `model.decoder.` may be `decoder.` there."""
+        layer, _, last = tensor.rpartition(".")
+        if layer in VALUE_HEADS:
+            return f"score.{last}"
         for name, stored in self.head_names.items():
             if tensor == stored:
                 return name

@@ -47,7 +47,7 @@ class Gemma2Config(LlamaConfig):
         sizes=(*llama.SIZES, "sliding_window", "query_pre_attn_scalar"),
         names={**NAMES, "attention_cap": "attn_logit_softcapping"},
         read=(*llama.ROTARY_FIELDS, "layer_types"),
-        harmless=("attention_dropout", "hidden_act", "cache_implementation"),
+        harmless=("hidden_act", "sliding_window_size"),
         must={**CAUSAL_WITH_WINDOWS, "use_bidirectional_attention": FALSE},
     )
 

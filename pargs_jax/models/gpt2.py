@@ -71,8 +71,7 @@ class GPT2Config(EvenHeads):
             "initializer_range": "initializer_range",
         },
         harmless=(
-            "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "summary_type", "summary_use_proj",
-            "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout",
+            "n_ctx",
             "reorder_and_upcast_attn",  # attention is always computed in fp32 here
         ),
         must={**CAUSAL, "add_cross_attention": FALSE},

@@ -77,7 +77,6 @@ class GPTNeoXConfig(EvenHeads):
             "rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor",
             "original_max_position_embeddings",
         ),
-        harmless=("attention_dropout", "hidden_dropout", "classifier_dropout"),
         must=CAUSAL,
     )  # fmt: skip
 

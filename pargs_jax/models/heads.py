@@ -1,7 +1,8 @@
 """The heads that read a backbone's hidden states: next-token logits, one scalar reward for each state, or a table of
 the rewards of all next tokens.
 
-`CAUSAL_HEADS` and `ENCODER_HEADS` list the heads that models can have, by name. A new head is a new entry there.
+`CAUSAL_HEADS`, `ENCODER_HEADS` and `NORMED_ENCODER_HEADS` list the heads that models can have, by name. A new head is a
+new entry there.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pargs_jax.models.attention import soft_cap
-from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear
-from pargs_jax.models.tables import Row, linear, name_dimensions_of
+from pargs_jax.models.layers import ACTIVATIONS, Embedding, Linear, layer_norm
+from pargs_jax.models.tables import Row, linear, name_dimensions_of, norm
 
 CLASSIFIER = "ForSequenceClassification"
 
@@ -71,10 +72,10 @@ class VocabularyHead(nnx.Module):
 
 
 class RewardHead(nnx.Module):
-    """One linear layer without bias, in fp32. Entry t is the reward of the text up to and including token t."""
+    """One linear layer in fp32. Entry t is the reward of the text up to and including token t."""
 
-    def __init__(self, width: int, std: float, *, rngs: nnx.Rngs) -> None:
-        self.linear = Linear(width, 1, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs)
+    def __init__(self, width: int, std: float, *, bias: bool = False, rngs: nnx.Rngs) -> None:
+        self.linear = Linear(width, 1, use_bias=bias, kernel_init=nnx.initializers.normal(std), rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
         return _fp32_linear(self.linear, hidden)[..., 0]
@@ -95,6 +96,21 @@ class PooledRewardHead(nnx.Module):
         return _fp32_linear(self.linear, pooled)[..., 0]
 
 
+class NormedRewardHead(nnx.Module):
+    """ModernBERT's head: a dense layer with its activation, a norm, then a linear layer to one number, in fp32."""
+
+    def __init__(self, config: Any, std: float, *, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(std)
+        self.activation = config.pooler_activation
+        self.dense = Linear(config.width, config.width, use_bias=config.pooler_bias, kernel_init=normal, rngs=rngs)
+        self.norm = layer_norm(config.width, config.norm_epsilon, rngs, bias=config.norm_bias)
+        self.linear = Linear(config.width, 1, kernel_init=normal, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+        pooled = self.norm(ACTIVATIONS[self.activation](_fp32_linear(self.dense, hidden)))
+        return _fp32_linear(self.linear, pooled)[..., 0]
+
+
 def _fp32_linear(linear: Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     """A linear layer at full fp32 precision. Accelerators multiply fp32 at a lower precision by default, and rewards
     are compared by small differences."""
@@ -112,17 +128,25 @@ _VOCABULARY = Head(
     may_be_tied=True,
 )
 
+_REWARD = Head(
+    lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
+    outputs=lambda config: 1,
+    rows=(Row("score.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
+    class_suffix=CLASSIFIER,
+    may_be_new=True,
+    is_fp32=True,
+)
+
 CAUSAL_HEADS: dict[str, Head] = {
     "vocabulary": _VOCABULARY,
     # The same parameters; the outputs are rewards of the text with each next token appended (FaRMA, CD-Q).
     "table": dataclasses.replace(_VOCABULARY, is_marked=True),
-    "reward": Head(
-        lambda config, std, rngs: RewardHead(config.head_width, std, rngs=rngs),
-        outputs=lambda config: 1,
-        rows=(Row("score.weight", "linear.kernel", ("width", "vocabulary"), transpose=True),),
-        class_suffix=CLASSIFIER,
-        may_be_new=True,
-        is_fp32=True,
+    "reward": _REWARD,
+    # A reward head with a bias, as trl's value heads have. A checkpoint that has one gets it in place of `reward`.
+    "value": dataclasses.replace(
+        _REWARD,
+        make=lambda config, std, rngs: RewardHead(config.head_width, std, bias=True, rngs=rngs),
+        rows=linear("score", "linear", ("width", "vocabulary")),
     ),
 }
 
@@ -137,5 +161,17 @@ ENCODER_HEADS: dict[str, Head] = {
         class_suffix=CLASSIFIER,
         may_be_new=True,
         is_fp32=True,
+    ),
+}
+
+NORMED_ENCODER_HEADS: dict[str, Head] = {
+    "reward": dataclasses.replace(
+        ENCODER_HEADS["reward"],
+        make=lambda config, std, rngs: NormedRewardHead(config, std, rngs=rngs),
+        rows=(
+            *linear("head.dense", "dense", ("width", None)),
+            *norm("head.norm", "norm"),
+            *linear("classifier", "linear", ("width", "vocabulary")),
+        ),
     ),
 }

@@ -8,8 +8,7 @@ import collections
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,21 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from pargs_jax.errors import InputError, first_line, input_errors_named_after, warn
+from pargs_jax.durable_files import files_together
+from pargs_jax.errors import InputError, input_errors_named_after, warn
+from pargs_jax.models.adapters import Adapter
 from pargs_jax.models.config_fields import TOKEN_IDS
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
 from pargs_jax.models.int8 import quantise_layers
-from pargs_jax.models.labels import label_shares, split_label
+from pargs_jax.models.labels import label_names, label_shares
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import HeadName, Model, Params, stack_layers
 from pargs_jax.models.preference_lora import ADDITIONS, PreferenceLora, read_additions, split_additions
-from pargs_jax.models.weights import INDEX, export_tensors, import_params, open_tensors, read_json, settle_tied_head
+from pargs_jax.models.sources import ADAPTER_CONFIG, CONFIGS, find, resolve, split_source
+from pargs_jax.models.weights import (
+    INDEX,
+    export_tensors,
+    head_rows,
+    import_params,
+    open_tensors,
+    read_json,
+    settle_tied_head,
+)
 from pargs_jax.sharding import place_computed
 
-DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-EXPORTED = "model"
-"""The subfolder of a training run that holds its exported model."""
+HEADS = ("vocabulary", "table", "reward")
+"""The heads that can be asked for."""
 
 
 class Pretrained(NamedTuple):
@@ -47,26 +56,6 @@ class Pretrained(NamedTuple):
     special_tokens: dict[str, Any]
     eos_ids: tuple[int, ...]
     prompt_form: str | None = None
-
-
-def resolve(source: str | os.PathLike[str], patterns: Sequence[str] = DOWNLOADED) -> Path:
-    """The folder to load from: a local folder, a training run's exported model, or a hub id (which is downloaded:
-    safetensors, configs and tokenizer files only). A label in the source (`split_label`) makes no difference."""
-    source, _ = split_label(source)
-    folder = Path(source)
-    if folder.is_dir():
-        exported = folder / EXPORTED
-        return exported if exported.is_dir() and not (folder / "config.json").exists() else folder
-    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1 or folder.exists():
-        raise InputError(f"{source}: no such folder; must be a Hugging Face folder or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:
-        raise InputError(
-            f"{source}: not a local folder, and the hub has no such model ({first_line(error)})"
-        ) from error
 
 
 def load_model(
@@ -86,16 +75,20 @@ def load_model(
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
     language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
+    An adapter (`pargs_jax.models.sources`) is merged into the matrices as they are read, in fp32.
+
     A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
     (`label_shares`).
 
-    Warns of unknown fields in the config. Raises InputError for an unknown architecture, an unsupported value in the
-    config, a head or an attention that the model does not have, a checkpoint that does not match its config, weights
-    that are not floating-point or not finite, and a label that is missing or that the model does not have.
+    Raises InputError for an unknown architecture, an unknown field or an unsupported value in the config, a head or an
+    attention that the model does not have, a checkpoint or an adapter that does not match its config, weights that are
+    not floating-point or not finite, and a label that is missing or that the model does not have.
     """
-    folder, (named, label) = resolve(source), split_label(source)
+    found, label = find(source), split_source(source).label
+    folder = found.model
     hf = _read_config(folder)
     family = FAMILIES[hf.model_type]
+    adapter = None if found.adapter is None else Adapter.open(found.adapter)
     model = _describe(folder, hf, head, attention)
     special = {name: getattr(hf, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     eos_ids = _eos_ids(folder, special["eos_token_id"])
@@ -107,27 +100,36 @@ def load_model(
             model, params = dataclasses.replace(model, int8=True), quantise_layers(params)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
+    if adapter is not None:
+        adapter.join(tensors, family)
     kind = model.head_kind
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
-    has_head = all(row.tensor in tensors for row in kind.rows)
+    if kind is CAUSAL_HEADS["reward"] and "score.bias" in tensors:
+        model = dataclasses.replace(model, head="value")
+        kind = model.head_kind
+    has_head = all(row.tensor in tensors for row in head_rows(model))
     new_head = kind.may_be_new and not has_head
     if label is not None and new_head:
         raise InputError(f"{source}: is not a classifier, so it has no labels; leave out #{label}")
-    shares = label_shares(named, hf, label) if has_head and kind.labels(model.config) is not None else None
+    shares = None
+    if has_head and kind.labels(model.config) is not None:
+        count = next(iter(tensors[kind.rows[-1].tensor].shape), 1)
+        shares = label_shares(str(source).removesuffix(f"#{label}"), label_names(hf, count), label)
     params = import_params(model, family, tensors, folder, np.dtype(dtype), new_head, seed, shares, int8=int8)
     model = dataclasses.replace(model, int8=int8)
     if (additions := getattr(hf, "pargs_preference_lora", None)) is not None:
         model = dataclasses.replace(model, lora=PreferenceLora.of_config(additions, folder))
         params = join_params(params, read_additions(folder, model, np.dtype(dtype)))
-    return Pretrained(model, params, new_head, special, eos_ids, getattr(hf, "pargs_prompt_form", None))
+    form = getattr(hf, "pargs_prompt_form", None) if adapter is None else adapter.prompt_form
+    return Pretrained(model, params, new_head, special, eos_ids, form)
 
 
 def describe_model(
     source: str | os.PathLike[str], head: HeadName, *, attention: Literal["full", "prefix_causal"] | None = None
 ) -> Model:
     """The model that `load_model` would load, from `config.json` alone: no weights are read or downloaded."""
-    folder = resolve(source, patterns=("config.json",))
+    folder = resolve(source, patterns=CONFIGS)
     return _describe(folder, _read_config(folder), head, attention)
 
 
@@ -138,12 +140,13 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
     if attention is not None:
         if not hasattr(config, "attention"):
             raise InputError(
-                f"{folder}: {hf.model_type} is causal, so the option attention does not apply; leave it out"
+                f"{folder}: {hf.model_type} has only one kind of attention, so the option attention does not apply; "
+                "leave it out"
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
-    if head not in CAUSAL_HEADS:
-        raise InputError(f"head: got {head!r}, must be one of {', '.join(CAUSAL_HEADS)}")
+    if head not in HEADS:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(HEADS)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")
@@ -157,14 +160,16 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
 
 def takes_preferences(source: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint's config.json says that the model takes a preference vector."""
-    path = resolve(source, patterns=("config.json",)) / "config.json"
+    path = resolve(source, patterns=CONFIGS) / "config.json"
     return path.is_file() and read_json(path).get("pargs_preference_lora") is not None
 
 
 def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
     """The head of a checkpoint according to config.json: `pargs_head`, or else the name of its class. None if neither
-    tells."""
-    folder = resolve(source, patterns=("config.json",))
+    tells. An adapter's config says it itself."""
+    folder, adapter = find(source, patterns=CONFIGS)
+    if adapter is not None and (head := Adapter.open(adapter).head) is not None:
+        return head
     hf = _read_config(folder)
     if (marked := getattr(hf, "pargs_head", None)) is not None:
         return marked
@@ -175,9 +180,9 @@ def stored_head(source: str | os.PathLike[str]) -> HeadName | None:
 
 
 def stored_labels(source: str | os.PathLike[str]) -> list[str]:
-    """The names of a classifier's labels according to config.json."""
-    hf = _read_config(resolve(source, patterns=("config.json",)))
-    return [str(hf.id2label[number]) for number in range(hf.num_labels)]
+    """The names of a classifier's labels according to config.json; empty for an adapter, whose tensors decide."""
+    folder, adapter = find(source, patterns=CONFIGS)
+    return [] if adapter is not None else label_names(hf := _read_config(folder), hf.num_labels)
 
 
 def save_model(
@@ -193,8 +198,8 @@ def save_model(
 
     Files get their names only when they are complete. A reward model becomes `...ForSequenceClassification` with one
     label. transformers reads a causal one at the last token that is not padding: give it a `pad_token_id` that is not
-    the end-of-sequence token, or score one text at a time. transformers does not know prefix-causal attention: a
-    DeBERTa trained with it loads there, but with full attention.
+    the end-of-sequence token, or score one text at a time. It leaves out the bias of a value head, so all its rewards
+    differ by that number. It does not know prefix-causal attention: a DeBERTa trained with it has full attention there.
     """
     import transformers
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -229,35 +234,26 @@ def save_model(
     hf.dtype = str(next(iter(tensors.values())).dtype)
 
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    partial = target / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    hf.save_pretrained(partial)
-    plan = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda x: x.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for filename, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, partial / filename, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (partial / INDEX).write_text(json.dumps(index, indent=2))
-    if additions:
-        save_file(additions, partial / ADDITIONS)
-    written = {file.name for file in partial.iterdir()}
-    mode = (partial / "config.json").stat().st_mode
-    for name in written:  # safetensors lets nobody else read its files; the umask decides about ours
-        (partial / name).chmod(mode)
-    for name in sorted(written):
-        os.replace(partial / name, target / name)
+    with files_together(target) as partial:
+        hf.save_pretrained(partial)
+        plan = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda x: x.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        for filename, names in plan.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, partial / filename, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (partial / INDEX).write_text(json.dumps(index, indent=2))
+        if additions:
+            save_file(additions, partial / ADDITIONS)
+        written = {file.name for file in partial.iterdir()}
     for old in [*sorted(target.glob("model*.safetensors*"), reverse=True), *target.glob(ADDITIONS)]:
         # The index is removed before the files that it names.
         if old.name not in written:
             old.unlink()
-    partial.rmdir()
 
 
 def _read_config(folder: Path) -> Any:
@@ -271,13 +267,14 @@ def _read_config(folder: Path) -> Any:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{path}: architecture {kind!r} is not known; known are {', '.join(sorted(FAMILIES))}")
     with input_errors_named_after(path):
-        unknown = FAMILIES[kind].config.HF_FIELDS.check(fields)
-    if unknown:
-        warn(f"{path}: ignoring fields that are unknown for {kind}: {', '.join(unknown)}")
+        FAMILIES[kind].config.HF_FIELDS.check(fields)
     if fields.get("auto_map"):
         warn(f"{path}: has custom code (auto_map), which is not run; the model is read as an ordinary {kind}")
-    if (folder / "adapter_config.json").is_file():
-        warn(f"{folder}: the adapter in adapter_config.json is not applied; to use it, merge it into the weights first")
+    if (folder / ADAPTER_CONFIG).is_file():
+        warn(
+            f"{folder}: has weights of its own, so the adapter in {ADAPTER_CONFIG} is not applied; to use it, give "
+            "MODEL+ADAPTER"
+        )
     try:
         hf = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:

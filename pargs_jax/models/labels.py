@@ -3,8 +3,7 @@
 A label is chosen where the model is named: `PATH#helpfulness`, `PATH#0`, or `PATH#helpfulness=0.7,verbosity=-0.3`.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,25 +12,24 @@ from jaxtyping import Float
 from pargs_jax.errors import InputError
 
 
-def split_label(source: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """A source without its label, and the label, if it has one. A folder whose name contains the sign has none."""
-    path, sign, label = str(source).rpartition("#")
-    if not sign or Path(source).exists():
-        return str(source), None
-    return path, label
+def label_names(hf: Any, count: int) -> list[str]:
+    """The names of a classifier's labels, by its transformers config (`id2label`). Where the config does not name
+    `count` labels, as for a head that was trained later, they have numbers."""
+    if hf.num_labels != count:
+        return [f"LABEL_{number}" for number in range(count)]
+    return [str(hf.id2label[number]) for number in range(count)]
 
 
-def label_shares(source: str, hf: Any, label: str | None) -> Float[np.ndarray, "labels"]:
+def label_shares(source: str, names: Sequence[str], label: str | None) -> Float[np.ndarray, "labels"]:
     """How much each label of a classifier counts in the reward.
 
     Args:
         source: names the model in errors.
-        hf: its transformers config, with its labels' names (`id2label`).
+        names: its labels' names.
         label: a label's name or number; or several, each with its factor. None only if the classifier has one label.
 
     Raises InputError for a label that it does not have, and for several labels of which none is chosen.
     """
-    names = [str(hf.id2label[number]) for number in range(hf.num_labels)]
     if label is None:
         if len(names) > 1:
             raise InputError(

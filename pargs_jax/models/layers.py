@@ -116,10 +116,10 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + self.bias[...]
 
 
-def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, *, learned: bool = True) -> nnx.LayerNorm:
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, *, learned: bool = True, bias: bool = True) -> nnx.LayerNorm:
     """A layer norm as torch computes it; without `learned`, it has neither scale nor bias."""
     return nnx.LayerNorm(
-        width, epsilon=epsilon, use_scale=learned, use_bias=learned, use_fast_variance=False, rngs=rngs
+        width, epsilon=epsilon, use_scale=learned, use_bias=learned and bias, use_fast_variance=False, rngs=rngs
     )
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import CAUSAL, ConfigFields, check_divides
+from pargs_jax.models.config_fields import CAUSAL, FALSE, ConfigFields, check_divides
 from pargs_jax.models.family import Family
 from pargs_jax.models.layers import (
     ACTIVATIONS,
@@ -95,8 +95,8 @@ class LlamaConfig:
         sizes=SIZES,
         names={**NAMES, "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         read=ROTARY_FIELDS,
-        harmless=("attention_dropout", "pretraining_tp"),
-        must=CAUSAL,
+        harmless=("pretraining_tp",),
+        must={**CAUSAL, "rope_interleaved": FALSE},
     )
 
     def __post_init__(self) -> None:

@@ -19,7 +19,6 @@ class MistralConfig(LlamaConfig):
         sizes=(*llama.SIZES, "sliding_window"),
         names=llama.NAMES,
         read=llama.ROTARY_FIELDS,
-        harmless=("attention_dropout",),
         must={**CAUSAL_WITH_WINDOWS, "layer_types": NOT_SET},
     )
 

@@ -21,7 +21,7 @@ from pargs_jax.models.preference_lora import PreferenceLora
 
 Params = dict[str, Any]
 HeadName = str
-"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `reward` or `table`."""
+"""A name in `CAUSAL_HEADS` or `ENCODER_HEADS`: `vocabulary`, `table`, `reward`, or `value` (a `reward` with a bias)."""
 
 
 class PromptsWithAnswers(Protocol):

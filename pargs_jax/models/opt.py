@@ -81,7 +81,6 @@ class OPTConfig(EvenHeads):
             "initializer_range": "init_std",
         },
         read=("_remove_final_layer_norm",),
-        harmless=("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
         must=CAUSAL,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pargs_jax.models import llama
 from pargs_jax.models.causal import CausalModel
-from pargs_jax.models.config_fields import FALSE, ConfigFields
+from pargs_jax.models.config_fields import FALSE, ConfigFields, Requirement
 from pargs_jax.models.family import Family
 from pargs_jax.models.mistral import MistralConfig
 from pargs_jax.models.tables import linear
@@ -19,8 +19,11 @@ class Phi3Config(MistralConfig):
     model_type: ClassVar[str] = "phi3"
     HF_FIELDS: ClassVar[ConfigFields] = dataclasses.replace(
         MistralConfig.HF_FIELDS,
-        harmless=("attention_dropout", "embd_pdrop", "resid_pdrop"),
-        must={**MistralConfig.HF_FIELDS.must, "attention_bias": FALSE, "mlp_bias": FALSE, "lm_head_bias": FALSE},
+        must={
+            **MistralConfig.HF_FIELDS.must,
+            **{name: FALSE for name in ("attention_bias", "mlp_bias", "lm_head_bias")},
+            **{name: Requirement("1", lambda value: value == 1) for name in ("full_attn_mod", "interpolate_factor")},
+        },
     )
 
     def to_hf(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ class Qwen2Config(LlamaConfig):
         sizes=(*llama.SIZES, "sliding_window"),
         names=llama.NAMES,
         read=(*llama.ROTARY_FIELDS, "use_sliding_window", "max_window_layers", "layer_types"),
-        harmless=("attention_dropout",),
         must={**CAUSAL_WITH_WINDOWS, "use_mrope": FALSE},
     )
 

@@ -42,7 +42,8 @@ SCALINGS: dict[str, Scaling] = {
 BY_LENGTH = ("dynamic", "longrope")
 """Scalings whose angles depend on the length of the text."""
 
-_OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_OF_EVERY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
+_KNOWN = {name for scaling in SCALINGS.values() for part in scaling for name in part}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Rotary:
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], head_dim: int, *, may_be_partial: bool = False) -> "Rotary":
-        """Reads `rope_parameters` of a transformers config. Warns of parameters that the scaling does not use, and of
-        scalings that a cache cannot follow beyond some length.
+        """Reads `rope_parameters` of a transformers config. Warns of parameters of other scalings, and of scalings that
+        a cache cannot follow beyond some length.
 
-        Raises InputError for an unknown or incomplete scaling, for values that it cannot work with, and for a width of
-        heads that it cannot rotate. `may_be_partial` says that the architecture can rotate a part of each head.
+        Raises InputError for an unknown or incomplete scaling, for parameters that no scaling has, for values that it
+        cannot work with, and for a width of heads that it cannot rotate. `may_be_partial` says that the architecture
+        can rotate a part of each head.
         """
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if not isinstance(kind, str) or kind not in SCALINGS:
@@ -78,6 +80,8 @@ class Rotary:
             raise InputError(f"RoPE scaling {kind!r} needs {', '.join(missing)} in rope_parameters")
         if nested := [key for key, value in rest.items() if isinstance(value, Mapping)]:
             raise InputError(f"rope_parameters has {', '.join(nested)}: scaling of single layers is not supported")
+        if unknown := [key for key, value in rest.items() if key not in _KNOWN and value is not None]:
+            raise InputError(f"rope_parameters has {', '.join(unknown)}, which no known scaling uses")
         if unused := [key for key, value in rest.items() if key not in (*needs, *may_have) and value is not None]:
             warn(f"config.json: rope_parameters has {', '.join(unused)}, which RoPE scaling {kind!r} does not use")
         numbers = {key: rest[key] for key in (*needs, *may_have) if key in rest}

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from pargs_jax.errors import InputError, first_line, warn
 from pargs_jax.json_text import parse_json
-from pargs_jax.models.family import Family
+from pargs_jax.models.family import VALUE_HEADS, Family
 from pargs_jax.models.int8 import MATRIX, quantise, quantise_layers
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.tables import Row
@@ -26,6 +26,10 @@ from pargs_jax.sharding import map_paths, on_every_device, place_param, to_host
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
+"""Some trainers save a value head in a file of its own, beside the model's."""
+ADAPTER = "adapter_model.safetensors"
+"""Of a PEFT adapter (`pargs_jax.models.adapters`)."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 """Dtypes of tensors that are usable as weights directly. Integers and 8-bit floats need scales, or are masks."""
 
@@ -39,8 +43,26 @@ class Stored(NamedTuple):
     format: str
 
 
+class Addition(NamedTuple):
+    """What an adapter adds to a linear layer: `scale * B A`, as torch stores it."""
+
+    a: Stored
+    b: Stored
+    scale: float
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """A part of the addition in our order of dimensions, `[in out]`, in fp32."""
+        with _opened(self.a) as a, _opened(self.b) as b:
+            return self.scale * (a[:, rows].astype(np.float32).T @ b[columns].astype(np.float32).T)
+
+
 class Tensors(dict[str, Stored]):
-    """The tensors of a checkpoint, by their names without the backbone's prefix; they are read only on demand."""
+    """The tensors of a checkpoint, by their names without the backbone's prefix; they are read only on demand.
+    `additions` are those of an adapter, by the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.additions: dict[str, Addition] = {}
 
     def shape(self, row: Row, layer: int) -> tuple[int, ...]:
         """The shape of the tensor that a row names, in our order of dimensions. A joined tensor counts as a whole."""
@@ -54,24 +76,43 @@ class Tensors(dict[str, Stored]):
         """
         chosen = columns[index[-1]]
         index = (*index[:-1], slice(chosen.start, chosen.stop))
-        with self._open(row.tensor.format(layer)) as tensor:
-            return tensor[index[::-1]].T if row.transpose else tensor[index]
+        name = row.tensor.format(layer)
+        with _opened(self[name]) as tensor:
+            part = tensor[index[::-1]].T if row.transpose else tensor[index]
+        if (addition := self.additions.get(name)) is not None:
+            part = part.astype(np.float32) + addition.read(*index)
+        return part
 
     def are_equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two matrices have the same values. Reads `rows` rows at a time and stops at the first difference."""
         if self[one].shape != self[other].shape:
             return False
-        with self._open(one) as first, self._open(other) as second:
+        with _opened(self[one]) as first, _opened(self[other]) as second:
             count = self[one].shape[0]
             blocks = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
             return all(np.array_equal(first[block], second[block]) for block in blocks)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        from safetensors import safe_open
 
-        with safe_open(self[name].path, framework="numpy") as file:
-            yield file.get_slice(self[name].name)
+@contextmanager
+def _opened(stored: Stored) -> Iterator[Any]:
+    """A tensor in its file, whose parts can be read."""
+    from safetensors import safe_open
+
+    with safe_open(stored.path, framework="numpy") as file:
+        yield file.get_slice(stored.name)
+
+
+def stored_in(path: Path) -> Iterator[Stored]:
+    """The tensors of a safetensors file. Raises InputError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
 def open_tensors(folder: Path, family: Family) -> Tensors:
@@ -79,19 +120,14 @@ def open_tensors(folder: Path, family: Family) -> Tensors:
 
     Raises InputError if neither can be read, if two tensors have the same name, or if a tensor is not floating-point.
     """
-    from safetensors import SafetensorError, safe_open
-
     tensors = Tensors()
-    for path in _files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for stored in file.keys():  # noqa: SIM118
-                    name, part = family.name_in_rows(stored), file.get_slice(stored)
-                    if name in tensors and tensors[name].name != stored:
-                        raise InputError(f"{path}: {tensors[name].name} and {stored} are both {name} of the model")
-                    tensors[name] = Stored(path, stored, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    value_head = [path] if (path := folder / VALUE_HEAD).is_file() else []
+    for path in [*_files(folder), *value_head]:
+        for stored in stored_in(path):
+            name = family.name_in_rows(stored.name)
+            if name in tensors and tensors[name].name != stored.name:
+                raise InputError(f"{path}: {tensors[name].name} and {stored.name} are both {name} of the model")
+            tensors[name] = stored
     for name, stored in tensors.items():
         if stored.format not in FLOATS and not re.fullmatch(family.ignored, name):
             raise InputError(
@@ -136,7 +172,7 @@ def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Pat
     if head not in tensors:
         return model
     tensors.setdefault(embed, tensors[head])
-    if tensors.are_equal(head, embed):
+    if tensors.are_equal(head, embed) and head not in tensors.additions:
         return model
     warn(f"{folder}: config.json ties {head} to {embed}, but the checkpoint stores a different one, which is used")
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
@@ -163,11 +199,11 @@ def import_params(
     """
     problems: list[str] = []
     used: set[str] = set()
-    columns, widths = _columns(family, model)
+    columns, widths = columns_of(family, model)
 
     def check(row: Row, layer: int, shape: tuple[int, ...]) -> None:
         name = row.tensor.format(layer)
-        if name not in used:
+        if name not in used and not re.fullmatch(family.identities, name):
             used.add(name)
             whole = (*shape[:-1], widths[row.tensor])
             if name not in tensors:
@@ -175,11 +211,16 @@ def import_params(
             elif (stored := tensors.shape(row, layer)) != whole:
                 problems.append(f"{name} has shape {stored}, the config needs {whole}")
 
+    def read_layer(row: Row, layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        if re.fullmatch(family.identities, row.tensor.format(layer)):
+            return np.full(len(columns[row.path][index[-1]]), float(row.path.endswith("scale")), dtype)
+        return tensors.read(row, layer, columns[row.path], index)
+
     def read(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         if "{}" not in row.tensor:
             return tensors.read(row, 0, columns[row.path], index)
         layers = range(model.config.layers)[index[0]]
-        return np.stack([tensors.read(row, layer, columns[row.path], index[1:]) for layer in layers])
+        return np.stack([read_layer(row, layer, index[1:]) for layer in layers])
 
     def mix_labels(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         stored = read(row, (*index[:-1], slice(None)))
@@ -188,10 +229,8 @@ def import_params(
     readers: Params = {}
     for path, leaf in _flatten(model.abstract_params()):
         row = _row(family, model, path)
-        if path[0] == "head" and new_head:
-            std = model.head_kind.std(model.config) if path[-1] == "kernel" else 0.0
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
-            _set(readers, path, np.asarray(std * jax.random.normal(key, leaf.shape)).__getitem__)
+        if path[0] == "head" and new_head and row.tensor not in tensors:
+            _set(readers, path, _drawn(row, leaf.shape, model.head_kind.std(model.config), seed).__getitem__)
             continue
         is_mixed = label_shares is not None and path[0] == "head" and leaf.shape[-1] == 1
         if is_mixed:
@@ -205,7 +244,7 @@ def import_params(
     # A language model may be read as a reward model and vice versa, so an unused head is not an error.
     used |= {row.tensor for head in model.heads.values() for row in head.rows}
     unexpected = [n for n in tensors if n not in used and not re.fullmatch(family.ignored, n)]
-    problems += [f"{name} is not part of this architecture" for name in unexpected]
+    problems += [f"{name} {_unexpected(name)}" for name in unexpected]
     if problems:
         raise InputError(f"{folder}: the weights do not match config.json: {_list(problems)}")
 
@@ -249,7 +288,7 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
     """Yields the tensors of a checkpoint one by one, for a model with stacked layers. Every process must consume them
     all."""
     shapes = {path: leaf.shape for path, leaf in _flatten(model.abstract_params())}
-    columns, widths = _columns(family, model)
+    columns, widths = columns_of(family, model)
     parts: dict[str, dict[int, np.ndarray]] = {}
     for path, leaf in _flatten(params):
         row = _row(family, model, path)
@@ -264,9 +303,33 @@ def export_tensors(model: Model, family: Family, params: Params) -> Iterator[tup
             value = np.concatenate([part for _, part in sorted(found.items())], axis=-1)
         if "{}" in row.tensor:
             for layer, single in enumerate(value):
-                yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
+                if not re.fullmatch(family.identities, row.tensor.format(layer)):
+                    yield name.format(layer), np.ascontiguousarray(single.T if row.transpose else single)
         else:
             yield name, np.ascontiguousarray(value.T if row.transpose else value)
+
+
+def _unexpected(tensor: str) -> str:
+    """What is wrong with a tensor that has no place in the model."""
+    if re.match(r"score\.|v_head\.|\w*(value|reward|regression|gating)\w*\.", tensor):
+        return (
+            f"is part of a head that is not known; known are linear layers named {', '.join(('score', *VALUE_HEADS))}"
+        )
+    return "is not part of this architecture"
+
+
+def _drawn(row: Row, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
+    """The first values of an array of a new head."""
+    if not row.path.endswith("kernel"):
+        return np.full(shape, float(row.path.endswith("scale")), np.float32)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(row.path.encode()))
+    return np.asarray(std * jax.random.normal(key, shape))
+
+
+def head_rows(model: Model) -> list[Row]:
+    """The rows of the head's table that the model has arrays for."""
+    paths = {".".join(path) for path, _ in _flatten(model.abstract_params().get("head", {}))}
+    return [row for row in model.head_kind.rows if row.path in paths]
 
 
 def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
@@ -276,7 +339,7 @@ def _row(family: Family, model: Model, path: tuple[str, ...]) -> Row:
     return next(row for row in rows if row.path.replace(".{}", "") == wanted)
 
 
-def _columns(family: Family, model: Model) -> tuple[dict[str, range], collections.Counter[str]]:
+def columns_of(family: Family, model: Model) -> tuple[dict[str, range], collections.Counter[str]]:
     """Where the last dimension of each row's array lies in its tensor, by path, and the width of every tensor, by
     name."""
     sizes = {_row(family, model, path).path: leaf.shape[-1] for path, leaf in _flatten(model.abstract_params())}

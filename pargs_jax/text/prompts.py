@@ -5,6 +5,7 @@ Training, decoding and evaluation look up their form here by name. A model remem
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,24 @@ def form_of_dialogue(text: str) -> PromptForm | None:
     """The form, among those with markers, of the common beginning of whole dialogues; None if it is in no such form."""
     forms = (form for form in PROMPT_FORMS.values() if form.answer_marker)
     return next((form for form in forms if form.prompt_end(text) is not None), None)
+
+
+def turns_in(text: str) -> tuple[Turn, ...]:
+    """The turns of a prompt that is written in a form with markers of both sides; any other text is one question."""
+    for form in map(PROMPT_FORMS.get, ("hh", "shp", "saferlhf")):
+        user, answer = form.user_marker.rstrip(), form.answer_marker.rstrip()
+        lead = user[: len(user) - len(user.lstrip())]
+        marked = lead + text.strip().removeprefix(form.start).lstrip()
+        first, *parts = re.split(f"({re.escape(user)}|{re.escape(answer)})", marked)
+        if len(parts) < 4 or parts[-2:] != [answer, ""]:
+            continue
+        roles = {user: "user", answer: "assistant"}
+        system = [{"role": "system", "content": first.strip()}] if first.strip() else []
+        said = zip(parts[:-2:2], parts[1:-2:2], strict=True)
+        turns = (*system, *({"role": roles[marker], "content": content.strip()} for marker, content in said))
+        if turns[-1]["role"] == "user":
+            return turns
+    return ({"role": "user", "content": text},)
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -2,7 +2,8 @@
 
 At each step the reward model scores the *text* of prompt, answer so far and candidate, in its own tokens. The text is
 `decode_answer` of the language model's tokens. A candidate that ends inside a character is therefore scored on the text
-before that character. A candidate that ends the answer is scored as the answer so far plus the reward model's EOS.
+before that character. A candidate that ends the answer is scored as the answer so far plus the reward model's EOS, or
+what its chat template has there.
 
 Two things make the cost of a step independent of the answer's length. First, the text is extended token by token.
 Second, if `words_stand_apart` can prove that the reward model's tokenizer never looks across the space between two
@@ -11,6 +12,7 @@ words, then the tokens of all words but the last are *settled*: only the text af
 
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,13 +80,15 @@ class Retokeniser:
     Attributes:
         lm: the language model's tokenizer.
         rm: the reward model's tokenizer.
+        closing_ids: the reward model's tokens that end an answer: its EOS, or what its chat template has there.
         settles: whether the reward model's tokens can be settled. If not, every step tokenises the whole answer again.
             (They also stay unsettled where the language model's text must be decoded as a whole.)
     """
 
-    def __init__(self, lm: TextTokenizer, rm: TextTokenizer) -> None:
+    def __init__(self, lm: TextTokenizer, rm: TextTokenizer, closing_ids: Sequence[int] = ()) -> None:
         self.lm = lm
         self.rm = rm
+        self.closing_ids = tuple(closing_ids) or (rm.eos_id,)
         self.settles: bool = words_stand_apart(rm)
         self._reader = fastest_reader(lm)
         self._memo: dict[tuple[bytes, bytes], _Row] = {}
@@ -157,7 +161,7 @@ class Retokeniser:
             split.fresh[b, : len(fresh)] = fresh
             split.fresh_lengths[b] = len(fresh)
             for k, ends in enumerate(is_end[b].tolist()):
-                tail = [*waiting, *next(encoded), *([self.rm.eos_id] if ends else [])]
+                tail = [*waiting, *next(encoded), *(self.closing_ids if ends else ())]
                 split.needed[b] = max(split.needed[b], have + len(fresh) + len(tail))
                 del tail[max(0, tail_width - have - len(fresh)) :]
                 split.tails[b, k, : len(tail)] = tail

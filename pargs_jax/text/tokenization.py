@@ -120,6 +120,10 @@ class TextTokenizer:
         """The token that ends an answer in training."""
         return self.eos_ids[0]
 
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return self._tokenizer.convert_ids_to_tokens(token_id)
+
     def same_vocabulary(self, other: "TextTokenizer") -> bool:
         """Whether both tokenizers turn every text into the same ids.
 
@@ -227,6 +231,25 @@ class TextTokenizer:
             return self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja2's errors, and whatever the template itself raises
             raise InputError(f"the chat template rejects the conversation: {first_line(error)}") from error
+
+    @cached_property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What follows a finished answer in the chat template, such as `<|im_end|>` and a line break; the
+        end-of-sequence token if there is no template, or nothing follows in it."""
+        answer = "the answer"
+        turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        if self.chat_template is None or self.is_pair_encoder:
+            return (self.eos_id,)
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # jinja2's errors, and whatever the template itself raises
+            return (self.eos_id,)
+        _, found, closing = text.rpartition(answer)
+        lead = ":" if self._prepends_space else ""
+        before, ids = (
+            self._tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in (lead, lead + closing)
+        )
+        return tuple(ids[len(before) :] if found else ()) or (self.eos_id,)
 
     @cached_property
     def _leads(self) -> dict[Place, tuple[str, list[int]]]:

@@ -31,7 +31,8 @@ from pargs_jax.config import DEMO, TrainConfig
 from pargs_jax.config_files import from_mapping, read_yaml
 from pargs_jax.durable_files import write_whole
 from pargs_jax.evaluation.cost import token_operations
-from pargs_jax.models.hf import describe_model, resolve, stored_head
+from pargs_jax.models.hf import describe_model, stored_head
+from pargs_jax.models.sources import resolve
 from studies.experiment import (
     MAX_NEW_TOKENS,
     Setting,

@@ -16,8 +16,10 @@ from pargs_jax.decoding.proposals import AllTokens, TopK
 from pargs_jax.decoding.rules import Greedy, Sample
 from pargs_jax.decoding.state import RowSettings
 from pargs_jax.errors import InputError
+from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import unstack_layers
+from pargs_jax.sharding import place_params
 from pargs_jax.testing import tiny_model
 
 VOCABULARY = 61
@@ -225,6 +227,21 @@ def test_scan_equals_a_loop_that_reruns_everything(pair, k, temperature, lengths
     decoded = run(pair, prompts, decoder=decoder, temperature=temperature or 1.0)
     assert_equal_to_naive(decoded, naive(pair, prompts, k=k, temperature=temperature))
     assert decoded.finished.any() and (decoded.lengths == STEPS).any()  # both kinds of rows are in the test
+
+
+@pytest.mark.parametrize(
+    ("lm", "rm"),
+    [("qwen2", "qwen3"), ("qwen3", "phi3"), ("phi3", "gemma2"), ("gemma2", "opt"), ("opt", "qwen2")],
+)
+def test_scan_on_four_devices_equals_the_loop_on_one(lm, rm):
+    """For the families that no other case has."""
+    pair = Pair((lm, False), (rm, False))
+    prompts = make_prompts()
+    with jax.set_mesh(make_mesh("cpu-4,fsdp=2,tensor=2", "decode")):
+        params = place_params(pair.lm_params), (place_params(pair.rm_params),)
+        rows = padded(prompts), row_keys(0, jnp.array(KEY_NUMBERS, jnp.uint32)), alike(len(prompts))
+        decoded = jax.device_get(decode(pair.decoder, *params, *rows[0], *rows[1:], STEPS))
+    assert_equal_to_naive(decoded, naive(pair, prompts, k=5, temperature=1.0))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])

@@ -14,8 +14,9 @@ from pargs_jax.generation.reward_models import answer_rewards, left_pad
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
+from pargs_jax.models.modernbert import ModernBertModel
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, TINY_MODERNBERT, random_params
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
 
@@ -60,6 +61,8 @@ def make_model(kind, vocab_size):
     if kind == "causal":
         config = dataclasses.replace(TINY_CONFIGS["llama"], vocab_size=vocab_size, context_length=512)
         return CausalModel(config, "reward")
+    if kind == "modernbert":
+        return ModernBertModel(dataclasses.replace(TINY_MODERNBERT, vocab_size=vocab_size, context_length=512))
     config = dataclasses.replace(TINY_DEBERTA, vocab_size=vocab_size)
     if kind == "encoder":
         return EncoderModel(config, "reward")
@@ -70,7 +73,7 @@ def torch_rewards(model, params, folder):
     """ids -> reward, by the exported model in torch, at the last token or as the classifier does it."""
     from transformers import AutoModelForSequenceClassification
 
-    save_model(folder, model, params)
+    save_model(folder, model, params, special_tokens={"pad_token_id": 0})
     twin = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
     def reward(ids):
@@ -111,6 +114,7 @@ def draw_candidates(lm, rng):
     ("lm_name", "rm_name", "kind"),
     [
         ("small llama", "small deberta", "encoder"),
+        ("small llama", "small deberta", "modernbert"),
         ("small llama", "small gpt2", "causal"),
         ("demo", "small gpt2", "prefix_causal"),
         ("gpt2", "deberta", "encoder"),
@@ -126,7 +130,8 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
     prompt_ids = [lm.encode_prompt(text) for text in PROMPTS]
     prompts = left_pad(prompt_ids, len(PROMPTS), max(map(len, prompt_ids)))
     own_prompts = left_pad([rm.encode_prompt(text) for text in PROMPTS], len(PROMPTS), 64)
-    if kind == "encoder":
+    is_encoder = kind in ("encoder", "modernbert")
+    if is_encoder:
         guide = EncoderGuide(model, retokeniser, 256, rm.eos_id, finest=2)
     else:
         guide = RetokenisedGuide(model, retokeniser, 256)
@@ -145,17 +150,17 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
         original = AutoTokenizer.from_pretrained(folder_of(rm_name))
 
         def plain(prompt_text, text, *, ends):
-            if kind == "encoder" and text and not any(special in text for special in original.all_special_tokens):
+            if is_encoder and text and not any(special in text for special in original.all_special_tokens):
                 return by_torch(original(prompt_text, text)["input_ids"])
             # Special tokens that are spelled out are text: the original would make an end of the text of them.
             answer = rm.encode_answer(text, starts_text=not prompt_text)
-            closing = [rm.eos_id] if ends or kind == "encoder" else []
+            closing = [rm.eos_id] if ends or is_encoder else []
             return by_torch([*rm.encode_prompt(prompt_text), *answer, *closing])
 
     rng = np.random.default_rng(0)
     answers = [[] for _ in PROMPTS]
-    checked = 0
-    for _ in range(STEPS):
+    checked, steps = 0, 12 if kind == "modernbert" else STEPS
+    for _ in range(steps):
         candidates = draw_candidates(lm, rng)
         rewards, pending = score(params, state, text, candidates)
         choice = rng.integers(0, CANDIDATES, len(PROMPTS)).astype(np.int32)
@@ -178,6 +183,6 @@ def test_rewards_are_those_of_the_decoded_texts(lm_name, rm_name, kind, tmp_path
         state = commit(params, state, pending, Chosen(chosen, choice, live))
         tokens[np.arange(len(PROMPTS)), text.lengths] = chosen
         text = text._replace(lengths=text.lengths + 1)
-    assert checked > STEPS * 3
-    if kind != "encoder" and "deberta" not in rm_name:
+    assert checked > steps * 3
+    if not is_encoder and "deberta" not in rm_name:
         assert int(state.settled.max()) > 0  # the cache was used

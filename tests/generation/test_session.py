@@ -342,6 +342,38 @@ def test_each_model_reads_a_conversation_in_its_own_chat_template(lm, rm, shares
             assert answer.guide_rewards == pytest.approx([expected], abs=1e-4)
 
 
+def test_a_reward_model_reads_every_prompt_and_ending_as_its_template_writes_them(lm, rm, tmp_path):
+    """One with the language model's tokens too; a template that ends answers as it does leaves it the faster guide."""
+    alike = Session(lm, [with_template(rm, "{{turn.content}}</s>", tmp_path)], rm_format="auto")
+    assert alike.reward_models[0].retokeniser is None
+    session = Session(lm, [with_template(rm, "R {{turn.role}} {{turn.content}}|", tmp_path)], rm_format="auto")
+    (reward_model,) = session.reward_models
+    tokenizer = reward_model.tokenizer
+    assert tokenizer.decode(tokenizer.closing_ids) == "|" and reward_model.retokeniser is not None
+    prompts = [Prompt("0", "Hi"), Prompt("1", "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Bye\n\nAssistant:")]
+    rendered = ["R user Hi|", "R user Hi|R assistant Yes|R user Bye|"]
+
+    def expected(number, *ids):
+        text = [*tokenizer.encode_prompt(rendered[number]), *ids]
+        hidden = reward_model.model.encode(reward_model.params, jnp.asarray([text + [0] * (64 - len(text))]))
+        return float(reward_model.model.rewards(reward_model.params, hidden)[0, len(text) - 1])
+
+    for number, answer in answers(session, prompts).items():
+        ids = tokenizer.encode_answer(answer.response)
+        assert answer.finish_reason == "length"
+        assert answer.guide_rewards == pytest.approx([expected(int(number), *ids)], abs=1e-4)
+    own = reward_model.pad_prompts([reward_model.encode_prompt(prompt, []) for prompt in prompts], 2)
+    nothing = np.zeros((2, 1), np.int32), np.zeros(2, np.int32)
+    found = reward_model.score(own, *nothing, ["Yes", "No"], [True, False])
+    yes, no = map(tokenizer.encode_answer, ("Yes", "No"))
+    assert found.tolist() == pytest.approx([expected(0, *yes, *tokenizer.closing_ids), expected(1, *no)], abs=1e-4)
+    # The candidate that ends an answer is read as this ending.
+    ends = reward_model.retokeniser.candidates(
+        np.array([[5, 6]]), np.array([2]), np.array([2]), np.array([[session.tokenizer.eos_id]]), np.zeros(1, int), 8, 1
+    )
+    assert ends.tails[0, 0, : ends.tail_lengths[0, 0]].tolist() == list(tokenizer.closing_ids)
+
+
 def test_a_prompt_in_the_language_models_template_cannot_be_put_in_another(lm, rm, tmp_path, monkeypatch):
     monkeypatch.setattr(TextTokenizer, "same_vocabulary", lambda *_: False)
     chatty = with_template(lm, "L {{turn.content}}\n", tmp_path)
@@ -362,6 +394,17 @@ def test_a_reward_that_is_not_finite_ends_the_run_with_the_rows_id(lm, rm, metho
     save_file({**tensors, "score.weight": np.full_like(tensors["score.weight"], 3e38)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"prompt '2': a reward of .*/rm is not finite"):
         answers(Session(lm, [str(folder)]), method=method)
+
+
+def test_a_label_of_a_reward_model_is_chosen_by_name(rm, tmp_path):
+    folder = shutil.copytree(rm, tmp_path / "rm")
+    tensors = load_file(folder / "model.safetensors")
+    both = np.concatenate([tensors["score.weight"], 2 * tensors["score.weight"]])
+    save_file({**tensors, "score.weight": both}, folder / "model.safetensors")
+    loaded, _ = reward_models.load_with_tokenizer(f"{folder}#LABEL_1", "reward", "float32")
+    np.testing.assert_array_equal(loaded.params["head"]["linear"]["kernel"].T, both[1:])
+    with pytest.raises(InputError, match=r"rm: this classifier has 2 labels \(LABEL_0, LABEL_1\); choose one"):
+        reward_models.load_with_tokenizer(str(folder), "reward", "float32")
 
 
 def test_a_head_that_no_model_has_is_named(lm):

@@ -40,6 +40,7 @@ SMALL = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     },
+    "modernbert": {**SIZES, "global_attn_every_n_layers": 2},
     "deberta-v2": {
         **SIZES,
         "relative_attention": True,
@@ -62,16 +63,16 @@ def refusal(folder, family, **fields):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_field_that_transformers_knows_is_known_here(family):
+def test_every_field_that_transformers_knows_is_known_here(family, tmp_path):
     import transformers
     from transformers import GenerationConfig
 
     config = transformers.CONFIG_MAPPING[family]
     names = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
-    names |= GenerationConfig._get_default_generation_params().keys()
-    defaults = config(**SMALL[family]).to_dict()
-    fields = {name: defaults.get(name) for name in names}
-    assert FAMILIES[family].config.HF_FIELDS.check(fields) == []
+    names |= vars(GenerationConfig()).keys()
+    names |= config(**SMALL[family]).to_dict().keys()
+    assert [name for name in names if not FAMILIES[family].config.HF_FIELDS.knows(name)] == []
+    describe(tmp_path, family, **{**config(**SMALL[family]).to_dict(), "model_type": family})
 
 
 @pytest.mark.parametrize("folder", [*sorted(SHAPES.iterdir()), Path(DEMO_LM)], ids=lambda path: path.name)
@@ -82,12 +83,41 @@ def test_configs_in_the_package_are_read_without_a_warning(folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unknown_fields_are_named_in_one_warning_and_ours_are_not(family, tmp_path):
-    with pytest.warns(InputWarning) as caught:
-        describe(tmp_path, family, qk_norm=True, mystery=None, pargs_anything="hh", torch_dtype="bfloat16", top_k=3)
-    assert [str(warning.message) for warning in caught if warning.category is InputWarning] == [
-        f"{tmp_path}/config.json: ignoring fields that are unknown for {family}: qk_norm, mystery"
-    ]
+def test_unknown_fields_are_refused_in_one_line_that_names_them_all(family, tmp_path):
+    harmless = {"pargs_anything": "hh", "torch_dtype": "bfloat16", "top_k": 3, "unsloth_version": "2", "mystery": None}
+    assert refusal(tmp_path, family, qk_norm=True, gating_temperature=10, **harmless) == (
+        f"has fields that are not known for {family}, so what they change is not computed: qk_norm (True), "
+        "gating_temperature (10); delete them from the file if they change nothing"
+    )
+    describe(tmp_path, family, **harmless)
+
+
+# Fields that published checkpoints have and that no class of transformers declares.
+PUBLISHED = {
+    "llama": {
+        "rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"kv_cache_dtype": {}},
+        "_flash_attn_2_enabled": False, "max_sequence_length": 2048, "unsloth_fixed": True, "normalize_reward": False,
+        "mean": 0.1, "std": 1.2, "value_head_prefix": "score", "rope_scaling": {"finetuned": True, "type": "yarn",
+        "factor": 4.0, "original_max_position_embeddings": 8},
+    },
+    "gemma2": {"sliding_window_size": 4096, "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3_text": {"sliding_window_pattern": 6, "_sliding_window_pattern": 6, "cache_implementation": "hybrid"},
+    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1, "embd_pdrop": 0.0, "lm_head_bias": False},
+    "qwen2": {"use_mrope": False, "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 131072},
+    "gpt2": {"n_ctx": 1024, "output_past": True, "_num_labels": 1, "gradient_checkpointing": False},
+    "opt": {"prefix": "</s>", "activation_dropout": 0.0, "layerdrop": 0.0},
+    "gpt_neox": {"rotary_emb_base": 10000, "classifier_dropout": 0.1},
+    "modernbert": {
+        "repad_logits_with_grad": False, "layer_norm_eps": 1e-5, "position_embedding_type": "absolute",
+        "reference_compile": None, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
+    },
+    "deberta-v2": {"pooler_dropout": 0, "padding_idx": 0, "position_embedding_type": "absolute"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_fields_of_published_checkpoints_are_read(family, tmp_path):
+    describe(tmp_path, family, **PUBLISHED[family])
 
 
 def test_code_that_comes_with_a_checkpoint_and_adapters_are_not_used_in_silence(tmp_path):
@@ -106,6 +136,8 @@ EVERYWHERE = {
     "pruned_heads": {"1": [0]},
     "transformers_weights": "other.safetensors",
     "configuration_files": ["config.4.0.0.json"],
+    "quantization": {"group_size": 64, "bits": 4},
+    "normalize_reward": True,
 }
 IN_CAUSAL = {
     "is_causal": False,
@@ -114,7 +146,7 @@ IN_CAUSAL = {
 }
 WINDOWS = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}
 WITHOUT_WINDOWS = ("gpt2", "gpt_neox", "llama", "opt")
-CAUSAL = FAMILIES.keys() - {"deberta-v2"}
+CAUSAL = FAMILIES.keys() - {"deberta-v2", "modernbert"}
 GEMMA = {"use_bidirectional_attention": True, "attn_logit_softcapping": 50.0}
 
 
@@ -129,7 +161,9 @@ GEMMA = {"use_bidirectional_attention": True, "attn_logit_softcapping": 50.0}
         ("gemma2", "use_bidirectional_attention", True),
         *((family, "layer_types", ["full_attention", "full_attention"]) for family in ("mistral", "phi3")),
         *(("phi3", name, True) for name in ("attention_bias", "mlp_bias", "lm_head_bias")),
+        *(("phi3", name, 2) for name in ("full_attn_mod", "interpolate_factor")),
         ("qwen2", "use_mrope", True),
+        ("llama", "rope_interleaved", True),
     ],
 )
 def test_a_field_that_would_change_the_computation_is_refused_by_name(family, name, value, tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from pargs_jax.errors import InputError
-from pargs_jax.models import hf, weights
+from pargs_jax.models import sources, weights
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.hf import load_model, resolve, save_model
+from pargs_jax.models.hf import load_model, save_model
 from pargs_jax.models.rotary import Rotary
+from pargs_jax.models.sources import resolve
 from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA
 
 
@@ -101,15 +102,16 @@ def test_torch_shards_are_read_and_ours_by_torch(checkpoint, tmp_path):
     assert_same_params(load_model(tmp_path / "theirs", "vocabulary").params, params)
 
 
-def test_half_precision_checkpoints_keep_their_bits(tmp_path):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_checkpoints_keep_their_bits(dtype, tmp_path):
     model = CausalModel(TINY_CONFIGS["llama"])
-    params = random_params(model, jnp.bfloat16)
+    params = random_params(model, dtype)
     save_model(tmp_path / "first", model, params)
-    assert json.loads((tmp_path / "first" / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = load_model(tmp_path / "first", "vocabulary", dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    loaded = load_model(tmp_path / "first", "vocabulary", dtype=dtype)
     save_model(tmp_path / "second", loaded.model, loaded.params)
     first, second = (load_file(tmp_path / name / weights.SINGLE) for name in ("first", "second"))
-    assert {tensor.dtype for tensor in first.values()} == {np.dtype(jnp.bfloat16)}
+    assert {tensor.dtype for tensor in first.values()} == {np.dtype(dtype)}
     assert_same_tensors(second, first)
     widened = load_model(tmp_path / "first", "vocabulary").params
     assert_same_params(widened, jax.tree.map(lambda x: x.astype(jnp.float32), params))
@@ -209,22 +211,25 @@ def test_a_failed_save_leaves_the_old_model(checkpoint, monkeypatch):
 def test_a_run_folder_stands_for_its_exported_model(checkpoint):
     folder, _, _ = checkpoint()
     run = folder.parent / "run"
-    shutil.move(folder, run / hf.EXPORTED)
-    assert resolve(run) == run / hf.EXPORTED
-    assert resolve(run / hf.EXPORTED) == run / hf.EXPORTED
+    shutil.move(folder, run / sources.EXPORTED)
+    assert resolve(run) == run / sources.EXPORTED
+    assert resolve(run / sources.EXPORTED) == run / sources.EXPORTED
 
 
 def test_hub_ids_are_downloaded_without_pickles(checkpoint, monkeypatch):
     folder, _, params = checkpoint()
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
-        asked.update(name=name, patterns=allow_patterns)
+    def snapshot_download(name, allow_patterns, ignore_patterns, revision=None):
+        asked.update(name=name, patterns=allow_patterns, ignored=ignore_patterns, revision=revision)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same_params(load_model("someone/some-model", "vocabulary").params, params)
-    assert asked["name"] == "someone/some-model"
+    assert asked["name"] == "someone/some-model" and asked["revision"] is None
+    assert "consolidated*" in asked["ignored"] and "*/*" in asked["ignored"]
+    assert_same_params(load_model("someone/some-model@v1.0", "vocabulary").params, params)
+    assert asked["name"] == "someone/some-model" and asked["revision"] == "v1.0"
     assert "*.safetensors" in asked["patterns"] and not any("bin" in pattern for pattern in asked["patterns"])
 
 
@@ -236,6 +241,8 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch):
     with pytest.raises(InputError) as error:
         load_model("someone/no-model", "vocabulary")
     assert str(error.value).startswith("someone/no-model: not a local folder") and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"someone/no-model@v9: .* the hub has no revision v9 of such a model"):
+        load_model("someone/no-model@v9", "vocabulary")
 
 
 def without(name):
@@ -285,6 +292,20 @@ DAMAGE = {
     "generation config with a text for a token": (
         lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
         r"generation_config.json: eos_token_id is \['</s>'\], must be a token's number",
+    ),
+    "quantised to integers": (
+        lambda folder: edit_tensors(
+            folder, lambda tensors: tensors | {"model.layers.0.mlp.up_proj.qweight": np.ones((4, 48), np.int32)}
+        ),
+        "qweight is stored as I32, weights must be F16, .*; quantised checkpoints cannot be read",
+    ),
+    "quantised by AWQ": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4}),
+        r"quantization_config is \{'quant_method': 'awq', 'bits': 4\}, must be left out, since quantised checkpoints",
+    ),
+    "quantised by bitsandbytes": (
+        lambda folder: edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "quantization_config is .*bitsandbytes.*, must be left out, since quantised checkpoints cannot be read",
     ),
     "missing tensor": (
         lambda folder: edit_tensors(folder, without("model.layers.1.mlp.up_proj.weight")),
@@ -354,6 +375,35 @@ def test_labels_that_do_not_exist_are_named(label, head, told, checkpoint):
     with pytest.raises(InputError) as error:
         load_model(f"{folder}{label}", head)
     assert str(error.value) == f"{folder}{told}"
+
+
+@pytest.mark.parametrize("layer", ["v_head.summary", "v_head", "value_head", "regression_head", "score"])
+@pytest.mark.parametrize("bias", [None, 0.75])
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_value_head_beside_a_language_model_is_a_reward_head(layer, bias, is_apart, checkpoint):
+    folder, model, params = checkpoint()
+    head = {f"{layer}.weight": np.random.default_rng(1).normal(size=(1, 32)).astype(np.float32)}
+    if bias is not None:
+        head[f"{layer}.bias"] = np.array([bias], np.float32)
+    if is_apart:
+        save_file(head, folder / weights.VALUE_HEAD)
+    else:
+        edit_tensors(folder, lambda tensors: tensors | head)
+    loaded = load_model(folder, "reward")
+    assert not loaded.new_head
+    hidden = model.encode(params, np.arange(5)[None])
+    expected = hidden @ head[f"{layer}.weight"][0] + (bias or 0)
+    np.testing.assert_allclose(loaded.model.rewards(loaded.params, hidden), expected, atol=1e-5)
+    save_model(folder.parent / "again", loaded.model, loaded.params)
+    assert_same_params(load_model(folder.parent / "again", "reward").params, loaded.params)
+
+
+@pytest.mark.parametrize("name", ["score.0.weight", "v_head.summary.0.weight", "reward_head.weight", "gating.w"])
+def test_other_heads_are_refused_by_name(name, checkpoint):
+    folder, _, _ = checkpoint()
+    edit_tensors(folder, lambda tensors: {**tensors, name: np.ones((1, 32), np.float32)})
+    with pytest.raises(InputError, match=f"{name} is part of a head that is not known; known are linear layers named "):
+        load_model(folder, "reward")
 
 
 def test_a_language_model_has_no_labels(checkpoint):

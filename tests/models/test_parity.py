@@ -1,7 +1,9 @@
 """Equality with Hugging Face's models in torch, for every causal family and its variants."""
 
+import dataclasses
 import json
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,15 @@ from pargs_jax.models.weights import SINGLE, export_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rotates all tokens anew")
 SIZES = {"vocab_size": 97, "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2}
-GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 97,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 48,
+}
 LLAMA = {"model_type": "llama", **SIZES, "intermediate_size": 48, "num_attention_heads": 4}
 OPT = {"model_type": "opt", **SIZES, "ffn_dim": 48, "num_attention_heads": 4}
 NEOX = {**LLAMA, "model_type": "gpt_neox"}
@@ -39,7 +49,6 @@ LONGROPE = rope(
     "longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0], original_max_position_embeddings=8
 )
 UNUSUAL_GPT2 = {
-    "n_inner": 48,
     "activation_function": "relu",
     "layer_norm_epsilon": 0.01,
     "scale_attn_by_inverse_layer_idx": True,
@@ -62,7 +71,7 @@ UNUSUAL_OPT = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt2 scaled by layer, untied": {**GPT2, **UNUSUAL_GPT2},
-    "gpt2 unscaled": {**GPT2, "scale_attn_weights": False},
+    "gpt2 unscaled": {**GPT2, "scale_attn_weights": False, "n_inner": None},
     "llama": LLAMA,
     "llama grouped queries, biases": {**LLAMA, **UNUSUAL_LLAMA},
     "llama tied, wide heads, llama3": {**LLAMA, "head_dim": 16, "tie_word_embeddings": True, **LLAMA3},
@@ -113,12 +122,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHANGING = ("llama dynamic", "llama longrope", "phi3 longrope")
 """Beyond 8 positions these rotate all tokens anew with each longer pass, which a cache cannot."""
+# Operations are compiled one by one, each for its shapes: as many candidates as tokens, and a prefill as wide as a full
+# pass, share most of them.
 PROMPT, TOTAL = 10, 12
 # Left padding of the two texts. The second stays below the 8 positions that no scaling here changes.
 STARTS = np.array([0, 5])
+RANDOM = np.random.default_rng(0)
+TOKENS = RANDOM.integers(4, 97, (2, TOTAL))  # torch gives the embedding of padding no gradient
+CHOICES = np.array([2, 0])
+CANDIDATES = RANDOM.integers(4, 97, (TOTAL - PROMPT, 2, TOTAL))
+CANDIDATES[:, [0, 1], CHOICES] = TOKENS[:, PROMPT:].T
 
 
-class Reference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reference:
     """A language model and a reward model with one backbone, in torch, and their checkpoints."""
 
     name: str
@@ -127,17 +144,23 @@ class Reference(NamedTuple):
     lm_folder: Any
     rm_folder: Any
 
-    def outputs(self, model, tokens):
-        """Logits `[T V]` of the language model or rewards `[T]` of every prefix under the reward model."""
+    @cached_property
+    def loaded(self):
+        """Both models as they are read here."""
+        return {"vocabulary": load_model(self.lm_folder, "vocabulary"), "reward": load_model(self.rm_folder, "reward")}
+
+    @cached_property
+    def outputs(self):
+        """For each text, its logits `[T V]` and the rewards `[T]` of its prefixes."""
+        return [self.read(self.lm, self.rm, row) for row in range(2)]
+
+    @staticmethod
+    def read(lm, rm, row):
         import torch
 
         with torch.no_grad():
-            ids = torch.tensor(tokens[None])
-            if model is self.lm:
-                return model(ids).logits[0].numpy()
-            rewards = model.score(model.base_model(ids).last_hidden_state)[0, :, 0].numpy()
-            np.testing.assert_allclose(model(ids).logits.item(), rewards[-1], atol=1e-6)
-            return rewards
+            read = lm(torch.tensor(TOKENS[row : row + 1, STARTS[row] :]), output_hidden_states=True)
+            return read.logits[0].numpy(), rm.score(read.hidden_states[-1])[0, :, 0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -176,63 +199,55 @@ def operation_by_operation():
 
 
 # The full pass has stacked layers, the cached ones unrolled.
-def hidden_states(model, params, tokens, candidates, choices):
-    """Uncached and cached hidden states; of each step's candidates, `choices` says which continues the text."""
-    uncached = model.encode(params, tokens, STARTS)
+def hidden_states(model, params):
+    """Uncached and cached hidden states; of each step's candidates, one continues the text."""
+    uncached = model.encode(params, TOKENS, STARTS)
     unrolled, layers = unstack_layers(model, params)
-    last, cache = unrolled.prefill(layers, tokens[:, :PROMPT], PROMPT - STARTS, TOTAL + candidates.shape[-1])
+    prompts = np.roll(TOKENS, TOTAL - PROMPT, axis=1)
+    last, cache = unrolled.prefill(layers, prompts, PROMPT - STARTS, 2 * TOTAL)
 
     def step(cache, candidates):
         hidden, pending = unrolled.siblings(layers, cache, candidates)
-        chosen = jnp.take_along_axis(hidden, choices[:, None, None], axis=1)[:, 0]
-        return unrolled.keep(cache, pending, jnp.ones(2, bool), choices), chosen
+        chosen = jnp.take_along_axis(hidden, CHOICES[:, None, None], axis=1)[:, 0]
+        return unrolled.keep(cache, pending, jnp.ones(2, bool), CHOICES), chosen
 
-    _, answer = jax.lax.scan(step, cache, candidates)
+    _, answer = jax.lax.scan(step, cache, CANDIDATES)
     prompt = uncached[:, : PROMPT - 1]
     return uncached, jnp.concatenate([prompt, last[:, None], answer.transpose(1, 0, 2)], axis=1)
 
 
 def test_logits_and_rewards_equal_torch(reference):
-    lm, rm = load_model(reference.lm_folder, "vocabulary"), load_model(reference.rm_folder, "reward")
+    lm, rm = reference.loaded["vocabulary"], reference.loaded["reward"]
     assert not lm.new_head and not rm.new_head
     jax.tree.map(np.testing.assert_array_equal, rm.params["backbone"], lm.params["backbone"])
-
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 97, (2, TOTAL))
-    choices = np.array([2, 0])
-    candidates = rng.integers(0, 97, (TOTAL - PROMPT, 2, 3))
-    candidates[:, [0, 1], choices] = tokens[:, PROMPT:].T
-    passes = hidden_states(lm.model, lm.params, tokens, candidates, choices)
-
-    for torch_model, outputs in (
-        (reference.lm, [lm.model.logits(lm.params, hidden) for hidden in passes]),
-        (reference.rm, [rm.model.rewards(rm.params, hidden) for hidden in passes]),
-    ):
+    passes = hidden_states(lm.model, lm.params)
+    logits = [lm.model.logits(lm.params, hidden) for hidden in passes]
+    rewards = [rm.model.rewards(rm.params, hidden) for hidden in passes]
+    for found, expected in ((logits, 0), (rewards, 1)):
         for row, start in enumerate(STARTS):
-            expected = reference.outputs(torch_model, tokens[row, start:])
-            uncached, cached = (np.asarray(output[row, start:]) for output in outputs)
-            np.testing.assert_allclose(uncached, expected, rtol=0, atol=1e-4)
+            uncached, cached = (np.asarray(output[row, start:]) for output in found)
+            np.testing.assert_allclose(uncached, reference.outputs[row][expected], rtol=0, atol=1e-4)
             if reference.name not in CHANGING or start > 0:
-                np.testing.assert_allclose(cached, expected, rtol=0, atol=1e-4)
+                np.testing.assert_allclose(cached, reference.outputs[row][expected], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", ["vocabulary", "reward"])
-def test_export_holds_the_same_bits_and_torch_reads_it(reference, head, tmp_path):
-    torch_model, folder = {
+def test_export_holds_the_same_bits_and_torch_reads_it(reference, torch, tmp_path):
+    again = {}
+    for head, (model, folder) in {
         "vocabulary": (reference.lm, reference.lm_folder),
         "reward": (reference.rm, reference.rm_folder),
-    }[head]
-    loaded = load_model(folder, head)
-    # Unrolled layers are exported like stacked ones.
-    save_model(tmp_path, *unstack_layers(loaded.model, loaded.params), special_tokens=loaded.special_tokens)
-    assert contents(tmp_path / SINGLE) == contents(folder / SINGLE)
-
-    again = type(torch_model).from_pretrained(tmp_path)
-    tokens = np.arange(TOTAL)
-    expected = reference.outputs(torch_model, tokens)
-    exported = reference._replace(lm=again, rm=again) if head == "vocabulary" else reference._replace(rm=again)
-    np.testing.assert_allclose(exported.outputs(again, tokens), expected, rtol=0, atol=1e-6)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(torch_model).__name__]
+    }.items():
+        loaded, target = reference.loaded[head], tmp_path / head
+        # Unrolled layers are exported like stacked ones.
+        save_model(target, *unstack_layers(loaded.model, loaded.params), special_tokens=loaded.special_tokens)
+        assert contents(target / SINGLE) == contents(folder / SINGLE)
+        assert json.loads((target / "config.json").read_text())["architectures"] == [type(model).__name__]
+        again[head] = type(model).from_pretrained(target)
+    logits, rewards = reference.read(again["vocabulary"], again["reward"], 0)
+    np.testing.assert_allclose(logits, reference.outputs[0][0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(rewards, reference.outputs[0][1], rtol=0, atol=1e-6)
+    with torch.no_grad():  # which reads the last token
+        np.testing.assert_allclose(again["reward"](torch.tensor(TOKENS[:1])).logits.item(), rewards[-1], atol=1e-6)
 
 
 def contents(path):
@@ -249,13 +264,11 @@ def gradients(model, params, tokens, weights):
 
 @pytest.mark.parametrize("reference", sorted({name.split()[0] for name in VARIANTS}), indirect=True)
 def test_gradients_equal_torch(reference, torch):
-    loaded = load_model(reference.lm_folder, "vocabulary")
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(4, 97, (1, TOTAL))  # torch gives the embedding of padding no gradient
-    weights = rng.normal(size=(TOTAL, 97)).astype(np.float32)
-    found = gradients(loaded.model, loaded.params, tokens, weights)
+    loaded = reference.loaded["vocabulary"]
+    weights = np.random.default_rng(0).normal(size=(2, TOTAL, 97)).astype(np.float32)
+    found = gradients(loaded.model, loaded.params, TOKENS, weights)
     family = FAMILIES[loaded.model.config.to_hf()["model_type"]]
-    logits = reference.lm(torch.tensor(tokens)).logits[0]
+    logits = reference.lm(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights)).sum().backward()
     expected = {name: parameter.grad.numpy() for name, parameter in reference.lm.named_parameters()}
     for stored, gradient in export_tensors(loaded.model, family, found):

@@ -85,6 +85,7 @@ LLAMA: dict[str, list[Any]] = {
     "mlp_bias": [ABSENT, *BOOLEANS],
     "attention_dropout": [ABSENT, 0.5],
     "pretraining_tp": [ABSENT, 2],
+    "rope_interleaved": [ABSENT, False],
     "original_max_position_embeddings": [ABSENT, ABSENT, 4, 8, 5],
     "sliding_window": [ABSENT, None],
     "layer_types": [ABSENT, None],

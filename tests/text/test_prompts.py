@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from pargs_jax.errors import InputError, InputWarning
-from pargs_jax.text.prompts import PROMPT_FORMS, choose_form, get_form
+from pargs_jax.text.prompts import PROMPT_FORMS, choose_form, get_form, turns_in
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -140,3 +140,22 @@ def test_the_form_is_the_one_that_was_given_or_else_remembered(given, remembered
 def test_forms_that_do_not_agree_or_are_not_known_are_one_line(remembered, message):
     with pytest.raises(InputError, match=message):
         choose_form(None, remembered, "--format")
+
+
+@pytest.mark.parametrize("name", ["hh", "shp", "saferlhf"])
+def test_turns_are_read_back_from_the_text_of_a_conversation(name):
+    form = get_form(name)
+    turns = [
+        {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."},
+        {"role": "user", "content": "No\nway"},
+    ]  # fmt: skip
+    assert list(turns_in(form.render(turns))) == turns
+    assert list(turns_in(form.render(turns[:1]).lstrip())) == turns[:1]
+    system = {"role": "system", "content": "Be kind."}
+    if name == "hh":
+        assert list(turns_in(form.render([system, *turns]))) == [system, *turns]
+
+
+@pytest.mark.parametrize("text", ["", "Why?", "POST: x\nTL;DR:", "\n\nHuman: unfinished", "Assistant:"])
+def test_other_texts_are_one_question(text):
+    assert turns_in(text) == ({"role": "user", "content": text},)

@@ -176,6 +176,47 @@ def test_a_vocabulary_is_the_same_up_to_a_padding_token_only(tokenizer_of, gpt2)
     assert not plain.same_vocabulary(tokenizer_of("small llama"))
 
 
+TEMPLATES = {
+    # As those of Qwen, Llama 3 and Gemma are for such conversations.
+    "qwen": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+    "llama": (
+        "{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
+        "<|eot_id|>",
+    ),
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_finished_answer_ends_as_the_chat_template_says(gpt2, name):
+    template, closing = TEMPLATES[name]
+    special = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot_id|>"]
+    tokenizer = gpt2({"additional_special_tokens": special}, chat_template=template)
+    original = tokenizer._tokenizer
+    assert tokenizer.closing_ids == tuple(original.encode(closing, add_special_tokens=False))
+    turns = [{"role": "user", "content": "Hi"}]
+    prompt, answer = tokenizer.encode_prompt(tokenizer.render_chat(turns)), tokenizer.encode_answer("Yes.")
+    whole = original.apply_chat_template([*turns, {"role": "assistant", "content": "Yes."}], tokenize=False)
+    if name != "thinking":
+        assert [*prompt, *answer, *tokenizer.closing_ids] == original.encode(whole, add_special_tokens=False)
+
+
+def test_without_a_template_that_says_it_an_answer_ends_with_eos(tokenizer_of, gpt2):
+    plain = tokenizer_of("small gpt2")
+    assert plain.closing_ids == (plain.eos_id,)
+    for template in ("{{ raise_exception('no') }}", "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        assert gpt2(chat_template=template).closing_ids == (plain.eos_id,)
+
+
 def test_chat_templates_become_special_tokens(tokenizer_of, gpt2):
     turns = [{"role": "user", "content": "Hi"}]
     template = "{{ bos_token }}[{{ messages[0].role }}]{{ messages[0].content }}"

@@ -8,6 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -93,3 +95,6 @@ def test_dpo_moves_away_from_the_model_that_it_starts_from(settings, lm, tmp_pat
     exported = evaluate(objective, {**tuned.params, "reference": before.params}, Batches(examples, 4, 48, 0))
     assert exported["loss"] == pytest.approx(evaluation["loss"], rel=1e-4)
     assert exported["margin"] == pytest.approx(evaluation["margin"], rel=1e-3)
+    if rank:
+        adapted = load_model(f"{config.out}/adapter", "vocabulary").params
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), adapted, tuned.params)
