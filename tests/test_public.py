@@ -109,6 +109,7 @@ MAY_IMPORT = {
     },
     "serving": {
         "generation",
+        "pages",
         "decoding",
         "data",
         "text",
