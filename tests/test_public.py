@@ -112,6 +112,7 @@ MAY_IMPORT = {
     "serving": {
         "pages",
         "generation",
+        "pages",
         "decoding",
         "data",
         "text",
