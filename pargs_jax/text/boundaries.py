@@ -81,6 +81,10 @@ class Boundaries:
         self._definition = definition
         self._kinds = _Kinds(tokenizer.normalise)
         self._splits_by_pattern = not _has_metaspace(definition)
+        # Added tokens are found in the text before all else, across any cut.
+        self._added_are_ascii = all(
+            token["special"] or token["content"].isascii() for token in definition["added_tokens"]
+        )
         self._cuts_inside = _can_cut_inside_words(definition)
 
     @classmethod
@@ -117,6 +121,8 @@ class Boundaries:
 
     def _splits_inside(self, text: str, kinds: str, at: int) -> bool:
         """Whether a cut between two characters that are not ASCII changes no token."""
+        if not self._added_are_ascii:
+            return False
         if self._splits_by_pattern:
             before, after, next_one = kinds[at - 1 : at + 2]
             if before == "L" and after == "S":
@@ -265,8 +271,6 @@ def _can_cut_inside_words(definition: dict[str, Any]) -> bool:
     """Whether a word may be cut between characters that no token holds side by side."""
     model = definition["model"]
     tokens = _vocabulary(model)
-    if any(not token["special"] and not token["content"].isascii() for token in definition["added_tokens"]):
-        return False
     if not _has_metaspace(definition):
         return _parts_are_independent(model) and all(letter in tokens for letter in byte_letters())
     merges_bytes = model["type"] == "BPE" and any(

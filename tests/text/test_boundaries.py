@@ -221,7 +221,7 @@ def with_added_token(content, **options):
     return lambda definition: definition["added_tokens"].append(token)
 
 
-NOWHERE, AT_SPACES, ANYWHERE = "nowhere", "at spaces and before signs", "anywhere"
+NOWHERE, AT_SPACES, BEFORE_SIGNS, ANYWHERE = "nowhere", "at spaces", "at spaces and before signs", "anywhere"
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,12 @@ NOWHERE, AT_SPACES, ANYWHERE = "nowhere", "at spaces and before signs", "anywher
         (pre_tokenized_by(LLAMA_3), ANYWHERE),
         (pre_tokenized_by(r"\w+ \w+|."), NOWHERE),
         (with_added_token("dog"), ANYWHERE),
-        (with_added_token("犬"), AT_SPACES),
+        (with_added_token("猫。"), AT_SPACES),
         (with_added_token("hot dog"), NOWHERE),
         (with_added_token("dog", lstrip=True), NOWHERE),
         (with_added_token("q"), NOWHERE),
         (lambda definition: definition["model"].update(dropout=0.1), NOWHERE),
-        (lambda definition: definition["model"].update(ignore_merges=True), AT_SPACES),
+        (lambda definition: definition["model"].update(ignore_merges=True), BEFORE_SIGNS),
         (
             lambda definition: definition.update(
                 normalizer={"type": "Replace", "pattern": {"String": "a b"}, "content": "c"}
@@ -247,7 +247,8 @@ NOWHERE, AT_SPACES, ANYWHERE = "nowhere", "at spaces and before signs", "anywher
 def test_text_is_cut_only_where_the_definition_allows_it(change, expected):
     found = Boundaries.of(redefined(tokenizer("bytes"), change))
     cuts = found and [found.last(text, 0) for text in ("a dog ", "犬犬犬犬犬", "猫。 ")]
-    assert cuts == {NOWHERE: None, AT_SPACES: [1, 0, 1], ANYWHERE: [1, 3, 1]}[expected]
+    places = {NOWHERE: None, AT_SPACES: [1, 0, 0], BEFORE_SIGNS: [1, 0, 1], ANYWHERE: [1, 3, 1]}
+    assert cuts == places[expected]
 
 
 def test_unigram_is_cut_inside_words_only_if_scores_add_up_exactly():
