@@ -20,15 +20,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from pargs_jax.commands.train import training_program
 from pargs_jax.config import ModelConfig, OptimConfig, TrainConfig
 from pargs_jax.data.batches import Batches
 from pargs_jax.data.examples import Example
-from pargs_jax.mesh import AXES
+from pargs_jax.mesh import start
 from pargs_jax.models.hf import load_model, save_model
-from pargs_jax.processes import start_processes
 from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.sharding import place_rows, place_whole, to_host
 from pargs_jax.testing import tiny_model, tiny_tokenizer
@@ -62,23 +60,20 @@ LAYOUTS = [Layout(1, 1, "data")] + [
 
 
 class Worker:
-    """One of the processes that save or restore on a layout."""
+    """One process of a layout."""
 
-    def __init__(self, work: Path, layout: Layout) -> None:
+    def __init__(self, work: Path, layout: Layout, index: int, address: str) -> None:
+        several = layout.processes > 1
         self.layout, self.work = layout, work
         self.config = TrainConfig(
+            mesh=f"cpu-{layout.devices},{layout.axis}={layout.devices}",
+            distributed=several,
+            processes=ProcessesConfig(address, layout.processes, index) if several else ProcessesConfig(),
             model=ModelConfig(init=str(work / "lm")),
             optim=OptimConfig(moment_dtype="bfloat16", square_dtype="bfloat16"),
             max_length=32,
         )
-        each = layout.devices // layout.processes  # devices of a process
-        devices = [
-            device
-            for process in range(layout.processes)
-            for device in [device for device in jax.devices() if device.process_index == process][:each]
-        ]
-        shape = [layout.devices if axis == layout.axis else 1 for axis in AXES]
-        self.mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        self.mesh = start(self.config)
 
     def program(self) -> tuple[TrainingProgram, dict]:
         pretrained = load_model(self.config.model.init, "reward", seed=0)
@@ -110,11 +105,11 @@ class Worker:
             np.savez(folder / "arrays.npz", **arrays)
             (folder / "loss.json").write_text(json.dumps(float(metrics["loss"])))
 
-    def restore(self) -> None:
+    def restore(self, layouts: list[Layout]) -> None:
         program, _ = self.program()
         optimizer, _ = program.make_optimizer(10)
         key, step, found = place_whole(self.mesh, lambda: jax.random.key(0)), None, {}
-        for saved in LAYOUTS:
+        for saved in layouts:
             like, frozen = program.abstract_state(optimizer, self.mesh)
             warnings: list[str] = []
             with Checkpoints(self.work / saved.folder / "checkpoints", 1) as checkpoints:
@@ -142,8 +137,8 @@ def bits(x: jax.Array) -> np.ndarray:
     return np.atleast_1d(to_host(x)).view(np.uint8)
 
 
-def launch(work: Path, processes: int, *tasks: str) -> None:
-    """Does the tasks on all layouts of so many processes."""
+def launch(work: Path, layout: Layout, what: str, layouts: list[Layout]) -> None:
+    only = ["--layouts", *(str(LAYOUTS.index(each)) for each in layouts)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -152,50 +147,51 @@ def launch(work: Path, processes: int, *tasks: str) -> None:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
-    running = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", ",".join(tasks), str(processes), str(index), address, str(work)],
-            env=environment,
+            [sys.executable, __file__, *only,
+             "--worker", what, str(LAYOUTS.index(layout)), str(index), address, str(work)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for index in range(processes)
-    ]
-    if any([process.wait() for process in running]):
-        raise SystemExit(f"{processes} processes, {tasks}: failed")
-
-
-def work_on(tasks: str, processes: int, index: int, address: str, work: Path) -> None:
-    """What one process of a launch does."""
-    jax.config.update("jax_num_cpu_devices", 4 // processes)
-    if processes > 1:
-        start_processes(ProcessesConfig(address, processes, index))
-    for task in tasks.split(","):
-        for layout in (layout for layout in LAYOUTS if layout.processes == processes):
-            worker = Worker(work, layout)
-            with jax.set_mesh(worker.mesh):
-                {"save": worker.save, "restore": worker.restore}[task]()
-            if index == 0:
-                print(f"{task}: {layout}", flush=True)
+        for index in range(layout.processes)
+    ]  # fmt: skip
+    printed = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"{layout}, {what}:\n" + "\n".join(text[-3000:] for text in printed))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = range(len(LAYOUTS))
+    parser.add_argument(
+        "--layouts", nargs="+", type=int, default=[*everything], choices=everything, help="only these, by number"
+    )
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    layouts = [LAYOUTS[number] for number in given.layouts]
     if given.worker:
-        tasks, processes, index, address, work = given.worker
-        work_on(tasks, int(processes), int(index), address, Path(work))
+        what, number, index, address, work = given.worker
+        worker = Worker(Path(work), LAYOUTS[int(number)], int(index), address)
+        with jax.set_mesh(worker.mesh):
+            if what == "save":
+                worker.save()
+            else:
+                worker.restore(layouts)
         return
-    began = time.monotonic()
+    began, found = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tokenizer = tiny_tokenizer()
         model, params = tiny_model("llama", "reward", vocab_size=tokenizer.vocab_size)
         save_model(work / "lm", model, params, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
         tokenizer.save(work / "lm")
-        launch(work, 1, "save")
-        launch(work, 2, "save", "restore")
-        launch(work, 1, "restore")
-        found = {str(layout): json.loads((work / f"{layout.folder}.json").read_text()) for layout in LAYOUTS}
+        for layout in layouts:
+            launch(work, layout, "save", layouts)
+            print(f"saved: {layout}", flush=True)
+        for layout in layouts:
+            launch(work, layout, "restore", layouts)
+            found[str(layout)] = json.loads((work / f"{layout.folder}.json").read_text())
+            print(f"restored on {layout}: {found[str(layout)]}", flush=True)
     wrong = {f"{saved} -> {layout}": said for layout, of in found.items() for saved, said in of.items() if said}
     count = sum(map(len, found.values()))
     print(f"\n{count} pairs of layouts in {time.monotonic() - began:.0f} s; {len(wrong)} of them wrong")
