@@ -112,7 +112,6 @@ MAY_IMPORT = {
     "serving": {
         "pages",
         "generation",
-        "pages",
         "decoding",
         "data",
         "text",

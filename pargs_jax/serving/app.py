@@ -242,6 +242,11 @@ class _Exchange:
             if with_usage:
                 yield _event(reply.last_chunk())
             yield "data: [DONE]\n\n"
+        except ValueError:  # NaN has no JSON
+            message = (
+                "a number of an answer is not finite; a model's weights may be damaged, or too large for the dtype"
+            )
+            yield _event(Problem(500, message).body)
         finally:
             self._end()
 
