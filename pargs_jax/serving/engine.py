@@ -129,7 +129,6 @@ class Engine:
         self.is_ready = False
         self.failure: str | None = None
         """Why the engine stopped answering, if it did."""
-        self.seconds_of_step = 0.0
         self.on_step: Callable[[float, int], None] = lambda seconds, tokens: None
         """Is told of each step: its seconds, and the tokens that all answers got."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -242,8 +241,7 @@ class Engine:
     def _step(self, scheduler: Scheduler) -> None:
         began = time.perf_counter()
         ended = [part for group in scheduler.step() for part in _each(group)]
-        self.seconds_of_step = time.perf_counter() - began
-        self.on_step(self.seconds_of_step, sum(len(grown.tokens) for grown in scheduler.grown))
+        self.on_step(time.perf_counter() - began, sum(len(grown.tokens) for grown in scheduler.grown))
         events: dict[Order, list[Event]] = {}
         for grown in scheduler.grown:
             if owner := self._owners.get(id(grown.request)):
