@@ -40,8 +40,8 @@ from pargs_jax.models.weights import (
 )
 from pargs_jax.sharding import place_computed
 
-HEADS = ("vocabulary", "table", "reward")
-"""The heads that can be asked for."""
+IN_PLACE_OF_REWARD = "value"
+"""The head that a checkpoint may have where a reward head is asked for; it cannot be asked for itself."""
 
 
 class Pretrained(NamedTuple):
@@ -106,7 +106,7 @@ def load_model(
     if kind.may_be_tied and model.config.tied_embeddings:
         model = settle_tied_head(model, family, tensors, folder)
     if kind is CAUSAL_HEADS["reward"] and "score.bias" in tensors:
-        model = dataclasses.replace(model, head="value")
+        model = dataclasses.replace(model, head=IN_PLACE_OF_REWARD)
         kind = model.head_kind
     has_head = all(row.tensor in tensors for row in head_rows(model))
     new_head = kind.may_be_new and not has_head
@@ -145,8 +145,9 @@ def _describe(folder: Path, hf: Any, head: HeadName, attention: str | None) -> M
             )
         config = dataclasses.replace(config, attention=attention)
     model = family.model(config, head)
-    if head not in HEADS:
-        raise InputError(f"head: got {head!r}, must be one of {', '.join(HEADS)}")
+    names = [name for name in CAUSAL_HEADS if name != IN_PLACE_OF_REWARD]
+    if head not in names:
+        raise InputError(f"head: got {head!r}, must be one of {', '.join(names)}")
     if head not in model.heads:
         reason = "is not a language model" if head == "vocabulary" else f"cannot have the head {head!r}"
         raise InputError(f"{folder}: {hf.model_type} {reason}; it can only be a reward model")

@@ -48,8 +48,8 @@ def session(lm, rm):
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "weak_to_strong"])
 def test_every_search_answers_and_counts_tokens(name, session, monkeypatch):
     outcomes = []
-    read = session._reader.read
-    monkeypatch.setattr(session._reader, "read", lambda *given: outcomes.append(given[:2]) or read(*given))
+    read = session.answers.read
+    monkeypatch.setattr(session.answers, "read", lambda *given: outcomes.append(given[:2]) or read(*given))
     found = answer(session, name)
     for prompt in PROMPTS:
         row, ids = found[prompt.id], session.tokenizer.encode_prompt(prompt.text)

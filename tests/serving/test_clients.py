@@ -10,6 +10,8 @@ import pytest
 
 from pargs_jax.serving.engine import Refused
 
+ENDLESS = {"logit_bias": {str(token): -100 for token in (2, *range(5, 500, 25))}, "max_tokens": 24}
+"""Keeps the end-of-sequence tokens of the tests' model from being drawn."""
 CHAT = {"model": "tiny+pargs", "messages": [{"role": "user", "content": "Hi"}], "temperature": 1.0}
 
 
@@ -29,8 +31,7 @@ def slow(engine, monkeypatch):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_rows(served, slow, stream):
-    # The bias keeps answers from ending.
-    body = json.dumps(CHAT | {"stream": stream, "n": 8, "max_tokens": 24, "logit_bias": {"2": -100}}).encode()
+    body = json.dumps(CHAT | ENDLESS | {"stream": stream, "n": 8}).encode()
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -57,9 +58,9 @@ def test_a_request_that_takes_too_long_ends_with_504(served, slow, monkeypatch):
         add(order)
 
     monkeypatch.setattr(served.engine, "add", add_with_little_time)
-    reply = served.post("chat/completions", CHAT)
+    reply = served.post("chat/completions", CHAT | ENDLESS)
     assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout"
-    streamed = served.post("chat/completions", CHAT | {"stream": True})
+    streamed = served.post("chat/completions", CHAT | ENDLESS | {"stream": True})
     assert "took more than 0.1 seconds" in streamed.text and not streamed.text.endswith("[DONE]\n\n")
 
 
