@@ -32,6 +32,11 @@ class Shape(NamedTuple):
 
     def added(self, text: Text, vocabulary: int) -> Float[Array, "B V"]:
         """What is added to each token's log-probability after a text."""
+        asked = (self.bias != 0).any() | (self.presence != 0).any() | (self.frequency != 0).any()
+        nothing = jnp.zeros((len(self.bias), vocabulary))
+        return jax.lax.cond(asked, lambda: self._added(text, vocabulary), lambda: nothing)
+
+    def _added(self, text: Text, vocabulary: int) -> Float[Array, "B V"]:
         rows = jnp.arange(len(self.bias))[:, None]
         at = jnp.arange(text.tokens.shape[1])
         is_answer = (at >= text.prompt_lengths[:, None]) & (at < text.lengths[:, None])

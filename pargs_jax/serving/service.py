@@ -11,6 +11,7 @@ from pargs_jax.decoding.methods import METHODS, Method
 from pargs_jax.errors import InputError
 from pargs_jax.generation.guidance import check_roles, count_guides, guide_names
 from pargs_jax.generation.plan import OwnShape, Request, Settings
+from pargs_jax.generation.reward_models import SMALLEST_WIDTH, padded_width
 from pargs_jax.generation.scheduler import Scheduler
 from pargs_jax.generation.session import Session
 from pargs_jax.serving.fields import MOST_ALTERNATIVES, Asked, Chat, Completion, RefusedField
@@ -84,10 +85,10 @@ class Service:
     @property
     def prompt_widths(self) -> list[int]:
         """The widths that prompts are padded to: few, because each one is compiled."""
-        widths = [64]
+        widths = [SMALLEST_WIDTH]
         while widths[-1] < self.max_prompt_tokens:
             widths.append(2 * widths[-1])
-        return [*widths[:-1], -(-self.max_prompt_tokens // 64) * 64]
+        return [*widths[:-1], padded_width(self.max_prompt_tokens)]
 
     @property
     def models(self) -> list[str]:
