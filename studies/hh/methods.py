@@ -37,10 +37,9 @@ from studies.experiment import (
     train_models,
     write_rows,
 )
-from studies.page import fill_page, table
+from studies.page import table
 from studies.weak_to_strong.methods import ENTRIES, STRONG, WEAK, Entry
 
-PAGE = Path("docs/study_hh_methods.md")
 RESULTS = Path("studies/hh/results_methods")
 PROMPTS = {"train": 200, "test": 60}
 LONGEST_PROMPT = 240
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = given.shared / "data"
     make_prompts(study, data)
     pairs = str(data / "hh_helpful.train.jsonl.gz")
-    judge = {"objective.name": "bt", "data.train": str(data / "hh_helpful.test.jsonl.gz"), "epochs": 4}
+    judge = {"objective.name": "bt", "data.train": str(data / "hh_helpful.test.jsonl.gz")}
     from_pairs = {name: {"objective.name": name, "data.train": pairs} for name in ("partial_bt", "bt", "arm", "farma")}
     from_pairs["dpo"] = {"objective.name": "dpo", "data.train": pairs, "optim.lr": 1e-4}
     train(study, {JUDGE: judge, **from_pairs})
@@ -156,7 +155,7 @@ def measure(study: Study) -> dict[str, Setting]:
 
 
 def report(found: dict[str, Setting], folder: Path) -> None:
-    """Writes the numbers and the table, and fills the documentation's page where these are the study's own."""
+    """Writes the numbers and the table."""
     every = {entry.name: entry for entry in ENTRIES}
     methods = table(
         ("method", "models", "weight", "judge's reward", "KL, nats", "LM tokens", "RM tokens", "ms"),
@@ -166,8 +165,6 @@ def report(found: dict[str, Setting], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "results.json", json.dumps(summary(found), indent=1))
     write_whole(folder / "tables.md", methods)
-    if folder == RESULTS:
-        fill_page(PAGE, {"methods": methods})
     print(methods)
 
 
