@@ -140,7 +140,7 @@ def prefix_rows(batch: Batch, micro_batch: int) -> tuple[Batch, ...]:
             batch.weights[pair],
         )
         together = max(size for size in range(1, micro_batch + 1) if len(pair) % size == 0)
-        groups.append(Batch(*(x.reshape(-1, together, *x.shape[1:]) for x in group)))
+        groups.append(jax.tree.map(lambda x, together=together: x.reshape(-1, together, *x.shape[1:]), group))
     return tuple(groups)
 
 
