@@ -74,7 +74,7 @@ class Service:
         self.limits = Settings(
             self.method,
             k=self._most_candidates(k),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             trace="candidates",
             shape=OwnShape(),
             alternatives=MOST_ALTERNATIVES,

@@ -7,6 +7,10 @@ import httpx
 import openai
 import pytest
 
+from pargs_jax.errors import InputError
+from pargs_jax.serving.service import Service
+from pargs_jax.text.prompts import get_form
+
 PROMPT = "What is your opinion of tea?"
 
 
@@ -200,3 +204,13 @@ def test_health_and_metrics(served):
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     before = httpx.get(f"{served.url}/metrics").text
     assert 'pargs_requests_total{path="/health",status="200"}' in before and "pargs_step_seconds_bucket" in before
+
+
+def test_lengths_that_are_not_given_follow_from_the_context(served):
+    session = served.service.session
+    usual = {"name": "tiny", "k": None, "max_prompt_tokens": None, "most_answers": 1}
+    service = Service(session, "pargs", get_form("plain"), max_new_tokens=None, **usual)
+    assert service.max_new_tokens == service.limits.max_new_tokens == session.context // 2
+    assert service.max_prompt_tokens == session.context - service.max_new_tokens
+    with pytest.raises(InputError, match="exceed the models' context of 64 tokens"):
+        Service(session, "pargs", get_form("plain"), max_new_tokens=64, **usual)
