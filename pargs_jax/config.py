@@ -169,6 +169,10 @@ COMPILE_ONLY = (
     "compile for the TPU slice or the H100 (gpu-1) named by --mesh, report the memory and work that the program needs, "
     "and stop; works without the device, and reads no weights or data"
 )
+RM_FORMAT = (
+    "what reward models read: the 'same' text as the language model (with --format chat, in their own chat template), "
+    "or 'auto': always their own chat template, if they have one and do not remember another format"
+)
 COMPILE_CACHE = "folder that keeps compiled programs for the next start, except those that call the host"
 DISTRIBUTED = "this process is one of several in the same run, each started with this flag"
 
@@ -308,8 +312,7 @@ class DecodeConfig:
     )
     rm_format: Literal["same", "auto"] = option(
         "same",
-        "what reward models read: the 'same' text as the language model (with --format chat, in their own chat "
-        "template), or 'auto': always their own chat template, if they have one and do not remember another format",
+        RM_FORMAT,
     )
     out: str | None = option(
         None,

@@ -107,6 +107,7 @@ def open_service(config: ServeConfig, console: Console) -> Service:
         dtype=config.dtype,
         lm_dtype=config.lm_dtype,
         rm_dtype=config.rm_dtype,
+        rm_format=config.rm_format,
         unroll=unrolls_by_default(jax.default_backend()) if config.unroll == "auto" else config.unroll == "yes",
     )
     form = get_form(choose_form(config.format, session.remembered_forms, "--format"))

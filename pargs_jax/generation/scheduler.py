@@ -124,6 +124,7 @@ class Scheduler:
         self._reader, self._steps, self._prompt_widths = reader, steps or STEPS, sorted(prompt_widths)
         self._models, self._programs, self._settings = models, programs, settings
         self._waiting: deque[_Row] = deque()
+        self._dropped: deque[RequestError] = deque()
         self._places: list[_Row | None] = [None] * places
         shards = row_shards(current_mesh())
         few = max(1, places // REFILLED_AT_ONCE)
@@ -138,8 +139,8 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request waits or runs."""
-        return not self._waiting and not any(self._places)
+        """Whether no request waits or runs, and nothing is left to say of one that was dropped."""
+        return not self._waiting and not any(self._places) and not self._dropped
 
     @property
     def free_places(self) -> int:
@@ -174,9 +175,12 @@ class Scheduler:
     def step(self) -> list[Ended]:
         """Fills free places, draws tokens for all rows, and returns the answers that have ended.
 
-        Raises RequestError if a reward model has too few positions for an answer; that request is dropped.
+        Raises RequestError if a reward model has too few positions for an answer. That request was dropped in the step
+        before, which was completed for all others.
         """
         self.grown = []
+        if self._dropped:
+            raise self._dropped.popleft()
         self._fill()
         if not any(self._places):
             return []
@@ -266,16 +270,18 @@ class Scheduler:
                 try:
                     fits = model.fits(guide, most, len(row.request.own_ids[j]))
                 except InputError as error:
+                    self._dropped.append(RequestError(str(error), row.request))
                     self._places[place] = None
-                    raise RequestError(str(error), row.request) from error
+                    break
                 if not fits:
                     # At least twice as wide, because each width takes compiling, and this answer may grow further.
                     wider = padded_width(max(most, 2 * guide.answer_width))
                     self._answer_widths[j] = max(self._answer_widths[j], wider)
                     self._is_too_narrow = True
                     self._places[place] = None
-            if self._places[place] is None:
-                self._waiting.appendleft(row)
+            else:
+                if self._places[place] is None:
+                    self._waiting.appendleft(row)
 
     def _take_ended(self, status: "_Status") -> list[Ended]:
         """Takes the rows that have ended out of their places."""

@@ -5,7 +5,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pargs_jax.config import COMPILE_CACHE, MESH, MOST_ROWS, DtypeName, MethodName, PromptFormName, WeightFormat
+from pargs_jax.config import (
+    COMPILE_CACHE,
+    MESH,
+    MOST_ROWS,
+    RM_FORMAT,
+    DtypeName,
+    MethodName,
+    PromptFormName,
+    WeightFormat,
+)
 from pargs_jax.data_config import DEMO
 from pargs_jax.errors import InputError
 from pargs_jax.options import check_each, option, shown
@@ -41,6 +50,10 @@ class ServeConfig:
         None,
         "prompt format of conversations",
         unset="the one that the reward models were trained with, else the language model's, else plain",
+    )
+    rm_format: Literal["same", "auto"] = option(
+        "same",
+        RM_FORMAT,
     )
     k: int | None = option(None, "the most candidates per step", unset="the method's", at_least=1)
     max_prompt_tokens: int | None = option(

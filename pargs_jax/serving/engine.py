@@ -176,29 +176,34 @@ class Engine:
             raise InputError(self.failure)
 
     def _run(self) -> None:
-        failures = 0
+        failures, scheduler = 0, None
         with jax.set_mesh(self._mesh):
-            try:
-                scheduler = self._make_scheduler()
-                self._warm_up(scheduler)
-            except Exception as error:
-                return self._give_up(f"the models cannot be run: {error}")
-            with self._changed:
-                self.is_ready = True
-                self._changed.notify_all()
-            while self._admit(scheduler):
+            while scheduler is None or self._admit(scheduler):
                 try:
-                    self._step(scheduler)
-                    failures = 0
+                    if scheduler is None:
+                        scheduler = self._started_scheduler()
+                    else:
+                        self._step(scheduler)
+                        failures = 0
                 except RequestError as error:
                     self._fail(error.request, "input", str(error))
                 except Exception as error:
                     failures += 1
+                    if not self.is_ready:
+                        return self._give_up(f"the models cannot be run: {error}")
                     self._fail_all("defect", f"the step failed: {type(error).__name__}")
                     if failures == MOST_FAILURES:
                         return self._give_up(f"{failures} steps failed one after another: {error}")
-                    scheduler = self._make_scheduler()  # the state of the failed one may be lost
-                    self._warm_up(scheduler)
+                    scheduler = None  # its state may be lost
+
+    def _started_scheduler(self) -> Scheduler:
+        """A new running batch, for which everything is compiled."""
+        scheduler = self._make_scheduler()
+        self._warm_up(scheduler)
+        with self._changed:
+            self.is_ready = True
+            self._changed.notify_all()
+        return scheduler
 
     def _admit(self, scheduler: Scheduler) -> bool:
         """Waits for work; lets waiting answers enter free places, and dropped ones leave. False when all is done and

@@ -184,6 +184,25 @@ def test_a_failed_step_fails_what_ran_and_nothing_after_it(fake):
     assert engine.failure is None
 
 
+def test_a_batch_that_cannot_be_made_again_ends_the_engine(fake):
+    engine, scheduler = fake
+    hit, told = order("hit", steps=10**9)
+    engine.add(hit)
+    while not scheduler.running:
+        time.sleep(0.01)
+
+    def fail(_):
+        raise RuntimeError("out of memory")
+
+    engine._warm_up = fail
+    scheduler.fault = RuntimeError("the device is on fire")
+    events(told, 1)
+    deadline = time.monotonic() + 5
+    while engine.failure is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.failure == "3 steps failed one after another: out of memory"
+
+
 def test_an_engine_whose_steps_always_fail_says_so(fake):
     engine, scheduler = fake
     step = scheduler.step
