@@ -151,7 +151,7 @@ def test_bias_and_penalties_change_what_is_drawn(served):
     [
         ("chat/completions", {"tools": []}, "tools", "'tools' is not supported"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "", "name": "E"}]}, "messages.0.name", "not supp"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "", "name": "E"}]}, "messages.0.name", "not"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "input should be"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, "messages", "must be the user's"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
