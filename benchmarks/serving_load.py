@@ -1,11 +1,12 @@
 """A server under load: many clients at once, of which a third leave early or send rubbish.
 
     python benchmarks/serving_load.py                              # 200 clients for 5 minutes, a tiny model
-    python benchmarks/serving_load.py --clients 20 --minutes 0.2 --out /tmp/load
+    python benchmarks/serving_load.py --clients 20 --minutes 0.2 --out /tmp/load.json
+    python benchmarks/serving_load.py --minutes 0 --lm demo --rm runs/partial_bt --out /tmp/demo.json
 
 Every answer is compared with the one that the same request had before the load. The server's memory is read once a
-second. Then as many requests that behave are answered by the server and by a session in Python (what `decode.py` does),
-in turns, for the ratio of their throughputs.
+second. Before that, requests that behave are answered in turns by a session in Python (what `decode.py` does), by the
+server's engine without HTTP, and by the server, for the ratios of their throughputs.
 """
 
 import argparse
@@ -18,20 +19,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jax
 import numpy as np
 
+from pargs_jax.commands.demo import model_source
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.generation.plan import Settings
 from pargs_jax.generation.session import Session
+from pargs_jax.mesh import make_mesh
 from pargs_jax.models.hf import save_model
+from pargs_jax.serving.config import ServeConfig
+from pargs_jax.serving.engine import Engine, Event, Finished, Order
+from pargs_jax.serving.fields import Completion
+from pargs_jax.serving.service import Service
 from pargs_jax.testing import tiny_model, tiny_tokenizer
+from pargs_jax.text.prompts import get_form
 
 TOKENS, PLACES, KNOWN = 32, 32, 40
 PROMPTS = ("My lamp broke.", "What is your opinion of tea?", "Hello", "Why?", "Say something kind.")
@@ -51,16 +62,22 @@ def requests() -> list[dict[str, Any]]:
     return found
 
 
-def start_server(folder: Path) -> tuple[subprocess.Popen[str], str]:
-    """A server of tiny models with the demo's tokenizer, and its address."""
+def make_models(folder: Path) -> tuple[str, str]:
+    """Tiny models with the demo's tokenizer: their folders."""
     for name, head, seed in (("tiny", "vocabulary", 0), ("rm", "reward", 1)):
         model, params = tiny_model("llama", head, seed=seed, vocab_size=tiny_tokenizer().vocab_size)
         save_model(folder / name, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": [2, 70, 300]})
         tiny_tokenizer().save(folder / name)
+    return str(folder / "tiny"), str(folder / "rm")
+
+
+def start_server(lm: str, rm: str) -> tuple[subprocess.Popen[str], str]:
+    """A server of these models, and its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "serve.py", "--lm", str(folder / "tiny"), "--rm", str(folder / "rm")]
-    options = {"port": port, "batch-size": PLACES, "max-new-tokens": TOKENS, "queue": 400, "format": "plain"}
+    command = [sys.executable, "serve.py", "--lm", lm, "--rm", rm, "--name", "tiny"]
+    options = {"port": port, "batch-size": PLACES, "max-new-tokens": TOKENS, "max-prompt-tokens": 32, "queue": 400}
+    options["format"] = "plain"
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in server.stderr:
@@ -180,42 +197,80 @@ async def ask_all(url: str, bodies: list[dict[str, Any]]) -> None:
         await asyncio.gather(*(http.post(f"{url}/v1/completions", json=body) for body in bodies))
 
 
-def throughput(url: str, folder: Path, rounds: int, answers: int) -> list[float]:
-    """How many times the answers a second of a session in Python the server gives, round by round."""
+def throughput(url: str, lm: str, rm: str, rounds: int, answers: int) -> dict[str, Any]:
+    """How many times the answers a second of a session in Python the engine gives, and the server; the answers of a
+    session; round by round."""
     prompts = [Prompt(str(n), PROMPTS[n % len(PROMPTS)]) for n in range(answers)]
-    session = Session(str(folder / "tiny"), [str(folder / "rm")], method=METHODS["pargs"])
+    session = Session(model_source(lm), [rm], method=METHODS["pargs"])
     settings = Settings(METHODS["pargs"], max_new_tokens=TOKENS, batch_size=PLACES)
-    bodies = [{"model": "tiny+pargs", "prompt": p.text, "id": p.id, "seed": 0, "max_tokens": TOKENS} for p in prompts]
-    ratios = []
+    usual = {"model": "tiny+pargs", "seed": 0, "max_tokens": TOKENS}
+    bodies = [usual | {"prompt": prompt.text, "id": prompt.id} for prompt in prompts]
+    lengths = {"max_prompt_tokens": 32, "max_new_tokens": TOKENS}
+    service = Service(session, "pargs", get_form("plain"), name="tiny", k=None, most_answers=1, **lengths)
+    engine = Engine(
+        lambda: service.make_scheduler(PLACES, ServeConfig.steps),
+        session.answers,
+        jax.sharding.get_mesh(),
+        places=PLACES,
+        most_waiting=answers,
+        warm_up=service.warm_up,
+    )
+    engine.wait_until_ready()
+
+    def ask_engine() -> None:
+        done = threading.Semaphore(0)
+
+        def tell(events: list[Event]) -> None:
+            for _ in (event for event in events if isinstance(event, Finished)):
+                done.release()
+
+        for body in bodies:
+            engine.add(Order(service.requests(Completion(**body)), tell))
+        for _ in bodies:
+            done.acquire()
+
+    runs: dict[str, Callable[[], Any]] = {
+        "session": lambda: list(session.answer(prompts, settings)),
+        "engine": ask_engine,
+        "server": lambda: asyncio.run(ask_all(url, bodies)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
-        began = time.perf_counter()
-        list(session.answer(prompts, settings))
-        own = time.perf_counter() - began
-        began = time.perf_counter()
-        asyncio.run(ask_all(url, bodies))
-        if turn:  # the first one compiles
-            ratios.append(own / (time.perf_counter() - began))
-    return ratios
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:  # the first one compiles
+                seconds[name].append(time.perf_counter() - began)
+    engine.close(1)
+    found: dict[str, Any] = {"answers a second of a session": answers / statistics.median(seconds["session"])}
+    for name in ("engine", "server"):
+        ratios = [own / other for own, other in zip(seconds["session"], seconds[name], strict=True)]
+        found[name] = {"median": statistics.median(ratios), "rounds": [round(ratio, 3) for ratio in ratios]}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lm", help="language model (default: a tiny one)")
+    parser.add_argument("--rm", help="reward model, with --lm")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=5, help="of the comparison of throughputs")
     parser.add_argument("--answers", type=int, default=256, help="in a round")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving_load_cpu.json"))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server, url = start_server(folder)
+    with tempfile.TemporaryDirectory() as name, jax.set_mesh(make_mesh("auto", "decode")):
+        lm, rm = (given.lm, given.rm) if given.lm else make_models(Path(name))
+        server, url = start_server(lm, rm)
         try:
-            ratios = throughput(url, folder, given.rounds, given.answers)
-            found = asyncio.run(under_load(url, server.pid, given))
+            found: dict[str, Any] = {
+                "throughput, in those of a session": throughput(url, lm, rm, given.rounds, given.answers)
+            }
+            if given.minutes:
+                found["load"] = asyncio.run(under_load(url, server.pid, given))
         finally:
             server.terminate()
             server.wait(60)
-    found["throughput of a session"] = {"median": statistics.median(ratios), "rounds": [round(x, 3) for x in ratios]}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
