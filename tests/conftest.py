@@ -11,6 +11,8 @@ import jax
 import pytest
 
 from pargs_jax.mesh import prepare_virtual_devices
+from pargs_jax.models.hf import save_model
+from pargs_jax.testing import tiny_model, tiny_tokenizer
 
 # Most of a test's time is compilation, and most of that is LLVM's. The commands that tests start inherit this.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -32,6 +34,21 @@ def compiled_programs_are_forgotten():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def save_tiny(tmp_path_factory):
+    """Saves a random model with the demo's tokenizer and returns its folder."""
+
+    def save(head, *, family="llama", seed=0, vocab_size=None, eos=2, name="model"):
+        folder = tmp_path_factory.mktemp(head) / name
+        vocab_size = vocab_size or tiny_tokenizer().vocab_size
+        model, params = tiny_model(family, head, seed=seed, vocab_size=vocab_size)
+        save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": eos})
+        tiny_tokenizer().save(folder)
+        return str(folder)
+
+    return save
 
 
 TEXTS = [f"good answer {i} and bad reply {i * i}, said the {word}\n" for i in range(200) for word in ("cat", "old man")]

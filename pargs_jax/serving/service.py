@@ -148,8 +148,9 @@ class Service:
         if temperature is None:
             temperature = 1.0 if method is None else method.temperature
         whole_vocabulary = not is_guided and asked.k is None and name in (None, "top_p")
+        keeps_rest = whole_vocabulary or (is_guided and method.keeps_rest)
         top_p = asked.top_p or (1.0 if method is None else method.top_p)
-        shape = OwnShape(top_p, whole_vocabulary, self._bias(asked), asked.presence_penalty, asked.frequency_penalty)
+        shape = OwnShape(top_p, keeps_rest, self._bias(asked), asked.presence_penalty, asked.frequency_penalty)
         settings = self._plain(temperature, secrets.randbelow(LARGEST_SEED) if asked.seed is None else asked.seed)
         return _refusing(
             "preference",

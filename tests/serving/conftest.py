@@ -16,12 +16,10 @@ from jax.sharding import AxisType
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.generation.session import Session
 from pargs_jax.mesh import AXES
-from pargs_jax.models.hf import save_model
 from pargs_jax.serving.app import Limits, make_app
 from pargs_jax.serving.engine import Engine
 from pargs_jax.serving.metrics import Metrics
 from pargs_jax.serving.service import Service
-from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.text.prompts import get_form
 
 PLACES, TOKENS, PROMPT, K = 8, 24, 40, 5
@@ -77,21 +75,17 @@ def start_engine(service, **options):
     return engine
 
 
-def save_tiny(folder, head, family, seed):
-    """A random model with the demo's tokenizer; many tokens end an answer, so that some answers are short."""
-    model, params = tiny_model(family, head, seed=seed, vocab_size=tiny_tokenizer().vocab_size)
-    save_model(folder, model, params, special_tokens={"bos_token_id": 1, "eos_token_id": [2, *range(5, 500, 25)]})
-    tiny_tokenizer().save(folder)
-    return str(folder)
+@pytest.fixture(scope="session")
+def lm(save_tiny):
+    """A language model of which many tokens end an answer, so that some answers are short."""
+    return save_tiny("vocabulary", eos=[2, *range(5, 500, 25)])
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    lm = save_tiny(folder / "lm", "vocabulary", "llama", 0)
+def service(lm, save_tiny):
     guides = [
-        save_tiny(folder / name, "reward", family, n)
-        for n, (name, family) in enumerate((("kind", "llama"), ("brief", "gpt2")), start=1)
+        save_tiny("reward", family=family, seed=seed, name=name)
+        for seed, (name, family) in enumerate((("kind", "llama"), ("brief", "gpt2")), start=1)
     ]
     session = Session(lm, guides, method=METHODS["pargs"])
     return Service(

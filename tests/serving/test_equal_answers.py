@@ -1,5 +1,6 @@
 """Answers through the server equal those of a session in Python, whatever else is in the batch."""
 
+import dataclasses
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,10 @@ import pytest
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.decoding.methods import METHODS
 from pargs_jax.generation.plan import Settings
+from pargs_jax.generation.session import Session
+from pargs_jax.serving.fields import Completion
+from pargs_jax.serving.service import Service
+from pargs_jax.text.prompts import get_form
 
 K, TOKENS = 5, 24
 
@@ -53,3 +58,35 @@ def test_fifty_concurrent_requests_of_mixed_settings_equal_a_session(served):
         assert choice["pargs"]["log_probability"] == pytest.approx(answer.log_probability, rel=1e-4, abs=1e-4)
         if METHODS[body.get("method", "top_p")].guided:
             assert choice["pargs"]["guide_reward"] == pytest.approx(list(answer.guide_rewards), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "heads"),
+    {"vas": ("reward",), "genarm": ("vocabulary",), "farma": ("table",), "expert_ratio": ("vocabulary",) * 2}.items(),
+)
+def test_servers_of_other_methods_answer_as_a_session_does(method, heads, lm, save_tiny):
+    """Guided, and the language model itself, in one batch."""
+    guides = [save_tiny(head, seed=seed) for seed, head in enumerate(heads, start=1)]
+    session = Session(lm, guides, method=METHODS[method])
+    lengths = {"max_prompt_tokens": 16, "max_new_tokens": 8}
+    service = Service(session, method, get_form("plain"), name="tiny", k=None, most_answers=1, **lengths)
+    bodies = [
+        {"model": model, "prompt": prompt, "id": str(seed), "seed": seed, "temperature": 1.5, "max_tokens": 8}
+        for seed, prompt in enumerate(PROMPTS)
+        for model in ("tiny", f"tiny+{method}")
+    ]
+    scheduler = service.make_scheduler(4, 4)
+    scheduler.add(request for body in bodies for request in service.requests(Completion(**body)))
+    found = {}
+    while not scheduler.is_idle:
+        for batch, decoded, _ in scheduler.step():
+            for row, request in enumerate(batch.requests):
+                key = request.prompt.id, request.settings.weights
+                found[key] = decoded.tokens[row, : decoded.lengths[row]].tolist()
+    plain = Session(lm), Settings(METHODS["top_p"], top_p=1.0)
+    for own_session, settings in (plain, (session, Settings(METHODS[method]))):
+        own = dataclasses.replace(settings, temperature=1.5, max_new_tokens=8, batch_size=4, trace="tokens")
+        weights = own.guide_weights(len(heads)) or (0.0,) * len(service.guides)
+        for seed, prompt in enumerate(PROMPTS):
+            [[answer]] = own_session.answer([Prompt(str(seed), prompt)], dataclasses.replace(own, seed=seed))
+            assert [token.id for token in answer.trace.tokens] == found[str(seed), weights]
