@@ -233,7 +233,8 @@ def _judged(
     problems: list[str],
 ) -> list[Metric]:
     """The scores of every judge; one that fails becomes a line in `problems`."""
-    options = {"dtype": config.dtype, "weights": config.rm_dtype, "batch_size": config.batch_size}
+    options: dict[str, Any] = {"dtype": config.dtype, "weights": config.rm_dtype, "batch_size": config.batch_size}
+    options["prefers_template"] = config.rm_format == "auto"
     makers: list[tuple[str, Callable[[], Judge]]] = [
         (name, lambda judge=judge: judge) for name, judge in functions.items()
     ]

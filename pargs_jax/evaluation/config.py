@@ -129,6 +129,11 @@ class EvaluateConfig:
     examples: int = option(10, "how many prompts the page shows with their answers", at_least=0)
     batch_size: int = option(16, "texts that a model reads together", at_least=1, at_most=MOST_ROWS)
     dtype: Literal["float32", "bfloat16"] = option("float32", "number format of the models' computation")
+    rm_format: Literal["same", "auto"] = option(
+        "same",
+        "what reward models read as judges of answers: the prompt as its file has it ('same'), or 'auto': always in "
+        "their own chat template, if they have one and do not remember another format; for pairs see --pairs.format",
+    )
     rm_dtype: WeightFormat | None = option(
         None,
         "number format of the reward models' weights; with int8, the report on pairs says how well the rewards agree "

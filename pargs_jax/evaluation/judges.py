@@ -120,9 +120,11 @@ class RewardModelJudge:
         dtype: str = "float32",
         weights: str | None = None,
         batch_size: int = 16,
+        prefers_template: bool = False,
     ) -> None:
         """Loads it (`ScoringModel.load`). Raises InputError if it is not a reward model."""
-        self.model = ScoringModel.load(source, "reward", dtype=dtype, weights=weights, batch_size=batch_size)
+        options = {"dtype": dtype, "weights": weights, "batch_size": batch_size, "prefers_template": prefers_template}
+        self.model = ScoringModel.load(source, "reward", **options)
         self.name = source
         self.is_guide = is_guide
         self.meaning = f"the reward model {source}" + (", which guided some of the answers" if is_guide else "")
@@ -156,7 +158,7 @@ def check_prompt_form(model: ScoringModel, system: System) -> None:
                 f"{model.source}: the prompts in {system.source} are in the chat template of {lm}, which it does not "
                 "share; judge by a reward model with the same template"
             )
-    if None not in (form, model.prompt_form) and form != model.prompt_form:
+    if None not in (form, model.prompt_form) and form != model.prompt_form and not model.renders_all:
         warn(
             f"{model.source}: was trained with the prompt format {model.prompt_form!r}, but {system.name} has {form!r}"
         )

@@ -12,12 +12,20 @@ from jaxtyping import Array, Float, Int
 
 from pargs_jax.data.batches import Batch
 from pargs_jax.errors import InputError
-from pargs_jax.generation.reward_models import answer_rewards, left_pad, load_with_tokenizer, padded_width, right_pad
+from pargs_jax.generation.reward_models import (
+    answer_rewards,
+    left_pad,
+    load_with_tokenizer,
+    padded_width,
+    reads_own_template,
+    right_pad,
+)
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import HeadName, Params
 from pargs_jax.models.one_pass import OnePass
 from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs
 from pargs_jax.sharding import current_mesh, on_every_device, row_shards
+from pargs_jax.text.prompts import turns_in
 from pargs_jax.text.tokenization import TextTokenizer
 
 
@@ -39,6 +47,8 @@ class ScoringModel:
     params: Params
     tokenizer: TextTokenizer
     prompt_form: str | None = None
+    renders_all: bool = False
+    """Whether it reads all prompts in its own chat template."""
     batch_size: int = 16
     read: Callable[[str], None] = field(default=lambda note: None, repr=False)
     """Called with a note after every batch, for progress."""
@@ -52,19 +62,25 @@ class ScoringModel:
         dtype: str = "float32",
         weights: str | None = None,
         batch_size: int = 16,
+        prefers_template: bool = False,
     ) -> "ScoringModel":
-        """Loads a reward model or a language model; `load_with_tokenizer` explains the dtypes. Raises InputError if it
-        is not one or does not suit its tokenizer."""
+        """Loads a reward model or a language model; `load_with_tokenizer` explains the dtypes, `RewardModel.load` what
+        `prefers_template` does. Raises InputError if it is not one or does not suit its tokenizer."""
         loaded, tokenizer = load_with_tokenizer(source, head, dtype, weights)
-        return cls(source, loaded.model, loaded.params, tokenizer, loaded.prompt_form, batch_size)
+        form = loaded.prompt_form
+        renders_all = prefers_template and reads_own_template(tokenizer, form)
+        return cls(source, loaded.model, loaded.params, tokenizer, form, renders_all, batch_size)
 
     def tokenise(self, prompt: str, response: str, *, closed: bool) -> TokenisedAnswer | None:
         """A text as the model reads it, with the whole answer as the only prefix; `closed` adds the end-of-sequence
-        token. None if it does not fit the model's context."""
+        token, or what ends an answer in the model's chat template. None if it does not fit the model's context."""
+        closing = [self.tokenizer.eos_id]
+        if self.renders_all:
+            prompt, closing = self.tokenizer.render_chat(turns_in(prompt)), self.tokenizer.closing_ids
         ids = self.tokenizer.encode_prompt(prompt)
         answer = self.tokenizer.encode_answer(response, starts_text=not prompt)
         if closed:
-            answer = [*answer, self.tokenizer.eos_id]
+            answer = [*answer, *closing]
         # A model that reads prefixes as finished texts closes what is open.
         needed = len(ids) + len(answer) + (not self.model.one_pass and not closed)
         return TokenisedAnswer(ids, answer, (len(answer),)) if needed <= self.model.config.max_positions else None

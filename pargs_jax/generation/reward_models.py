@@ -113,9 +113,7 @@ class RewardModel:
         model, params = unstack_layers(loaded.model, loaded.params) if unroll else (loaded.model, loaded.params)
         shares = shares_tokens(source, model, lm_vocab_size, (tokenizer, lm_tokenizer))
         form = loaded.prompt_form
-        renders_all = (
-            prefers_template and role == "scalar" and tokenizer.chat_template is not None and form in (None, "chat")
-        )
+        renders_all = prefers_template and role == "scalar" and reads_own_template(tokenizer, form)
         closing_ids = tokenizer.closing_ids if renders_all else (tokenizer.eos_id,)
         # The language model's end of an answer is one token. What more the template has there is read as text.
         ends_alike = not renders_all or (len(closing_ids) == 1 and closing_ids[0] in lm_tokenizer.eos_ids)
@@ -241,6 +239,12 @@ class RewardModel:
 
     def _answer_rewards(self, prompts: Prompts, *answers: Int[np.ndarray, "..."]) -> Float[np.ndarray, "B"]:
         return np.asarray(answer_rewards(self.model, self.params, *prompts, *answers, self.tokenizer.eos_id))
+
+
+def reads_own_template(tokenizer: TextTokenizer, prompt_form: str | None) -> bool:
+    """Whether a reward model that is to read its own chat template, if it can, does so: it has one, and does not
+    remember another prompt form."""
+    return tokenizer.chat_template is not None and prompt_form in (None, "chat")
 
 
 def shares_tokens(

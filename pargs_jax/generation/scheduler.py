@@ -57,12 +57,19 @@ class Ended(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """What a step added to an answer: its tokens, and their numbers (`[n ...]`, on the host)."""
+    """What a step added to an answer: its tokens, which are those `within` row `place` of the step's trace."""
 
     request: Request
     answer: GrowingAnswer
     tokens: list[int]
-    numbers: Trace
+    trace: Trace
+    place: int
+    within: slice
+
+    @property
+    def numbers(self) -> Trace:
+        """The numbers of the tokens, `[n ...]`, on the host."""
+        return jax.tree.map(lambda x: x[self.place, self.within], self.trace)
 
 
 @dataclass
@@ -87,8 +94,7 @@ class _Row:
         new = slice(self.told, len(self.answer.tokens))
         self.told = new.stop
         within = slice(new.start - newest.starts[place], new.stop - newest.starts[place])
-        numbers = jax.tree.map(lambda x: x[place, within], newest.trace)
-        return Grown(self.request, self.answer, self.answer.tokens[new], numbers)
+        return Grown(self.request, self.answer, self.answer.tokens[new], newest.trace, place, within)
 
 
 class Scheduler:

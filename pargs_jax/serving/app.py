@@ -1,12 +1,13 @@
 """The HTTP interface: OpenAI's completions and chat, `/health`, `/metrics`, and the playground."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -28,6 +29,8 @@ from pargs_jax.serving.service import Service
 log = logging.getLogger("pargs_jax.serving")
 
 STATUS = {"input": 400, "timeout": 504, "shutdown": 503, "defect": 500}
+AT_ONCE = 4096
+"""Bytes of a request whose prompts are split into tokens at once, which takes less time than asking another thread."""
 RETRY_AFTER = 1
 """Seconds after which a client may ask again when the queue was full."""
 
@@ -96,10 +99,46 @@ def make_app(
     return app
 
 
+_Events = asyncio.Queue[list[Event] | None]
+"""What is told of an order; None when its client has left."""
+
+
+class _Post:
+    """Brings events from the engine's thread to their queues: all that were told since the event loop looked last, at
+    once, because each call to another thread's loop wakes it up."""
+
+    def __init__(self) -> None:
+        self._told: deque[tuple[_Events, list[Event]]] = deque()
+        self._is_called = False
+
+    def to(self, events: _Events) -> Callable[[list[Event]], None]:
+        """Takes events for a queue of the running loop, from any thread."""
+        loop = asyncio.get_running_loop()
+
+        def tell(told: list[Event]) -> None:
+            self._told.append((events, told))
+            if not self._is_called:
+                self._is_called = True
+                try:
+                    loop.call_soon_threadsafe(self._deliver)
+                except RuntimeError:  # the loop has ended
+                    self._is_called = False
+                    self._told.clear()
+
+        return tell
+
+    def _deliver(self) -> None:
+        self._is_called = False  # before the queue is emptied: what comes meanwhile calls again
+        while self._told:
+            events, told = self._told.popleft()
+            events.put_nowait(told)
+
+
 class _Handlers:
     def __init__(self, service: Service, engine: Engine, metrics: Metrics, limits: Limits, logs_prompts: bool) -> None:
         self._service, self._engine, self._metrics = service, engine, metrics
         self._limits, self._logs_prompts = limits, logs_prompts
+        self._post = _Post()
         self._started = int(time.time())
 
     async def playground(self, _: Request) -> Response:
@@ -134,10 +173,12 @@ class _Handlers:
         return await self._answer(request, Chat)
 
     async def _answer(self, request: Request, kind: type[Asked]) -> Response:
-        asked = await self._asked(request, kind)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[list[Event]]()
-        # Prompts are split into tokens in another thread, so that a long one does not hold up the others.
-        order = await asyncio.to_thread(self._order, asked, request, loop, events)
+        content = await _body(request, self._limits.body)
+        asked = _asked(content, kind)
+        events: _Events = asyncio.Queue()
+        # Long prompts are split into tokens in another thread, so that they do not hold up others.
+        plan = partial(self._order, asked, request, self._post.to(events))
+        order = plan() if len(content) <= AT_ONCE else await asyncio.to_thread(plan)
         reply = self._reply(asked, order)
         if self._logs_prompts:
             log.info("prompt %r", order.requests[0].prompt.text)
@@ -151,23 +192,7 @@ class _Handlers:
             return StreamingResponse(exchange.stream(usage), media_type="text/event-stream", headers=_NO_BUFFERS)
         return await exchange.whole(request)
 
-    async def _asked(self, request: Request, kind: type[Asked]) -> Asked:
-        try:
-            content = await _body(request, self._limits.body)
-            body = parse_json(content)
-            if b"\\u" in content:
-                _check_characters(body)
-            return read_fields(kind, body)
-        except RefusedField as error:
-            raise Problem(400, str(error), param=error.param, code=error.code) from error
-        except InputError as error:
-            raise Problem(400, f"the body {error}") from error
-
-    def _order(self, asked: Asked, request: Request, loop: asyncio.AbstractEventLoop, events: asyncio.Queue) -> Order:
-        def tell(told: list[Event]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(events.put_nowait, told)
-
+    def _order(self, asked: Asked, request: Request, tell: Callable[[list[Event]], None]) -> Order:
         try:
             requests = self._service.requests(asked)
         except RefusedField as error:
@@ -186,9 +211,7 @@ class _Handlers:
 class _Exchange:
     """One request and its reply."""
 
-    def __init__(
-        self, engine: Engine, metrics: Metrics, order: Order, reply: Reply, events: "asyncio.Queue[list[Event]]"
-    ) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, order: Order, reply: Reply, events: "_Events") -> None:
         self._engine, self._metrics, self._order = engine, metrics, order
         self._reply, self._events = reply, events
         self._began = time.monotonic()
@@ -197,15 +220,14 @@ class _Exchange:
     async def whole(self, request: Request) -> Response:
         """The reply at once, when all answers have ended. A client that leaves meanwhile frees its rows."""
         gone = asyncio.create_task(_until_gone(request))
+        gone.add_done_callback(lambda _: self._events.put_nowait(None))
         cut_by = None
         try:
             while cut_by is None and any(choice.answer is None for choice in self._reply.choices):
-                news = asyncio.create_task(self._events.get())
-                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not news.done():
-                    news.cancel()
+                news = await self._events.get()
+                if news is None:
                     return Response(status_code=499)
-                for event in news.result():
+                for event in news:
                     if isinstance(event, Failed):
                         if event.reason != "shutdown":
                             raise _problem(event)
@@ -276,6 +298,19 @@ def _problem(event: Failed) -> Problem:
     return Problem(STATUS[event.reason], event.message, code="timeout" if event.reason == "timeout" else None)
 
 
+def _asked(content: bytes, kind: type[Asked]) -> Asked:
+    """The fields of a body. Raises Problem."""
+    try:
+        body = parse_json(content)
+        if b"\\u" in content:
+            _check_characters(body)
+        return read_fields(kind, body)
+    except RefusedField as error:
+        raise Problem(400, str(error), param=error.param, code=error.code) from error
+    except InputError as error:
+        raise Problem(400, f"the body {error}") from error
+
+
 def _check_characters(body: Any) -> None:
     """Raises InputError for halves of characters, which JSON can spell but no text has."""
     try:
@@ -300,5 +335,5 @@ async def _body(request: Request, most: int) -> bytes:
 
 async def _until_gone(request: Request) -> None:
     """Returns when the client has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

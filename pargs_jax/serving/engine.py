@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pargs_jax.decoding.loop import Decoded
-from pargs_jax.decoding.state import Trace
 from pargs_jax.errors import InputError
 from pargs_jax.generation.answers import Answer, AnswerReader
 from pargs_jax.generation.plan import Batch, Request
@@ -37,13 +36,11 @@ class Refused(Exception):
 
 
 class Progress(NamedTuple):
-    """An answer has more tokens. `text` is the part of the response so far that nothing can change; `numbers` are those
-    of the new `tokens`."""
+    """An answer has more tokens. `text` is the part of the response so far that nothing can change."""
 
     index: int
     text: str
-    tokens: list[int]
-    numbers: Trace
+    grown: Grown
 
 
 class Finished(NamedTuple):
@@ -250,7 +247,8 @@ class Engine:
         events: dict[Order, list[Event]] = {}
         for grown in scheduler.grown:
             if owner := self._owners.get(id(grown.request)):
-                events.setdefault(owner[0], []).append(_progress(owner[1], grown))
+                told = Progress(owner[1], grown.answer.lasting_text, grown)
+                events.setdefault(owner[0], []).append(told)
         for part in ended:
             request = part.batch.requests[0]
             if owner := self._owners.get(id(request)):
@@ -315,10 +313,6 @@ class Engine:
             self.failure = message
             self._changed.notify_all()
         self._fail_all("defect", message)
-
-
-def _progress(index: int, grown: Grown) -> Progress:
-    return Progress(index, grown.answer.lasting_text, grown.tokens, grown.numbers)
 
 
 def _each(ended: Ended) -> Iterator[Ended]:

@@ -14,6 +14,7 @@ import numpy as np
 from pargs_jax.decoding.state import CandidateTrace
 from pargs_jax.generation.answers import Answer, traced_tokens
 from pargs_jax.generation.plan import Request
+from pargs_jax.generation.scheduler import Grown
 from pargs_jax.generation.traces import TracedToken, one_or_all, token_row
 from pargs_jax.serving.engine import Finished, Progress
 from pargs_jax.text.answer_text import AnswerText, Reader, added_text, common_length
@@ -75,23 +76,24 @@ class Choice:
             self.text = event.answer.response
         else:
             self.text = event.text
-            self._count += len(event.tokens)
+            self._count += len(event.grown.tokens)
             if self._before is not None:
-                self._read(event)
+                self._read(event.grown)
         return self.text[before:]
 
-    def _read(self, event: Progress) -> None:
-        growing = list(accumulate(event.tokens, AnswerText.followed_by, initial=self._before))
+    def _read(self, grown: Grown) -> None:
+        tokens, numbers = grown.tokens, grown.numbers
+        growing = list(accumulate(tokens, AnswerText.followed_by, initial=self._before))
         self._before = growing[-1]
         self._texts += [after.text for after in growing[1:]]
         if self.has_notes:
-            for place, token in enumerate(event.tokens):
-                candidates = jax.tree.map(lambda x, place=place: x[place], event.numbers.candidates)
+            for place, token in enumerate(tokens):
+                candidates = jax.tree.map(lambda x, place=place: x[place], numbers.candidates)
                 self._notes.append(self._note(token, candidates, growing[place]))
         if self.streams_trace:
-            texts = [""] * len(event.tokens)  # known when the response is
+            texts = [""] * len(tokens)  # known when the response is
             guided = self.request.settings.method.guided
-            self._traced += traced_tokens(event.tokens, texts, event.numbers, growing, guided=guided)
+            self._traced += traced_tokens(tokens, texts, numbers, growing, guided=guided)
 
     def _ends(self, first: int) -> list[int]:
         """Where the texts of the tokens from number `first` on end: up to where the answer after the token, and after

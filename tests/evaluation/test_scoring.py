@@ -1,5 +1,7 @@
 """Rewards of prefixes and likelihoods, against transformers in torch and against texts read one by one."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,28 @@ def test_a_judge_reads_whole_answers_with_their_end_and_cut_ones_without(rm):
         ids = [*tokenizer.encode_prompt(prompt), *tokenizer.encode_answer(answer), *end]
         with torch.no_grad():
             assert score == pytest.approx(float(theirs(torch.tensor([ids])).logits[0, 0]), abs=1e-4)
+
+
+def test_a_judge_may_read_all_prompts_in_its_own_template(rm, tmp_path):
+    shutil.copytree(rm, tmp_path / "rm")
+    template = "{% for turn in messages %}R {{turn.role}} {{turn.content}}|{% endfor %}"
+    (tmp_path / "rm" / "chat_template.jinja").write_text(template)
+    prompt = "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Bye\n\nAssistant:"
+    answers = (GivenAnswer("0", 0, prompt, "No", True), GivenAnswer("1", 0, "Hi", "Yes", False))
+    system = System("mine", "mine.jsonl", answers)
+    plain, own = (RewardModelJudge(str(tmp_path / "rm"), prefers_template=own) for own in (False, True))
+    rendered = ("R user Hi|R assistant Yes|R user Bye|", "R user Hi|")
+    encode, model = own.model.tokenizer, own.model
+    texts = [
+        TokenisedAnswer(encode.encode_prompt(text), ids, (len(ids),))
+        for text, ids in zip(
+            rendered, ([*encode.encode_answer("No"), *encode.closing_ids], encode.encode_answer("Yes")), strict=True
+        )
+    ]
+    assert encode.decode(encode.closing_ids) == "|"
+    expected = [float(reward[0]) for reward in model.rewards(texts)]
+    assert own.scores(system) == pytest.approx(expected, abs=1e-5)
+    assert np.abs(np.subtract(plain.scores(system), expected)).min() > 1e-3
 
 
 def test_what_is_not_a_reward_model_does_not_judge(lm):

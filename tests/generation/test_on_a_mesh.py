@@ -12,13 +12,14 @@ from pargs_jax.generation.session import Session, Settings
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.hf import save_model
+from pargs_jax.models.modernbert import ModernBertModel
 from pargs_jax.models.prefix_causal import PrefixCausalModel
-from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, random_params, tiny_tokenizer
+from pargs_jax.testing import TINY_CONFIGS, TINY_DEBERTA, TINY_MODERNBERT, random_params, tiny_tokenizer
 
 # Three samples of three prompts in four rows, so that rows are filled again, on a mesh with four copies of the model
 # once with filler.
 PROMPTS = [Prompt(str(i), text) for i, text in enumerate(("Hi", "My lamp broke. What now?", ""))]
-GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt",), "gpt_neox": ("gemma3",)}
+GUIDES = {"llama": ("gpt2", "prefix_causal"), "gpt2": ("full",), "opt": ("opt", "modernbert"), "gpt_neox": ("gemma3",)}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,12 @@ def folders(save_tiny, tmp_path_factory):
     def reward_model(kind):
         if kind in TINY_CONFIGS:
             return save_tiny("reward", family=kind, seed=1)
-        config = dataclasses.replace(TINY_DEBERTA, vocab_size=tiny_tokenizer().vocab_size, attention=kind)
-        model = (EncoderModel if kind == "full" else PrefixCausalModel)(config)
+        size = tiny_tokenizer().vocab_size
+        if kind == "modernbert":
+            model = ModernBertModel(dataclasses.replace(TINY_MODERNBERT, vocab_size=size, context_length=512))
+        else:
+            config = dataclasses.replace(TINY_DEBERTA, vocab_size=size, attention=kind)
+            model = (EncoderModel if kind == "full" else PrefixCausalModel)(config)
         folder = tmp_path_factory.mktemp(kind)
         save_model(folder, model, random_params(model))
         tiny_tokenizer().save(folder)
