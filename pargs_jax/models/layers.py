@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pargs_jax.models.attention import attend_whole, masked_scores, mix_values, plain_attention
 from pargs_jax.models.cache import write_rows
+from pargs_jax.models.casting import converted
 from pargs_jax.sharding import ROWS, constrain
 
 Remat = Literal["none", "products", "layers"]
@@ -198,7 +199,7 @@ def run_layers(
     def body(x: Array, layer: Any) -> tuple[Array, Any]:
         layer_params, index, layer_cache, layer_key = layer
         x = constrain(x, ROWS, None, None)
-        return step(nnx.merge(definition, layer_params), x, index, layer_cache, layer_key)
+        return step(nnx.merge(definition, converted(layer_params)), x, index, layer_cache, layer_key)
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None

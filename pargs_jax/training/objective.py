@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pargs_jax.data.batches import Batch
+from pargs_jax.models.casting import is_stored
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import split_params
 from pargs_jax.models.model import Params, run_one_by_one
@@ -76,12 +77,23 @@ class Objective:
             params = with_preferences(params, _of_texts(preferences, batch))
         more = {name: model.read_answers(others.get(name, base), batch, **options) for name, model in self.frozen}
         model = self.model
-        if self.unrolls and current_device().platform == "cpu":
+        if self.runs_one_by_one:
             model, params = run_one_by_one(model, params)
         outputs = model.read_answers(params, batch, key, **options)
         if critic is not None:
             more["values"] = values_of(critic, outputs.states(before=1))
         return outputs, more
+
+    @property
+    def runs_one_by_one(self) -> bool:
+        """Whether the trained model's layers run one by one on the present device."""
+        return self.unrolls and current_device().platform == "cpu"
+
+    @property
+    def converts_by_layer(self) -> bool:
+        """Whether the layers of the trained model convert their matrices for themselves (`pargs_jax.models.casting`).
+        Layers that run one by one would have to keep them all for the backward pass anyway."""
+        return self.dtype == "bfloat16" and not self.runs_one_by_one
 
     @property
     def loss_of_chance(self) -> float:
@@ -99,7 +111,7 @@ class Objective:
         return {
             name: part
             if name == CRITIC or (name == "head" and model.head_kind.is_fp32)
-            else jax.tree.map(lambda x: x.astype(self.dtype), part)
+            else jax.tree.map(lambda x: x if is_stored(x) else x.astype(self.dtype), part, is_leaf=is_stored)
             for name, part in params.items()
         }
 

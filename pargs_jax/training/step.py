@@ -11,6 +11,7 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
+from pargs_jax.models.casting import gradients_of, store_matrices
 from pargs_jax.models.lora import join_params
 from pargs_jax.models.model import Params
 from pargs_jax.sharding import ROWS, constrain, current_mesh, on_every_device, optimizer_shardings, place_whole
@@ -117,7 +118,9 @@ def make_train_step(
     def loss_of(params: Params, frozen: Params | None, batch: Batch, key: PRNGKeyArray, number: Int[Array, ""]) -> Any:
         return objective(join_params(params, frozen or {}), batch, key, number)
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    def gradient(*arguments: Any) -> Any:
+        found, grads = jax.value_and_grad(loss_of, has_aux=True)(*arguments)
+        return found, gradients_of(grads)
 
     def micro_step(
         params: Params, frozen: Params | None, number: Int[Array, ""], total: Any, xs: tuple[Batch, PRNGKeyArray]
@@ -135,7 +138,7 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         # Gradients keep the computation's dtype, which is the dtype they are computed in. In bf16 this halves their
         # memory.
-        params = objective.cast(state.params)
+        params = objective.cast(store_matrices(state.params) if objective.converts_by_layer else state.params)
         if accumulation == 1:
             (loss, (metrics, _)), grads = gradient(params, frozen, batch, key, state.step)
             metrics = metrics | {"loss": loss}

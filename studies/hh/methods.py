@@ -37,9 +37,10 @@ from studies.experiment import (
     train_models,
     write_rows,
 )
-from studies.page import table
+from studies.page import fill_page, table
 from studies.weak_to_strong.methods import ENTRIES, STRONG, WEAK, Entry
 
+PAGE = Path("docs/study_hh_methods.md")
 RESULTS = Path("studies/hh/results_methods")
 PROMPTS = {"train": 200, "test": 60}
 LONGEST_PROMPT = 240
@@ -165,6 +166,8 @@ def report(found: dict[str, Setting], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "results.json", json.dumps(summary(found), indent=1))
     write_whole(folder / "tables.md", methods)
+    if folder == RESULTS:
+        fill_page(PAGE, {"methods": methods})
     print(methods)
 
 
