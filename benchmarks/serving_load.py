@@ -46,7 +46,14 @@ from pargs_jax.testing import tiny_model, tiny_tokenizer
 from pargs_jax.text.prompts import get_form
 
 TOKENS, PLACES, KNOWN = 32, 32, 40
-PROMPTS = ("My lamp broke.", "What is your opinion of tea?", "Hello", "Why?", "Say something kind.")
+PROMPTS = (
+    "My lamp broke after one week. Can I have a new one?",
+    "What is your opinion of tea with a lot of milk?",
+    "My kettle leaks, Anna, and I am not happy with it.",
+    "Why is the sky blue in the day and red at night?",
+    "Say something kind to a friend who is sad today.",
+)
+"""All are padded to 32 tokens: a session too then has a state as wide as the server's, which is made for the longest."""
 RUBBISH = (b"", b"{", b"[1]", b'{"model": "tiny"}', b'{"model": "no", "prompt": "x"}', b"\xff" * 100, b'{"tools": 1}')
 
 

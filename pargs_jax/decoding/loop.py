@@ -105,6 +105,12 @@ class Decoder:
         """K, the most candidates of a row."""
         return self.proposer.size(self.lm.config.vocab_size) + self.keeps_rest
 
+    @property
+    def bare(self) -> "Decoder":
+        """A decoder that advances the same states, for steps in which no row asks for its candidates or keeps the rest.
+        It does not record candidates."""
+        return dataclasses.replace(self, keeps_candidates=False, keeps_rest=False, alternatives=0)
+
     def start(
         self,
         params: AllParams,
@@ -210,8 +216,11 @@ class Decoder:
         # A finished row writes nowhere.
         at = jnp.where(live, text.lengths, text.tokens.shape[1])
         step = jnp.where(live, text.answer_lengths, state.trace.log_probs.shape[1])
-        new = self._note(fused, log_q, index)
-        trace = jax.tree.map(lambda noted, x: noted.at[rows, step].set(x, mode="drop"), state.trace, new)
+        new, noted = self._note(fused, log_q, index), state.trace
+        if new.candidates is None:
+            noted = noted._replace(candidates=None)
+        trace = jax.tree.map(lambda x, y: x.at[rows, step].set(y, mode="drop"), noted, new)
+        trace = state.trace._replace(**{name: x for name, x in trace._asdict().items() if x is not None})
         lengths = text.lengths + live
         is_over = self._is_end(token) | (lengths - text.prompt_lengths >= state.settings.max_new_tokens)
         return state._replace(

@@ -116,6 +116,12 @@ class Settings:
         return "temperature" not in self.method.unused
 
     @property
+    def takes_bare_steps(self) -> bool:
+        """Whether no candidates are recorded, and only candidates can be drawn (`Decoder.bare`)."""
+        keeps_rest = self.method.keeps_rest if self.shape is None else self.shape.keeps_rest
+        return not keeps_rest and not self.alternatives and self.trace != "candidates"
+
+    @property
     def kl_is(self) -> Literal["exact", "bound", "estimate"]:
         """Whether an answer's `kl` is exact or, for a search, a bound or an estimate (docs/search.md)."""
         return "exact" if self.method.search is None else self.method.make_search(dict(self.search)).kl

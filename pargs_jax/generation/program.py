@@ -174,6 +174,11 @@ class DecodingProgram(NamedTuple):
         )
 
     @property
+    def bare(self) -> "DecodingProgram":
+        """The program for requests whose settings say that they take bare steps; it has the same states."""
+        return self._replace(decoder=self.decoder.bare)
+
+    @property
     def guides(self) -> tuple[Guide, ...]:
         """The guides that were assembled, judges among them."""
         return self.judges or self.decoder.guides

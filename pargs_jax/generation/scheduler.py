@@ -159,7 +159,7 @@ class Scheduler:
         limits = self._settings
         for request in requests:
             own, prompt = request.settings, f"prompt {request.prompt.id!r}"
-            alike = ("method", "top_p", "look_ahead", "trace", "alternatives")
+            alike = ("method", "top_p", "look_ahead", *(("trace", "alternatives") if own.trace == "candidates" else ()))
             for name in ("shape", *(("k",) if own.method.candidates == "all" else ())):
                 if (getattr(own, name) is None) != (getattr(limits, name) is None):
                     raise InputError(f"{prompt}: must have a {name} like the running batch, or none like it")
@@ -195,11 +195,13 @@ class Scheduler:
         self.grown = [grown for place, row in self._running() if (grown := row.grown(place, status.newest))]
         return self._take_ended(status)
 
-    def warm_up(self, request_of_width: Callable[[int], Request]) -> None:
+    def warm_up(self, make_request: Callable[[int, bool], Request]) -> None:
         """Compiles all that requests with prompts of the given widths need, by answering some. The state has room for
-        the widest from then on, so that no later prompt lets it grow."""
-        for width in [self._prompt_widths[-1], *self._prompt_widths]:
-            self.add([request_of_width(width)])
+        the widest from then on, so that no later prompt lets it grow. `make_request` gives a request for a width, which
+        takes bare steps or not (`Settings.takes_bare_steps`)."""
+        widths = self._prompt_widths
+        for width, is_bare in [(widths[-1], True), *((width, False) for width in widths)]:
+            self.add([make_request(width, is_bare)])
             while not self.is_idle:
                 self.step()
 
@@ -208,6 +210,11 @@ class Scheduler:
         guides, params = make_guides(self._models, self._settings, self._answer_widths)
         self._program = DecodingProgram.of(self._models, guides, self._settings)
         self._params = self._models.lm_params, params
+
+    def _program_for(self, rows: Iterable[_Row]) -> DecodingProgram:
+        """The program that does all that these rows ask for, and no more."""
+        is_bare = all(row.request.settings.takes_bare_steps for row in rows)
+        return self._program.bare if is_bare else self._program
 
     def _fill(self) -> None:
         """Reads waiting requests into free places, a group at a time."""
@@ -252,7 +259,7 @@ class Scheduler:
         is_free = np.array([row is None for row in self._places])
         (self._state, status), seconds = self._programs(
             _advance,
-            (self._program, self._steps, self._reader is not None),
+            (self._program_for(filter(None, self._places)), self._steps, self._reader is not None),
             self._params,
             self._state,
             is_free,
@@ -298,7 +305,8 @@ class Scheduler:
             where = np.array([*places, *[places[0]] * (self._group - len(places))], np.int32)
             filler = self._group - len(rows)
             lengths = [len(row.answer.tokens) if row.is_stopped else row.tokens for row in rows] + [0] * filler
-            decoded, _ = self._programs(_read, (self._program,), self._state, where, np.array(lengths, np.int32))
+            program = self._program_for(rows)
+            decoded, _ = self._programs(_read, (program,), self._state, where, np.array(lengths, np.int32))
             decoded = jax.device_get(decoded)
             is_stopped = np.array([row.is_stopped for row in rows] + [False] * filler)
             batch = Batch.of([row.request for row in rows], self._group, self._models.reward_models)
@@ -368,8 +376,14 @@ def _advance(
     starts = state.text.answer_lengths
     state = split_rows(program.decoder.advance(params, state, steps, enough))
     needed = tuple(state.guides[j].needed for j in program.retokenised)
-    newest = _newest(state, starts, steps) if hands_out else None
+    newest = _newest(_recorded(program, state), starts, steps) if hands_out else None
     return state, on_every_device(_Status(state.done, state.text.answer_lengths, needed, newest))
+
+
+def _recorded(program: DecodingProgram, state: DecodeState) -> DecodeState:
+    """A state whose trace has only what the program records."""
+    keeps = program.decoder.keeps_candidates
+    return state if keeps else state._replace(trace=state.trace._replace(candidates=None))
 
 
 def _newest(state: DecodeState, starts: Int[Array, "B"], steps: int) -> _Newest:
@@ -383,6 +397,6 @@ def _newest(state: DecodeState, starts: Int[Array, "B"], steps: int) -> _Newest:
 @partial(jax.jit, static_argnums=0)
 def _read(program: DecodingProgram, state: DecodeState, rows: Int[Array, "N"], lengths: Int[Array, "N"]) -> Decoded:
     """The answers of some rows, up to these lengths."""
-    taken = take(state, rows)
+    taken = take(_recorded(program, state), rows)
     text = taken.text._replace(lengths=jnp.minimum(taken.text.lengths, taken.text.prompt_lengths + lengths))
     return on_every_device(program.decoder.read(taken._replace(text=text)))

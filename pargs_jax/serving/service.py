@@ -102,8 +102,9 @@ class Service:
     def warm_up(self, scheduler: Scheduler) -> None:
         """Compiles what any request needs."""
 
-        def request(width: int) -> Request:
-            settings = dataclasses.replace(self._plain(1.0, 0), max_new_tokens=1)
+        def request(width: int, is_bare: bool) -> Request:
+            recorded = self._recorded(wants_candidates=not is_bare)
+            settings = dataclasses.replace(self._plain(1.0, 0), max_new_tokens=1, **recorded)
             ids = [[1] * min(width, self.max_prompt_tokens)] * (1 + len(self.session.reward_models))
             return Request(Prompt("", ""), 0, settings, ids[0], ids[1:])
 
@@ -152,6 +153,7 @@ class Service:
         top_p = asked.top_p or (1.0 if method is None else method.top_p)
         shape = OwnShape(top_p, keeps_rest, self._bias(asked), asked.presence_penalty, asked.frequency_penalty)
         settings = self._plain(temperature, secrets.randbelow(LARGEST_SEED) if asked.seed is None else asked.seed)
+        wants_candidates = asked.alternatives is not None or asked.return_trace or asked.stream_trace
         return _refusing(
             "preference",
             dataclasses.replace,
@@ -164,7 +166,12 @@ class Service:
             preference=tuple(asked.preference or settings.preference),
             stop=asked.stops,
             shape=shape,
+            **self._recorded(wants_candidates),
         )
+
+    def _recorded(self, wants_candidates: bool) -> dict[str, Any]:
+        """The settings of what is recorded of an answer's tokens."""
+        return {} if wants_candidates else {"trace": None, "alternatives": 0}
 
     def _plain(self, temperature: float, seed: int) -> Settings:
         """The settings of the language model itself."""

@@ -216,7 +216,7 @@ def test_what_a_running_batch_cannot_do_is_refused():
     for changes, message in (
         ({"k": K + 1}, "prompt '0': candidates is 5, must be at most 4 in the running batch"),
         ({"max_new_tokens": 99}, "prompt '0': max_new_tokens is 99, must be at most 12"),
-        ({"trace": "tokens"}, "prompt '0': its trace differs from that of the running batch, must be the same"),
+        ({"trace": "candidates"}, "prompt '0': its trace differs from that of the running batch, must be the same"),
     ):
         own = dataclasses.replace(settings, **changes)
         with pytest.raises(InputError, match=message):
