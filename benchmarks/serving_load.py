@@ -53,7 +53,7 @@ PROMPTS = (
     "Why is the sky blue in the day and red at night?",
     "Say something kind to a friend who is sad today.",
 )
-"""All are padded to 32 tokens: a session too then has a state as wide as the server's, which is made for the longest."""
+"""All are padded to 32 tokens, so that a session has a state as wide as the server's, which is made for the longest."""
 RUBBISH = (b"", b"{", b"[1]", b'{"model": "tiny"}', b'{"model": "no", "prompt": "x"}', b"\xff" * 100, b'{"tools": 1}')
 
 
@@ -248,7 +248,7 @@ def throughput(url: str, lm: str, rm: str, rounds: int, answers: int) -> dict[st
                 done.release()
 
         for body in bodies:
-            engine.add(Order(service.requests(Completion(**body)), tell))
+            engine.add(Order(service.requests(Completion(**body)), tell, follows=False))
         for _ in bodies:
             done.acquire()
 

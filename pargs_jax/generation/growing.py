@@ -18,20 +18,25 @@ class GrowingAnswer:
         self.is_stopped = False
         self._stop = stop
         self._text = AnswerText.begin(reader, prompt_ids)
+        self._read = 0
+        """How many of the tokens are in the text; the others are read when it is asked for."""
 
     def add(self, tokens: Sequence[int]) -> None:
         """Appends tokens, up to one that completes a text that ends the answer."""
+        if not self._stop:
+            self.tokens += tokens
+            return
         for token in tokens:
             if self.is_stopped:
                 return
-            self._text = self._text.followed_by(token)
             self.tokens.append(token)
-            self.is_stopped = bool(self._stop) and any(stop in self._text.text for stop in self._stop)
+            text = self._whole().text
+            self.is_stopped = any(stop in text for stop in self._stop)
 
     @property
     def text(self) -> str:
         """The response if the answer ended here."""
-        return before_stop(self._text.text, self._stop)
+        return before_stop(self._whole().text, self._stop)
 
     @property
     def lasting_text(self) -> str:
@@ -39,8 +44,14 @@ class GrowingAnswer:
         ends the answer."""
         if self.is_stopped:
             return self.text
-        text = self._text.lasting_text.rstrip(UNFINISHED)
+        text = self._whole().lasting_text.rstrip(UNFINISHED)
         return text[: len(text) - max((_begun(text, stop) for stop in self._stop), default=0)]
+
+    def _whole(self) -> AnswerText:
+        for token in self.tokens[self._read :]:
+            self._text = self._text.followed_by(token)
+        self._read = len(self.tokens)
+        return self._text
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:

@@ -199,7 +199,8 @@ class _Handlers:
             status = 404 if error.code == "model_not_found" else 400
             raise Problem(status, str(error), param=error.param, code=error.code) from error
         client = asked.user or (request.client.host if request.client else "")
-        return Order(requests, tell, client, self._limits.seconds, asked.return_trace)
+        follows = asked.stream or asked.alternatives is not None
+        return Order(requests, tell, client, self._limits.seconds, asked.return_trace, follows)
 
     def _reply(self, asked: Asked, order: Order) -> Reply:
         reader = self._service.session.answers.text_reader

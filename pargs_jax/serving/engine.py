@@ -70,6 +70,7 @@ class Order:
         client: whose turn it is.
         seconds: the most time that it may take.
         traced: whether the answers get traces.
+        follows: whether `tell` takes each `Progress`; if not, only what there is of an answer that is cut short.
     """
 
     requests: Sequence[Request]
@@ -77,9 +78,11 @@ class Order:
     client: str = ""
     seconds: float = 600.0
     traced: bool = False
+    follows: bool = True
     deadline: float = 0.0
     open: int = 0
     is_over: bool = False
+    newest: dict[int, Grown] = dataclasses.field(default_factory=dict)
 
 
 class Counts(NamedTuple):
@@ -247,8 +250,11 @@ class Engine:
         events: dict[Order, list[Event]] = {}
         for grown in scheduler.grown:
             if owner := self._owners.get(id(grown.request)):
-                told = Progress(owner[1], grown.answer.lasting_text, grown)
-                events.setdefault(owner[0], []).append(told)
+                order, index, _ = owner
+                if order.follows:
+                    events.setdefault(order, []).append(_progress(index, grown))
+                else:
+                    order.newest[index] = grown._replace(tokens=grown.answer.tokens)
         for part in ended:
             request = part.batch.requests[0]
             if owner := self._owners.get(id(request)):
@@ -266,6 +272,7 @@ class Engine:
                 for event in told:
                     if isinstance(event, Finished):
                         del self._owners[id(order.requests[event.index])]
+                        order.newest.pop(event.index, None)
                         order.open -= 1
                 if any(isinstance(event, Failed) for event in told) or not order.open:
                     self._drop(order)
@@ -305,7 +312,8 @@ class Engine:
 
     def _hand_back(self) -> None:
         for order in list(self._orders):
-            order.tell([Failed("shutdown", "the server is shutting down")])
+            grown = [_progress(index, grown) for index, grown in order.newest.items()]
+            order.tell([*grown, Failed("shutdown", "the server is shutting down")])
             self._drop(order)
 
     def _give_up(self, message: str) -> None:
@@ -313,6 +321,10 @@ class Engine:
             self.failure = message
             self._changed.notify_all()
         self._fail_all("defect", message)
+
+
+def _progress(index: int, grown: Grown) -> Progress:
+    return Progress(index, grown.answer.lasting_text, grown)
 
 
 def _each(ended: Ended) -> Iterator[Ended]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pargs_jax.decoding.guides import CausalGuide
-from pargs_jax.decoding.loop import Decoder, decode, row_keys
+from pargs_jax.decoding.loop import Decoder, advance, decode, row_keys, start
 from pargs_jax.decoding.proposals import TopK
 from pargs_jax.decoding.shape import Shape
 from pargs_jax.decoding.state import RowSettings
@@ -36,7 +36,8 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def decoded(models):
+def inputs(models):
+    """The decoder, and what `decode` takes."""
     (lm, lm_params), (rm, rm_params) = models
     decoder = Decoder(
         lm, (CausalGuide(rm),), TopK(K), eos_ids=EOS, keeps_candidates=True, keeps_rest=True, alternatives=8
@@ -58,7 +59,33 @@ def decoded(models):
     )
     prompts = jnp.tile(jnp.array(PROMPT), (count, 1))
     keys = row_keys(0, jnp.arange(count))
-    return decode(decoder, lm_params, (rm_params,), prompts, jnp.full(count, len(PROMPT)), keys, settings, STEPS)
+    return decoder, (lm_params, (rm_params,)), prompts, jnp.full(count, len(PROMPT)), keys, settings
+
+
+@pytest.fixture(scope="module")
+def decoded(inputs):
+    decoder, params, *rows = inputs
+    return decode(decoder, *params, *rows, STEPS)
+
+
+def test_bare_steps_draw_the_same_tokens_for_rows_that_do_not_keep_the_rest(inputs, decoded):
+    decoder, params, *rows = inputs
+    state = start(decoder, params, *rows, STEPS)
+    for decoder_of_steps in (decoder.bare, decoder, decoder.bare):
+        state = advance(decoder_of_steps, params, state, STEPS // 3)
+    found = decoder.read(state)
+    alike = np.array([not keeps_rest for _, keeps_rest, *_ in ROWS.values()])
+    assert alike.sum() == 3
+    np.testing.assert_array_equal(found.tokens[alike], decoded.tokens[alike])
+    for name in ("log_probs", "guided_log_probs", "entropies", "kls", "rewards"):
+        ours, expected = (np.asarray(getattr(each.trace, name))[alike] for each in (found, decoded))
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    # Only the steps in the middle recorded their candidates.
+    candidates = np.asarray(found.trace.candidates.log_probs)[alike]
+    middle = slice(STEPS // 3, 2 * STEPS // 3)
+    expected = np.asarray(decoded.trace.candidates.log_probs)[alike, middle]
+    np.testing.assert_allclose(candidates[:, middle], expected, atol=1e-5)
+    assert not candidates[:, : STEPS // 3].any()
 
 
 @partial(jax.jit, static_argnums=0)

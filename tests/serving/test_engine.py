@@ -9,10 +9,12 @@ import pytest
 
 from pargs_jax.data.preferences import Prompt
 from pargs_jax.errors import InputError
+from pargs_jax.generation.growing import GrowingAnswer
 from pargs_jax.generation.plan import Request
-from pargs_jax.generation.scheduler import RequestError
+from pargs_jax.generation.scheduler import Grown, RequestError
 from pargs_jax.mesh import AXES
 from pargs_jax.serving.engine import MOST_FAILURES, Engine, Failed, Finished, Order, Refused
+from pargs_jax.text.answer_text import Reading
 
 
 class FakeScheduler:
@@ -238,6 +240,48 @@ def test_closing_hands_back_what_takes_too_long(fake):
     engine.add(endless)
     engine.close(0.1)
     assert events(told, 1) == [Failed("shutdown", "the server is shutting down")]
+
+
+def test_an_order_that_does_not_follow_is_told_only_what_is_left_at_the_end(fake):
+    engine, scheduler = fake
+    whole, told = order("w", steps=3)
+    whole.follows = False
+    endless, endless_told = order("e", steps=10**9)
+    endless.follows = False
+    answers = {id(each.requests[0]): GrowingAnswer(LetterReader(), [1]) for each in (whole, endless)}
+    step = scheduler.step
+
+    def noted():
+        scheduler.grown = []
+        for request, _ in scheduler.running.values():
+            answer = answers[id(request)]
+            answer.add([len(answer.tokens)])
+            scheduler.grown.append(Grown(request, answer, answer.tokens[-1:], None, 0, slice(0)))
+        return step()
+
+    scheduler.step = noted
+    engine.add(whole)
+    engine.add(endless)
+    assert events(told, 1) == [Finished(0, "w")]
+    engine.close(0)
+    progress, failed = events(endless_told, 2)
+    assert failed.reason == "shutdown"
+    tokens = progress.grown.tokens
+    assert len(tokens) > 2 and tokens == list(range(len(tokens))) and progress.text == "x" * len(tokens)
+    assert told.empty()
+
+
+class LetterReader:
+    """Every token is an x."""
+
+    def begin(self, prompt_ids):
+        return 0
+
+    def extend(self, state, token):
+        return state + 1
+
+    def read(self, state):
+        return Reading("x" * state, state)
 
 
 def test_models_that_cannot_run_end_the_engine():
