@@ -40,7 +40,9 @@ class AutoregressiveReward(Loss):
         return self.usual_beta if self.beta is None else self.beta
 
     def chance(self, vocab_size: int) -> float:
-        return math.log(2)
+        # It starts as a language model, which may give answers of unequal lengths log-probabilities that differ by
+        # hundreds of nats. So the first losses depend on the batches' lengths.
+        return math.inf
 
     def __call__(self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None) -> LossResult:
         from pargs_jax.objectives.likelihood import prefix_log_probs, token_log_probs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,9 @@ class DirectPreference(AutoregressiveReward):
     meaning = "DPO: the language model itself, on preferences, against the model that it starts from"
     frozen = ("reference",)
     usual_beta = 0.1
+
+    def chance(self, vocab_size: int) -> float:
+        return math.log(2)
 
     def __call__(
         self, outputs: Outputs, batch: Batch, key: PRNGKeyArray | None = None, *, reference: Outputs

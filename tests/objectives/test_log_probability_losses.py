@@ -32,6 +32,12 @@ def batch():
     return Batch(prompts, PROMPT_LENGTHS, answers, LENGTHS, WEIGHTS)
 
 
+def test_only_a_loss_that_starts_at_chance_has_a_limit():
+    """Without a reference, the first losses depend on the answers' lengths; a fixed limit ended runs that were well."""
+    assert DirectPreference().chance(61) == pytest.approx(np.log(2))
+    assert AutoregressiveReward().chance(61) == PreferenceAwareReward().chance(61) == np.inf
+
+
 def torch_model(folder, seed):
     """The tiny model of a seed as transformers has it."""
     transformers = pytest.importorskip("transformers")
