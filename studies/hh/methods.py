@@ -89,6 +89,7 @@ def study_from(arguments: Sequence[str] | None) -> tuple[Study, argparse.Namespa
 
 def train(study: Study, models: dict[str, dict[str, Any]]) -> None:
     usual = {"model.init": study.lm, "data.format": "hh", "max_length": 256, "optim.lr": 1e-3, "batch_size": 8}
+    usual["pack"] = 256
     train_models(study, {name: {**usual, **options} for name, options in models.items()}, [0])
 
 
