@@ -11,7 +11,7 @@ from pargs_jax.data.batches import Batch
 from pargs_jax.models.casting import is_stored
 from pargs_jax.models.lora import NAMES as LORA_NAMES
 from pargs_jax.models.lora import split_params
-from pargs_jax.models.model import Params, run_one_by_one
+from pargs_jax.models.model import Model, Params, run_one_by_one
 from pargs_jax.models.preference_lora import with_preferences
 from pargs_jax.objectives.contract import Loss
 from pargs_jax.sharding import current_device
@@ -93,7 +93,8 @@ class Objective:
     def converts_by_layer(self) -> bool:
         """Whether the layers of the trained model convert their matrices for themselves (`pargs_jax.models.casting`).
         Layers that run one by one would have to keep them all for the backward pass anyway."""
-        return self.dtype == "bfloat16" and not self.runs_one_by_one
+        is_stacked = isinstance(self.model, Model) and not self.model.unrolled
+        return self.dtype == "bfloat16" and is_stacked and not self.runs_one_by_one
 
     @property
     def loss_of_chance(self) -> float:

@@ -41,6 +41,8 @@ def test_a_step_is_that_of_a_converted_copy(remat: Remat, monkeypatch):
     optimizer = optax.sgd(1.0)
     objective = Objective(model, OBJECTIVES["partial_bt"](), dtype="bfloat16")
     assert objective.converts_by_layer
+    one_by_one = dataclasses.replace(objective, model=dataclasses.replace(model, unrolled=True))
+    assert not one_by_one.converts_by_layer and not dataclasses.replace(objective, dtype="float32").converts_by_layer
 
     def stepped(accumulation: int) -> TrainState:
         params = random_params(model, std=0.1)
