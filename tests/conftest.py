@@ -14,8 +14,13 @@ from pargs_jax.mesh import prepare_virtual_devices
 from pargs_jax.models.hf import save_model
 from pargs_jax.testing import tiny_model, tiny_tokenizer
 
-# Most of a test's time is compilation, and most of that is LLVM's. The commands that tests start inherit this.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Most of a test's time is compilation: LLVM's, which is told to do little; MLIR's, which fusions are written in by
+# default, and not so here; and the splitting of programs for more threads, which small ones do not need. The commands
+# that tests start inherit this. (An extra option that a later XLA does not know is ignored; an unknown flag is fatal.)
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 prepare_virtual_devices(4)
 jax.config.update("jax_platforms", "cpu")
