@@ -60,11 +60,27 @@ def test_fifty_concurrent_requests_of_mixed_settings_equal_a_session(served):
             assert choice["pargs"]["guide_reward"] == pytest.approx(list(answer.guide_rewards), abs=1e-3)
 
 
+def tokens_of(session, settings):
+    """The tokens of each prompt's answer, with a seed of its own, by its id."""
+    own = dataclasses.replace(settings, temperature=1.5, max_new_tokens=8, batch_size=4, trace="tokens")
+    found = {}
+    for seed, prompt in enumerate(PROMPTS):
+        [[answer]] = session.answer([Prompt(str(seed), prompt)], dataclasses.replace(own, seed=seed))
+        found[str(seed)] = [token.id for token in answer.trace.tokens]
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(lm):
+    """Of the language model without a guide."""
+    return tokens_of(Session(lm), Settings(METHODS["top_p"], top_p=1.0))
+
+
 @pytest.mark.parametrize(
     ("method", "heads"),
     {"vas": ("reward",), "genarm": ("vocabulary",), "farma": ("table",), "expert_ratio": ("vocabulary",) * 2}.items(),
 )
-def test_servers_of_other_methods_answer_as_a_session_does(method, heads, lm, save_tiny):
+def test_servers_of_other_methods_answer_as_a_session_does(method, heads, lm, save_tiny, plain_tokens):
     """Guided, and the language model itself, in one batch."""
     guides = [save_tiny(head, seed=seed) for seed, head in enumerate(heads, start=1)]
     session = Session(lm, guides, method=METHODS[method])
@@ -83,10 +99,9 @@ def test_servers_of_other_methods_answer_as_a_session_does(method, heads, lm, sa
             for row, request in enumerate(batch.requests):
                 key = request.prompt.id, request.settings.weights
                 found[key] = decoded.tokens[row, : decoded.lengths[row]].tolist()
-    plain = Session(lm), Settings(METHODS["top_p"], top_p=1.0)
-    for own_session, settings in (plain, (session, Settings(METHODS[method]))):
-        own = dataclasses.replace(settings, temperature=1.5, max_new_tokens=8, batch_size=4, trace="tokens")
-        weights = own.guide_weights(len(heads)) or (0.0,) * len(service.guides)
-        for seed, prompt in enumerate(PROMPTS):
-            [[answer]] = own_session.answer([Prompt(str(seed), prompt)], dataclasses.replace(own, seed=seed))
-            assert [token.id for token in answer.trace.tokens] == found[str(seed), weights]
+    settings = Settings(METHODS[method])
+    for weights, expected in (
+        ((0.0,) * len(service.guides), plain_tokens),
+        (settings.guide_weights(len(heads)), tokens_of(session, settings)),
+    ):
+        assert {key: found[key, weights] for key in expected} == expected
