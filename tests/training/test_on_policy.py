@@ -171,7 +171,7 @@ def test_sampled_log_probabilities_are_those_of_a_full_pass(temperature):
 
 
 def test_rewards_are_the_reward_models_own_of_the_texts(lm, rm, other_rm):
-    """Each answer scored alone, from its text, by one full pass without padding; many tokens end an answer."""
+    """Each answer scored alone, from its text, by one full pass; many tokens end an answer."""
     tokenizer = TextTokenizer.load(demo.DEMO_LM, extra_eos_ids=range(500, 640))
     batch = prompt_batch(tokenizer, copies=2)
     np.testing.assert_array_equal(batch.prompts[::2], batch.prompts[1::2])
@@ -195,8 +195,9 @@ def test_rewards_are_the_reward_models_own_of_the_texts(lm, rm, other_rm):
                 text = tokenizer.decode_answer(prompt.tolist(), tokens)
                 tokens = scorer.tokenizer.encode_answer(text) + [scorer.tokenizer.eos_id] * bool(finished[row])
             ids = [*own[prompt.tobytes()], *tokens]
-            hidden = scorer.model.encode(scorer.params, jnp.array([ids]))
-            reward = scorer.model.rewards(scorer.params, hidden)[0, -1]
+            # Filled up behind, which none of its tokens sees: passes of one width are compiled once.
+            hidden = scorer.model.encode(scorer.params, jnp.array([ids + [0] * (64 - len(ids))]))
+            reward = scorer.model.rewards(scorer.params, hidden)[0, len(ids) - 1]
             assert float(answered.rewards[row, 0]) == pytest.approx(float(reward), abs=1e-4)
         damaged = dataclasses.replace(scorer, params=jax.tree.map(lambda x: x * jnp.nan, scorer.params))
         with pytest.raises(InputError, match="a reward is not finite; its weights may be damaged"):
