@@ -201,8 +201,8 @@ def number(metrics: str, name: str) -> float:
 
 
 async def ask_all(url: str, bodies: list[dict[str, Any]]) -> None:
-    """Has requests answered over `2 PLACES` connections that stay open. Written by hand, because clients of httpx take
-    more of the cores than the server does."""
+    """Has requests answered over `2 PLACES` connections that stay open. Written by hand to be cheap, because
+    clients share the server's cores."""
     address = urlsplit(url)
     left = deque(bodies)
 

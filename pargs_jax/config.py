@@ -234,7 +234,8 @@ class TrainConfig:
     log_every: int = option(10, "steps between lines of metrics", at_least=1, may_change=True)
     loss_limit: float = option(
         10.0,
-        "stop when the loss is more than this many times the first loss, or chance level if higher; 0: never",
+        "stop when the loss is more than this many times the first loss, or chance level if higher; 0: never; losses "
+        "that depend on the data, such as those of arm and ppo, have no limit",
         at_least=0,
         may_change=True,
     )

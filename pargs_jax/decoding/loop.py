@@ -216,11 +216,10 @@ class Decoder:
         # A finished row writes nowhere.
         at = jnp.where(live, text.lengths, text.tokens.shape[1])
         step = jnp.where(live, text.answer_lengths, state.trace.log_probs.shape[1])
-        new, noted = self._note(fused, log_q, index), state.trace
-        if new.candidates is None:
-            noted = noted._replace(candidates=None)
-        trace = jax.tree.map(lambda x, y: x.at[rows, step].set(y, mode="drop"), noted, new)
-        trace = state.trace._replace(**{name: x for name, x in trace._asdict().items() if x is not None})
+        new, candidates = self._note(fused, log_q, index), state.trace.candidates
+        recorded = state.trace if self.keeps_candidates else state.trace._replace(candidates=None)
+        trace = jax.tree.map(lambda x, y: x.at[rows, step].set(y, mode="drop"), recorded, new)
+        trace = trace if self.keeps_candidates else trace._replace(candidates=candidates)
         lengths = text.lengths + live
         is_over = self._is_end(token) | (lengths - text.prompt_lengths >= state.settings.max_new_tokens)
         return state._replace(

@@ -3,7 +3,7 @@ trained on HH's pairs, and another reward model, of other pairs, judges the answ
 
     pip install -e '.[studies]'
     python -m studies.hh.methods --train steps=50                           # 2 CPU cores: about 20 minutes
-    python -m studies.hh.methods                                            # an epoch of each model: about two hours
+    python -m studies.hh.methods                                            # an epoch of each model, 241 steps
     python -m studies.hh.methods --scale 0.1 --train steps=2 --out runs/try --results runs/try
     python -m studies.hh.methods --lm meta-llama/Llama-3.2-1B --dtype bfloat16 --mesh gpu-1 --out runs/llama \\
         --results runs/llama/results --train optim.lr=1e-5                  # the same with a real model
