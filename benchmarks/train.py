@@ -1,6 +1,6 @@
 r"""Training speed: a step of `partial_bt` against one of `bt`, and against the published way to train on prefixes.
 
-    python benchmarks/train.py                                     # a small GPT-2, on a CPU: about two minutes
+    python benchmarks/train.py                                     # a small GPT-2, on a CPU: about three minutes
     python benchmarks/train.py --model tiny --answer 16 --steps 1 --repeats 1   # does it run at all? (seconds)
 
 On a GPU that both frameworks see:
@@ -13,6 +13,7 @@ What is compared, on the same pairs and the same random weights; every step is l
 
 - bt: Bradley-Terry on whole answers, the package's jitted step.
 - partial_bt: on every pair of prefixes, all from one pass, the package's jitted step.
+- partial_bt packed: the same with each prompt read once for both of its answers, as `train.py --pack` has it.
 - prefix rows: the published way to the loss of `partial_bt`. Each prefix of each answer is a text of its own, with a
   forward and a backward pass, here through the package's own `bt` objective: the ratio shows the method alone.
 - torch bt, torch prefix rows: the same two in PyTorch (`torch_loops`), eagerly.
@@ -44,13 +45,16 @@ from models import SHAPES, causal_pass, on_device, random_params, reason_without
 
 from pargs_jax.config import OptimConfig
 from pargs_jax.data.batches import Batch
+from pargs_jax.data.packing import Packing
+from pargs_jax.freed_memory import keep_freed_memory
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.model import Params
 from pargs_jax.objectives import OBJECTIVES
 from pargs_jax.training.objective import Objective
 from pargs_jax.training.step import TrainState, make_optimizer, make_train_step
 
-BT, PARTIAL, ROWS, TORCH_BT, TORCH_ROWS = "bt", "partial_bt", "prefix rows", "torch bt", "torch prefix rows"
+BT, PARTIAL, PACKED = "bt", "partial_bt", "partial_bt packed"
+ROWS, TORCH_BT, TORCH_ROWS = "prefix rows", "torch bt", "torch prefix rows"
 LENGTHS = 8  # different widths of the prefix rows in JAX
 OPTIMIZER = OptimConfig(lr=1e-12, schedule="constant", warmup=0.0)
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, of losses and gradient norms
@@ -188,6 +192,7 @@ class TorchTrainer:
 
 def main() -> None:
     args = parse_arguments()
+    keep_freed_memory()  # as train.py does; it serves PyTorch too
     without_torch = "--skip-torch" if args.skip_torch else reason_without_torch()
     print(f"no torch: {without_torch}" if without_torch else "torch beside JAX", flush=True)
     ceilings = measure.ceilings(jnp.dtype(args.dtype))
@@ -208,7 +213,8 @@ def main() -> None:
         for what, seconds in (quick_seconds | slow_seconds | quick_seconds).items():
             least = least_seconds(model, what, pairs, args, ceilings)
             speeds.append(speed_row(what, pairs, seconds, least, args))
-        ratios += ratio_rows(pairs, quick_seconds, BT, [PARTIAL, TORCH_BT])
+        reference = BT if torch_trainer is None else TORCH_BT
+        ratios += ratio_rows(pairs, quick_seconds, reference, [BT, PARTIAL, PACKED])
         ratios += ratio_rows(pairs, slow_seconds, PARTIAL, [ROWS, TORCH_ROWS])
         # After each batch size, in case the next one does not fit in memory.
         text = report(args, ceilings, differences, without_torch, measure.table(speeds), measure.table(ratios))
@@ -230,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--micro-batch", type=int, default=32, help="pairs of prefix rows that run together")
     parser.add_argument("--steps", type=int, default=3, help="steps a timed run, but one of prefix rows")
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of bt and partial_bt")
+    parser.add_argument("--repeats", type=int, default=21, help="timed runs of bt and partial_bt")
     parser.add_argument("--row-repeats", type=int, default=2, help="timed runs of prefix rows")
     parser.add_argument("--skip-rows", action="store_true", help="leave out prefix rows (they are slow)")
     parser.add_argument("--skip-torch", action="store_true", help="leave out PyTorch")
@@ -259,11 +265,18 @@ def random_batch(vocab_size: int, pairs: int, args: argparse.Namespace) -> Batch
     )
 
 
+def packed(batch: Batch) -> Batch:
+    """The same pairs, one a row: a prompt and then both answers."""
+    packing = Packing(batch.prompts.shape[1] + 2 * batch.answers.shape[2])
+    return batch._replace(packed=packing.pack(batch.prompts, batch.answers, row_multiple=1))
+
+
 def contestants(
     ours: JaxTrainer, theirs: TorchTrainer | None, batch: Batch, args: argparse.Namespace
 ) -> tuple[Runs, Runs]:
     """The steps on whole texts, and `partial_bt` among the steps on prefix rows."""
     quick: Runs = {name: partial(ours.run, name, batch, args.steps) for name in (BT, PARTIAL)}
+    quick[PACKED] = partial(ours.run, PARTIAL, packed(batch), args.steps)
     if theirs:
         quick[TORCH_BT] = partial(theirs.run, batch, args.steps)
     if args.skip_rows:
@@ -278,7 +291,7 @@ def check_agreement(results: Mapping[str, StepResult], dtype: str) -> float:
     """The largest relative difference of losses and of gradient norms among steps that compute the same; exits if they
     do not."""
     largest = 0.0
-    for reference, others in {BT: [TORCH_BT], PARTIAL: [ROWS, TORCH_ROWS]}.items():
+    for reference, others in {BT: [TORCH_BT], PARTIAL: [PACKED, ROWS, TORCH_ROWS]}.items():
         for other in others:
             if other in results:
                 differences = np.abs(np.divide(results[other], results[reference]) - 1)
@@ -298,10 +311,15 @@ def least_seconds(
     model: CausalModel, what: str, pairs: int, args: argparse.Namespace, ceilings: measure.Ceilings
 ) -> float:
     """The limit of one step."""
-    lengths = range(1, args.answer + 1) if what in (ROWS, TORCH_ROWS) else [args.answer]
     itemsize = jnp.dtype(args.dtype).itemsize
-    texts = [args.prompt + length for length in lengths]
-    passes = [causal_pass(model, itemsize, queries=2 * pairs * text, seen=(text + 1) / 2) for text in texts]
+    if what == PACKED:  # a prompt's tokens see themselves; an answer's see the prompt and themselves
+        text = args.prompt + 2 * args.answer
+        seen = (args.prompt * args.prompt / 2 + 2 * args.answer * (args.prompt + args.answer / 2)) / text + 0.5
+        passes = [causal_pass(model, itemsize, queries=pairs * text, seen=seen)]
+    else:
+        lengths = range(1, args.answer + 1) if what in (ROWS, TORCH_ROWS) else [args.answer]
+        texts = [args.prompt + length for length in lengths]
+        passes = [causal_pass(model, itemsize, queries=2 * pairs * text, seen=(text + 1) / 2) for text in texts]
     # Weights are read forward and backward, at least once each for all texts.
     gradient = ceilings.least_seconds(2 * passes[0].bytes_read, 3 * sum(work.operations for work in passes))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params()))
@@ -332,7 +350,7 @@ def ratio_rows(
             "ratio": seconds[other].over(seconds[reference]),
         }
         for other in others
-        if other in seconds
+        if other in seconds and other != reference
     ]
 
 
@@ -359,7 +377,8 @@ def report(
 
 Time of one step (loss, gradient, clipping, AdamW): median of {args.repeats} runs of {args.steps} steps, for prefix rows
 of {args.row_repeats} runs of one (lowest to highest). Tokens are those of the pairs' texts, each counted once however
-often a step runs over it. Others' CPU is the share of all cores' time that other processes had; rounds in which it was
+often a step runs over it, and a prompt with each of its answers. Others' CPU is the share of all cores' time that
+other processes had; rounds in which it was
 over {measure.MOST_OTHERS:.0%} were dropped where enough others were quiet.
 
 {ratios}

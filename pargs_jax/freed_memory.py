@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
-_LARGEST = 2**31 - 1
+_NEVER = -1
+"""A threshold that no size reaches; the largest number that fits would be 2 GiB."""
 _ACCELERATORS = ("nvidia0", "kfd", "accel0", "vfio/0")
 """What is in `/dev` where there is a GPU or a TPU."""
 
@@ -29,5 +30,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    options = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _LARGEST}
+    options = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER}
     return all([mallopt(option, value) == 1 for option, value in options.items()])

@@ -15,13 +15,14 @@ freed_memory._ACCELERATORS = ()
 done = freed_memory.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-SIZE = 2**26  # of 4 KiB pages
+TOUCHED = 2**26  # of 4 KiB pages
+LARGE = 5 * 2**30  # twice and a half what fits into the C library's own numbers
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        memory = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(SIZE)))
-        ctypes.memset(memory, 1, SIZE)
+        memory = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(LARGE)))
+        ctypes.memset(memory, 1, TOUCHED)
         libc.free(memory)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
