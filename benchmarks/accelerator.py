@@ -1,6 +1,7 @@
 """One run on an accelerator: how fast decoding and training are, how far from their limits, and what the time goes to.
 
     python benchmarks/accelerator.py                          # under ten minutes on one H100 or H200
+    python benchmarks/accelerator.py --pairs hh_helpful.test.jsonl.gz --tokenizers gpt2 llama deberta_v3    # all parts
     python benchmarks/accelerator.py --tiny --seconds 120     # does it run at all? (a CPU)
 
 The parts run in the order of what they tell. Each writes its numbers to `benchmarks/results/accelerator_<device>.json`
@@ -17,6 +18,10 @@ begun that would probably end after `--seconds`.
   at the rate measured here; recomputation under `remat` counts as nothing.
 - profile: a chunk of decoding steps under JAX's profiler: kernels a step, the share of the time in which the device is
   busy, and the kernels that take longest.
+- refill (needs `--pairs` and `--tokenizers`): a file of HH's prompts by rows that refill and by a call a batch. The
+  whole table of `refill.py` is in a file of its own.
+- encoder (needs `--tokenizers`): a DeBERTa-v3-large guides GPT-2-large or Llama-2-7B, the pairs of the PARGS
+  paper's Figure 3, texts of 512 tokens, batch 1. The whole table of `encoders.py` is in a file of its own.
 
 Weights are random: nothing here depends on them.
 """
@@ -82,7 +87,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() and not args.part else {}
     ceilings = measure.ceilings(jnp.dtype("bfloat16"))
     print(f"{device}: reads {ceilings.bandwidth / 1e9:,.0f} GB/s, multiplies {ceilings.matmul / 1e12:,.1f} TFLOP/s")
-    for part in parts(args.tiny):
+    for part in parts(args, name):
         left = args.seconds - (time.monotonic() - began)
         if part.name in found or (args.part and part.name != args.part):
             continue
@@ -111,14 +116,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=570, help="begin no part that would end later")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to see whether it runs")
+    parser.add_argument("--pairs", help="HH's pairs, a file of prompt, chosen, rejected")
+    parser.add_argument(
+        "--tokenizers", nargs=3, metavar="FOLDER", help="of GPT-2, Llama and DeBERTa-v3: folders or hub ids"
+    )
     parser.add_argument("--part", help="only this part, whose rows are printed as JSON")
     parser.add_argument("--name", help="of the result files (default: from the device)")
     return parser.parse_args()
 
 
-def parts(tiny: bool) -> Iterator[Part]:
+def parts(args: argparse.Namespace, name: str) -> Iterator[Part]:
     """All parts, the most telling first."""
-    small, large = ("tiny", "tiny") if tiny else ("gpt2-large", "llama-2-7b")
+    small, large = ("tiny", "tiny") if args.tiny else ("gpt2-large", "llama-2-7b")
     for batch in (1, 16):
         yield Part(f"decode {large} x 2, {batch}", 60, partial(decode_rows, large, batch))
     yield Part(f"train {large}, LoRA", 60, partial(train_rows, large, 8, 16))
@@ -127,11 +136,66 @@ def parts(tiny: bool) -> Iterator[Part]:
     yield Part(f"decode {large} x 2, 64", 60, partial(decode_rows, large, 64))
     for batch in (1, 16, 64):
         yield Part(f"decode {small} x 2, {batch}", 30, partial(decode_rows, small, batch))
+    yield from parts_on_texts(args, name)
     yield Part(f"train {small}, all weights", 40, partial(train_rows, small, 16, 0))
     yield Part(f"profile {small} x 2, 16", 30, partial(profile_rows, small, 16))
     for variant, flag in FLAGS.items():
         part = f"decode {small} x 2, 16"
-        yield Part(f"{part}, {variant}", 50, partial(with_flag, part, flag, tiny))
+        yield Part(f"{part}, {variant}", 50, partial(with_flag, part, flag, args.tiny))
+
+
+def parts_on_texts(args: argparse.Namespace, name: str) -> Iterator[Part]:
+    """The parts that need real texts or tokenizers; other benchmarks of this folder, in processes of their own."""
+    if args.tokenizers is None:
+        print("refill, encoder: left out, they need --tokenizers")
+        return
+    gpt2, llama, deberta = args.tokenizers
+    if args.pairs is None:
+        print("refill: left out, it needs --pairs")
+    else:
+        size = "--prompts 8 --tokens 8 --batch 4" if args.tiny else "--width 1280 --layers 36 --dtype bfloat16"
+        words = ["--pairs", args.pairs, "--tokenizer", gpt2, "--repeats", "1", *size.split()]
+        yield Part("refill gpt2-large x 2", 90, partial(other_benchmark, "refill", f"{name}_refill", words, refill_row))
+    for lm, tokenizer in {"gpt2-large": gpt2, "llama-2-7b": llama}.items():
+        size = ["--lm", lm, "--shape", "large", "--texts", "512"]
+        own = [*size, "--lm-tokenizer", tokenizer, "--rm-tokenizer", deberta]
+        words = ["--lm", "tiny", "--shape", "tiny", "--texts", "32"] if args.tiny else own
+        words = [*words, "--dtype", "bfloat16", "--skip-torch", "--only-decoding"]
+        run = partial(other_benchmark, "encoders", f"{name}_encoder_{lm}", words, partial(encoder_row, args.tiny, lm))
+        yield Part(f"encoder guides {lm}", 90, run)
+
+
+def other_benchmark(
+    script: str, name: str, words: list[str], row_of: Callable[[dict[str, Any]], dict[str, Any]], _: measure.Ceilings
+) -> list[dict[str, Any]]:
+    """Rows of another script's table, which it writes to files of this name."""
+    model_of.cache_clear()  # the other process needs the device's memory
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name(f"{script}.py"), "--name", name, *words],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    found = json.loads((measure.RESULTS / f"{name}.json").read_text())
+    return [row_of(row) for row in found["rows" if script == "refill" else "decoding"]]
+
+
+def refill_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "what": f"HH's prompts, {row['what']}: {_shown(row['answers/min'])} answers/min",
+        "tokens/s": row["tokens/s"],
+    }
+
+
+def encoder_row(is_tiny: bool, lm: str, row: dict[str, Any]) -> dict[str, Any]:
+    guides = {"encoder": "full attention", "prefix_causal": "prefix-causal attention"}
+    whose = f"DeBERTa-v3-large, {guides[row['guide']]}" if row["guide"] in guides else row["guide"]
+    return {
+        "what": f"{'tiny, for ' * is_tiny}{lm}, text of {row['text']}: {whose}",
+        "rows": 1,
+        "ms a step": row["ms a step"],
+        "limit, ms": row["limit, ms"],
+        "share of the limit": row["limit, ms"] / row["ms a step"]["median"],
+    }
 
 
 def decode_rows(shape: str, batch: int, ceilings: measure.Ceilings, *, is_int8: bool = False) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def main() -> None:
     ceilings = measure.ceilings(jnp.dtype(args.dtype))
     config = ENCODERS[args.shape]
     decoding = decode_rows(args, config, ceilings, without_torch)
-    training = train_rows(args, config)
+    training = [] if args.only_decoding else train_rows(args, config)
     text = f"""\
 # Encoders: a DeBERTa-v3 of {args.shape} shape guides {args.lm}, {args.dtype}, k {args.k}, batch 1
 
@@ -94,6 +94,9 @@ before. Limit: for each model the greater of weights' bytes / {ceilings.bandwidt
         if without_torch
         else "The encoder's tokens equal those of the PyTorch loop."
     }
+"""
+    if training:
+        text += f"""\
 
 # Training on all prefixes: {args.pairs} pairs, prompts of {args.train_prompt} tokens, answers of {args.answer}
 
@@ -124,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-prompt", type=int, default=32, help="tokens of the prompts in training")
     parser.add_argument("--answer", type=int, default=32, help="tokens of the answers in training")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each contestant")
+    parser.add_argument("--only-decoding", action="store_true", help="leave out training")
     parser.add_argument("--skip-torch", action="store_true", help="time our code alone")
     parser.add_argument("--name", help="of the result files")
     return parser.parse_args()

@@ -106,6 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and products")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts")
     parser.add_argument("--name", default=f"refill_{jax.default_backend()}", help="of the result files")
@@ -118,7 +119,7 @@ def make_models(args: argparse.Namespace, tokenizer: TextTokenizer) -> tuple[Mod
         feedforward=4 * args.width,
     )  # fmt: skip
     pair = (CausalModel(shape, "vocabulary"), CausalModel(shape, "reward"))
-    lm, rm = (on_device(m, random_params(m, seed, "float32"), unrolled=True) for seed, m in enumerate(pair))
+    lm, rm = (on_device(m, random_params(m, seed, args.dtype), unrolled=True) for seed, m in enumerate(pair))
     reward_model = RewardModel("random", *rm, tokenizer, None, lm_vocab_size=tokenizer.vocab_size)
     return Models(*lm, (), tokenizer.eos_id, [reward_model]), AnswerReader("random", tokenizer, [reward_model])
 
@@ -191,7 +192,7 @@ def report(args: argparse.Namespace, answers: dict[str, list[Answer]], speeds: s
 {args.prompts} prompts of HH of at most {args.longest_prompt} tokens, drawn with seed {args.seed}, {args.batch} rows. A
 prompt's longest answer has as many tokens as its chosen answer in HH, at most {args.tokens} (mean
 {np.mean(lengths):.0f}). Language model and causal reward model: random GPT-2s of width {args.width} with {args.layers}
-layers, float32. Median of {args.repeats} runs in turns (lowest to highest). All answers are equal.
+layers, {args.dtype}. Median of {args.repeats} runs in turns (lowest to highest). All answers are equal.
 
 {speeds}
 
