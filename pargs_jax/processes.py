@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from pargs_jax.errors import InputError, first_line
+from pargs_jax.lost_processes import watch_processes
 from pargs_jax.processes_config import ProcessesConfig
 from pargs_jax.roll_call import call_roll
 
@@ -27,8 +28,9 @@ def start_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, before JAX looks for devices.
 
     On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
-    if their addresses are not known, or if some do not come within `TIMEOUT`, which it names. Where JAX finds them and
-    some do not come, JAX ends the process after `TIMEOUT`, with a stack trace.
+    if their addresses are not known, or if some do not come within `TIMEOUT`, which it names. If one of them is gone
+    later, the others end (`watch_processes`). Where JAX finds them and some do not come, or are gone later, JAX ends
+    the process with a stack trace.
     """
     where = config.coordinator or "the address that JAX found"
     message = f"waiting for the other processes at {where}, for at most {TIMEOUT} seconds"
@@ -40,8 +42,10 @@ def start_processes(config: ProcessesConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and not tell us
     try:
         if config.coordinator is not None:
-            call_roll(config.coordinator, config.count, config.index, TIMEOUT)
+            connections = call_roll(config.coordinator, config.count, config.index, TIMEOUT)
         jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=TIMEOUT)
+        if config.coordinator is not None:
+            watch_processes(connections, config.count)
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:

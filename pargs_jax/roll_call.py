@@ -1,7 +1,8 @@
 """Waits until all processes of a run are there, and says which are not.
 
 JAX waits too, but ends a process with a stack trace that does not say who is missing. So processes with known addresses
-first report to the first one over TCP, at the address where JAX's coordinator will listen afterwards.
+first report to the first one over TCP, at the address where JAX's coordinator will listen afterwards. The connections
+stay open: `pargs_jax.lost_processes` tells by them when a process is gone.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ _RETRY_SECONDS = 0.2
 _READ_SECONDS = 5.0  # for one short line of a process that is there
 
 
-def call_roll(address: str, count: int, index: int, timeout: float) -> None:
-    """Returns when all processes of a run have called this.
+def call_roll(address: str, count: int, index: int, timeout: float) -> dict[int, socket.socket]:
+    """Returns when all processes of a run have called this: the first process's connections to all others, by their
+    numbers; another one's to the first.
 
     Args:
         address: HOST:PORT, where the first process can be reached.
@@ -31,7 +33,7 @@ def call_roll(address: str, count: int, index: int, timeout: float) -> None:
     port is taken.
     """
     host, _, port = address.rpartition(":")
-    missing = (
+    connections, missing = (
         _wait_for_others(int(port), count, timeout)
         if index == 0
         else _report_to_first(host.strip("[]"), int(port), count, index, timeout)
@@ -41,10 +43,11 @@ def call_roll(address: str, count: int, index: int, timeout: float) -> None:
             f"processes: of {count}, number {', '.join(map(str, missing))} did not come to {address} within "
             f"{timeout:g} seconds"
         )
+    return connections
 
 
-def _wait_for_others(port: int, count: int, timeout: float) -> list[int]:
-    """The numbers of the processes that did not come."""
+def _wait_for_others(port: int, count: int, timeout: float) -> tuple[dict[int, socket.socket], list[int]]:
+    """The connections to all others, and the numbers of those that did not come; connections only if all came."""
     deadline = time.monotonic() + timeout
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -68,7 +71,11 @@ def _wait_for_others(port: int, count: int, timeout: float) -> list[int]:
         for connection in here.values():
             with contextlib.suppress(OSError):
                 connection.sendall(answer)
-    return missing
+        if missing:
+            return {}, missing
+        # Others may have come and gone meanwhile, or were no processes of this run; these stay open.
+        kept = {number: connection.dup() for number, connection in here.items()}
+    return kept, []
 
 
 def _number_said(connection: socket.socket, count: int) -> int | None:
@@ -83,27 +90,30 @@ def _number_said(connection: socket.socket, count: int) -> int | None:
     return number
 
 
-def _report_to_first(host: str, port: int, count: int, index: int, timeout: float) -> list[int]:
-    """The numbers of the processes that did not come, as the first one says."""
+def _report_to_first(
+    host: str, port: int, count: int, index: int, timeout: float
+) -> tuple[dict[int, socket.socket], list[int]]:
+    """The connection to the first process, and the numbers of those that did not come, as it says."""
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise InputError(f"processes.coordinator: the host {host} is not known ({error.strerror})") from error
     deadline = time.monotonic() + timeout
     while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host, port), timeout=left) as connection:
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = stack.enter_context(socket.create_connection((host, port), timeout=left))
                 connection.sendall(f"process {index} of {count}\n".encode())
                 connection.settimeout(left + _READ_SECONDS)  # the first one began to wait later
                 answer = _line(connection)
-        except OSError:
-            answer = b""
-        if answer == _START:
-            return []
-        if answer.startswith(b"missing "):
-            return [int(number) for number in answer.split()[1:]]
+            except OSError:
+                answer = b""
+            if answer == _START:
+                return {0: connection.dup()}, []
+            if answer.startswith(b"missing "):
+                return {}, [int(number) for number in answer.split()[1:]]
         time.sleep(_RETRY_SECONDS)
-    return [0]
+    return {}, [0]
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -28,7 +28,8 @@ def results(port, count, indices, timeout, host="localhost"):
 
     def one(index):
         try:
-            return call_roll(f"{host}:{port}", count, index, timeout)
+            for connection in call_roll(f"{host}:{port}", count, index, timeout).values():
+                connection.close()
         except InputError as error:
             return str(error)
 
@@ -104,3 +105,79 @@ def test_processes_start_by_address_and_under_slurm(port):
     _, errors = alone.communicate(timeout=100)
     message = f"error: processes: of 2, number 1 did not come to localhost:{port + 1} within 2 seconds\n"
     assert (alone.returncode, errors) == (2, message)
+
+
+WATCHED = """
+import sys, time
+from pargs_jax import lost_processes
+from pargs_jax.commands.process import run_as_command
+from pargs_jax.errors import InputError
+from pargs_jax.roll_call import call_roll
+
+lost_processes._GRACE = 0.2
+address, count, index = sys.argv[1], *map(int, sys.argv[2:])
+
+def main():
+    lost_processes.watch_processes(call_roll(address, count, index, 30), count)
+    print("here", flush=True)
+    match input():
+        case "fail":
+            raise InputError("disk full")
+        case "wait":
+            time.sleep(60)
+
+run_as_command(main)
+"""
+
+
+@pytest.fixture
+def watched(port):
+    """Starts three processes that watch each other, and does with each what its word says; returns how each ended."""
+    running = []
+
+    def run(*words):
+        running[:] = [
+            subprocess.Popen(
+                [sys.executable, "-c", WATCHED, f"localhost:{port}", "3", str(index)],
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for index in range(3)
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdout.readline() == "here\n"
+        for process, word in sorted(zip(running, words, strict=True), key=lambda each: each[1] != "end"):
+            if word == "kill":
+                process.kill()
+            else:
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+        return [(process.wait(20), process.stderr.read()) for process in running]
+
+    yield run
+    for process in running:
+        process.kill()
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_when_a_process_is_killed_the_others_end_and_name_it(watched, lost):
+    words = ["wait"] * 3
+    words[lost] = "kill"
+    ended = watched(*words)
+    assert ended.pop(lost) == (-9, "")
+    message = (
+        f"error: processes: of 3, number {lost} is gone; it was killed, or its machine was lost. What was saved is "
+        "whole: start all of them again, train.py with --resume\n"
+    )
+    assert ended == [(2, message)] * 2
+
+
+def test_when_a_process_ends_with_an_error_the_others_end_and_name_it(watched):
+    ended = watched("wait", "fail", "wait")
+    assert ended.pop(1) == (2, "error: disk full\n")
+    assert {code for code, _ in ended} == {2}
+    assert all("of 3, number 1 ended with an error, which it printed." in said for _, said in ended)
+
+
+def test_a_process_that_is_done_ends_no_other(watched):
+    assert watched("end", "end", "end") == [(0, "")] * 3

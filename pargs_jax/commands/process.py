@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pargs_jax.errors import InputError, InputWarning, Terminated, first_line
+from pargs_jax.lost_processes import tell_failure
 from pargs_jax.signals import signals_end_process
 
 DEBUG = "--debug"
@@ -53,9 +54,11 @@ def run_as_command(main: Callable[[], None], memory_advice: str = "give it less 
             _print_line("interrupted")
             sys.exit(130)
         except BrokenPipeError:
+            tell_failure()
             _discard_output()
             sys.exit(141)
         except Exception as error:
+            tell_failure()
             if shows_stack:
                 traceback.print_exception(error)
             else:

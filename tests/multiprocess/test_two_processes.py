@@ -139,14 +139,31 @@ def test_training_on_the_models_own_answers(start, tmp_path, monkeypatch):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+def wait_for_a_step(running, out):
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline and running[0].poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_when_one_of_them_is_killed_the_other_names_it(start, tmp_path, lost):
+    out = tmp_path / "run"
+    options = ("--model.init", start, *TRAINING, *DEMO, "--steps", "1000000", "--save-every", "0", "--out", str(out))
+    with started("train.py", *options, "--mesh", "cpu-2") as running:
+        wait_for_a_step(running, out)
+        running[lost].kill()
+        printed = running[1 - lost].communicate(timeout=10)[0]
+    assert running[1 - lost].returncode == 2
+    assert f"error: processes: of 2, number {lost} is gone; it was killed" in printed
+    assert "Traceback" not in printed and "F0" not in printed
+
+
 def test_both_end_after_the_same_step_when_one_of_them_is_told_to(start, tmp_path):
     out = tmp_path / "run"
     options = ("--model.init", start, *TRAINING, *DEMO, "--steps", "1000000", "--save-every", "0", "--out", str(out))
     with started("train.py", *options, "--mesh", "cpu-2") as running:
-        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 200
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert time.monotonic() < deadline and running[0].poll() is None
-            time.sleep(0.1)
+        wait_for_a_step(running, out)
         running[1].send_signal(signal.SIGTERM)
         printed = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [143, 143], "\n".join(printed)
