@@ -95,3 +95,26 @@ def test_an_output_that_is_closed_full_or_ascii_does_no_harm(redirection, code, 
     assert (ended.returncode, ended.stderr) == (code, errors)
     assert (tmp_path / "own.txt").read_text() == "mine"
     assert ended.stdout in ("", "n\\xe9" * 5000 + "\n" if encoding == "ascii" else "né" * 5000 + "\n")
+
+
+SAVES = """
+import os
+from pargs_jax.commands.process import run_as_command
+
+async def write():
+    pass
+
+def main():
+    half_made = [write()]  # as a library that saves in the background leaves it
+    files = [open(os.devnull) for _ in range(100)]
+
+run_as_command(main)
+"""
+
+
+def test_a_limit_of_open_files_is_one_line():
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -n 24; exec "$0" -c "$1"', sys.executable, SAVES],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (2, f"error: {os.devnull}: Too many open files\n")

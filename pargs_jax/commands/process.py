@@ -62,7 +62,9 @@ def run_as_command(main: Callable[[], None], memory_advice: str = "give it less 
             if shows_stack:
                 traceback.print_exception(error)
             else:
-                sys.unraisablehook = lambda _: None  # what fails while half-made objects are deleted says nothing new
+                # What half-made objects say while they are deleted is nothing new.
+                sys.unraisablehook = lambda _: None
+                warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
             _print_line("error", reason_of(error, memory_advice) or _unforeseen(error, not shows_stack))
             try:
                 sys.stdout.flush()
