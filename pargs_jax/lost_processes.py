@@ -89,7 +89,7 @@ class _Watch:
             how = "is gone; it was killed, or its machine was lost"
         line = (
             f"error: processes: of {self._count}, number {number} {how}. What was saved is whole: "
-            "start all of them again, train.py with --resume\n"
+            "start all of them again, a training run with the option resume\n"
         )
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), line.encode())

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import inspect
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import pargs_jax as pj
+from pargs_jax.commands import doors
 from pargs_jax.data.batches import Batch
 from pargs_jax.models import hf
 from pargs_jax.testing import TINY_CONFIGS, tiny_model
@@ -47,7 +49,8 @@ MAY_IMPORT = {
     "signals": {"errors"},
     "durable_files": {"errors"},
     "roll_call": {"errors"},
-    "processes": {"roll_call", "processes_config", "errors"},
+    "lost_processes": set(),
+    "processes": {"lost_processes", "roll_call", "processes_config", "errors"},
     "json_text": {"errors"},
     "pages": set(),
     "aot": {"errors"},
@@ -157,6 +160,7 @@ WITHOUT_JAX = (
     "json_text",
     "pages",
     "roll_call",
+    "lost_processes",
     "text",
     "data",
     "demo",
@@ -212,6 +216,12 @@ def test_words_of_flags_are_left_to_the_commands():
         if not module.startswith(own) and not module.endswith("config"):
             found = re.findall(r"(?<![\w-])--(?!xla_)[a-z][\w.-]*", path.read_text())
             assert not found, f"{path}: {found}"
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "evaluate", "serve"])
+def test_installed_commands_are_the_front_doors(name):
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name=f"pargs-{name}")
+    assert command.load() is getattr(doors, name)
 
 
 def test_files_stay_short():

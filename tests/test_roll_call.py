@@ -167,7 +167,7 @@ def test_when_a_process_is_killed_the_others_end_and_name_it(watched, lost):
     assert ended.pop(lost) == (-9, "")
     message = (
         f"error: processes: of 3, number {lost} is gone; it was killed, or its machine was lost. What was saved is "
-        "whole: start all of them again, train.py with --resume\n"
+        "whole: start all of them again, a training run with the option resume\n"
     )
     assert ended == [(2, message)] * 2
 
