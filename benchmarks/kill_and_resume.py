@@ -149,8 +149,8 @@ def kill_when(
         draw.shuffle(processes)
         for process in processes:
             process.send_signal(signal.SIGKILL)
-            # When one of several is killed, the others end by themselves.
-            if process.wait() not in {-signal.SIGKILL, *[2] * (process is not processes[0])}:
+            # When one of several is killed, the others end by themselves; JAX aborts, if it is quicker than we are.
+            if process.wait() not in {-signal.SIGKILL, *[2, -signal.SIGABRT] * (process is not processes[0])}:
                 raise SystemExit(f"ended before it was killed:\n{(work / 'log.txt').read_text()[-3000:]}")
             time.sleep(draw.uniform(0, 0.5) if process is not processes[-1] else 0)
 
@@ -295,14 +295,17 @@ def print_table(title: str, columns: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=5, help="of train.py, in each of four ways; 0: none")
-    parser.add_argument("--decode-kills", type=int, default=5, help="of decode.py, in each of two ways; 0: none")
+    parser.add_argument(
+        "--kills", type=int, default=5, help="of train.py, plain and packed, with each number of processes"
+    )
+    parser.add_argument("--decode-kills", type=int, default=5, help="of decode.py, for each number of processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args()
     draw, began = random.Random(given.seed), time.monotonic()
     ways = {"plain": (), "packed": ("--pack", "128")}
-    trained = [Case(name, count, given.kills, options) for count in (1, 2) for name, options in ways.items()]
-    decoded = [Case("decoding", count, given.decode_kills) for count in (1, 2) if given.decode_kills]
+    trained = [Case(name, count, given.kills, options) for count in given.processes for name, options in ways.items()]
+    decoded = [Case("decoding", count, given.decode_kills) for count in given.processes if given.decode_kills]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         save_language_model(work / "lm")
@@ -311,8 +314,9 @@ def main() -> None:
             case: f"{case.name}, {case.processes} process{'es' * (case.processes > 1)}" for case in trained + decoded
         }
         trainings = {names[case]: told(kill_training(work, case, draw)) for case in trained if case.kills}
-        if decoded and not trainings:
-            finish(training(work, trained[0], "alone"), trained[0], work)  # the reward model
+        if decoded and not (work / "plain-1").exists():
+            alone = Case("plain", 1, 0)
+            finish(training(work, alone, "alone"), alone, work)  # the reward model
         decodings = {names[case]: told(kill_decoding(work, case, draw)) for case in decoded}
     print(f"\nseed {given.seed}, {time.monotonic() - began:.0f} s")
     for title, found in {"`train.py`": trainings, "`decode.py`": decodings}.items():
