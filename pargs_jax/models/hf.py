@@ -37,6 +37,7 @@ from pargs_jax.models.weights import (
     open_tensors,
     read_json,
     settle_tied_head,
+    share_tied_table,
 )
 from pargs_jax.sharding import place_computed
 
@@ -100,10 +101,13 @@ def load_model(
             model, params = dataclasses.replace(model, int8=True), quantise_layers(params)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
+    kind = model.head_kind
+    is_tied = kind.may_be_tied and model.config.tied_embeddings
+    if is_tied:
+        share_tied_table(model, family, tensors)
     if adapter is not None:
         adapter.join(tensors, family)
-    kind = model.head_kind
-    if kind.may_be_tied and model.config.tied_embeddings:
+    if is_tied:
         model = settle_tied_head(model, family, tensors, folder)
     if kind is CAUSAL_HEADS["reward"] and "score.bias" in tensors:
         model = dataclasses.replace(model, head=IN_PLACE_OF_REWARD)
