@@ -7,6 +7,7 @@ The matrices of the token embeddings have other names and are transposed: A is `
 
 import dataclasses
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -230,7 +231,7 @@ def export_adapter(
     if adapts_tied_table(model):
         raise ValueError("PEFT merges additions to a table twice if the head is tied to it; save the merged model")
     family = FAMILIES[model.config.to_hf()["model_type"]]
-    matrices, ranks = _matrices(model, family, params)
+    matrices, ranks = map(operator.or_, _matrices(model, family, params), _matrices_outside(model, family, params))
     heads = _trained_head(model, family, params)
     if jax.process_index() > 0:
         return
@@ -260,8 +261,8 @@ def export_adapter(
 
 
 def _matrices(model: Model, family: Family, params: Params) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The two matrices of every adapted layer, by their names; and the rank of every adapted tensor, by its name in the
-    table."""
+    """The two matrices of every adapted layer of the blocks, by their names; and the rank of every adapted tensor, by
+    its name in the table."""
     columns, widths = columns_of(family, dataclasses.replace(model, lora=None))
     parts: dict[str, list[tuple[range, np.ndarray, np.ndarray]]] = {}
     for row in family.rows:
@@ -280,21 +281,24 @@ def _matrices(model: Model, family: Family, params: Params) -> tuple[dict[str, n
             layer = _name_in_peft(family, tensor.format(number)).removesuffix(".weight")
             found[f"{layer}.lora_A.weight"] = np.ascontiguousarray(np.concatenate(rows))
             found[f"{layer}.lora_B.weight"] = np.concatenate(blocks, axis=1)
-    ranks = {tensor: len(pieces) * model.lora.rank for tensor, pieces in parts.items()}
-    outside = (
-        (token_table(family), f"{{}}.lora_{EMBEDDING}{{}}", ("backbone", "embed")),
-        (model.head_kind.rows[0].tensor, "{}.lora_{}.weight", ("head", "linear")),
-    )
-    abstract = model.abstract_params()
-    for tensor, form, (above, name) in outside:
-        like, layer = (tree.get(above, {}).get(name, {}) for tree in (abstract, params))
-        if "lora_in" not in like:
-            continue
-        ranks[tensor] = model.lora.rank
-        for half, end in (("A", "lora_in"), ("B", "lora_out")):
-            whole = to_host(layer[end])[tuple(map(slice, like[end].shape))]  # without the padding of a vocabulary
-            peft_name = _name_in_peft(family, tensor).removesuffix(".weight")
-            found[form.format(peft_name, half)] = np.ascontiguousarray(whole.T)
+    return found, {tensor: len(pieces) * model.lora.rank for tensor, pieces in parts.items()}
+
+
+def _matrices_outside(model: Model, family: Family, params: Params) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The same of the layers outside the blocks: token embeddings, and a vocabulary head."""
+    found: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for tensor, form, above, name in (
+        (token_table(family), f"lora_{EMBEDDING}{{}}", "backbone", EMBED),
+        (model.head_kind.rows[0].tensor, "lora_{}.weight", "head", "linear"),
+    ):
+        like, layer = (tree.get(above, {}).get(name, {}) for tree in (model.abstract_params(), params))
+        if "lora_in" in like:
+            ranks[tensor] = model.lora.rank
+            for half, end in (("A", "lora_in"), ("B", "lora_out")):
+                array = to_host(layer[end])[tuple(map(slice, like[end].shape))]  # without the padding of a vocabulary
+                peft_layer = _name_in_peft(family, tensor).removesuffix(".weight")
+                found[f"{peft_layer}.{form.format(half)}"] = np.ascontiguousarray(array.T)
     return found, ranks
 
 
@@ -315,9 +319,10 @@ def adapts_tied_table(model: Model) -> bool:
 
 
 def _name_in_peft(family: Family, tensor: str) -> str:
-    """A tensor's name in a model of transformers, of its name in a table."""
+    """A tensor's name in a model of transformers, of its name in a table. There the head of GPT-NeoX has the name that
+    it has here; only its checkpoints have another."""
     is_of_head = tensor in {row.tensor for head in CAUSAL_HEADS.values() for row in head.rows}
-    return family.head_names.get(tensor, tensor) if is_of_head else family.backbone_prefix + tensor
+    return tensor if is_of_head else family.backbone_prefix + tensor
 
 
 def _pattern(tensor: str) -> str:

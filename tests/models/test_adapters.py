@@ -80,6 +80,7 @@ CASES = {
             "alpha_pattern": {"lm_head": 3},
         },
     ),
+    "gpt_neox, embeddings and head": ("gpt_neox", "vocabulary", {"target_modules": ["embed_in", "lm_head"]}),
     "gpt_neox, embeddings": ("gpt_neox", "reward", {"target_modules": ["embed_in"], "modules_to_save": ["score"]}),
     "tied, embeddings alone": ("gpt2", "vocabulary", {"target_modules": ["wte", "c_proj"], "fan_in_fan_out": True}),
     "tied, head alone": ("qwen3", "vocabulary", {"target_modules": ["lm_head"]}),
@@ -168,9 +169,9 @@ def test_an_exported_adapter_is_read_here_and_by_peft(family, head, layers, tmp_
     peft = pytest.importorskip("peft", reason="the reference is PEFT")
     auto = peft.AutoPeftModelForSequenceClassification if head == "reward" else peft.AutoPeftModelForCausalLM
     options = {"num_labels": 1} if head == "reward" else {}
-    np.testing.assert_allclose(
-        torch_outputs(auto.from_pretrained(tmp_path / "adapter", **options).eval()), expected, atol=1e-4
-    )
+    adapted = auto.from_pretrained(tmp_path / "adapter", **options).eval()
+    np.testing.assert_allclose(torch_outputs(adapted), expected, atol=1e-4)
+    np.testing.assert_allclose(torch_outputs(adapted.merge_and_unload()), expected, atol=1e-4)
 
 
 def without_additions(params):
@@ -239,7 +240,7 @@ TABLE = "base_model.model.model.embed_tokens"
         ({f"{TABLE}.lora_embedding_A": 32}, r"model.embed_tokens has lora_embedding_A alone"),
         (
             {f"{TABLE}.lora_A.weight": (3, 32), f"{TABLE}.lora_B.weight": (61, 3)},
-            r"embed_tokens has lora_A and lora_B; token embeddings must have lora_embedding_A and lora_embedding_B, and",
+            r"embed_tokens has lora_A and lora_B; token embeddings must have lora_embedding_A and lora_embedding_B",
         ),
         (
             {f"{TABLE}.lora_embedding_A": (3, 32), f"{TABLE}.lora_embedding_B": (61, 3)},
