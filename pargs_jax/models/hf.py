@@ -76,7 +76,8 @@ def load_model(
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
     language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
-    An adapter (`pargs_jax.models.sources`) is merged into the matrices as they are read, in fp32.
+    An adapter (`pargs_jax.models.sources`) is merged into the matrices as they are read, in fp32. Where it changes a
+    tied head or its embeddings, the model that is loaded has both matrices, as PEFT changes the two separately.
 
     A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
     (`label_shares`).

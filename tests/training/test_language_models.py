@@ -104,7 +104,7 @@ def test_dpo_moves_away_from_the_model_that_it_starts_from(settings, lm, tmp_pat
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), adapted, tuned.params)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "farma"])
+@pytest.mark.parametrize("objective", ["dpo", "farma"])
 def test_additions_to_embeddings_and_head_are_resumed_and_exported(settings, lm, tmp_path, objective):
     """On two devices, the same as on one; only the chosen matrices change."""
     lora = LoraConfig(rank=2, layers="value|embed|head")
