@@ -148,10 +148,7 @@ class Adapter(NamedTuple):
             if name not in tensors:
                 raise InputError(f"{path}: adapts {layer}, which the model's checkpoint does not store")
             a, b = (pair[half] for half in sorted(pair))
-            own, turned = (a.shape[-1], b.shape[0]), (b.shape[0], a.shape[-1])
-            # The layers of GPT-2 are stored the other way round.
-            fits = tensors[name].shape == own or (tensors[name].shape == turned and name != table)
-            if len(a.shape) != 2 or b.shape[1:] != a.shape[:1] or not fits:
+            if not _fit(a.shape, b.shape, tensors[name].shape, is_table=name == table):
                 raise InputError(
                     f"{path}: the matrices of {layer} have shapes {b.shape} and {a.shape}, that of the model "
                     f"{tensors[name].shape}"
@@ -190,6 +187,14 @@ def _check_pair(path: Path, layer: str, pair: dict[str, Stored], *, is_table: bo
             f"{path}: {layer} has {names}; token embeddings must have lora_{EMBEDDING}A and lora_{EMBEDDING}B, and all "
             "other layers lora_A and lora_B, because no other embeddings can be adapted"
         )
+
+
+def _fit(a: tuple[int, ...], b: tuple[int, ...], own: tuple[int, ...], *, is_table: bool) -> bool:
+    """Whether the shapes of A and B give a product of the shape of a stored matrix."""
+    if len(a) != 2 or b[1:] != a[:1]:
+        return False
+    # The layers of GPT-2 are stored the other way round, as tables are.
+    return own == (a[1], b[0]) or (own == (b[0], a[1]) and not is_table)
 
 
 def _check_pattern(field: str, layers: str) -> None:

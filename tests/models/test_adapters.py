@@ -146,6 +146,8 @@ WRITTEN = [
     ("llama", "vocabulary", "head"),
     ("gpt_neox", "vocabulary", "embed|head"),
     ("gpt2", "reward", ".*|embed"),
+    ("opt", "reward", "embed"),
+    ("gemma3", "reward", "embed"),
     ("deberta", "reward", "query|embed"),
 ]
 
@@ -172,6 +174,13 @@ def test_an_exported_adapter_is_read_here_and_by_peft(family, head, layers, tmp_
     adapted = auto.from_pretrained(tmp_path / "adapter", **options).eval()
     np.testing.assert_allclose(torch_outputs(adapted), expected, atol=1e-4)
     np.testing.assert_allclose(torch_outputs(adapted.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_an_addition_to_a_tied_table_is_not_exported(tmp_path):
+    """PEFT would merge it twice."""
+    with pytest.raises(ValueError, match="twice"):
+        export_adapter(tmp_path / "adapter", *drawn("gpt2", "vocabulary", "embed"), base="base")
+    assert not (tmp_path / "adapter").exists()
 
 
 def without_additions(params):
@@ -251,6 +260,7 @@ TABLE = "base_model.model.model.embed_tokens"
             r"q_proj has lora_A and lora_B and lora_embedding_A and lora_embedding_B; token embeddings must have",
         ),
         ({LAYER.replace("q_proj", "x_proj") + ".lora_A.weight": 32}, r"x_proj has lora_A alone"),
+        ({f"{LAYER}.lora_B.weight": ()}, r"q_proj have shapes \(\) and \(3, 32\), that of the model \(32, 32\)"),
         ({f"{LAYER}.lora_B.weight": 32}, r"q_proj have shapes \(32,\) and \(3, 32\), that of the model \(32, 32\)"),
         ({f"{LAYER}.lora_B.weight": (5, 3)}, r"q_proj have shapes \(5, 3\) and \(3, 32\), that of the model"),
         ({"model.norm.weight": 32}, r"model.norm.weight is not a part of a LoRA adapter"),
