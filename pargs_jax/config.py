@@ -139,7 +139,9 @@ class LoraConfig:
     alpha: float = option(32.0, "the additions are scaled by alpha / rank", above=0)
     layers: str = option(
         ".*",
-        "regular expression for the names of the layers to adapt, such as 'query|value'",
+        "regular expression for the names of the layers to adapt, such as 'query|value'; '.*' is all linear layers of "
+        "the blocks. Token embeddings (embed) and a vocabulary head with a matrix of its own (head) are adapted only "
+        "if their names are spelled out, as in '.*|embed|head'",
         metavar="REGEX",
     )
 

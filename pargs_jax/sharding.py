@@ -29,7 +29,8 @@ LOW_RANK: dict[str, tuple[str | None, ...]] = {
     "shared_in": _INTO_LOW_RANK, "shared_mix": (), "shared_out": _OUT_OF_LOW_RANK,
     "own_in": _INTO_LOW_RANK, "own_mix": (), "own_out": _OUT_OF_LOW_RANK, "preference": (),
 }  # fmt: skip
-"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), the same for every layer."""
+"""The low-rank additions of linear layers (`pargs_jax.models.lora`, `preference_lora`), the same for every layer of the
+blocks."""
 
 _NAMES: dict[str, tuple[str | None, ...]] = {}
 """The names of each array's last dimensions, by its dotted path without layer numbers. Dimensions before these (stacked
@@ -70,7 +71,7 @@ def name_dimensions(path: str, names: tuple[str | None, ...]) -> None:
 def dimension_names(path: str, rank: int) -> tuple[str | None, ...]:
     """The name of each dimension of the array at a dotted path."""
     plain = re.sub(r"\.\d+(?=\.)", "", path)
-    names = LOW_RANK.get(plain.rpartition(".")[2], _NAMES.get(plain))
+    names = _NAMES.get(plain, LOW_RANK.get(plain.rpartition(".")[2]))
     if names is None:
         raise ValueError(f"{path}: no model family says how this array is split")
     return (None,) * (rank - len(names)) + names

@@ -33,6 +33,8 @@ MODELS = [
     *(CausalModel(config, head) for config in TINY_CONFIGS.values() for head in ("vocabulary", "reward")),
     EncoderModel(DEBERTA_WITH_ALL),
     dataclasses.replace(CausalModel(TINY_CONFIGS["llama"], "reward"), lora=Lora(2)),
+    dataclasses.replace(CausalModel(TINY_CONFIGS["llama"]), lora=Lora(2, layers=".*|embed|head")),
+    dataclasses.replace(CausalModel(TINY_CONFIGS["gpt2"]), lora=Lora(2, layers="embed")),
 ]
 
 

@@ -24,7 +24,7 @@ from pargs_jax.data_config import DEMO
 from pargs_jax.durable_files import write_errors_named_after
 from pargs_jax.errors import InputError
 from pargs_jax.mesh import ensured_mesh, make_topology_mesh, open_compile_cache
-from pargs_jax.models.adapters import export_adapter
+from pargs_jax.models.adapters import adapts_tied_table, export_adapter
 from pargs_jax.models.hf import (
     Pretrained,
     describe_model,
@@ -164,7 +164,9 @@ def training_program(
                 f"--objective.{name}: {other_sources(config)[name]} has {size} token embeddings, must have "
                 f"{model.config.vocab_size} as {config.model.init}"
             )
-    return TrainingProgram.assemble(config, model, closing_id=closing_id, others=others)
+    program = TrainingProgram.assemble(config, model, closing_id=closing_id, others=others)
+    program.model.abstract_params()  # raises if it lacks a layer that --lora.layers names
+    return program
 
 
 def _check_packed(config: TrainConfig, source: str, model: AnyRewardModel) -> None:
@@ -304,7 +306,7 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         model = dataclasses.replace(model, lora=program.model.lora)
     elif program.model.lora is not None:
         adapted = dataclasses.replace(model, lora=program.model.lora)
-        has_adapter = _save_adapter(config, folder, adapted, params)
+        has_adapter = _save_adapter(config, folder, adapted, params, console)
         params = jax.jit(partial(merge_lora, program.model.lora))(params)
     exported = folder / EXPORTED
     with write_errors_named_after(exported, MEND_AND_RESUME):
@@ -329,14 +331,21 @@ def _train(config: TrainConfig, folder: Path, console: Console) -> None:
         )
 
 
-def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params) -> bool:
+def _save_adapter(config: TrainConfig, folder: Path, model: Model, params: Params, console: Console) -> bool:
     """Writes low-rank additions as a PEFT adapter, unless PEFT could not put it on the model that they were trained
     from: transformers has no class for tables and no prefix-causal attention, and an adapter's model must be stored.
-    Returns whether it did."""
+    For additions to token embeddings that the head is tied to there is none either, which is printed. Returns whether
+    it did."""
     source = model_source(config.model.init)
     found, named = find(source), split_source(source)
     is_own = model.head == "table" or getattr(model.config, "attention", "full") != "full"
     if is_own or found.adapter is not None or config.model.from_scratch:
+        return False
+    if adapts_tied_table(model):
+        console.print(
+            "wrote no PEFT adapter: the head is tied to the token embeddings, whose addition PEFT would merge twice",
+            highlight=False,
+        )
         return False
     adapter = folder / EXPORTED_ADAPTER
     is_local = Path(named.model).is_dir()

@@ -2,10 +2,12 @@
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. The latter holds two thin matrices
 for each adapted layer, `B A` scaled by `alpha / rank`, and whole tensors for `modules_to_save`, such as a reward head.
+The matrices of the token embeddings have other names and are transposed: A is `[rank, vocabulary]`, B `[width, rank]`.
 """
 
 import dataclasses
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +22,8 @@ from pargs_jax.errors import InputError, input_errors_named_after
 from pargs_jax.models.config_fields import EMPTY, FALSE, NOT_SET, ConfigFields, Requirement
 from pargs_jax.models.families import FAMILIES
 from pargs_jax.models.family import Family
-from pargs_jax.models.heads import CLASSIFIER
+from pargs_jax.models.heads import CAUSAL_HEADS, CLASSIFIER
+from pargs_jax.models.lora import EMBED
 from pargs_jax.models.model import Model, Params
 from pargs_jax.models.sources import ADAPTER_CONFIG
 from pargs_jax.models.weights import (
@@ -33,11 +36,14 @@ from pargs_jax.models.weights import (
     export_tensors,
     read_json,
     stored_in,
+    token_table,
 )
 from pargs_jax.sharding import to_host
 
 PREFIX = "base_model.model."
 """Before the name of every tensor."""
+EMBEDDING = "embedding_"
+"""Before the names of the two matrices of embeddings."""
 PROMPT_FORM = "pargs_prompt_form"
 """In the metadata of the file with the tensors: the prompt form of training."""
 
@@ -124,6 +130,7 @@ class Adapter(NamedTuple):
         path = self.folder / ADAPTER
         if not path.is_file():
             raise InputError(f"{self.folder}: has no {ADAPTER}; adapters are read from safetensors only")
+        table = token_table(family)
         halves: dict[str, dict[str, Stored]] = {}
         for stored in stored_in(path):
             layer, half, module = _parse(stored)
@@ -136,16 +143,17 @@ class Adapter(NamedTuple):
             else:
                 halves.setdefault(layer, {})[half] = stored
         for layer, pair in halves.items():
-            if pair.keys() != {"A", "B"}:
-                raise InputError(f"{path}: {layer} has lora_{next(iter(pair))} alone")
             name = family.name_in_rows(f"{layer}.weight")
+            _check_pair(path, layer, pair, is_table=name == table)
             if name not in tensors:
                 raise InputError(f"{path}: adapts {layer}, which the model's checkpoint does not store")
-            b, a, own = pair["B"].shape, pair["A"].shape, tensors[name].shape
-            # The layers of GPT-2 are stored the other way round.
-            if len(a) != 2 or b[1:] != a[:1] or sorted((b[0], a[1])) != sorted(own):
-                raise InputError(f"{path}: the matrices of {layer} have shapes {b} and {a}, that of the model {own}")
-            tensors.additions[name] = Addition(pair["A"], pair["B"], self._scale(layer, a[0]))
+            a, b = (pair[half] for half in sorted(pair))
+            if not _fit(a.shape, b.shape, tensors[name].shape, is_table=name == table):
+                raise InputError(
+                    f"{path}: the matrices of {layer} have shapes {b.shape} and {a.shape}, that of the model "
+                    f"{tensors[name].shape}"
+                )
+            tensors.additions[name] = Addition(a, b, self._scale(layer, a.shape[0]))
 
     def _scale(self, layer: str, rank: int) -> float:
         alpha = self.fields.get("lora_alpha", 8)
@@ -157,13 +165,36 @@ class Adapter(NamedTuple):
 
 
 def _parse(stored: Stored) -> tuple[str, str | None, str]:
-    """A tensor's layer, its half of a pair (`A`, `B`, or None for a whole tensor), and its name in a checkpoint."""
-    name = re.sub(r"\.(modules_to_save|default)(?=\.)", "", stored.name.removeprefix(PREFIX))
-    is_other = re.search(r"\.(original_module|base_layer)\.|lora_(?![AB]\.weight$)", name)
+    """A tensor's layer, its half of a pair (`A`, `B`, `embedding_A`, `embedding_B`, or None for a whole tensor), and
+    its name in a checkpoint. PEFT may store the model's own embeddings too, as those of a `base_layer`."""
+    name = re.sub(r"\.(modules_to_save|base_layer|default)(?=\.)", "", stored.name.removeprefix(PREFIX))
+    is_other = re.search(r"\.original_module\.|lora_(?!([AB]\.weight|embedding_[AB])$)", name)
     if is_other or not stored.name.startswith(PREFIX):
-        raise InputError(f"{stored.path}: {stored.name} is not a part of a LoRA adapter for linear layers")
+        raise InputError(
+            f"{stored.path}: {stored.name} is not a part of a LoRA adapter for linear layers or embeddings"
+        )
     layer, sign, half = name.removesuffix(".weight").rpartition(".lora_")
     return (layer, half, name) if sign else (name, None, name)
+
+
+def _check_pair(path: Path, layer: str, pair: dict[str, Stored], *, is_table: bool) -> None:
+    """Raises InputError unless these are both matrices of a linear layer, or of the table of token embeddings."""
+    names = " and ".join(f"lora_{half}" for half in sorted(pair))
+    if len(pair) == 1:
+        raise InputError(f"{path}: {layer} has {names} alone")
+    if pair.keys() != ({f"{EMBEDDING}A", f"{EMBEDDING}B"} if is_table else {"A", "B"}):
+        raise InputError(
+            f"{path}: {layer} has {names}; token embeddings must have lora_{EMBEDDING}A and lora_{EMBEDDING}B, and all "
+            "other layers lora_A and lora_B, because no other embeddings can be adapted"
+        )
+
+
+def _fit(a: tuple[int, ...], b: tuple[int, ...], own: tuple[int, ...], *, is_table: bool) -> bool:
+    """Whether the shapes of A and B give a product of the shape of a stored matrix."""
+    if len(a) != 2 or b[1:] != a[:1]:
+        return False
+    # The layers of GPT-2 are stored the other way round, as tables are.
+    return own == (a[1], b[0]) or (own == (b[0], a[1]) and not is_table)
 
 
 def _check_pattern(field: str, layers: str) -> None:
@@ -192,6 +223,8 @@ def export_adapter(
     Layers that are one tensor in checkpoints (`qkv_proj` of Phi-3) are one layer for PEFT too. Its two matrices then
     hold those of its parts, beside each other and as blocks, and its rank is the sum of theirs.
 
+    Raises ValueError for a table that is adapted and tied to the head (`adapts_tied_table`).
+
     Args:
         folder: where to write.
         model, params: the model with its additions, which are not merged.
@@ -200,8 +233,10 @@ def export_adapter(
     """
     from safetensors.numpy import save_file
 
+    if adapts_tied_table(model):
+        raise ValueError("PEFT merges additions to a table twice if the head is tied to it; save the merged model")
     family = FAMILIES[model.config.to_hf()["model_type"]]
-    matrices, ranks = _matrices(model, family, params)
+    matrices, ranks = map(operator.or_, _matrices(model, family, params), _matrices_outside(model, family, params))
     heads = _trained_head(model, family, params)
     if jax.process_index() > 0:
         return
@@ -217,10 +252,10 @@ def export_adapter(
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "fan_in_fan_out": not all(row.transpose for row in family.rows if row.tensor in ranks),
-        "target_modules": "|".join(_pattern(family.backbone_prefix, tensor) for tensor in ranks),
-        "rank_pattern": {_pattern("", tensor): rank for tensor, rank in larger.items()},
-        "alpha_pattern": {_pattern("", tensor): lora.scale * rank for tensor, rank in larger.items()},
+        "fan_in_fan_out": not all(row.transpose for row in family.rows if row.tensor in ranks and "{}" in row.tensor),
+        "target_modules": "|".join(_pattern(_name_in_peft(family, tensor)) for tensor in ranks),
+        "rank_pattern": {_pattern(tensor): rank for tensor, rank in larger.items()},
+        "alpha_pattern": {_pattern(tensor): lora.scale * rank for tensor, rank in larger.items()},
         "modules_to_save": sorted({name.split(".")[0] for name in heads}) or None,
     }
     metadata = {"format": "pt"} | ({} if prompt_form is None else {PROMPT_FORM: prompt_form})
@@ -231,8 +266,8 @@ def export_adapter(
 
 
 def _matrices(model: Model, family: Family, params: Params) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The two matrices of every adapted layer, by their names; and the rank of every adapted tensor, by its name in the
-    table."""
+    """The two matrices of every adapted layer of the blocks, by their names; and the rank of every adapted tensor, by
+    its name in the table."""
     columns, widths = columns_of(family, dataclasses.replace(model, lora=None))
     parts: dict[str, list[tuple[range, np.ndarray, np.ndarray]]] = {}
     for row in family.rows:
@@ -248,10 +283,28 @@ def _matrices(model: Model, family: Family, params: Params) -> tuple[dict[str, n
             blocks = [np.zeros((widths[tensor], len(part)), part.dtype) for part in rows]
             for block, (place, _, outs) in zip(blocks, pieces, strict=True):
                 block[place.start : place.stop] = outs[number].T
-            layer = family.backbone_prefix + tensor.format(number).removesuffix(".weight")
+            layer = _name_in_peft(family, tensor.format(number)).removesuffix(".weight")
             found[f"{layer}.lora_A.weight"] = np.ascontiguousarray(np.concatenate(rows))
             found[f"{layer}.lora_B.weight"] = np.concatenate(blocks, axis=1)
     return found, {tensor: len(pieces) * model.lora.rank for tensor, pieces in parts.items()}
+
+
+def _matrices_outside(model: Model, family: Family, params: Params) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The same of the layers outside the blocks: token embeddings, and a vocabulary head."""
+    found: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for tensor, form, above, name in (
+        (token_table(family), f"lora_{EMBEDDING}{{}}", "backbone", EMBED),
+        (model.head_kind.rows[0].tensor, "lora_{}.weight", "head", "linear"),
+    ):
+        like, layer = (tree.get(above, {}).get(name, {}) for tree in (model.abstract_params(), params))
+        if "lora_in" in like:
+            ranks[tensor] = model.lora.rank
+            for half, end in (("A", "lora_in"), ("B", "lora_out")):
+                array = to_host(layer[end])[tuple(map(slice, like[end].shape))]  # without the padding of a vocabulary
+                peft_layer = _name_in_peft(family, tensor).removesuffix(".weight")
+                found[f"{peft_layer}.{form.format(half)}"] = np.ascontiguousarray(array.T)
+    return found, ranks
 
 
 def _trained_head(model: Model, family: Family, params: Params) -> dict[str, np.ndarray]:
@@ -264,6 +317,19 @@ def _trained_head(model: Model, family: Family, params: Params) -> dict[str, np.
     return {name: tensor for name, tensor in exported if name in rows}
 
 
-def _pattern(prefix: str, tensor: str) -> str:
+def adapts_tied_table(model: Model) -> bool:
+    """Whether a model has an addition to token embeddings that its head is tied to. For PEFT, head and embeddings are
+    two layers on one matrix: with one addition to each it computes the same, but merges both into the matrix."""
+    return model.head_kind.may_be_tied and model.config.tied_embeddings and model.lora.reaches(EMBED)
+
+
+def _name_in_peft(family: Family, tensor: str) -> str:
+    """A tensor's name in a model of transformers, of its name in a table. There the head of GPT-NeoX has the name that
+    it has here; only its checkpoints have another."""
+    is_of_head = tensor in {row.tensor for head in CAUSAL_HEADS.values() for row in head.rows}
+    return tensor if is_of_head else family.backbone_prefix + tensor
+
+
+def _pattern(tensor: str) -> str:
     """A regular expression for the names of a tensor's layers."""
-    return re.escape(prefix + tensor.removesuffix(".weight")).replace(r"\{\}", r"\d+")
+    return re.escape(tensor.removesuffix(".weight")).replace(r"\{\}", r"\d+")

@@ -37,6 +37,7 @@ from pargs_jax.models.weights import (
     open_tensors,
     read_json,
     settle_tied_head,
+    share_tied_table,
 )
 from pargs_jax.sharding import place_computed
 
@@ -75,7 +76,8 @@ def load_model(
     from `seed` (`new_head`). With `from_scratch` only the config is read, and all parameters are drawn at random. A
     language model that stores its own head keeps it, even where its config ties the head to the embeddings.
 
-    An adapter (`pargs_jax.models.sources`) is merged into the matrices as they are read, in fp32.
+    An adapter (`pargs_jax.models.sources`) is merged into the matrices as they are read, in fp32. Where it changes a
+    tied head or its embeddings, the model that is loaded has both matrices, as PEFT changes the two separately.
 
     A classifier with several labels becomes a reward model by the label, or the mix of labels, at the source's end
     (`label_shares`).
@@ -100,10 +102,13 @@ def load_model(
             model, params = dataclasses.replace(model, int8=True), quantise_layers(params)
         return Pretrained(model, params, True, special, eos_ids)
     tensors = open_tensors(folder, family)
+    kind = model.head_kind
+    is_tied = kind.may_be_tied and model.config.tied_embeddings
+    if is_tied:
+        share_tied_table(model, family, tensors)
     if adapter is not None:
         adapter.join(tensors, family)
-    kind = model.head_kind
-    if kind.may_be_tied and model.config.tied_embeddings:
+    if is_tied:
         model = settle_tied_head(model, family, tensors, folder)
     if kind is CAUSAL_HEADS["reward"] and "score.bias" in tensors:
         model = dataclasses.replace(model, head=IN_PLACE_OF_REWARD)

@@ -131,17 +131,27 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs, *, learned: bool = Tr
 
 
 class Embedding(nnx.Module):
-    """A table of vectors that returns its parameters' dtype (`nnx.Embed` keeps the dtype it was made with)."""
+    """A table of vectors that returns its parameters' dtype (`nnx.Embed` keeps the dtype it was made with).
+    `pargs_jax.models.lora` adds a low-rank term to the table, which is never computed as a whole."""
 
     def __init__(self, count: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (count, width)))
+        self.lora_in: nnx.Param | None = nnx.data(None)
+        self.lora_out: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.embedding[...][ids]
+        rows = self.embedding[...][ids]
+        if self.lora_in is not None:
+            rows = rows + self.lora_scale * multiply(self.lora_in[...][ids], self.lora_out[...])
+        return rows
 
     def attend(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Products with every row of the table: the logits of tied embeddings."""
-        return multiply(hidden, self.embedding[...].T)
+        out = multiply(hidden, self.embedding[...].T)
+        if self.lora_in is not None:
+            out = out + self.lora_scale * multiply(multiply(hidden, self.lora_out[...].T), self.lora_in[...].T)
+        return out
 
 
 def split_heads(x: Float[Array, "B T HD"], heads: int) -> Float[Array, "B H T D"]:

@@ -104,13 +104,14 @@ class Network(nnx.Module):
     def __init__(self, model: "Model", *, rngs: nnx.Rngs) -> None:
         self.backbone = model.config.make(unrolled=model.unrolled, rngs=rngs)
         layers = self.backbone.layers
-        for block in layers if model.unrolled else [layers]:
-            if model.int8:
+        blocks = list(layers) if model.unrolled else [layers]
+        if model.int8:
+            for block in blocks:
                 int8.adapt(block)
-            if model.lora is not None:
-                model.lora.adapt(block)
         head = model.head_kind
         self.head = head.make(model.config, head.std(model.config), rngs)
+        if model.lora is not None:
+            model.lora.adapt(self, blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Model:
 
     `unrolled` says how `params` hold the layers. False: stacked on a leading axis and run by a scan, which gives small
     programs that compile quickly. True: one by one, which decodes faster where a step is bound by reading weights from
-    memory. `stack_layers` and `unstack_layers` convert. With `lora`, linear layers have low-rank additions; with
+    memory. `stack_layers` and `unstack_layers` convert. With `lora`, chosen layers have low-rank additions; with
     `int8`, their matrices are in int8 (`pargs_jax.models.int8`), for decoding.
     """
 

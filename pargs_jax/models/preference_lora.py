@@ -77,13 +77,14 @@ class PreferenceLora:
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"{folder}/config.json: pargs_preference_lora is {fields!r}: {error!r}") from error
 
-    def adapt(self, block: nnx.Module) -> None:
-        """Adds zero additions to a block's chosen layers. `block` may be a stack of blocks."""
-        for linear in chosen_layers(block, self.layers, "pargs_preference_lora: layers"):
-            *stack, inputs, outputs = linear.kernel.shape
-            linear.addition = BilinearAddition(
-                tuple(stack), inputs, outputs, self.rank, self.objectives, self.alpha / self.rank
-            )
+    def adapt(self, network: nnx.Module, blocks: list[nnx.Module]) -> None:
+        """Adds zero additions to the chosen layers of a network's blocks, which may be one stack of them."""
+        for block in blocks:
+            for linear in chosen_layers(block, self.layers, "pargs_preference_lora: layers"):
+                *stack, inputs, outputs = linear.kernel.shape
+                linear.addition = BilinearAddition(
+                    tuple(stack), inputs, outputs, self.rank, self.objectives, self.alpha / self.rank
+                )
 
 
 def draw_additions(abstract: Any, key: PRNGKeyArray) -> Any:

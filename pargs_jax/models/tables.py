@@ -10,6 +10,9 @@ from pargs_jax.sharding import name_dimensions
 
 Axes = tuple[str | None, ...]
 
+WITH_OWN_ADDITIONS = ("backbone.embed.embedding", "head.linear.kernel")
+"""The arrays outside the blocks that can have low-rank additions (`pargs_jax.models.lora`)."""
+
 
 class Row(NamedTuple):
     """One line of a table: a tensor, and the array that it becomes. `{}` stands for the layer number.
@@ -51,3 +54,7 @@ def name_dimensions_of(rows: Iterable[Row], below: str) -> None:
         name_dimensions(path, row.axes)
         if path.endswith(".kernel"):  # its scales in int8 are placed like a bias
             name_dimensions(f"{path}_scale", _bias_axes(row.axes))
+        if path in WITH_OWN_ADDITIONS:  # these are split as it is
+            layer, (inputs, outputs) = path.rpartition(".")[0], row.axes
+            name_dimensions(f"{layer}.lora_in", (inputs, None))
+            name_dimensions(f"{layer}.lora_out", (None, outputs))

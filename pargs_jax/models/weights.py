@@ -44,7 +44,8 @@ class Stored(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """What an adapter adds to a linear layer: `scale * B A`, as torch stores it."""
+    """What an adapter adds to a linear layer: `scale * B A`, as torch stores it. For a table of embeddings, which torch
+    stores in our order of dimensions, it is the transpose of that."""
 
     a: Stored
     b: Stored
@@ -85,6 +86,8 @@ class Tensors(dict[str, Stored]):
 
     def are_equal(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two matrices have the same values. Reads `rows` rows at a time and stops at the first difference."""
+        if self[one] == self[other]:
+            return True
         if self[one].shape != self[other].shape:
             return False
         with _opened(self[one]) as first, _opened(self[other]) as second:
@@ -163,19 +166,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def share_tied_table(model: Model, family: Family, tensors: Tensors) -> None:
+    """Gives the table of a checkpoint whose config ties the head to the embeddings both names, if it is stored once."""
+    head, embed = _tied_tensors(model, family)
+    for one, other in ((head, embed), (embed, head)):
+        if one in tensors:
+            tensors.setdefault(other, tensors[one])
+
+
 def settle_tied_head(model: Model, family: Family, tensors: Tensors, folder: Path) -> Model:
-    """Decides, as transformers does, whether a language model whose config ties the head to the embeddings is tied. A
-    stored head that differs from the embeddings is used, with a warning; a stored head without embeddings serves as
-    both."""
-    (head,) = (row.tensor for row in model.head_kind.rows)
-    embed = next(row.tensor for row in family.rows if row.path == "embed.embedding")
+    """Decides, as transformers does, whether a language model whose config ties the head to the embeddings is tied
+    (`share_tied_table` comes first). A stored head that differs from the embeddings is used, with a warning. So is one
+    of an adapter: PEFT changes the head or the embeddings alone, or each by an addition of its own."""
+    head, embed = _tied_tensors(model, family)
     if head not in tensors:
         return model
-    tensors.setdefault(embed, tensors[head])
-    if tensors.are_equal(head, embed) and head not in tensors.additions:
+    is_adapted = not tensors.additions.keys().isdisjoint((head, embed))
+    if not is_adapted and tensors.are_equal(head, embed):
         return model
-    warn(f"{folder}: config.json ties {head} to {embed}, but the checkpoint stores a different one, which is used")
+    why = (
+        "the adapter changes one without the other, or each by itself, so they are two matrices from here on"
+        if is_adapted
+        else "the checkpoint stores a different one, which is used"
+    )
+    warn(f"{folder}: config.json ties {head} to {embed}, but {why}")
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied_embeddings=False))
+
+
+def _tied_tensors(model: Model, family: Family) -> tuple[str, str]:
+    """The names of the head's tensor and that of the embeddings."""
+    (head,) = (row.tensor for row in model.head_kind.rows)
+    return head, token_table(family)
+
+
+def token_table(family: Family) -> str:
+    """The name of the tensor with the token embeddings."""
+    return next(row.tensor for row in family.rows if row.path == "embed.embedding")
 
 
 def import_params(

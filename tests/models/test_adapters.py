@@ -74,6 +74,21 @@ CASES = {
         },
     ),
     "gpt2": ("gpt2", "vocabulary", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "llama, embeddings and head": (
+        "llama", "vocabulary", {
+            "target_modules": ["embed_tokens", "lm_head", "v_proj"], "rank_pattern": {"embed_tokens": 2},
+            "alpha_pattern": {"lm_head": 3},
+        },
+    ),
+    "gpt_neox, embeddings and head": ("gpt_neox", "vocabulary", {"target_modules": ["embed_in", "lm_head"]}),
+    "gpt_neox, embeddings": ("gpt_neox", "reward", {"target_modules": ["embed_in"], "modules_to_save": ["score"]}),
+    "tied, embeddings alone": ("gpt2", "vocabulary", {"target_modules": ["wte", "c_proj"], "fan_in_fan_out": True}),
+    "tied, head alone": ("qwen3", "vocabulary", {"target_modules": ["lm_head"]}),
+    "tied, each by itself": ("gemma3", "vocabulary", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied, both as one": ("qwen3", "vocabulary", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied, embeddings whole": (
+        "qwen3", "vocabulary", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
     "phi3": ("phi3", "reward", {"target_modules": ["qkv_proj", "gate_up_proj"], "layers_to_transform": [1]}),
     "deberta": ("deberta", "reward", {
         "target_modules": ["query_proj", "dense"], "modules_to_save": ["classifier", "pooler"],
@@ -127,6 +142,13 @@ WRITTEN = [
     ("phi3", "vocabulary", "query|value|gate|out"),
     ("gpt_neox", "reward", "query_key_value|down"),
     ("deberta", "reward", "query|out|up|down"),
+    ("llama", "vocabulary", "query|embed|head"),
+    ("llama", "vocabulary", "head"),
+    ("gpt_neox", "vocabulary", "embed|head"),
+    ("gpt2", "reward", ".*|embed"),
+    ("opt", "reward", "embed"),
+    ("gemma3", "reward", "embed"),
+    ("deberta", "reward", "query|embed"),
 ]
 
 
@@ -149,9 +171,16 @@ def test_an_exported_adapter_is_read_here_and_by_peft(family, head, layers, tmp_
     peft = pytest.importorskip("peft", reason="the reference is PEFT")
     auto = peft.AutoPeftModelForSequenceClassification if head == "reward" else peft.AutoPeftModelForCausalLM
     options = {"num_labels": 1} if head == "reward" else {}
-    np.testing.assert_allclose(
-        torch_outputs(auto.from_pretrained(tmp_path / "adapter", **options).eval()), expected, atol=1e-4
-    )
+    adapted = auto.from_pretrained(tmp_path / "adapter", **options).eval()
+    np.testing.assert_allclose(torch_outputs(adapted), expected, atol=1e-4)
+    np.testing.assert_allclose(torch_outputs(adapted.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_an_addition_to_a_tied_table_is_not_exported(tmp_path):
+    """PEFT would merge it twice."""
+    with pytest.raises(ValueError, match="twice"):
+        export_adapter(tmp_path / "adapter", *drawn("gpt2", "vocabulary", "embed"), base="base")
+    assert not (tmp_path / "adapter").exists()
 
 
 def without_additions(params):
@@ -209,14 +238,29 @@ def test_adapters_that_cannot_be_merged_are_refused_by_name(fields, told, copy):
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+TABLE = "base_model.model.model.embed_tokens"
 
 
 @pytest.mark.parametrize(
     ("added", "told"),
     [
         ({f"{LAYER}.lora_magnitude_vector": 32}, r"lora_magnitude_vector is not a part of a LoRA adapter"),
-        ({"base_model.model.model.embed_tokens.lora_embedding_A": 32}, r"lora_embedding_A is not a part"),
+        ({f"{LAYER}.lora_embedding_B.weight": 32}, r"lora_embedding_B.weight is not a part"),
+        ({f"{TABLE}.lora_embedding_A": 32}, r"model.embed_tokens has lora_embedding_A alone"),
+        (
+            {f"{TABLE}.lora_A.weight": (3, 32), f"{TABLE}.lora_B.weight": (61, 3)},
+            r"embed_tokens has lora_A and lora_B; token embeddings must have lora_embedding_A and lora_embedding_B",
+        ),
+        (
+            {f"{TABLE}.lora_embedding_A": (3, 32), f"{TABLE}.lora_embedding_B": (61, 3)},
+            r"embed_tokens have shapes \(61, 3\) and \(3, 32\), that of the model \(61, 32\)",
+        ),
+        (
+            {f"{LAYER}.lora_embedding_A": (3, 32), f"{LAYER}.lora_embedding_B": (32, 3)},
+            r"q_proj has lora_A and lora_B and lora_embedding_A and lora_embedding_B; token embeddings must have",
+        ),
         ({LAYER.replace("q_proj", "x_proj") + ".lora_A.weight": 32}, r"x_proj has lora_A alone"),
+        ({f"{LAYER}.lora_B.weight": ()}, r"q_proj have shapes \(\) and \(3, 32\), that of the model \(32, 32\)"),
         ({f"{LAYER}.lora_B.weight": 32}, r"q_proj have shapes \(32,\) and \(3, 32\), that of the model \(32, 32\)"),
         ({f"{LAYER}.lora_B.weight": (5, 3)}, r"q_proj have shapes \(5, 3\) and \(3, 32\), that of the model"),
         ({"model.norm.weight": 32}, r"model.norm.weight is not a part of a LoRA adapter"),

@@ -19,8 +19,11 @@ from pargs_jax.config import DataConfig, LoraConfig, ModelConfig, ObjectiveConfi
 from pargs_jax.data.batches import Batches
 from pargs_jax.data.examples import tokenise
 from pargs_jax.data.preferences import Preference
+from pargs_jax.errors import InputError
 from pargs_jax.models.hf import load_model
 from pargs_jax.objectives.dpo import DirectPreference
+from pargs_jax.objectives.sft import SupervisedFineTuning
+from pargs_jax.sharding import map_paths
 from pargs_jax.testing import tiny_tokenizer
 from pargs_jax.training.loop import evaluate
 from pargs_jax.training.objective import Objective
@@ -99,3 +102,68 @@ def test_dpo_moves_away_from_the_model_that_it_starts_from(settings, lm, tmp_pat
     if rank:
         adapted = load_model(f"{config.out}/adapter", "vocabulary").params
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), adapted, tuned.params)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "farma"])
+def test_additions_to_embeddings_and_head_are_resumed_and_exported(settings, lm, tmp_path, objective):
+    """On two devices, the same as on one; only the chosen matrices change."""
+    lora = LoraConfig(rank=2, layers="value|embed|head")
+    config = settings(objective=ObjectiveConfig(name=objective), lora=lora, save_every=3, mesh="cpu-2")
+    losses, evaluation = train(config)
+    assert losses[-1] < losses[0]
+    first = dataclasses.replace(config, steps=3, out=str(tmp_path / "stopped"))
+    train(first)
+    resumed, found = train(dataclasses.replace(first, steps=6, resume=True))
+    assert resumed == losses and found["loss"] == evaluation["loss"]
+    alone, _ = train(dataclasses.replace(config, mesh="cpu-1", out=str(tmp_path / "alone")))
+    np.testing.assert_allclose(alone, losses, rtol=1e-4)
+
+    head = "table" if objective == "farma" else "vocabulary"
+    before = load_model(lm, "vocabulary").params
+    tuned, stopped = (load_model(f"{folder}/model", head) for folder in (config.out, first.out))
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, stopped.params)
+    changed = []
+    map_paths(lambda path, a, b: changed.append(path) if (a != b).any() else None, tuned.params, before)
+    assert changed == ["backbone.embed.embedding", "backbone.layers.value.kernel", "head.linear.kernel"]
+    if head == "table":  # PEFT has no place for it
+        assert not Path(config.out, "adapter").exists()
+    else:
+        adapted = load_model(f"{config.out}/adapter", head).params
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), adapted, tuned.params)
+
+
+def test_an_addition_to_a_tied_table_is_merged_once_and_has_no_adapter(settings, save_tiny):
+    config = settings(
+        model=ModelConfig(init=save_tiny("vocabulary", family="qwen3")), objective=ObjectiveConfig(name="sft")
+    )
+    printed = io.StringIO()
+    config = dataclasses.replace(config, lora=LoraConfig(rank=2, layers="embed"))
+    command.train(config, Console(file=printed, width=10_000))
+    assert "wrote no PEFT adapter: the head is tied to the token embeddings" in printed.getvalue()
+    assert not Path(config.out, "adapter").exists()
+    lines = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+    tuned = load_model(f"{config.out}/model", "vocabulary")
+    assert tuned.model.config.tied_embeddings and "head" not in tuned.params
+    rows = map(json.loads, Path(config.data.train).read_text().splitlines())
+    pairs = [Preference(id=str(i), **row) for i, row in enumerate(rows)]
+    examples, _ = tokenise(pairs, tiny_tokenizer(), config.max_length, 2)
+    chosen = [dataclasses.replace(example, answers=example.answers[:1]) for example in examples]
+    exported = evaluate(Objective(tuned.model, SupervisedFineTuning()), tuned.params, Batches(chosen, 4, 48, 0))
+    assert exported["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "told"),
+    [
+        ("qwen3", "sft", "lora.layers .*|head: the vocabulary head is tied to the token embeddings"),
+        ("llama", "bt", "lora.layers .*|head: the head gives one reward and is trained in full already; leave head"),
+    ],
+)
+def test_heads_that_cannot_have_additions_are_refused_before_the_run(settings, save_tiny, family, objective, told):
+    init = ModelConfig(init=save_tiny("vocabulary", family=family))
+    config = settings(model=init, objective=ObjectiveConfig(name=objective), lora=LoraConfig(2, layers=".*|head"))
+    with pytest.raises(InputError) as caught:
+        train(config)
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+    assert not Path(config.out, "config.yaml").exists()

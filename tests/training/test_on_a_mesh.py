@@ -15,7 +15,8 @@ from pargs_jax.data.packing import Packing
 from pargs_jax.mesh import make_mesh
 from pargs_jax.models.causal import CausalModel
 from pargs_jax.models.encoder import EncoderModel
-from pargs_jax.models.lora import Lora, join_params, split_params
+from pargs_jax.models.lora import NAMES as LORA_NAMES
+from pargs_jax.models.lora import Lora, draw_lora, join_params, split_params
 from pargs_jax.models.preference_lora import NAMES, PreferenceLora, draw_additions
 from pargs_jax.models.prefix_causal import PrefixCausalModel
 from pargs_jax.objectives.ctl import ContrastiveTwist
@@ -74,7 +75,11 @@ def trained(name, mesh, batch=None, **options):
         mesh = jax.sharding.get_mesh()
         params = place_params(params)
         if model.lora:
-            params, frozen = split_params(params, ("head", "lora_in", "lora_out"))
+            _, frozen = split_params(params, LORA_NAMES)
+            params = place_params(draw_lora(model.abstract_params(), jax.random.key(0)))
+            if model.head_kind.may_be_new:
+                head, frozen = split_params(frozen, ("head",))
+                params = join_params(params, head)
         state = begin(optimizer, params)
         step = make_train_step(objective_of(model), optimizer, accumulation=2, places=shardings_of(state))
         losses = []
@@ -137,6 +142,30 @@ def test_only_additions_and_the_head_are_trained():
     map_paths(lambda path, _: paths.add(path), state.params)
     additions = {f"backbone.layers.{layer}.lora_{end}" for layer in ("query", "down") for end in ("in", "out")}
     assert paths == additions | {"head.linear.kernel"}
+
+
+@pytest.mark.parametrize("mesh", ["cpu-2", "cpu-4,fsdp=2,tensor=2", "cpu-4,tensor=4"])
+@pytest.mark.parametrize(
+    ("name", "layers", "outside"),
+    [("llama", "query|embed|head", ("backbone.embed", "head.linear")), ("gpt2", "embed", ("backbone.embed",))],
+)
+def test_additions_to_embeddings_and_head_are_trained_alike(name, layers, outside, mesh):
+    """GPT-2's table is its head too. Vocabularies are padded, and the padding stays zero."""
+    lora = Lora(rank=2, layers=layers)
+    losses, state = trained(name, mesh, lora=lora, head="vocabulary")
+    expected_losses, expected = trained(name, "cpu-1", lora=lora, head="vocabulary")
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    close(state.params, expected.params)
+    assert np.ptp(losses) > 1e-4
+    arrays = {}
+    map_paths(lambda path, x: arrays.update({path: np.asarray(x)}), state.params)
+    assert {path.rpartition(".")[0] for path in arrays if "layers" not in path} == set(outside)
+    table = arrays["backbone.embed.lora_in"]
+    assert table.shape == (128, 2) and table[:61].any() and not table[61:].any()
+    if "head.linear" in outside:
+        assert not arrays["head.linear.lora_out"][:, 61:].any() and arrays["head.linear.lora_out"].any()
+    spec = shardings_of(state.params)["backbone"]["embed"]["lora_in"].spec
+    assert spec == PartitionSpec("tensor", None)
 
 
 LOSSES = {
