@@ -1,9 +1,9 @@
 """Disentangled attention as a kernel for TPUs, which writes neither scores nor their gradients to memory.
 
-Queries and keys are cut into tiles of `block` each. Between the queries of one tile and the keys of another only
-`2 * block` distances occur, so a tile needs two neighbouring blocks of the position table. Its scores with positions are
-products with these rows, of which each row is then moved into place: row r by r columns. The softmax is computed tile by
-tile; the backward pass computes each tile's scores again.
+A tile is the scores of one block of queries with one block of keys. Only two blocks of distances occur in it: it needs
+two neighbouring blocks of the position table. Its scores with positions are products with these, of which each row is
+then moved into place: row r by r columns. The softmax is computed tile by tile; the backward pass computes each tile's
+scores again.
 
 Tiles hold keys in rows and queries in columns. Then what belongs to a query (its largest score, its sum) is a row.
 """
@@ -45,10 +45,10 @@ def attend_disentangled(
     1 - T .. T - 1, and `mask[..., t, s]` says whether token t sees token s. A token that sees nothing gets zeros.
 
     The softmax and sums are in fp32. `interpret` runs the kernel on any device, slowly, and in any dtype. Raises
-    ValueError for texts or heads that do not fit a TPU core's memory, and for other dtypes than bfloat16 on a TPU, whose
-    products would be rounded to it.
+    ValueError for texts or heads that do not fit a TPU core's memory, and without `interpret` for other dtypes than
+    bfloat16, because a TPU rounds the factors of products to it.
     """
-    batch, heads, length, width = queries.shape
+    batch, _, length, width = queries.shape
     if length > LONGEST or width > WIDEST_HEAD:
         raise ValueError(
             f"texts of {length} tokens with heads of width {width}: the kernel takes at most {LONGEST} tokens and a "
