@@ -16,9 +16,10 @@ from pargs_jax.models.disentangled import (
     MINIMUM,
     CachedLayer,
     PositionTable,
+    attend_by_distance,
     cached_scores,
+    mix,
     pick_scores,
-    position_scores_by_distance,
 )
 from pargs_jax.models.encoder import EncoderModel
 from pargs_jax.models.family import Family
@@ -351,17 +352,15 @@ class Deberta(nnx.Module):
             table = block.positions(relative)
             is_unrolled = isinstance(self.layers, nnx.List)
             if only is not None and is_unrolled and 0 < index == self.config.layers - 1:
-                queries_of, visible = pick(x), pick(mask)
+                queries_of = pick(x)
                 rows_from_here = jnp.asarray(rows)[only[:, None] - np.arange(length) + length - 1]
                 q, kv = block.project(queries_of, x)
                 scores = pick_scores(q, kv.keys, rows_from_here[:, None], table)
+                mixed = mix(scores, kv.values, pick(mask), block.scale)
             else:
-                queries_of, visible = x, mask
+                queries_of = x
                 q, kv = block.project(x, x)
-                scores = jnp.einsum("bhqd,bhkd->bhqk", q, kv.keys, preferred_element_type=jnp.float32)
-                scores = scores + position_scores_by_distance(q, kv.keys, table.at(rows))
-            weights = jax.nn.softmax(jnp.where(visible[:, None], scores * block.scale, MINIMUM), axis=-1)
-            mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(kv.values.dtype), kv.values)
+                mixed = attend_by_distance(q, kv.keys, kv.values, table.at(rows), mask, block.scale)
             x = block.finish(queries_of, mixed, key)
             if self.convolution is not None and x.shape[1] == length:
                 x = jax.lax.cond(index == 0, lambda x: self.convolution(embedded, x, valid), lambda x: x, x)

@@ -7,19 +7,29 @@ it, for a few new tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pargs_jax.models.layers import KeyValues
+from pargs_jax.sharding import current_device
+
+Form = Literal["plain", "kernel"]
 
 MINIMUM = float(jnp.finfo(jnp.float32).min)
 """The score of invisible slots; finite, so that a row that sees nothing does not become NaN."""
 
 BLOCK = 64
 """Cache slots whose keys are multiplied with one run of positions; caches of a multiple of this size are split so."""
+
+SHORTEST, LONGEST = 128, 2048
+"""Tokens of the texts that the kernel for TPUs is used for: shorter ones are mostly padding; of longer ones, a head's
+gradients with respect to positions do not fit the memory of a core."""
+
+WIDEST_HEAD = 128
 
 
 class PositionTable(NamedTuple):
@@ -38,6 +48,45 @@ class CachedLayer(NamedTuple):
 
     kv: KeyValues
     table: PositionTable
+
+
+def attend_by_distance(
+    queries: Float[Array, "B H T D"],
+    keys: Float[Array, "B H T D"],
+    values: Float[Array, "B H T D"],
+    table: PositionTable,
+    mask: Bool[Array, "B T T"],
+    scale: float,
+    *,
+    form: Form | None = None,
+) -> Float[Array, "B H T D"]:
+    """Disentangled attention in a whole text; `table` has a row for each distance 1 - T .. T - 1, and `mask[b, t, s]`
+    says whether token t sees token s. A token that sees nothing gets some finite vector.
+
+    `form` overrides the choice of `choose_form`. The kernel writes no scores to memory (`disentangled_kernel`); the
+    plain form writes all of them, and is what the kernel is tested against.
+    """
+    if (form or choose_form(queries.dtype, *queries.shape[-2:])) == "kernel":
+        from pargs_jax.models.disentangled_kernel import attend_disentangled
+
+        return attend_disentangled(queries, keys, values, table, mask, scale)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores + position_scores_by_distance(queries, keys, table)
+    return mix(scores, values, mask, scale)
+
+
+def choose_form(dtype: jnp.dtype, length: int, head_dim: int) -> Form:
+    """The form for texts of `length` tokens on the devices of the current mesh, or on the default device."""
+    fits = dtype == jnp.bfloat16 and SHORTEST <= length <= LONGEST and head_dim <= WIDEST_HEAD
+    return "kernel" if fits and current_device().platform == "tpu" else "plain"
+
+
+def mix(
+    scores: Float[Array, "B H T S"], values: Float[Array, "B H S D"], mask: Bool[Array, "B T S"], scale: float
+) -> Float[Array, "B H T D"]:
+    """Values mixed by the softmax of scores where the mask allows; the softmax is in fp32."""
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores * scale, MINIMUM), axis=-1)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(values.dtype), values)
 
 
 def position_scores_by_distance(
