@@ -18,8 +18,8 @@ begun that would probably end after `--seconds`.
   at the rate measured here; recomputation under `remat` counts as nothing.
 - profile: a chunk of decoding steps under JAX's profiler: kernels a step, the share of the time in which the device is
   busy, and the kernels that take longest.
-- refill (needs `--pairs` and `--tokenizers`): a file of HH's prompts by rows that refill and by a call a batch. The
-  whole table of `refill.py` is in a file of its own.
+- refill (needs `--pairs` and `--tokenizers`): HH's prompts by rows that refill and by a call a batch, two models of
+  GPT-2-large's shape, 16 rows. The whole table of `refill.py` is in a file of its own.
 - encoder (needs `--tokenizers`): a DeBERTa-v3-large guides GPT-2-large or Llama-2-7B, the pairs of the PARGS
   paper's Figure 3, texts of 512 tokens, batch 1. The whole table of `encoders.py` is in a file of its own.
 
