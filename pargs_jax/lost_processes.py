@@ -17,6 +17,8 @@ import time
 _DONE, _FAILED, _GONE = "done", "failed", "gone"
 _GRACE = 10.0
 """Seconds that a process has to end by itself when another one ended with an error: often all find the same error."""
+_NOTICE = 1.0
+"""Seconds after an error in which this process may learn that another one is gone, which is what caused it."""
 _PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A machine that is lost closes no connection; probes find that out within 30 seconds."""
 
@@ -38,8 +40,10 @@ def watch_processes(connections: dict[int, socket.socket], count: int) -> None:
 
 
 def tell_failure() -> None:
-    """Tells the other processes, if there are any, that this one ends with an error."""
+    """Tells the other processes, if there are any, that this one ends with an error. If another one is gone, which
+    breaks what they compute together, this ends the process instead, with the line that names it."""
     if _watch is not None:
+        time.sleep(_NOTICE)
         _watch.tell(_FAILED)
 
 
