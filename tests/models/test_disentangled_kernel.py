@@ -216,18 +216,15 @@ print(lower(mesh, jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))), arguments).comp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs the extra tpu")
-@pytest.mark.parametrize(
-    ("mesh", "length", "parts"),
-    [("tpu-v4-8,fsdp=2,tensor=2", LONGEST, 4), ("tpu-v5e-1", 300, 1)],
-)
-def test_a_gradient_on_tpus_writes_no_scores(mesh, length, parts):
-    rows, heads = 2, 4
+def test_a_gradient_on_tpus_writes_no_scores():
+    rows, heads, parts = 2, 4, 4
+    words = ["tpu-v4-8,fsdp=2,tensor=2", *map(str, (rows, heads, LONGEST, 64))]
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, mesh, *map(str, (rows, heads, length, 64))],
+        [sys.executable, "-c", COMPILED, *words],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "disentangled_attention_backward" in done.stdout
     sizes = re.findall(r"\b(?:f32|bf16|pred|s8|s32)\[([\d,]+)\]", done.stdout)
     largest = max(prod(map(int, dims.split(","))) for dims in sizes)
-    assert largest < rows * heads * length**2 / parts
+    assert largest < rows * heads * LONGEST**2 / parts
