@@ -52,7 +52,7 @@ class _Watch:
 
     def __init__(self, connections: dict[int, socket.socket], count: int) -> None:
         self._connections, self._count = connections, count
-        self._own = 0 if 0 not in connections else None  # only the first process is not connected to the first
+        self._is_first = 0 not in connections
         self._has_told = False
         for connection in connections.values():
             connection.settimeout(None)
@@ -84,7 +84,7 @@ class _Watch:
                     selector.unregister(key.fileobj)
 
     def _end(self, what: str, number: int) -> None:
-        if self._own == 0:
+        if self._is_first:
             self._send(f"{what} {number}\n", but=number)
         if what == _FAILED:
             time.sleep(_GRACE)
