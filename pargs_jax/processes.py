@@ -3,9 +3,11 @@
 With one process, these functions do nothing special. All processes must call each of them, in the same order.
 """
 
+import contextlib
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -27,25 +29,18 @@ SECONDS_BEFORE_NOTICE = 10.0
 def start_processes(config: ProcessesConfig) -> None:
     """Connects this process with the others, before JAX looks for devices.
 
-    On a TPU pod and under SLURM, JAX finds them by itself; elsewhere the config says where they are. Raises InputError
-    if their addresses are not known, or if some do not come within `TIMEOUT`, which it names. If one of them is gone
-    later, the others end (`watch_processes`). Where JAX finds them and some do not come, or are gone later, JAX ends
-    the process with a stack trace.
+    On a TPU pod and under SLURM, JAX finds out where they are; elsewhere the config says it. Raises InputError if their
+    addresses are not known, or if some do not come within `TIMEOUT`, which it names. If one of them is gone later, the
+    others end (`watch_processes`).
     """
-    where = config.coordinator or "the address that JAX found"
-    message = f"waiting for the other processes at {where}, for at most {TIMEOUT} seconds"
-    reminder = threading.Timer(
-        SECONDS_BEFORE_NOTICE, print, args=(message,), kwargs={"file": sys.stderr, "flush": True}
-    )
-    reminder.daemon = True
-    reminder.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM and not tell us
     try:
-        if config.coordinator is not None:
-            connections = call_roll(config.coordinator, config.count, config.index, TIMEOUT)
-        jax.distributed.initialize(config.coordinator, config.count, config.index, initialization_timeout=TIMEOUT)
-        if config.coordinator is not None:
-            watch_processes(connections, config.count)
+        address, count, index = (
+            (config.coordinator, config.count, config.index) if config.coordinator else _found_by_jax()
+        )
+        with _notice(f"waiting for the other processes at {address}, for at most {TIMEOUT} seconds"):
+            connections = call_roll(address, count, index, TIMEOUT)
+            jax.distributed.initialize(address, count, index, initialization_timeout=TIMEOUT)
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -53,6 +48,31 @@ def start_processes(config: ProcessesConfig) -> None:
             f"distributed: cannot find the other processes ({first_line(error)}); "
             "give processes.coordinator (HOST:PORT), processes.count and processes.index"
         ) from error
+    watch_processes(connections, count)
+
+
+def _found_by_jax() -> tuple[str, int, int]:
+    """The address of the first process, the number of processes and the number of this one, as
+    `jax.distributed.initialize` finds them. Raises ValueError or RuntimeError if it does not."""
+    from jax._src.clusters import ClusterEnv  # not public; there is no other way to know before all are there
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found = ClusterEnv.auto_detect_unset_distributed_params(address, None, None, None, None, TIMEOUT)
+    if None in found[:3]:
+        raise ValueError("JAX finds no SLURM, MPI, Kubernetes or TPU pod")
+    return found[:3]
+
+
+@contextlib.contextmanager
+def _notice(message: str) -> Iterator[None]:
+    """Says what this process waits for, if that takes long."""
+    reminder = threading.Timer(
+        SECONDS_BEFORE_NOTICE, print, args=(message,), kwargs={"file": sys.stderr, "flush": True}
+    )
+    reminder.daemon = True
+    reminder.start()
+    try:
+        yield
     finally:
         reminder.cancel()
 

@@ -83,28 +83,48 @@ START = (
     "from pargs_jax.processes_config import ProcessesConfig; import jax, sys; processes.TIMEOUT = int(sys.argv[1])\n"
     "given = (sys.argv[2], *map(int, sys.argv[3:])) if sys.argv[2:] else ()\n"
     "run_as_command(lambda: processes.start_processes(ProcessesConfig(*given)))\n"
-    "print(jax.process_index(), jax.process_count(), flush=True)"
+    "print(jax.process_index(), jax.process_count(), flush=True); sys.stdin.read()"
 )
 
 
 def start(*words, **variables):
+    """A process that says its number and how many there are, and ends when its stdin is closed."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"} | variables
     return subprocess.Popen(
         [sys.executable, "-c", START, *map(str, words)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
+def start_by_slurm(seconds, job, indices):
+    """Tasks of a job of two, as `srun` starts them; the first listens at port 61440 + job."""
+    of_job = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return [start(seconds, **of_job, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)) for index in indices]
+
+
 def test_processes_start_by_address_and_under_slurm(port):
+    job = port % 4096
     by_address = [start(60, f"localhost:{port}", 2, index) for index in (0, 1)]
-    of_job = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    by_slurm = [start(60, **of_job, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)) for index in (0, 1)]
+    by_slurm = start_by_slurm(60, job, (0, 1))
     alone = start(2, f"localhost:{port + 1}", 2, 0)
+    (alone_by_slurm,) = start_by_slurm(2, (job + 1) % 4096, (0,))
     for running in (by_address, by_slurm):
-        assert [process.communicate(timeout=100)[0].split("\n")[-2] for process in running] == ["0 2", "1 2"]
-    _, errors = alone.communicate(timeout=100)
-    message = f"error: processes: of 2, number 1 did not come to localhost:{port + 1} within 2 seconds\n"
-    assert (alone.returncode, errors) == (2, message)
+        assert [process.stdout.readline() for process in running] == ["0 2\n", "1 2\n"]
+    for process in by_address:
+        process.stdin.close()
+    assert [process.wait(60) for process in by_address] == [0, 0]
+    by_slurm[1].kill()
+    assert (by_slurm[0].wait(20), by_slurm[0].stderr.read()) == (2, gone(1, of=2))
+    for process, where in ((alone, f"{port + 1}"), (alone_by_slurm, f"{61440 + (job + 1) % 4096}")):
+        message = f"error: processes: of 2, number 1 did not come to localhost:{where} within 2 seconds\n"
+        assert (process.wait(100), process.stderr.read()) == (2, message)
+
+
+def gone(number, of):
+    return (
+        f"error: processes: of {of}, number {number} is gone; it was killed, or its machine was lost. What was saved "
+        "is whole: start all of them again, a training run with the option resume\n"
+    )
 
 
 WATCHED = """
@@ -165,11 +185,7 @@ def test_when_a_process_is_killed_the_others_end_and_name_it(watched, lost):
     words[lost] = "kill"
     ended = watched(*words)
     assert ended.pop(lost) == (-9, "")
-    message = (
-        f"error: processes: of 3, number {lost} is gone; it was killed, or its machine was lost. What was saved is "
-        "whole: start all of them again, a training run with the option resume\n"
-    )
-    assert ended == [(2, message)] * 2
+    assert ended == [(2, gone(lost, of=3))] * 2
 
 
 def test_when_a_process_ends_with_an_error_the_others_end_and_name_it(watched):

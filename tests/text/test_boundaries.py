@@ -4,24 +4,15 @@ import json
 import random
 import unicodedata
 from functools import cache
-from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pargs_jax.demo import language as demo_language
 from pargs_jax.text.boundaries import Boundaries, kind_of
 from pargs_jax.text.tokenization import TextTokenizer
+from tests.text.stored import FOLDERS, load_stored
 
-SHARED = Path(__file__).parents[3] / "shared"
-FOLDERS = {
-    "stories": SHARED / "models/stories260k",
-    "gpt2": SHARED / "tokenizers/gpt2",
-    "mistral": SHARED / "tokenizers/mistral_v1",
-    "deberta": SHARED / "tokenizers/deberta_v3",
-    "demo": Path(demo_language.__file__).parents[1] / "assets/demo_lm",
-}
 SCRIPTS = {
     "Chinese": "我们今天去公园玩，天气很好。他说：“你想看什么书？”这本书的作者住在北京！",
     "Japanese": "それは、本当です」と言った。東京タワーへ行きましょう。人々がたくさんいますね",
@@ -127,9 +118,7 @@ MAKERS = {
 @cache
 def tokenizer(name):
     if name in FOLDERS:
-        if not FOLDERS[name].is_dir():
-            pytest.skip("needs the tokenizers in ../shared")
-        return TextTokenizer.load(FOLDERS[name])
+        return load_stored(name)
     return MAKERS[name]()
 
 

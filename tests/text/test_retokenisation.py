@@ -2,27 +2,18 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pargs_jax.demo import language as demo_language
 from pargs_jax.errors import InputError
 from pargs_jax.text.answer_text import fastest_reader
 from pargs_jax.text.retokenisation import Retokeniser
 from pargs_jax.text.tokenization import TextTokenizer
+from tests.text.stored import FOLDERS, load_stored
 
-SHARED = Path(__file__).parents[3] / "shared"
-FOLDERS = {
-    "stories": SHARED / "models/stories260k",
-    "gpt2": SHARED / "tokenizers/gpt2",
-    "mistral": SHARED / "tokenizers/mistral_v1",
-    "deberta": SHARED / "tokenizers/deberta_v3",
-    "demo": Path(demo_language.__file__).parents[1] / "assets/demo_lm",
-}
 WIDTH, FRESH = 600, 3
 
 ENGLISH = (
@@ -90,9 +81,7 @@ def joining_bpe():
 @cache
 def tokenizer(name):
     if name in FOLDERS:
-        if not FOLDERS[name].is_dir():
-            pytest.skip("needs the tokenizers in ../shared")
-        return TextTokenizer.load(FOLDERS[name])
+        return load_stored(name)
     makers = {
         "bytes": lambda: wrapped(byte_level(), eos_token="<eos>"),
         "unigram": lambda: wrapped(metaspace_unigram(), eos_token="[SEP]", unk_token="[UNK]"),
