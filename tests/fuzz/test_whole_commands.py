@@ -28,7 +28,7 @@ from tests.fuzz.odd import NUMBERS, TEXTS, damaged
 
 REPOSITORY = Path(__file__).parents[2]
 CASES = int(os.environ.get("FUZZ_CASES", 20)) // 10
-PATIENCE = 60
+PATIENCE = 120
 """Seconds after which a command is told to end: `--steps 1000000` is not wrong."""
 MOST_MEMORY = 12 << 20
 """KiB; a batch of a million rows is refused, or runs out of memory and says so."""
