@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 from functools import cache
 
 import jax
@@ -26,22 +25,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 prepare_virtual_devices(4)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-# Programs are compiled once for all files, for all processes that run them, and for the commands that tests start.
-COMPILED = {
-    "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
-def pytest_configure(config):
-    """The first process makes the folder; the others inherit it."""
-    if not COMPILED["jax_compilation_cache_dir"]:
-        COMPILED["jax_compilation_cache_dir"] = tempfile.mkdtemp(prefix="pargs_jax-compiled-")
-        config.add_cleanup(lambda: shutil.rmtree(COMPILED["jax_compilation_cache_dir"], ignore_errors=True))
-    for name, value in COMPILED.items():
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -91,7 +91,7 @@ def test_a_convolution_counts_its_window_and_the_channels_of_a_group(groups):
 
 
 def test_a_shard_map_counts_all_its_devices():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = PartitionSpec("data"), PartitionSpec()
     sharded = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
     assert count_operations(sharded, X, W) == PRODUCT

@@ -61,8 +61,7 @@ def answers(folders):
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
-        ("llama", "cpu-4"),
-        ("llama", "cpu-4,data=4"),
+        ("llama", "cpu-4"),  # along tensor
         ("llama", "cpu-4,fsdp=4"),
         ("llama", "cpu-4,data=2,tensor=2"),
         ("gpt2", "cpu-4,data=2,tensor=2"),

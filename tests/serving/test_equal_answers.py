@@ -78,7 +78,7 @@ def plain_tokens(lm):
 
 @pytest.mark.parametrize(
     ("method", "heads"),
-    {"vas": ("reward",), "genarm": ("vocabulary",), "farma": ("table",), "expert_ratio": ("vocabulary",) * 2}.items(),
+    {"genarm": ("vocabulary",), "farma": ("table",), "expert_ratio": ("vocabulary",) * 2}.items(),
 )
 def test_servers_of_other_methods_answer_as_a_session_does(method, heads, lm, save_tiny, plain_tokens):
     """Guided, and the language model itself, in one batch."""
