@@ -1,4 +1,5 @@
 # One command each: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
+# Packages are installed with --no-compile: Python compiles what is imported, which is a small part of them.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -17,15 +18,15 @@ test: $(VENV)/installed-test
 # On the oldest versions that are allowed; without PyTorch, tests that compare with it are skipped or left out.
 test-oldest: tests/oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --editable . pytest hypothesis --constraint tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --no-compile --editable . pytest hypothesis --constraint tests/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest tests/data tests/text tests/test_config.py tests/training/test_fingerprints.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[report]'
+	$(RUN) -m pip install --quiet --no-compile --editable '.[report]'
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) -m pip install --quiet --no-compile --editable '.[test]'
 	touch $@
