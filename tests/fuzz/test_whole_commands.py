@@ -2,8 +2,8 @@
 
 A case is a command that works, with one of its files damaged or one option's value replaced. It fails on a stack trace
 or an error that nobody foresaw, on an exit code that is not documented, on more than one line of error, if one of its
-input files is altered, or if it neither ends nor obeys SIGTERM. A case takes seconds, so they are tried by hand: a tenth
-of `FUZZ_CASES`.
+input files is altered, or if it neither ends nor obeys SIGTERM. A case takes seconds, so they are tried by hand: a
+tenth of `FUZZ_CASES`.
 """
 
 import contextlib
