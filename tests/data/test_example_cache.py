@@ -1,5 +1,6 @@
 """Tokenised rows on disk: the same as in memory, in shares as whole, made once, and made again when damaged."""
 
+import copy
 import json
 import os
 import threading
@@ -71,7 +72,9 @@ def get(folder, wanted, count=1, said=None):
     def process(number):
         try:
             cache = ExampleCache(folder, Share(number, count), said.append, ADVICE)
-            found[number] = cache.get(wanted, wanted.key(), f"token{time.monotonic_ns() if count == 1 else ''}")
+            # A tokenizer of its own, as a process has: transformers 5.7 refuses to use one in two threads.
+            own = copy.deepcopy(wanted) if count > 1 else wanted
+            found[number] = cache.get(own, own.key(), f"token{time.monotonic_ns() if count == 1 else ''}")
         except InputError as error:
             found[number] = error
 
