@@ -6,6 +6,7 @@ texts) are the only ways from text to ids in this package, and `decode_answer` i
 """
 
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,9 @@ _FEW = 32
 
 _PROBES = ("Hello world", " two  spaces", "\n\nHuman: hi\n\nAssistant:", "l'été 42 日本語", "🙂👍🏽", "\tdef f(x):\r\n")
 """Texts that tokenizers with one vocabulary but different normalisers, pre-tokenizers or merges split differently."""
+
+_ENCODING = threading.Lock()
+"""transformers sets `split_special_tokens` in the tokenizer and then reads the text: one thread at a time may do so."""
 
 
 class TextTokenizer:
@@ -140,6 +144,10 @@ class TextTokenizer:
             self.encode_prompt(text) == other.encode_prompt(text) for text in _PROBES
         )
 
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        with _ENCODING:
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, **options)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: they begin with BOS if this tokenizer adds one, and never end in EOS.
 
@@ -147,7 +155,7 @@ class TextTokenizer:
         is BOS alone, or EOS for tokenizers without BOS, so a model always has a token to start from. The first text of
         a sentence pair is `[CLS] prompt [SEP]`, empty or not.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids = self._encode(text)
         if self.is_pair_encoder:
             return [self.bos_id, *ids, self.eos_id]
         if self._prepends_bos and ids[:1] != [self.bos_id]:
@@ -255,9 +263,7 @@ class TextTokenizer:
             return (self.eos_id,)
         _, found, closing = text.rpartition(answer)
         lead = ":" if self._prepends_space else ""
-        before, ids = (
-            self._tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in (lead, lead + closing)
-        )
+        before, ids = (self._encode(part) for part in (lead, lead + closing))
         return tuple(ids[len(before) :] if found else ()) or (self.eos_id,)
 
     @cached_property
@@ -299,7 +305,7 @@ class TextTokenizer:
     def _encode_raw(self, text: str) -> list[int]:
         if self._has_unigram_model:
             return self._encode_literally([text])[0]
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return self._encode(text, split_special_tokens=True)
 
     @property
     def _has_unigram_model(self) -> bool:

@@ -1,5 +1,6 @@
 """Tokenizers: prompts and answers apart, and back to the same text."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -233,3 +234,14 @@ def test_chat_templates_become_special_tokens(tokenizer_of, gpt2):
 def test_folders_without_a_tokenizer_are_one_line_of_error(source):
     with pytest.raises(InputError, match=r"\Atokenizer '[^\n]+\Z"):
         TextTokenizer.load(source)
+
+
+def test_threads_that_read_prompts_and_answers_do_not_disturb_each_other(tokenizer_of):
+    """A prompt's `</s>` is one token, an answer's is text; transformers keeps which of them in the tokenizer."""
+    tokenizer, text = tokenizer_of("small llama"), "good</s> answer" * 20
+    ways = (tokenizer.encode_prompt, tokenizer.encode_answer) * 2
+    expected = [way(text) for way in ways]
+    assert len(expected[0]) != len(expected[1])
+    with ThreadPoolExecutor(len(ways)) as pool:
+        found = list(pool.map(lambda way: [way(text) for _ in range(100)], ways))
+    assert all(ids == right for many, right in zip(found, expected, strict=True) for ids in many)
